@@ -1,0 +1,43 @@
+"""Live block commit over QMP, both phases of it.
+
+The public names; each is loaded when it is first used, so that importing the package costs
+next to nothing. ``__init__.pyi`` tells them to type checkers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "block.chain": "Disk Image",
+    "commit.job": "CommitJob",
+    "commit.outcome": "CommitOutcome JobProgress Timings",
+    "commit.plan": "Plan",
+    "commit.policy": "Abort Check Hold Keep Pivot Policy Ready",
+    "errors": (
+        "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
+        " InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost NoSpace NotReady"
+        " OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone VMStateError"
+    ),
+    "qmp.events": "Event UnknownEvent",
+    "session": "Session",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["__version__", "commit", *_HOME]  # noqa: PLE0604  (all of them are strings)
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "commit":
+        return import_module("qmpcommit.commit")  # a package that can be called
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'qmpcommit' has no attribute {name!r}")
+    value = getattr(import_module(f"qmpcommit.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,286 @@
+"""Disks and their backing chains, and the names that people give them.
+
+A disk is what a guest's device or an export uses: its `chain` has the layers from the active
+layer down to the bottom, filters seen through. Layers are `Image`s. Names are resolved the way
+QEMU shows them: node-names, drive aliases, qdev ids and QOM paths, file names (``json:`` and
+protocol URIs as QEMU prints them, plain files also through symlinks and relative names).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from qmpcommit.block.graph import BlockGraph, Raw
+from qmpcommit.errors import ChainError, DiskNotFound
+from qmpcommit.values import Record
+
+_HOST_DRIVERS = frozenset(("file", "host_device", "host_cdrom"))
+
+
+@dataclass(frozen=True)
+class Image(Record):
+    """One layer of a backing chain.
+
+    `filename` is the host file where the layer lives on one, else what QEMU shows (a protocol
+    URI or ``json:``); `shown` is always QEMU's own. Sizes are in bytes: `virtual_size` is what
+    the guest sees, `allocated_size` what the layer takes on the host (None where unknown).
+    """
+
+    node_name: str
+    filename: str
+    driver: str
+    shown: str = ""
+    virtual_size: int | None = None
+    allocated_size: int | None = None
+    read_only: bool = False
+
+    def __str__(self) -> str:
+        return (
+            self.filename
+            if self.filename == self.node_name
+            else f"{self.filename} ({self.node_name})"
+        )
+
+
+@dataclass(frozen=True)
+class Disk(Record):
+    """A disk of a VM: `chain` has its layers, active layer first (empty: no medium inserted).
+
+    `name` is the shortest name that means this disk alone; `device` the drive alias of a
+    legacy ``-drive``, `qdev` the device's QOM path or id, `exports` the ids of the block
+    exports that serve it, `root` the topmost node (what ``block-commit`` calls the device).
+    `jobs` are the ids of block jobs that hold a layer of it.
+    """
+
+    name: str
+    chain: tuple[Image, ...] = ()
+    device: str = ""
+    qdev: str = ""
+    exports: tuple[str, ...] = ()
+    root: str = ""
+    filters: tuple[str, ...] = ()
+    removable: bool = False
+    io_status: str = ""
+    jobs: tuple[str, ...] = ()
+
+    @property
+    def active(self) -> Image | None:
+        """The image that the guest writes to."""
+        return self.chain[0] if self.chain else None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class BackingChain:
+    """The layers of one disk, and how people name them."""
+
+    disk: Disk
+    cwd: str | None = field(default=None)
+
+    def find(self, name: str | int, role: str) -> int:
+        """The place in the chain (0 = active layer) that `name` means.
+
+        `name` is an index, a node-name or a file name. Raises `ChainError` for none or several.
+        """
+        chain = self.disk.chain
+        if isinstance(name, bool) or not isinstance(name, (int, str)):
+            raise self._error(f"{role} is a node-name, a file name or an index, not {name!r}")
+        if isinstance(name, int) or (name.isascii() and name.isdigit() and not self._called(name)):
+            index = int(name)
+            if not 0 <= index < len(chain):
+                raise self._error(
+                    f"there is no layer {index} in the chain of {self.disk}: it has"
+                    f" {len(chain)} (0 is the active layer)"
+                )
+            return index
+        found = self._called(name)
+        if len(found) == 1:
+            return found[0]
+        layers = ", ".join(f"{i}: {image}" for i, image in enumerate(chain))
+        what = "matches several layers" if found else "is no layer"
+        raise self._error(f"{role} '{name}' {what} of {self.disk}'s chain ({layers})")
+
+    def _called(self, name: str) -> list[int]:
+        by_node = [i for i, image in enumerate(self.disk.chain) if image.node_name == name]
+        return by_node or [
+            i for i, image in enumerate(self.disk.chain) if same_file(name, image, self.cwd)
+        ]
+
+    def _error(self, message: str) -> ChainError:
+        return ChainError(f"{message}. Nothing was sent", disk=self.disk.name)
+
+
+def same_file(name: str, image: Image, cwd: str | None) -> bool:
+    """Whether a file name that somebody typed means this image.
+
+    `cwd` is QEMU's working directory, against which the relative names that it shows count.
+    """
+    if name in (image.filename, image.shown):
+        return True
+    if ":" in name.split("/", maxsplit=1)[0] or image.filename.startswith("json:"):
+        return False  # a protocol's name: only the same text is the same image
+    mine = os.path.realpath(name)
+    theirs = os.path.realpath(os.path.join(cwd or os.getcwd(), image.filename))
+    return mine == theirs
+
+
+def read_image(graph: BlockGraph, name: str) -> Image:
+    """The `Image` of a node."""
+    node = graph.nodes[name]
+    info: Raw = node.raw.get("image") or {}
+    shown = str(info.get("filename") or node.raw.get("file") or name)
+    leaf = graph.leaf(name)
+    filename = shown
+    if leaf.driver in _HOST_DRIVERS:
+        filename = str(leaf.raw.get("file") or shown)
+    return Image(
+        node_name=name,
+        filename=filename,
+        driver=node.driver,
+        shown=shown,
+        virtual_size=info.get("virtual-size"),
+        allocated_size=info.get("actual-size"),
+        read_only=bool(node.raw.get("ro", False)),
+    )
+
+
+def read_disks(graph: BlockGraph) -> list[Disk]:
+    """All disks of a VM: those of its devices, then those that only exports use.
+
+    Where nothing has a device (qemu-storage-daemon), the topmost layers that nobody uses are
+    disks too, so that a chain which is only open can be named.
+    """
+    disks = [_of_device(graph, device) for device in graph.devices]
+    used = {image.node_name for disk in disks for image in disk.chain}
+    exports: dict[str, list[str]] = {}
+    for export in graph.exports:
+        layer = graph.below_filters(export.get("node-name"))
+        if layer is not None:
+            exports.setdefault(layer, []).append(str(export.get("id", "")))
+    for place, disk in enumerate(disks):
+        if disk.chain and disk.chain[0].node_name in exports:
+            ids = tuple(exports.pop(disk.chain[0].node_name))
+            disks[place] = replace(disk, exports=ids)
+    for layer, served in exports.items():
+        disks.append(_of_node(graph, layer, tuple(served)))
+        used.update(image.node_name for image in disks[-1].chain)
+    if not graph.devices:
+        for name in graph.nodes:
+            layer = graph.below_filters(name)
+            if layer != name or _has_layer_above(graph, name) or not _is_format(graph, name):
+                continue
+            chain = graph.chain(name)
+            if not used.intersection(chain):
+                disks.append(_of_node(graph, name, ()))
+    return disks
+
+
+def find_disk(disks: Iterable[Disk], name: str, *, vm: str, cwd: str | None = None) -> Disk:
+    """The one disk that `name` means; raises `DiskNotFound` with the candidates."""
+    disks = list(disks)
+    found = [disk for disk in disks if _is_called(disk, name, cwd)]
+    if len(found) == 1:
+        return found[0]
+    candidates = [disk.name for disk in found or disks]
+    if found:
+        message = (
+            f"'{name}' is ambiguous on {vm}: it means {', '.join(candidates)};"
+            " use a QOM path or a node-name"
+        )
+    else:
+        layer_of = [d.name for d in disks if any(_names_layer(i, name, cwd) for i in d.chain)]
+        hint = f"its disks are {', '.join(candidates)}" if candidates else "it has no disks"
+        if layer_of:
+            hint = f"it is a backing layer of {' and '.join(layer_of)}; name the disk, and the"
+            hint += " layer with base or top"
+        message = f"there is no disk '{name}' on {vm}: {hint}"
+    raise DiskNotFound(f"{message}. Nothing was sent", vm=vm, disk=name, candidates=candidates)
+
+
+def find_again(disks: Iterable[Disk], disk: Disk) -> Disk | None:
+    """The same device's (or export's) disk in a later reading, whatever its chain is now."""
+    for other in disks:
+        if disk.qdev or disk.device:
+            if (other.qdev, other.device) == (disk.qdev, disk.device):
+                return other
+        elif disk.exports and set(disk.exports) & set(other.exports):
+            return other
+    return None
+
+
+def _names_layer(image: Image, name: str, cwd: str | None) -> bool:
+    return name == image.node_name or same_file(name, image, cwd)
+
+
+def _is_called(disk: Disk, name: str, cwd: str | None) -> bool:
+    if name in (disk.name, disk.device, disk.qdev, disk.root, *disk.exports, *disk.filters):
+        return True
+    if disk.qdev and name == qdev_id(disk.qdev):
+        return True
+    return disk.active is not None and _names_layer(disk.active, name, cwd)
+
+
+def qdev_id(qdev: str) -> str:
+    """The id that a person gave to the device with this QOM path; "" where none did."""
+    if not qdev.startswith("/"):
+        return qdev
+    parts = qdev.split("/")
+    return parts[3] if parts[1:3] == ["machine", "peripheral"] and len(parts) > 3 else ""
+
+
+def _of_device(graph: BlockGraph, device: Raw) -> Disk:
+    alias = str(device.get("device") or "")
+    qdev = str(device.get("qdev") or "")
+    inserted = (device.get("inserted") or {}).get("node-name")
+    layer = graph.below_filters(inserted)
+    root = graph.root(layer) if layer else ""
+    name = qdev_id(qdev) or alias or root or qdev
+    return Disk(
+        name=name,
+        device=alias,
+        qdev=qdev,
+        removable=bool(device.get("removable", False)),
+        io_status=str(device.get("io-status") or ""),
+        **_layers(graph, layer),  # type: ignore[arg-type]
+    )
+
+
+def _of_node(graph: BlockGraph, layer: str, exports: tuple[str, ...]) -> Disk:
+    return Disk(name=layer, exports=exports, **_layers(graph, layer))  # type: ignore[arg-type]
+
+
+def _layers(graph: BlockGraph, layer: str | None) -> dict[str, object]:
+    if layer is None:
+        return {}
+    root = graph.root(layer)
+    chain = graph.chain(layer)
+    filters = graph.filters(root)
+    held = set(chain) | set(filters)
+    jobs = tuple(job.id for job in graph.jobs.values() if held & set(job.nodes.values()))
+    return {
+        "chain": tuple(read_image(graph, name) for name in chain),
+        "root": root,
+        "filters": tuple(filters),
+        "jobs": jobs,
+    }
+
+
+def _has_layer_above(graph: BlockGraph, name: str) -> bool:
+    """Whether another layer backs on this node, or a format lives in it."""
+    todo, seen = [name], {name}
+    while todo:
+        for parent in graph.parents.get(todo.pop(), ()):
+            if graph.below_filters(parent) == parent:
+                return True
+            if parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return False
+
+
+def _is_format(graph: BlockGraph, name: str) -> bool:
+    return "file" in graph.nodes[name].children or "backing" in graph.nodes[name].children

@@ -1,0 +1,208 @@
+"""QEMU's block graph, read from three queries: nodes, the edges between them, who uses them.
+
+``query-named-block-nodes`` tells each node (flat: the nested form grows with the square of a
+chain), ``query-block`` and ``query-block-exports`` who uses them, and
+``x-debug-query-block-graph`` (in every QEMU since 4.0) the edges, which no other query of
+older QEMUs gives: children, and which nodes a block job holds as source and target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmpcommit.errors import CommandRefused
+from qmpcommit.qmp.monitor import Monitor
+
+Raw = Mapping[str, Any]
+
+FILTERS = frozenset(
+    (
+        "blkdebug",
+        "blklogwrites",
+        "blkreplay",
+        "blkverify",
+        "commit_top",
+        "compress",
+        "copy-before-write",
+        "copy-on-read",
+        "backup-top",
+        "mirror_top",
+        "preallocate",
+        "replication",
+        "snapshot-access",
+        "throttle",
+    )
+)
+"""Drivers that pass their one child's contents through and are no layer of a chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node of the graph; `raw` is QEMU's BlockDeviceInfo."""
+
+    name: str
+    driver: str
+    raw: Raw
+    children: Mapping[str, str]
+
+    @property
+    def below(self) -> str | None:
+        """The one child whose contents a filter shows."""
+        for edge in ("file", "backing", "image", "test"):
+            if edge in self.children:
+                return self.children[edge]
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class JobNodes:
+    """The nodes that a block job holds, by the names of QEMU's edges."""
+
+    id: str
+    nodes: Mapping[str, str]
+
+    @property
+    def source(self) -> str | None:
+        """The layer that is copied (an active commit names it so)."""
+        return self.nodes.get("source")
+
+    @property
+    def target(self) -> str | None:
+        """The layer that is written."""
+        return self.nodes.get("target")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGraph:
+    """Nodes, users and jobs, as they were at one moment."""
+
+    nodes: Mapping[str, Node]
+    devices: tuple[Raw, ...]
+    exports: tuple[Raw, ...]
+    jobs: Mapping[str, JobNodes]
+    parents: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def below_filters(self, name: str | None) -> str | None:
+        """The first node at or under `name` that is not a filter."""
+        seen: set[str] = set()
+        while name is not None and name in self.nodes and name not in seen:
+            seen.add(name)
+            if self.nodes[name].driver not in FILTERS:
+                return name
+            name = self.nodes[name].below
+        return None
+
+    def filters(self, name: str | None) -> list[str]:
+        """The filters from `name` down to the first node that is none."""
+        found: list[str] = []
+        while name is not None and name in self.nodes and name not in found:
+            if self.nodes[name].driver not in FILTERS:
+                break
+            found.append(name)
+            name = self.nodes[name].below
+        return found
+
+    def chain(self, name: str | None) -> list[str]:
+        """The layers from `name` down, filters seen through, active layer first."""
+        found: list[str] = []
+        layer = self.below_filters(name)
+        while layer is not None and layer not in found:
+            found.append(layer)
+            layer = self.below_filters(self.nodes[layer].children.get("backing"))
+        return found
+
+    def root(self, name: str) -> str:
+        """The topmost node over `name`: the filters above it included."""
+        seen = {name}
+        while True:
+            above = [
+                p
+                for p in self.parents.get(name, ())
+                if self.nodes[p].driver in FILTERS and p not in seen and self.nodes[p].below == name
+            ]
+            if len(above) != 1:
+                return name
+            name = above[0]
+            seen.add(name)
+
+    def leaf(self, name: str) -> Node:
+        """The protocol node at the bottom of a layer: what holds its bytes."""
+        node = self.nodes[name]
+        seen = {name}
+        while "file" in node.children and node.children["file"] in self.nodes:
+            if node.children["file"] in seen:
+                break
+            node = self.nodes[node.children["file"]]
+            seen.add(node.name)
+        return node
+
+
+async def read_graph(monitor: Monitor) -> BlockGraph:
+    """Ask QEMU for its whole block graph (read-only queries)."""
+    return build_graph(
+        await _nodes(monitor),
+        await _optional(monitor, "query-block", []),
+        await _optional(monitor, "query-block-exports", []),
+        await _optional(monitor, "x-debug-query-block-graph", None),
+    )
+
+
+async def _nodes(monitor: Monitor) -> Any:
+    try:
+        return await monitor.execute("query-named-block-nodes", {"flat": True})
+    except CommandRefused:  # QEMU before 5.0 has no such argument
+        return await monitor.execute("query-named-block-nodes")
+
+
+async def _optional(monitor: Monitor, command: str, otherwise: Any) -> Any:
+    try:
+        return await monitor.execute(command)
+    except CommandRefused:
+        return otherwise
+
+
+def build_graph(
+    nodes: Iterable[Raw], devices: Iterable[Raw], exports: Iterable[Raw], edges: Raw | None
+) -> BlockGraph:
+    """Put the replies together; pure, so that recordings can be read as well."""
+    raw = {node["node-name"]: node for node in nodes if node.get("node-name")}
+    children: dict[str, dict[str, str]] = {
+        name: {c["child"]: c["node-name"] for c in node.get("children") or () if "node-name" in c}
+        for name, node in raw.items()
+    }
+    jobs: dict[str, dict[str, str]] = {}
+    if edges is not None:
+        names = {vertex["id"]: vertex for vertex in edges["nodes"]}
+        for edge in edges["edges"]:
+            parent, child = names[edge["parent"]], names[edge["child"]]
+            if parent["type"] == "block-driver" and parent["name"] in children:
+                children[parent["name"]].setdefault(edge["name"], child["name"])
+            elif parent["type"] == "block-job":
+                jobs.setdefault(parent["name"], {})[edge["name"]] = child["name"]
+    elif not any(children.values()):
+        _guess_children(raw, children)
+    parents: dict[str, set[str]] = {}
+    for name, down in children.items():
+        for child_name in down.values():
+            parents.setdefault(child_name, set()).add(name)
+    return BlockGraph(
+        nodes={n: Node(n, str(r.get("drv", "?")), r, children[n]) for n, r in raw.items()},
+        devices=tuple(devices),
+        exports=tuple(exports),
+        jobs={job: JobNodes(job, held) for job, held in jobs.items()},
+        parents={name: frozenset(up) for name, up in parents.items()},
+    )
+
+
+def _guess_children(raw: Mapping[str, Raw], children: dict[str, dict[str, str]]) -> None:
+    """Join nodes by file names, for a QEMU that tells no edges at all."""
+    by_file: dict[str, list[str]] = {}
+    for name, node in raw.items():
+        by_file.setdefault(str(node.get("file")), []).append(name)
+    for name, node in raw.items():
+        backing = by_file.get(str(node.get("backing_file") or "")) or ()
+        layers = [n for n in backing if n != name and "cluster-size" in raw[n].get("image", {})]
+        if node.get("backing_file") and len(layers) == 1:
+            children[name]["backing"] = layers[0]

@@ -1,0 +1,63 @@
+"""``qmpcommit chain``: the disks and their backing chains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpcommit.cli.options import Answer, Options, common
+
+if TYPE_CHECKING:
+    from qmpcommit.block.chain import Disk
+    from qmpcommit.cli.running import Run
+
+
+@click.command()
+@click.argument("qmp")
+@click.argument("disk", required=False)
+@common
+def chain(qmp: str, disk: str | None, **given: Any) -> Answer:
+    """The disks of a VM and their backing chains, active layer first.
+
+    Layers are numbered as --base and --top of 'qmpcommit commit' take them. With DISK, only
+    that disk.
+    """
+    options = Options.of(**given)
+    from qmpcommit.cli.running import run
+
+    return run(options, lambda running: _chain(running, qmp, disk))
+
+
+async def _chain(running: Run, qmp: str, disk: str | None) -> Answer:
+    from qmpcommit.cli.show import disks_text
+
+    async with running.connect(qmp) as vm:
+        disks = await vm.disks() if disk is None else [await vm.disk(disk)]
+    data = {"vm": vm.name, "disks": [each.model_dump(mode="json") for each in disks]}
+    return Answer(
+        data, disks_text(disks), quiet=running.options.quiet, draw=lambda: _draw(vm.name, disks)
+    )
+
+
+def _draw(vm: str, disks: list[Disk]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from qmpcommit.cli.show import disk_title, image_facts
+
+    tree = Tree(Text(vm, style="bold"))
+    for disk in disks:
+        title = Text(disk.name, style="bold cyan")
+        title.append(f"  {disk_title(disk)}", style="not bold dim")
+        branch = tree.add(title)
+        if not disk.chain:
+            branch.add(Text("empty", style="dim"))
+        for place, image in enumerate(disk.chain):
+            line = Text(image.filename, style="green" if place == 0 else "")
+            line.append(f"  {image_facts(image, place)}", style="dim")
+            branch = branch.add(line)
+    if not disks:
+        tree.add(Text("no disks", style="dim"))
+    Console(highlight=False).print(tree, soft_wrap=True)

@@ -1,0 +1,122 @@
+"""A job in the foreground: its bar, Ctrl-C, the deadline, and what is said of its end."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from typing import Any
+
+from qmpcommit.cli.options import Interrupted
+from qmpcommit.cli.running import Run
+from qmpcommit.cli.show import outcome_text
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.errors import DeadlineExceeded, MonitorLost, QmpCommitError
+from qmpcommit.session import Session
+
+
+def take_up(qmp: str, job_id: str) -> str:
+    """How to go on with a job, for a person to type."""
+    return f"qmpcommit pivot|keep|abort {shlex.quote(qmp)} {job_id}"
+
+
+class Foreground:
+    """Follows the one job of a session.
+
+    A first Ctrl-C cancels the job, or waits for its end where it was decided already; a second
+    one leaves it in QEMU. The job of an own commit has the deadline as its own; for one that
+    was adopted, only the waiting ends.
+    """
+
+    def __init__(self, run: Run, vm: Session, qmp: str, *, adopted: bool = False) -> None:
+        self._run, self._vm, self._qmp, self._adopted = run, vm, qmp, adopted
+        self._left: str | None = None
+        self._ended = False
+        self._leaving: asyncio.Task[None] | None = None
+        run.on_signal = self._signal
+        run.on_deadline = self._deadline
+
+    @property
+    def _job(self) -> CommitJob | None:
+        """The job, from the moment that it is about to be sent until it has ended."""
+        return next(iter(self._vm._jobs), None)
+
+    def _signal(self, times: int) -> None:
+        job = self._job
+        if job is None or (job.adopted and job.state.decision is None):
+            if times == 1 and not self._ended:
+                self._run.cancel()  # nothing was sent yet
+        elif times == 1:
+            if job.state.running and job.state.decision is None:
+                job.abort()
+            if sys.stderr.isatty() and not self._run.options.quiet:
+                doing = "ending" if job.state.decision else "cancelling"
+                print(f"\r{doing} the job; Ctrl-C again leaves it running", file=sys.stderr)
+        else:
+            self._leave(job, "interrupted")
+
+    def _deadline(self) -> None:
+        job = self._job
+        if job is None or (job.adopted and job.state.decision is None):
+            if not self._ended:
+                self._run.cancel()
+        elif self._adopted:
+            self._leave(job, "deadline")
+
+    def _leave(self, job: CommitJob, why: str) -> None:
+        if self._leaving is None:
+            self._left = why
+            self._leaving = asyncio.get_running_loop().create_task(job.detach())
+
+    async def start(self, **options: Any) -> CommitJob:
+        """Start a commit; raises what `Session.commit` raises, and `Interrupted`."""
+        try:
+            return await self._vm.commit(**options)
+        except MonitorLost as error:
+            if self._left is not None:
+                raise await self._has_left(str(error.job_id), error.disk or "") from None
+            raise
+
+    async def end(self, job: CommitJob) -> CommitOutcome:
+        """Wait for the outcome; raises what `CommitJob.wait` raises, and `Interrupted`."""
+        try:
+            outcome = await job.wait()
+        except QmpCommitError as error:
+            self._ended = True
+            if self._left is not None:
+                raise await self._has_left(job.id, job.plan.disk.name) from None
+            if self._run.signals:
+                raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
+            raise
+        self._ended = True
+        if self._run.signals:
+            raise self._interrupted(outcome)
+        return outcome
+
+    async def _has_left(self, job_id: str, disk: str) -> QmpCommitError:
+        """The error of a job that goes on without us."""
+        if self._leaving is not None:
+            await self._leaving
+        where = {"vm": self._vm.name, "disk": disk, "job_id": job_id}
+        on = (
+            f"Job {job_id} is left running in QEMU. Take it up again with"
+            f" '{take_up(self._qmp, job_id)}', and see 'qmpcommit jobs {shlex.quote(self._qmp)}'"
+        )
+        if self._left == "deadline":
+            seconds = self._run.options.timeout
+            return DeadlineExceeded(f"the job did not end within {seconds:g} s. {on}", **where)
+        return Interrupted(f"interrupted twice. {on}", **where)
+
+    def _interrupted(self, outcome: CommitOutcome) -> Interrupted:
+        if outcome.action == "abort":
+            said = "interrupted, and the job was cancelled"
+        else:
+            said = "interrupted, but the job had been decided already and has ended"
+        return Interrupted(
+            f"{said}. {outcome_text(outcome)}",
+            vm=outcome.vm,
+            disk=outcome.disk,
+            job_id=outcome.job_id,
+            outcome=outcome.model_dump(mode="json"),
+        )

@@ -1,0 +1,74 @@
+"""``qmpcommit jobs``: what runs, and what to do about it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpcommit.cli.options import Answer, Options, common
+
+if TYPE_CHECKING:
+    from qmpcommit.cli.running import Run
+
+
+@click.command()
+@click.argument("qmp")
+@common
+def jobs(qmp: str, **given: Any) -> Answer:
+    """The block jobs of a VM: phase, progress, disk, and what to do next."""
+    options = Options.of(**given)
+    from qmpcommit.cli.running import run
+
+    return run(options, lambda running: _jobs(running, qmp))
+
+
+async def _jobs(running: Run, qmp: str) -> Answer:
+    from qmpcommit.cli.show import jobs_text
+
+    async with running.connect(qmp) as vm:
+        entries = await vm.execute("query-block-jobs")
+        disks = await vm.disks() if entries else []
+    on = {job: disk.name for disk in disks for job in disk.jobs}
+    found = [_job(entry, on.get(str(entry["device"])), qmp) for entry in entries]
+    data = {"vm": vm.name, "jobs": found}
+    return Answer(data, jobs_text(found), quiet=running.options.quiet)  # type: ignore[arg-type]
+
+
+def _job(entry: dict[str, Any], disk: str | None, qmp: str) -> dict[str, Any]:
+    from qmpcommit.commit.plan import JOB_PREFIX
+
+    name = str(entry["device"])
+    return {
+        "id": name,
+        "type": entry["type"],
+        "status": entry["status"],
+        "ready": bool(entry["ready"]),
+        "current": entry["offset"],
+        "total": entry["len"],
+        "speed": entry["speed"],
+        "io_status": entry["io-status"],
+        "disk": disk,
+        "ours": name.startswith(JOB_PREFIX),
+        "error": entry.get("error"),
+        "next": _next(entry, name, shlex.quote(qmp)),
+    }
+
+
+def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
+    """What a person should do about a job that goes no further by itself."""
+    if entry["io-status"] == "nospace":
+        return "stopped: no space left under the base; make room, then resume it (job-resume)"
+    if entry["io-status"] == "failed":
+        return "stopped by an I/O error; repair the storage, then resume it (job-resume)"
+    if entry["type"] != "commit":
+        return None
+    if entry["status"] in ("ready", "standby"):
+        return f"READY: decide with 'qmpcommit pivot|keep|abort {qmp} {name}'"
+    if entry["status"] == "concluded":
+        return (
+            f"has ended: 'qmpcommit chain {qmp}' shows what its disk uses;"
+            f" 'qmpcommit abort {qmp} {name}' clears it away"
+        )
+    return None

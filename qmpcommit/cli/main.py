@@ -1,0 +1,213 @@
+"""The command's entry: the table of commands, and what is printed in the end.
+
+Nothing but click is imported until a command runs, so that ``--help`` and ``--version`` answer
+at once. Every way out passes `main`: one JSON object with ``--json``, text for people without,
+and the exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from qmpcommit import __version__
+from qmpcommit.cli.options import Answer, Interrupted
+from qmpcommit.errors import (
+    ConnectError,
+    DiskNotFound,
+    InvalidRequest,
+    JobNotFound,
+    MonitorBusy,
+    NotReady,
+    OnlyIfFailed,
+    PolicyRequired,
+    QmpCommitError,
+)
+
+FAILED, USAGE, OTHERWISE, NOT_FOUND, NOT_READY, INTERRUPTED = 1, 2, 3, 4, 5, 130
+
+_STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
+    (Interrupted, INTERRUPTED),
+    (InvalidRequest, USAGE),
+    (PolicyRequired, USAGE),
+    (OnlyIfFailed, OTHERWISE),
+    (MonitorBusy, FAILED),  # it is there, and somebody has it
+    (ConnectError, NOT_FOUND),
+    (DiskNotFound, NOT_FOUND),
+    (JobNotFound, NOT_FOUND),
+    (NotReady, NOT_READY),
+)
+
+COMMANDS = {
+    "chain": ("chain:chain", "The disks and their backing chains, drawn as a tree."),
+    "commit": ("commit:commit", "Commit a disk's overlay into its backing file, and decide."),
+    "jobs": ("jobs:jobs", "Block jobs, their phase and progress."),
+    "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
+    "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
+    "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
+    "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
+}
+"""Name, home in this package, and the line in the list of commands."""
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in the order of a commit's life."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(f"qmpcommit.cli.{module}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List them without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+EPILOG = """\
+\b
+Exit status:
+  0    done as asked
+  1    failed, nothing lost
+  2    wrong usage; a missing policy is this
+  3    decided otherwise: an --only-if or --check failed, a hold ran out,
+       another client was first
+  4    VM, disk or job not found
+  5    a pivot or keep before READY
+  130  interrupted: the job is cancelled first; a second Ctrl-C leaves it
+       running and says how to take it up again
+"""
+
+
+@click.command(
+    cls=Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+)
+@click.version_option(__version__, prog_name="qmpcommit", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Live block commit over QMP, both phases of it.
+
+    QMP is the path of a QEMU monitor's socket (-qmp unix:PATH,server=on,wait=off) or
+    tcp:HOST:PORT; DISK a qdev id or QOM path, drive alias, node-name or image file.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any byte
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status = _say(_call(arguments), as_json)
+    except (KeyboardInterrupt, click.Abort):
+        # Where a job could have been started, signals do not come as exceptions.
+        status = _complain(Interrupted("interrupted; nothing was sent"), as_json)
+    except click.ClickException as error:
+        status = _complain(error, as_json)
+    except QmpCommitError as error:
+        status = _complain(error, as_json)
+    except Exception as error:  # a bug, of which a user needs no traceback
+        if _verbose(arguments):
+            import traceback
+
+            traceback.print_exc()
+        status = _complain(error, as_json)
+    sys.exit(status)
+
+
+def _call(arguments: list[str]) -> Any:
+    return cli.main(arguments, prog_name="qmpcommit", standalone_mode=False)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _verbose(arguments: Sequence[str]) -> bool:
+    return any(a == "--verbose" or (a[:2] == "-v" and not a.strip("-v")) for a in arguments)
+
+
+def _say(answer: object, as_json: bool) -> int:
+    if not isinstance(answer, Answer):
+        return answer if isinstance(answer, int) else 0  # --help and --version
+    if as_json:
+        _print_json(answer.data)
+    elif not answer.quiet:
+        if answer.draw is not None and sys.stdout is not None and sys.stdout.isatty():
+            answer.draw()
+        else:
+            _print(answer.text)
+    return answer.status
+
+
+def _complain(error: Exception, as_json: bool) -> int:
+    """Say what went wrong, as one paragraph or one object; the exit status."""
+    status = FAILED
+    said: dict[str, object]
+    if isinstance(error, QmpCommitError):
+        said = error.to_dict()
+        status = next((s for kind, s in _STATUS if isinstance(error, kind)), FAILED)
+    elif isinstance(error, click.ClickException):
+        said = {"type": "UsageError", "message": _usage_message(error)}
+        status = USAGE
+    else:
+        said = {
+            "type": type(error).__name__,
+            "message": f"unexpected {type(error).__name__}: {error}. This is a bug in qmpcommit;"
+            " please report it, with what the same command prints with -v",
+        }
+    if as_json:
+        _print_json({"error": said})
+    elif sys.stderr is not None:
+        paragraph = " ".join(str(said["message"]).split())
+        print(f"qmpcommit: {paragraph}", file=sys.stderr)
+    return status
+
+
+def _usage_message(error: click.ClickException) -> str:
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "qmpcommit"
+    return f"{message}. See '{where} --help'"
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    _print(json.dumps(value))
+
+
+def _print(text: str) -> None:
+    """To standard output, where nobody may be reading any more."""
+    if sys.stdout is None:
+        return
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"qmpcommit: can't write to standard output: {error.strerror}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

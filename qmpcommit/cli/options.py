@@ -1,0 +1,67 @@
+"""What every command takes and gives; imports nothing that costs time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from qmpcommit.errors import QmpCommitError
+from qmpcommit.units import parse_seconds
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Interrupted(QmpCommitError):
+    """Ctrl-C or SIGTERM; `outcome` is how the job ended, where it was seen to end."""
+
+    FACTS = ("vm", "disk", "job_id", "outcome")
+    outcome: dict[str, Any] | None
+
+
+class Answer(NamedTuple):
+    """What a command has to say: as JSON, as text, or (on a terminal) by drawing it."""
+
+    data: Mapping[str, Any]
+    text: str
+    status: int = 0
+    quiet: bool = False
+    draw: Callable[[], None] | None = None
+
+
+class Options(NamedTuple):
+    """The options that all commands have; `deadline` is on `time.monotonic`'s clock."""
+
+    as_json: bool
+    quiet: bool
+    verbose: int
+    timeout: float | None
+    deadline: float | None
+
+    @classmethod
+    def of(cls, as_json: bool, quiet: bool, verbose: int, timeout: str | None) -> Options:
+        """From the command line; raises `InvalidRequest`."""
+        seconds = None if timeout is None else parse_seconds(timeout, "timeout")
+        deadline = None if seconds is None else time.monotonic() + seconds
+        return cls(as_json, quiet, verbose, seconds, deadline)
+
+
+_COMMON = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress, and no text but errors."),
+    click.option(
+        "--timeout",
+        metavar="S",
+        help="Seconds for all of it, connecting included (also 500ms, 2min).",
+    ),
+    click.option("--verbose", "-v", count=True, help="Log to standard error; -vv for detail."),
+)
+
+
+def common(command: F) -> F:
+    """Add the options that all commands have."""
+    for option in reversed(_COMMON):
+        command = option(command)
+    return command

@@ -1,0 +1,120 @@
+"""Runs a command's coroutine under its deadline and under Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from qmpcommit import log
+from qmpcommit.cli.options import Answer, Interrupted, Options
+from qmpcommit.errors import DeadlineExceeded
+from qmpcommit.session import Session
+
+GREETING = 5.0
+"""Seconds that a monitor gets to greet, where the deadline is not before."""
+
+
+class Run:
+    """One running command.
+
+    Until there is a job, Ctrl-C, SIGTERM and the deadline cancel the command's coroutine; what
+    they do later is set with `on_signal` (called with how often there was a signal) and
+    `on_deadline`.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.signals = 0
+        self.timed_out = False
+        self.on_signal: Callable[[int], None] | None = None
+        self.on_deadline: Callable[[], None] | None = None
+        self._main = asyncio.current_task()
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the deadline; None where there is none."""
+        if self.options.deadline is None:
+            return None
+        return max(0.0, self.options.deadline - time.monotonic())
+
+    def connect(self, qmp: str) -> Session:
+        """A session that connects when it is entered, within what time remains."""
+        remaining = self.remaining
+        return Session.connect(
+            qmp, timeout=GREETING if remaining is None else min(GREETING, remaining)
+        )
+
+    def cancel(self) -> None:
+        """End the command's coroutine."""
+        if self._main is not None:
+            self._main.cancel()
+
+    def interrupt(self) -> None:
+        """Ctrl-C or SIGTERM."""
+        self.signals += 1
+        if self.on_signal is not None:
+            self.on_signal(self.signals)
+        elif self.signals == 1:
+            self.cancel()
+
+    def time_is_up(self) -> None:
+        """The deadline has come."""
+        self.timed_out = True
+        if self.on_deadline is not None:
+            self.on_deadline()
+        else:
+            self.cancel()
+
+    def too_late(self, what: str) -> DeadlineExceeded:
+        """The deadline's error."""
+        return DeadlineExceeded(f"{what} within {self.options.timeout:g} s")
+
+
+def run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answer]]) -> Answer:
+    """Run a command to its answer; raises what it raises, and `Interrupted`."""
+    _configure_log(options.verbose)
+    return asyncio.run(_run(options, work))
+
+
+async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answer]]) -> Answer:
+    loop = asyncio.get_running_loop()
+    running = Run(options)
+    if not options.verbose:
+        loop.set_exception_handler(lambda loop, context: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, running.interrupt)
+    remaining = running.remaining
+    if remaining is not None:
+        if not remaining:
+            raise running.too_late("nothing could be done, and nothing was sent,")
+        loop.call_later(remaining, running.time_is_up)
+    try:
+        return await work(running)
+    except asyncio.CancelledError:
+        if running.timed_out:
+            raise running.too_late("it was not done, and nothing was sent,") from None
+        raise Interrupted("interrupted; nothing was sent") from None
+
+
+def _configure_log(verbose: int) -> None:
+    # What the library warns of, the command says in its own words, so it is silent by default.
+    log.threshold = logging.ERROR
+    if not verbose:
+        return
+    log.threshold = logging.DEBUG if verbose > 1 else logging.INFO
+    import structlog
+
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(log.threshold),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

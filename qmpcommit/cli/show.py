@@ -1,0 +1,131 @@
+"""Texts for people: outcomes, disks and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qmpcommit.units import show_size
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from qmpcommit.block.chain import Disk, Image
+    from qmpcommit.commit.outcome import CommitOutcome
+
+
+def outcome_text(outcome: CommitOutcome) -> str:
+    """What happened, which image is active now, what is invalid, how much and how long."""
+    active = outcome.active or outcome.top
+    base, top = outcome.base.filename, outcome.top.filename
+    happened = {
+        "pivot": f"pivoted. The guest now writes to {active}.",
+        "keep": f"kept. The guest goes on writing to {active}; {base} holds everything up to the"
+        " decision.",
+        "abort": f"aborted. The guest goes on writing to {active}, which is whole.",
+        "none": f"merged {top} into {base}. The guest goes on writing to {active}.",
+    }.get(outcome.action, f"{outcome.action}.")
+    lines = [f"{outcome.disk}: {happened}"]
+    if outcome.invalidated:
+        files = ", ".join(outcome.invalidated)
+        lines.append(f"  Invalid from now on, never boot it again: {files}.")
+    lines.append(f"  {show_size(outcome.bytes_committed)} committed{_times(outcome)}.")
+    if outcome.decided_by not in ("", "policy", "caller"):
+        lines.append(f"  Decided by: {outcome.decided_by}.")
+    lines += [f"  Warning: {warning}." for warning in outcome.warnings]
+    return "\n".join(lines)
+
+
+def _times(outcome: CommitOutcome) -> str:
+    times = outcome.timings
+    parts = []
+    for name, since, until in (
+        ("READY after", times.started, times.ready),
+        ("decided after", times.ready, times.decided),
+    ):
+        if since is not None and until is not None:
+            parts.append(f"{name} {_seconds(since, until)}")
+    if times.started is None or times.ended is None:
+        return f" ({', '.join(parts)})" if parts else ""
+    more = f" ({', '.join(parts)})" if parts else ""
+    return f" in {_seconds(times.started, times.ended)}{more}"
+
+
+def _seconds(since: datetime, until: datetime) -> str:
+    return show_seconds((until - since).total_seconds())
+
+
+def show_seconds(seconds: float) -> str:
+    """A time for people: ``12 ms``, ``3.2 s``, ``5:04 min``, ``2:05 h``."""
+    seconds = max(0.0, seconds)
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    return f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def disk_title(disk: Disk) -> str:
+    """One disk's own line: its names, and what runs on it."""
+    names = [
+        f"{kind} {value}"
+        for kind, value in (
+            ("drive", disk.device),
+            ("device", disk.qdev),
+            ("export", ", ".join(disk.exports)),
+        )
+        if value and value != disk.name
+    ]
+    about = names + [f"filter {name}" for name in disk.filters] + [f"job {j}" for j in disk.jobs]
+    return ", ".join(about)
+
+
+def image_facts(image: Image, place: int) -> str:
+    """What is told of a layer beside its file: driver, sizes, node-name."""
+    facts = [image.driver, f"node {image.node_name}"]
+    facts.append(f"{show_size(image.virtual_size)}, {show_size(image.allocated_size)} on the host")
+    if image.read_only:
+        facts.append("read-only")
+    facts.append("active" if place == 0 else f"layer {place}")
+    return ", ".join(facts)
+
+
+def disks_text(disks: list[Disk]) -> str:
+    """The disks as indented lines, each layer under the one that backs on it."""
+    if not disks:
+        return "no disks"
+    return "\n".join(line for disk in disks for line in _disk_lines(disk))
+
+
+def _disk_lines(disk: Disk) -> Iterator[str]:
+    about = disk_title(disk)
+    yield f"{disk.name}" + (f"  ({about})" if about else "")
+    if not disk.chain:
+        yield "  empty"
+    for place, image in enumerate(disk.chain):
+        yield f"{'  ' * (place + 1)}{image.filename}  ({image_facts(image, place)})"
+
+
+def jobs_text(jobs: list[Mapping[str, Any]]) -> str:
+    """The jobs, a paragraph each."""
+    if not jobs:
+        return "no block jobs"
+    return "\n".join(line for job in jobs for line in _job_lines(job))
+
+
+def _job_lines(job: Mapping[str, Any]) -> Iterator[str]:
+    whose = "  (ours)" if job["ours"] else ""
+    on = f" on {job['disk']}" if job["disk"] else ""
+    yield f"{job['id']}{whose}"
+    left = job["total"] - job["current"]
+    yield (
+        f"  {job['type']}{on}: {job['status']}, {show_size(job['current'])} of"
+        f" {show_size(job['total'])}, {show_size(left)} left"
+    )
+    if job["error"]:
+        yield f"  error: {job['error']}"
+    if job["next"]:
+        yield f"  {job['next']}"

@@ -1,0 +1,67 @@
+"""From a monitor's events to the facts about one job, with QEMU's own times of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from qmpcommit.commit import facts
+
+_BLOCK_JOB_EVENTS = {"BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Hearing:
+    """Listens for one job; `times` has when it started, was ready, decided and ended."""
+
+    def __init__(self, job_id: str, tell: Callable[[facts.Fact], None]) -> None:
+        self.times: dict[str, datetime] = {}
+        self._job_id = job_id
+        self._tell = tell
+
+    def link(self, up: bool) -> None:
+        """The monitor's connection ended or came back."""
+        if not up:
+            self._tell(facts.LinkLost())
+
+    def message(self, message: Mapping[str, Any]) -> None:
+        """An event; called in the reader's own step, so it only sorts."""
+        name, data = message["event"], message.get("data")
+        if name == "SHUTDOWN":
+            self._tell(facts.ShuttingDown())
+        elif not isinstance(data, Mapping):
+            return
+        elif name == "JOB_STATUS_CHANGE" and data.get("id") == self._job_id:
+            self._status(str(data.get("status")), message)
+        elif name in _BLOCK_JOB_EVENTS and data.get("device") == self._job_id:
+            self._block_job(name, data, message)
+
+    def _status(self, status: str, message: Mapping[str, Any]) -> None:
+        if status == "created":
+            self._stamp("started", message)
+        elif status in ("waiting", "aborting"):
+            self._stamp("decided", message)
+        self._tell(facts.StatusChanged(status))
+
+    def _block_job(self, name: str, data: Mapping[str, Any], message: Mapping[str, Any]) -> None:
+        done, total = _bytes(data.get("offset")), _bytes(data.get("len"))
+        if name == "BLOCK_JOB_READY":
+            self._stamp("ready", message)
+            self._tell(facts.BecameReady(done, total))
+            return
+        self._stamp("ended", message)
+        error = data.get("error")
+        cancelled = name == "BLOCK_JOB_CANCELLED"
+        self._tell(facts.Ended(cancelled, None if error is None else str(error), done, total))
+
+    def _stamp(self, what: str, message: Mapping[str, Any]) -> None:
+        stamp = message.get("timestamp")
+        with suppress(KeyError, TypeError, OverflowError):
+            since = timedelta(seconds=stamp["seconds"], microseconds=stamp["microseconds"])  # type: ignore[index]
+            self.times.setdefault(what, _EPOCH + since)
+
+
+def _bytes(value: object) -> int:
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,68 @@
+"""What a commit came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from qmpcommit.block.chain import Image
+from qmpcommit.values import Record
+
+Action = Literal["pivot", "keep", "abort", "recycle", "none"]
+
+
+@dataclass(frozen=True)
+class Timings(Record):
+    """When what happened, aware UTC times from QEMU's own event clock where it gave one.
+
+    `decided` is when QEMU acted on the decision; None stands for what did not happen, or
+    happened before we listened.
+    """
+
+    started: datetime | None = None
+    ready: datetime | None = None
+    decided: datetime | None = None
+    ended: datetime | None = None
+
+
+@dataclass(frozen=True)
+class CommitOutcome(Record):
+    """The end of a commit, as confirmed by QEMU's job list and its block graph.
+
+    `status` is ``completed`` or ``cancelled``; `action` what was really done (``none`` for an
+    intermediate layer, which has no second phase); `decided_by` who decided it. `active` is the
+    image that the guest writes to now, `invalidated` the files that must never be booted again,
+    `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
+    """
+
+    status: Literal["completed", "cancelled"]
+    action: Action
+    disk: str
+    job_id: str
+    base: Image
+    top: Image
+    active: Image | None
+    vm: str = ""
+    decided_by: str = ""
+    invalidated: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    bytes_committed: int = 0
+    timings: Timings = Timings()
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class JobProgress(Record):
+    """How far a commit is: bytes done and to do, and the rate in bytes per second.
+
+    `total` grows while the guest writes and may be 0 (an empty overlay), so what is left is
+    ``total - current``, never a quotient. `phase` is that of `qmpcommit.commit.phases.Phase`;
+    `status` is QEMU's own word.
+    """
+
+    current: int
+    total: int
+    bandwidth: float
+    phase: str
+    status: str = ""

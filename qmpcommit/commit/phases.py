@@ -1,0 +1,449 @@
+"""The two-phase commit as a state machine: facts in, actions out, no I/O.
+
+::
+
+    STARTING --began--> COPYING --READY--> READY --decision--> DECIDED
+        |                  |  (an intermediate layer has no READY)  |
+        |                  +-------------------+-------------------+
+        |                                      v  the job concluded, or is gone
+        +--refused--> FINISHED <--dismissed-- ENDED --graph read--> CONFIRMED
+
+`step` takes a `State` and one `Fact` and returns the next state with the `Action`s that the
+driver owes. Facts may come late, twice, out of order or not at all; three rules keep that
+harmless:
+
+* What QEMU says when asked (`Answered`) counts as much as its events: READY, PENDING and the
+  end are taken from either, whichever is first.
+* `block-commit` is sent once. A command whose reply was lost is looked up with ``query-jobs``,
+  never repeated blindly; a decision is repeated only if the job is seen still READY.
+* A pivot and a keep end with the same event, so an end is never believed before the block
+  graph was read back.
+
+In every state that is not FINISHED something is owed: a reply, a reconnection, a decision, or
+at least the next `Tick`, which asks QEMU again. So there is no state without a way on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import assert_never
+
+from qmpcommit.commit.facts import (
+    Accepted,
+    Action,
+    Answered,
+    Ask,
+    BecameReady,
+    Choice,
+    Command,
+    Consult,
+    Decided,
+    Ended,
+    Fact,
+    Finish,
+    GraphRead,
+    JobSeen,
+    LinkBack,
+    LinkDead,
+    LinkLost,
+    ReadGraph,
+    Refused,
+    Relink,
+    Send,
+    ShuttingDown,
+    StatusChanged,
+    Tick,
+    Unanswered,
+    Where,
+)
+
+MAX_TRIES = 20
+"""How often a decision is repeated that QEMU refuses although the job is READY."""
+
+
+ORDERS = {Choice.PIVOT: Command.PIVOT, Choice.KEEP: Command.KEEP, Choice.ABORT: Command.ABORT}
+
+
+class Phase(StrEnum):
+    """Where a commit is."""
+
+    STARTING = "starting"
+    COPYING = "copying"
+    READY = "ready"
+    DECIDED = "decided"
+    ENDED = "ended"
+    CONFIRMED = "confirmed"
+    FINISHED = "finished"
+
+
+class Verdict(StrEnum):
+    """How it ended."""
+
+    PIVOTED = "pivoted"
+    KEPT = "kept"
+    MERGED = "merged"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    REFUSED = "refused"  # QEMU did not accept block-commit: nothing was done
+    NEVER_BEGAN = "never began"  # the reply to block-commit was lost and no such job exists
+    VANISHED = "vanished"  # the job is gone and its end unknown; the overlay is still active
+    VM_GONE = "vm gone"
+    MONITOR_LOST = "monitor lost"
+
+
+# -- state ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that is known about one commit.
+
+    `two_phase` says that top is the active layer. `began` is whether QEMU was seen to know the
+    job, `status` the last status it told. `decision` and `by` are the last decision; `tries`
+    counts how often it was sent, `in_flight` tells that its reply is due, `accepted` whether
+    QEMU took it, `refusal` why it did not. `doubt` is set by ``SHUTDOWN``, `other_vm` when
+    another process answers at the monitor. `listed` tells that the concluded job waits for its
+    dismissal. `trail` are remarks for the outcome's warnings.
+    """
+
+    two_phase: bool
+    phase: Phase = Phase.STARTING
+    linked: bool = True
+    began: bool = False
+    status: str = ""
+    auto_finalize: bool = True
+    decision: Choice | None = None
+    by: str = ""
+    tries: int = 0
+    in_flight: bool = False
+    accepted: bool = False
+    refusal: str | None = None
+    resumed: bool = False
+    doubt: bool = False
+    other_vm: bool = False
+    end: Ended | None = None
+    listed: bool = False
+    done: int = 0
+    total: int = 0
+    verdict: Verdict | None = None
+    error: str | None = None
+    trail: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do."""
+        return self.phase is Phase.FINISHED
+
+    @property
+    def running(self) -> bool:
+        """Whether the job has neither ended nor been refused."""
+        return self.phase in (Phase.STARTING, Phase.COPYING, Phase.READY, Phase.DECIDED)
+
+
+Step = tuple[State, list[Action]]
+
+
+def begin(*, two_phase: bool) -> Step:
+    """A new commit: `block-commit` has to be sent."""
+    return State(two_phase=two_phase), [Send(Command.START)]
+
+
+def adopt(*, two_phase: bool) -> Step:
+    """A job that exists already: QEMU has to be asked where it is."""
+    return State(two_phase=two_phase, phase=Phase.COPYING, began=True), [Ask()]
+
+
+def objection(state: State, choice: Choice) -> str | None:
+    """Why a caller's decision can't be taken now: ``not ready``, ``decided``, ``ended``."""
+    if not state.running:
+        return "ended"
+    if choice is Choice.ABORT:
+        return None
+    if state.phase is Phase.DECIDED:
+        return None if state.decision is choice else "decided"
+    return None if state.phase is Phase.READY else "not ready"
+
+
+def step(state: State, fact: Fact) -> Step:
+    """The next state and what has to be done, after one more fact."""
+    if state.finished:
+        return state, []
+    match fact:
+        case StatusChanged(status):
+            return _status(state, status)
+        case BecameReady(done, total):
+            return _ready(replace(state, began=True, done=done, total=total))
+        case Ended():
+            return replace(state, began=True, end=state.end or fact), []
+        case Answered(job):
+            return _missing(state) if job is None else _seen(state, job)
+        case Accepted(command):
+            return _accepted(state, command)
+        case Refused(command, error, final):
+            return _refused(state, command, error, final)
+        case Decided(choice, by):
+            return _decided(state, choice, by)
+        case GraphRead(where):
+            return _confirmed(state, where)
+        case LinkLost() | Unanswered():
+            lost = replace(state, linked=False, in_flight=False)
+            return lost, [Relink()] if state.linked else []
+        case LinkBack(same_vm):
+            return _back(state, same_vm)
+        case LinkDead(vm_gone):
+            return _dead(state, vm_gone)
+        case ShuttingDown():
+            return replace(state, doubt=state.doubt or state.end is None), []
+        case Tick():
+            return _tick(state)
+    assert_never(fact)
+
+
+def _status(state: State, status: str) -> Step:
+    state = replace(state, status=status)
+    match status:
+        case "created" | "running" | "paused":
+            if state.phase is Phase.STARTING:
+                state = replace(state, phase=Phase.COPYING, began=True)
+            return state, []
+        case "ready" | "standby":
+            return _ready(replace(state, began=True))
+        case "pending" if not state.auto_finalize:
+            return state, [Send(Command.FINALIZE)]
+        case "concluded" | "null" if state.running and (state.began or state.end):
+            return state, [Ask()]
+    return state, []
+
+
+def _ready(state: State) -> Step:
+    """READY was heard or seen; standby counts, since only a READY job can be in it."""
+    match state.phase:
+        case Phase.STARTING | Phase.COPYING:
+            state = replace(state, phase=Phase.READY)
+            if state.decision is Choice.ABORT:
+                return _order(state)
+            if not state.two_phase:
+                # QEMU treats a layer that somebody else writes to as active; there is only
+                # one sane conclusion to the commit of an intermediate layer.
+                return _decided(state, Choice.PIVOT, "qmpcommit")
+            return state, [Consult()]
+        case Phase.DECIDED if state.refusal is not None and state.status != "standby":
+            return _order(state)
+    return state, []
+
+
+def _decided(state: State, choice: Choice, by: str) -> Step:
+    if not state.running or state.decision is choice:
+        return state, []
+    if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
+        return state, []  # too early or too late: `objection` tells the caller why
+    state = replace(state, decision=choice, by=by, tries=0, accepted=False, refusal=None)
+    if state.phase is Phase.STARTING and not state.began:
+        return state, []  # an abort before the job exists waits for it
+    return _order(state)
+
+
+def _order(state: State) -> Step:
+    """Send the decision, once more if it was refused for a state that has passed."""
+    assert state.decision is not None
+    if not state.linked:
+        return replace(state, phase=Phase.DECIDED), []  # asked and sent when the link is back
+    if state.tries >= MAX_TRIES:
+        return _give_up(state, state.refusal or "")
+    order = Send(ORDERS[state.decision])
+    state = replace(state, phase=Phase.DECIDED, tries=state.tries + 1, refusal=None, in_flight=True)
+    return state, [order]
+
+
+def _give_up(state: State, refusal: str) -> Step:
+    """QEMU does not take the decision: the job must not stay in READY, so it is cancelled."""
+    remark = f"QEMU refused to {state.decision}: {refusal}"
+    state = replace(state, trail=(*state.trail, remark), error=state.error or remark)
+    if state.decision is Choice.ABORT:
+        return replace(state, refusal=refusal), []  # nothing stronger exists; ask at each tick
+    return _decided(state, Choice.ABORT, state.by)
+
+
+def _accepted(state: State, command: Command) -> Step:
+    if command is Command.START:
+        state = replace(state, began=True)
+        if state.phase is Phase.STARTING:
+            state = replace(state, phase=Phase.COPYING)
+        if state.decision is Choice.ABORT and state.tries == 0 and state.running:
+            return _order(state)
+        return state, []
+    if command is Command.DISMISS:
+        return _finish(state)
+    if command is Command.RESUME:
+        remark = "the job was paused; it was resumed to carry out the decision"
+        return replace(state, trail=(*state.trail, remark)), []
+    if state.decision is not None and command is ORDERS[state.decision]:
+        state = replace(state, accepted=True, in_flight=False)
+        # QEMU defers the pivot of a paused job until it is resumed, and says "accepted".
+        return state, [Ask()] if state.status == "standby" and state.running else []
+    return state, []
+
+
+def _refused(state: State, command: Command, error: str, final: bool) -> Step:
+    if command is Command.START:
+        return _finish(replace(state, verdict=Verdict.REFUSED, error=error))
+    if command is Command.DISMISS:
+        return _finish(state)  # somebody else dismissed it
+    if state.decision is None or command is not ORDERS[state.decision] or not state.running:
+        return state, []  # RESUME and FINALIZE: the state has passed already
+    state = replace(state, in_flight=False)
+    if final:
+        return _give_up(state, error)
+    return replace(state, refusal=error), [Ask()]
+
+
+def _seen(state: State, job: JobSeen) -> Step:
+    """The job as ``query-jobs`` shows it."""
+    was = state
+    state = replace(
+        state,
+        began=True,
+        status=job.status,
+        done=job.done,
+        total=job.total,
+        auto_finalize=job.auto_finalize,
+    )
+    if not state.running:
+        return _still_listed(state, job)
+    match job.status:
+        case "concluded":
+            end = state.end or Ended(False, job.error, job.done, job.total)
+            if end.error is None and job.error is not None and not end.cancelled:
+                end = replace(end, error=job.error)
+            if was.end is None and job.error is not None and _was_cancelled(state, job.error):
+                end = replace(end, cancelled=True, error=None)
+            end = replace(end, done=job.done, total=job.total)
+            return _ended(replace(state, end=end, listed=True))
+        case "pending" if not state.auto_finalize:
+            return state, [Send(Command.FINALIZE)]
+        case "ready" | "standby":
+            return _seen_ready(state)
+        case "created" | "running" | "paused":
+            if state.phase is Phase.STARTING:
+                state = replace(state, phase=Phase.COPYING)
+            if state.decision is Choice.ABORT and not state.accepted and not state.in_flight:
+                return _order(state)
+    return state, []
+
+
+def _seen_ready(state: State) -> Step:
+    if state.phase in (Phase.STARTING, Phase.COPYING):
+        if state.decision is Choice.ABORT:
+            return _order(replace(state, phase=Phase.READY))
+        return _ready(state)
+    if state.phase is not Phase.DECIDED or state.in_flight:
+        return state, []  # seen before the decision was sent
+    if state.status == "standby":
+        # A job that somebody paused stays in standby, and the decision needs it running. In the
+        # standby of a drain QEMU refuses to resume, and says "ready" again by itself.
+        if state.resumed:
+            return state, []
+        refusal = state.refusal or (None if state.accepted else "the job is paused")
+        return replace(state, resumed=True, refusal=refusal), [Send(Command.RESUME)]
+    if state.refusal is not None or not state.accepted:
+        return _order(state)
+    return state, []
+
+
+def _was_cancelled(state: State, error: str) -> bool:
+    """Whether a concluded job's error stands for a cancellation, which only its event tells."""
+    ours = state.decision is Choice.ABORT and state.accepted
+    return ours or error == "Operation canceled"
+
+
+def _missing(state: State) -> Step:
+    """QEMU knows no such job (any more)."""
+    if not state.running:
+        state = replace(state, listed=False)
+        return _finish(state) if state.phase is Phase.CONFIRMED else (state, [ReadGraph()])
+    if not state.began and state.end is None:
+        return _finish(replace(state, verdict=Verdict.NEVER_BEGAN))
+    if state.other_vm:
+        return _finish(replace(state, verdict=Verdict.VM_GONE))
+    return _ended(replace(state, listed=False))
+
+
+def _ended(state: State) -> Step:
+    return replace(state, phase=Phase.ENDED), [ReadGraph()]
+
+
+def _still_listed(state: State, job: JobSeen) -> Step:
+    """After the end: the link came back, or a tick asked; go on where it was left."""
+    state = replace(state, listed=job.status == "concluded")
+    if state.phase is Phase.ENDED:
+        return state, [ReadGraph()]
+    return state, [Send(Command.DISMISS)] if state.listed else []
+
+
+def _confirmed(state: State, where: Where) -> Step:
+    if state.phase is not Phase.ENDED:
+        return state, []
+    verdict, error, remarks = _judge(state, where)
+    state = replace(
+        state,
+        phase=Phase.CONFIRMED,
+        verdict=verdict,
+        error=state.error or error,
+        trail=state.trail + remarks,
+    )
+    return (state, [Send(Command.DISMISS)]) if state.listed else _finish(state)
+
+
+def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, ...]]:
+    """What happened, from what QEMU said of the job and what the disk uses now."""
+    end = state.end
+    gone = ("the job was dismissed by another client; its end was read from the block graph",)
+    if end is not None and end.cancelled:
+        return Verdict.CANCELLED, None, ()
+    if end is not None and end.error is not None:
+        return Verdict.FAILED, end.error, ()
+    if not state.two_phase:
+        if where in (Where.MERGED, Where.UNUSED):
+            return Verdict.MERGED, None, gone if end is None else ()
+        if end is None:
+            return Verdict.VANISHED, None, ()
+        return Verdict.FAILED, "QEMU reported success, but the layer is still in the chain", ()
+    if where is Where.BASE:
+        return Verdict.PIVOTED, None, gone if end is None else ()
+    if where is Where.UNUSED and end is not None and state.decision is Choice.PIVOT:
+        remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
+        return Verdict.PIVOTED, None, (remark,)
+    if where is Where.OTHER:
+        return Verdict.FAILED, "the disk uses neither the base nor the overlay any more", ()
+    if end is None:
+        return Verdict.VANISHED, None, ()
+    if end.done < end.total:
+        short = f"the job ended with {end.done} of {end.total} bytes copied"
+        return Verdict.FAILED, short, ()
+    return Verdict.KEPT, None, ()
+
+
+def _back(state: State, same_vm: bool | None) -> Step:
+    if state.linked:
+        return state, []
+    return replace(state, linked=True, other_vm=same_vm is False), [Ask()]
+
+
+def _dead(state: State, vm_gone: bool) -> Step:
+    if state.phase is Phase.CONFIRMED:
+        remark = "QEMU went away before the concluded job could be dismissed"
+        return _finish(replace(state, trail=(*state.trail, remark)))
+    verdict = Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST
+    return _finish(replace(state, verdict=verdict))
+
+
+def _tick(state: State) -> Step:
+    """Silence is never trusted for long."""
+    if not state.linked:
+        return state, [Relink()]
+    return replace(state, resumed=False), [Ask()]
+
+
+def _finish(state: State) -> Step:
+    return replace(state, phase=Phase.FINISHED), [Finish()]

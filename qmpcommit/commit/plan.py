@@ -1,0 +1,171 @@
+"""From a request to a checked plan, or to an error before anything is sent."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmpcommit.block.chain import BackingChain, Disk, Image
+from qmpcommit.commit.policy import parse_policy
+from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
+from qmpcommit.units import parse_size
+from qmpcommit.values import Record
+
+JOB_PREFIX = "qmpcommit-"
+"""What the ids of our jobs begin with; only such jobs are ever adopted without being named."""
+
+_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+_UNFIT_STATES = {
+    "inmigrate": "it waits for an incoming migration, and the source host still owns its disks",
+    "postmigrate": "its migration has finished, and the destination host owns its disks",
+    "finish-migrate": "its migration is finishing, and its disks are being handed over",
+}
+
+
+@dataclass(frozen=True)
+class Request(Record):
+    """What a caller asks for; `plan_commit` checks it against the disk."""
+
+    disk: str
+    base: str | int | None = None
+    top: str | int | None = None
+    shallow: bool = False
+    bandwidth: int | str | None = None
+    job_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """A commit that can be sent: `arguments` are those of ``block-commit``.
+
+    `two_phase` tells that top is the active layer. `between` are the layers that lie between
+    top and base and are committed with top.
+    """
+
+    vm: str
+    disk: Disk
+    top: Image
+    base: Image
+    job_id: str
+    two_phase: bool
+    policy: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+    between: tuple[Image, ...] = ()
+
+    @property
+    def invalidated(self) -> list[str]:
+        """The files that a successful pivot or merge leaves invalid, top first."""
+        return [image.filename for image in (self.top, *self.between)]
+
+
+def plan_commit(
+    vm: str, disk: Disk, request: Request, policy: object, cwd: str | None = None
+) -> Plan:
+    """Check a request against a disk, before anything is sent.
+
+    Raises `PolicyRequired`, `ChainError`, `JobConflict` or `InvalidRequest`.
+    """
+    bandwidth = parse_size(request.bandwidth or 0, "bandwidth")
+    if policy is not None:
+        policy = parse_policy(policy)
+    try:
+        top, base = _layers(disk, request, cwd)
+        if top == 0:
+            policy = parse_policy(policy)
+        _no_job(disk)
+    except (ChainError, JobConflict, PolicyRequired) as error:
+        error.add(vm=vm, disk=disk.name)
+        raise
+    job_id = check_job_id(request.job_id) if request.job_id is not None else new_job_id(disk)
+    chain = disk.chain
+    arguments: dict[str, Any] = {
+        "job-id": job_id,
+        "device": disk.root,
+        "top-node": chain[top].node_name,
+        "base-node": chain[base].node_name,
+        "auto-dismiss": False,
+    }
+    if bandwidth:
+        arguments["speed"] = bandwidth
+    return Plan(
+        vm=vm,
+        disk=disk,
+        top=chain[top],
+        base=chain[base],
+        job_id=job_id,
+        two_phase=top == 0,
+        policy=policy,
+        arguments=arguments,
+        between=chain[top + 1 : base],
+    )
+
+
+def _layers(disk: Disk, request: Request, cwd: str | None) -> tuple[int, int]:
+    chain = BackingChain(disk, cwd)
+    if not disk.chain:
+        raise ChainError(f"{disk} has no medium, so there is nothing to commit. Nothing was sent")
+    if len(disk.chain) == 1:
+        raise ChainError(
+            f"{disk} has no backing file: {disk.chain[0]} is all there is, so there is nothing to"
+            " commit into. Nothing was sent"
+        )
+    if request.shallow and request.base is not None:
+        raise InvalidRequest("give shallow or a base, not both: shallow is top's own backing file")
+    top = 0 if request.top is None else chain.find(request.top, "top")
+    if top == len(disk.chain) - 1:
+        raise ChainError(
+            f"top {disk.chain[top]} is the bottom of {disk}'s chain: it has no backing file to"
+            " commit into. Nothing was sent"
+        )
+    if request.base is not None:
+        base = chain.find(request.base, "base")
+    else:
+        base = top + 1 if request.shallow else len(disk.chain) - 1
+    if base == top:
+        raise ChainError(
+            f"base and top are the same layer of {disk}, {disk.chain[base]}; base must be below"
+            " top. Nothing was sent"
+        )
+    if base < top:
+        raise ChainError(
+            f"base {disk.chain[base]} is not below top {disk.chain[top]} in {disk}'s chain but"
+            " above it; a commit writes downwards. Nothing was sent"
+        )
+    return top, base
+
+
+def _no_job(disk: Disk) -> None:
+    if disk.jobs:
+        raise JobConflict(
+            f"{disk} has a block job already: {', '.join(disk.jobs)}. Wait for it, or end it"
+            " (qmpcommit jobs shows it; qmpcommit pivot, keep or abort end a commit's second"
+            " phase). Nothing was sent",
+            job_id=disk.jobs[0],
+        )
+
+
+def check_vm_state(vm: str, status: str) -> None:
+    """Refuse a VM whose disks are not its own to write (``query-status``)."""
+    if status in _UNFIT_STATES:
+        raise VMStateError(
+            f"{vm} can't commit in the state '{status}': {_UNFIT_STATES[status]}. Nothing was sent",
+            vm=vm,
+            status=status,
+        )
+
+
+def new_job_id(disk: Disk) -> str:
+    """A job id of ours, telling the disk and differing each time."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "", disk.name)[-32:] or "disk"
+    return f"{JOB_PREFIX}{name}-{os.urandom(4).hex()}"
+
+
+def check_job_id(job_id: str) -> str:
+    """A caller's job id, as QEMU takes them: a letter, then letters, digits and ``-._``."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id) or len(job_id) > 255:
+        raise InvalidRequest(
+            f"'{job_id}' is no job id: a letter, then letters, digits, '-', '.' and '_'"
+        )
+    return job_id

@@ -1,0 +1,268 @@
+"""What to do when a commit is READY: policies, as values that travel through JSON.
+
+What no policy can do: at READY the base **already holds** the overlay's data, whatever is
+decided. A test of whether the changes deserve to be committed at all runs before the commit
+(``only_if``), not in a policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from qmpcommit.block.chain import Image
+from qmpcommit.errors import InvalidRequest, PolicyRequired
+from qmpcommit.tasks import to_the_end
+from qmpcommit.units import parse_seconds
+from qmpcommit.values import Record
+
+
+@dataclass(frozen=True)
+class Pivot(Record):
+    """Make the base the active image (``job-complete``); the overlay is invalid from then on."""
+
+    kind: Literal["pivot"] = field(default="pivot", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Keep(Record):
+    """Keep the overlay active (``block-job-cancel`` with ``force: false``).
+
+    The base then holds everything up to that instant. QEMU leaves the overlay's clusters
+    allocated, so the next commit copies them again.
+    """
+
+    kind: Literal["keep"] = field(default="keep", kw_only=True)
+
+
+@dataclass(frozen=True)
+class Abort(Record):
+    """Cancel the job by force: the overlay stays active, the base is half-written or ahead."""
+
+    kind: Literal["abort"] = field(default="abort", kw_only=True)
+
+
+Decision: TypeAlias = Pivot | Keep | Abort
+"""What a policy comes to in the end."""
+
+
+@dataclass(frozen=True)
+class Hold(Record):
+    """Stay READY until the caller (or another client) decides; after `timeout` s, `otherwise`."""
+
+    timeout: float | None = None
+    otherwise: Decision = Keep()
+    kind: Literal["hold"] = field(default="hold", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            parse_seconds(self.timeout, "hold's timeout")
+
+
+@dataclass(frozen=True)
+class Check(Record):
+    """Run a command at READY; its exit status decides between `passed` (0) and `failed`.
+
+    The command learns the commit from the variables ``QMPCOMMIT_VM``, ``_DISK``, ``_JOB``,
+    ``_BASE``, ``_TOP`` (file names), ``_BASE_NODE`` and ``_TOP_NODE``. What it prints goes to
+    standard error. After `timeout` seconds it is killed and has failed.
+    """
+
+    command: Sequence[str]
+    timeout: float = 60.0
+    passed: Decision = Pivot()
+    failed: Decision = Keep()
+    kind: Literal["check"] = field(default="check", kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "command", check_command(self.command, "Check"))
+        parse_seconds(self.timeout, "check's timeout")
+
+
+AnyPolicy: TypeAlias = Pivot | Keep | Abort | Hold | Check
+"""Every policy that is a value; `Policy` is the same with its JSON discriminator."""
+
+PolicyCall: TypeAlias = "Callable[[Ready], Awaitable[AnyPolicy]]"
+"""An embedder's own policy: asked once, at READY."""
+
+KINDS: Mapping[str, type[AnyPolicy]] = {
+    "pivot": Pivot,
+    "keep": Keep,
+    "abort": Abort,
+    "hold": Hold,
+    "check": Check,
+}
+
+if TYPE_CHECKING:
+    Policy: TypeAlias = AnyPolicy
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Policy":
+        from pydantic import Field
+
+        return Annotated[AnyPolicy, Field(discriminator="kind")]
+    raise AttributeError(name)
+
+
+@dataclass(frozen=True)
+class Ready(Record):
+    """What a policy is told: which commit has reached its second phase.
+
+    `bytes_committed` is what was copied so far, `two_phase` false for the intermediate layers
+    that need no decision.
+    """
+
+    vm: str
+    disk: str
+    job_id: str
+    base: Image
+    top: Image
+    bytes_committed: int = 0
+
+    def environment(self) -> dict[str, str]:
+        """The ``QMPCOMMIT_*`` variables that a command learns this from."""
+        return {
+            "QMPCOMMIT_VM": self.vm,
+            "QMPCOMMIT_DISK": self.disk,
+            "QMPCOMMIT_JOB": self.job_id,
+            "QMPCOMMIT_BASE": self.base.filename,
+            "QMPCOMMIT_TOP": self.top.filename,
+            "QMPCOMMIT_BASE_NODE": self.base.node_name,
+            "QMPCOMMIT_TOP_NODE": self.top.node_name,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A decision and who made it: ``policy``, ``check passed``, ``check failed``, ..."""
+
+    decision: Decision
+    by: str
+
+
+def check_command(command: Sequence[str] | str, what: str) -> tuple[str, ...]:
+    """A command as a tuple of arguments, refused where it could not be run."""
+    if isinstance(command, (str, bytes)) or not isinstance(command, Sequence):
+        raise InvalidRequest(f"{what} takes a command as a list of arguments, not {command!r}")
+    words = tuple(command)
+    if not words or not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise InvalidRequest(f"{what} needs a command: a list of at least one text without NUL")
+    return words
+
+
+def parse_policy(value: object) -> AnyPolicy | PolicyCall:
+    """A policy from what a caller gave: a policy, its dict, its JSON text, or a callable.
+
+    Raises `PolicyRequired` for None and `InvalidRequest` for anything that is no policy.
+    """
+    if value is None:
+        raise PolicyRequired(
+            "committing the active layer has two phases, and nothing says what to do in the"
+            " second: give a policy, Pivot() (--pivot) to make the base the active image, or"
+            " Keep() (--keep-overlay) to keep writing to the overlay. Nothing was sent"
+        )
+    if isinstance(value, AnyPolicy):
+        return value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"""the policy is no JSON ({error}); write for example {{"kind": "pivot"}}"""
+            ) from None
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    if isinstance(value, type) and issubclass(value, Record):
+        raise InvalidRequest(f"give a policy, {value.__name__}(), not its class {value.__name__}")
+    if callable(value):
+        return value
+    raise InvalidRequest(
+        f"{value!r} is no policy; give Pivot(), Keep(), Abort(), Hold() or Check()"
+    )
+
+
+def _from_mapping(value: Mapping[Any, Any]) -> AnyPolicy:
+    kind = KINDS.get(value.get("kind")) if isinstance(value.get("kind"), str) else None  # type: ignore[arg-type]
+    if kind is None:
+        raise InvalidRequest(
+            f"a policy's kind is one of {', '.join(KINDS)}, not {value.get('kind')!r}"
+        )
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(dict(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "policy"
+        raise InvalidRequest(
+            f"the policy {value.get('kind')} is wrong at {where}: {first['msg']}"
+        ) from None
+    except RecursionError:
+        raise InvalidRequest("the policy is nested too deeply") from None
+
+
+def immediate(policy: AnyPolicy | PolicyCall) -> Settled | None:
+    """The decision of a policy that needs no time to come to it."""
+    return Settled(policy, "policy") if isinstance(policy, Decision) else None
+
+
+async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
+    """Come to a decision; raises whatever an embedder's policy raises."""
+    if isinstance(policy, Hold):
+        if policy.timeout is None:
+            await asyncio.get_running_loop().create_future()  # until somebody decides for us
+        await asyncio.sleep(policy.timeout or 0)
+        return Settled(policy.otherwise, "hold expired")
+    if isinstance(policy, Check):
+        status = await run_command(policy.command, ready.environment(), policy.timeout)
+        if status == 0:
+            return Settled(policy.passed, "check passed")
+        return Settled(policy.failed, "check failed")
+    if isinstance(policy, AnyPolicy):
+        return Settled(policy, "policy")
+    answer: object = policy(ready)
+    if inspect.isawaitable(answer):
+        answer = await answer
+    if not isinstance(answer, AnyPolicy):
+        raise InvalidRequest(
+            f"the policy answered {answer!r}; it must answer Pivot(), Keep(), Abort(), Hold() or"
+            " Check()",
+            job_id=ready.job_id,
+        )
+    return await settle(answer, ready)
+
+
+async def run_command(
+    command: Sequence[str], environment: Mapping[str, str], timeout: float
+) -> int | None:
+    """Run a command in a process group of its own; None where it had to be killed for its time.
+
+    What it prints goes to our standard error, since standard output may be a program's JSON.
+    Raises OSError where it can't be started. A cancellation kills it too.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    try:
+        async with asyncio.timeout(timeout):
+            return await process.wait()
+    except TimeoutError:
+        return None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await to_the_end(process.wait())

@@ -1,0 +1,185 @@
+"""From the machine's last state to the outcome, or to the error, that a caller gets."""
+
+from __future__ import annotations
+
+from qmpcommit.block.chain import Image
+from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.outcome import Action, CommitOutcome, Timings
+from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.plan import Plan
+from qmpcommit.errors import (
+    CommitFailed,
+    DeadlineExceeded,
+    JobConflict,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+)
+
+_ACTIONS: dict[Verdict, tuple[Action, Choice | None]] = {
+    Verdict.PIVOTED: ("pivot", Choice.PIVOT),
+    Verdict.KEPT: ("keep", Choice.KEEP),
+    Verdict.CANCELLED: ("abort", Choice.ABORT),
+    Verdict.MERGED: ("none", None),
+}
+
+
+def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings) -> CommitOutcome:
+    """The outcome of a commit that ended in an orderly way."""
+    assert state.verdict is not None
+    action, choice = _ACTIONS[state.verdict]
+    warnings = list(state.trail)
+    by = state.by if choice is state.decision else "another client"
+    if choice is None:
+        by = ""
+    elif by == "another client":
+        asked = f"; this commit had asked for {state.decision}" if state.decision else ""
+        warnings.append(f"another client ended the job with {action}{asked}")
+    if action == "abort" or (action == "keep" and plan.between):
+        warnings.append(_halfway(plan, action))
+    if state.doubt:
+        warnings.append("QEMU was shutting down when the job ended")
+    return CommitOutcome(
+        status="cancelled" if action == "abort" else "completed",
+        action=action,
+        vm=plan.vm,
+        disk=plan.disk.name,
+        job_id=plan.job_id,
+        base=plan.base,
+        top=plan.top,
+        active=active,
+        decided_by=by,
+        invalidated=plan.invalidated if action in ("pivot", "none") else [],
+        bytes_committed=state.done,
+        timings=timings,
+        warnings=warnings,
+    )
+
+
+def _halfway(plan: Plan, action: str) -> str:
+    below = [image.filename for image in (*plan.between, plan.base)]
+    only = f"valid only under {plan.top.filename}"
+    if action == "abort":
+        return f"{', '.join(below)} may hold part of the overlay's data: {only}"
+    return f"{', '.join(below[:-1])} lies over a base that has changed: {only}"
+
+
+def error_of(
+    plan: Plan,
+    state: State,
+    timeout: float | None,
+    lost: QmpCommitError | None,
+    policy_error: BaseException | None,
+) -> QmpCommitError | None:
+    """The error of a commit that did not; None where there is an outcome."""
+    error = _by_verdict(plan, state, lost)
+    if error is None and state.by == "deadline" and state.verdict is Verdict.CANCELLED:
+        error = deadline_error(plan, state, timeout or 0)
+    if error is None and policy_error is not None and state.verdict is Verdict.CANCELLED:
+        error = CommitFailed(
+            f"the policy of {_subject(plan)} failed ({policy_error!r}), so the job was aborted."
+            f" {_still_active(plan)}",
+            error=str(policy_error),
+        )
+        error.__cause__ = policy_error
+    if error is None and state.error is not None:
+        error = CommitFailed(
+            f"{_subject(plan)} failed: {state.error}. {_still_active(plan)}", error=state.error
+        )
+    if error is not None:
+        error.add(vm=plan.vm, disk=plan.disk.name, job_id=plan.job_id)
+    return error
+
+
+def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCommitError | None:
+    subject = _subject(plan)
+    match state.verdict:
+        case Verdict.REFUSED:
+            kind = JobConflict if "in use" in (state.error or "") else CommitFailed
+            return kind(
+                f"QEMU refused to start {subject}: {state.error}. Nothing was changed",
+                error=state.error,
+            )
+        case Verdict.NEVER_BEGAN:
+            return CommitFailed(
+                f"the reply to block-commit for {subject} was lost, and QEMU knows no such job:"
+                " nothing was changed. Run it again",
+            )
+        case Verdict.FAILED:
+            return CommitFailed(
+                f"{subject} failed: {state.error}. {_still_active(plan)}", error=state.error
+            )
+        case Verdict.VANISHED:
+            return CommitFailed(
+                f"{subject}: the job is gone from QEMU and how it ended is unknown."
+                f" {_still_active(plan)}; the base can't be called complete. Commit again",
+            )
+        case Verdict.VM_GONE:
+            return _gone(plan, state, lost)
+        case Verdict.MONITOR_LOST:
+            return MonitorLost(
+                f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
+                f" {plan.job_id} may be running in QEMU still; when the monitor answers again, see"
+                " 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'",
+            )
+    return None
+
+
+def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
+    pivoted = _pivoted(plan, state)
+    top, base = plan.top.filename, plan.base.filename
+    if not plan.two_phase:
+        what = (
+            f"The active image {plan.disk.chain[0].filename} is still the one to boot; whether its"
+            f" backing file is now {base} is in its header (qemu-img info)"
+        )
+    elif pivoted:
+        what = f"The pivot had completed before: boot from {base}; {top} is stale"
+    elif pivoted is None:
+        what = (
+            f"The pivot was ordered and whether it happened is unknown. Compare before booting:"
+            f" 'qemu-img compare {top} {base}'. If they are identical boot from {base}; if not,"
+            " ask the log of QEMU which it used last"
+        )
+    else:
+        what = f"Nothing was pivoted: {top} is still the image to boot, and it is whole"
+    why = lost.message if lost is not None else f"QEMU of {plan.vm} has ended"
+    return VMGone(f"{_subject(plan)}: {why}. {what}", pivoted=pivoted, base=base, top=top)
+
+
+def _pivoted(plan: Plan, state: State) -> bool | None:
+    """Whether the base is the disk now: True, False, or None where it can't be known."""
+    if state.decision is not Choice.PIVOT or not plan.two_phase:
+        return False
+    if state.end is None:
+        return None if state.tries else False
+    if state.end.cancelled or state.end.error is not None:
+        return False
+    return None if state.doubt else True
+
+
+def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded:
+    """The error of a commit that took too long."""
+    if state.verdict is Verdict.CANCELLED:
+        what = f"the job was cancelled. {_still_active(plan)}"
+    else:
+        what = (
+            f"the job did not end when it was cancelled and is left in QEMU; see 'qmpcommit jobs',"
+            f" and end it with 'qmpcommit abort QMP {plan.job_id}'"
+        )
+    return DeadlineExceeded(
+        f"{_subject(plan)} did not end within {timeout:g} s: {what}",
+        vm=plan.vm,
+        disk=plan.disk.name,
+        job_id=plan.job_id,
+    )
+
+
+def _subject(plan: Plan) -> str:
+    return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
+
+
+def _still_active(plan: Plan) -> str:
+    if not plan.two_phase:
+        return f"The chain of {plan.disk} is as it was and whole"
+    return f"{plan.top.filename} is still the active image and whole"

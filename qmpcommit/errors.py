@@ -1,0 +1,147 @@
+"""The one exception tree.
+
+Everything that qmpcommit raises on purpose is a `QmpCommitError`. A message says what
+happened, to which disk of which VM, what state the data is in and what to do next; the same
+facts are attributes, for programs. `to_dict` is what ``--json`` and the daemon print.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QmpCommitError(Exception):
+    """Base of all errors of this package.
+
+    Keyword arguments become attributes (``error.vm``, ``error.disk``, ``error.job_id``, ...);
+    those that a subclass declares in `FACTS` exist always, as None where nothing is known.
+    """
+
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id")
+
+    vm: str | None
+    disk: str | None
+    job_id: str | None
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.message = message
+        for name in self.FACTS:
+            setattr(self, name, None)
+        self.facts = {}
+        self.add(**facts)
+
+    facts: dict[str, object]
+
+    def add(self, **facts: object) -> None:
+        """Bind facts that were not known where the error was raised; known ones stay."""
+        for name, value in facts.items():
+            if value is not None and self.facts.get(name) is None:
+                self.facts[name] = value
+                setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, object]:
+        """The error as JSON-ready members: ``type``, ``message`` and the known facts."""
+        return {"type": type(self).__name__, "message": self.message, **self.facts}
+
+
+class ConnectError(QmpCommitError):
+    """No QMP session could be opened: nothing listens there, or what does is not a monitor."""
+
+    FACTS = ("vm", "disk", "job_id", "address")
+    address: str | None
+
+
+class MonitorBusy(ConnectError):
+    """The monitor accepts the connection but does not greet: another client holds it."""
+
+
+class MonitorLost(QmpCommitError):
+    """The monitor went away and did not come back; QEMU may still be running, and so may jobs."""
+
+
+class VMGone(QmpCommitError):
+    """QEMU itself has ended, or another QEMU answers at its address.
+
+    `pivoted` is True when the pivot is known to have happened before (the base holds the
+    disk), False when it is known not to have (the overlay does), None when it can't be told.
+    """
+
+    FACTS = ("vm", "disk", "job_id", "pivoted", "base", "top")
+    pivoted: bool | None
+
+
+class CommandRefused(QmpCommitError):
+    """QEMU answered a QMP command with an error; `error_class` and `desc` are QEMU's own."""
+
+    FACTS = ("vm", "disk", "job_id", "command", "error_class", "desc")
+    command: str
+    error_class: str
+    desc: str
+
+
+class ProtocolViolation(QmpCommitError):
+    """A reply is not what QEMU's own schema says; what answers is perhaps no QEMU."""
+
+    FACTS = ("vm", "disk", "job_id", "command")
+    command: str
+
+
+class DiskNotFound(QmpCommitError):
+    """No disk of the VM has that name, or several have; `candidates` lists what there is."""
+
+    FACTS = ("vm", "disk", "job_id", "candidates")
+    candidates: list[str]
+
+
+class ChainError(QmpCommitError):
+    """The backing chain does not allow what was asked (unknown layer, wrong order, no backing)."""
+
+
+class PolicyRequired(QmpCommitError, ValueError):
+    """Committing the active layer needs exactly one policy: pivot, keep, or one that decides."""
+
+
+class InvalidRequest(QmpCommitError, ValueError):
+    """An argument has no meaning: a malformed size, time, address or policy."""
+
+
+class OnlyIfFailed(QmpCommitError):
+    """The ``only_if`` command did not succeed, so the commit was not begun."""
+
+    FACTS = ("vm", "disk", "job_id", "command", "exit_status")
+    exit_status: int | None
+
+
+class VMStateError(QmpCommitError):
+    """The VM is in a state in which its disks are not its own to write (``query-status``)."""
+
+    FACTS = ("vm", "disk", "job_id", "status")
+    status: str
+
+
+class NotReady(QmpCommitError):
+    """A pivot or keep was asked before READY; the job goes on unharmed."""
+
+
+class JobNotFound(QmpCommitError):
+    """QEMU has no block job with that id."""
+
+
+class JobConflict(QmpCommitError):
+    """Another job, or another decision, is in the way."""
+
+
+class NoSpace(QmpCommitError):
+    """The storage under the base is full, or too small for what would be committed."""
+
+
+class CommitFailed(QmpCommitError):
+    """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one."""
+
+    FACTS = ("vm", "disk", "job_id", "error")
+    error: str | None
+
+
+class DeadlineExceeded(QmpCommitError, TimeoutError):
+    """It did not end in time; the message says what state that left behind."""

@@ -1,0 +1,1 @@
+"""Speaks QMP; knows nothing of commits."""

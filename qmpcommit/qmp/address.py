@@ -1,0 +1,82 @@
+"""Where a monitor listens: a Unix socket's path, or ``tcp:HOST:PORT``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+from qmpcommit.errors import InvalidRequest
+
+_SUN_PATH = 107  # bytes that Linux's struct sockaddr_un holds, less the closing NUL
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A parsed monitor address; `str()` gives it back as people write it."""
+
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return self.path
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> Address:
+        """Read ``/path``, ``unix:/path`` or ``tcp:HOST:PORT`` (raises `InvalidRequest`)."""
+        text = os.fspath(text)
+        if text.startswith("tcp:"):
+            host, _, port = text[4:].rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+                raise InvalidRequest(
+                    f"'{text}' is no monitor address; write tcp:HOST:PORT, as in tcp:127.0.0.1:4444"
+                )
+            return cls(host=host.strip("[]"), port=int(port))
+        path = text.removeprefix("unix:")
+        if not path or "\0" in path:
+            raise InvalidRequest(
+                "a monitor address is the path of a Unix socket or tcp:HOST:PORT; got an empty one"
+                if not path
+                else "a monitor's socket path can't contain a NUL byte"
+            )
+        if len(os.fsencode(path)) > _SUN_PATH:
+            raise InvalidRequest(
+                f"the socket path '{path}' has {len(os.fsencode(path))} bytes, and a Unix socket's"
+                f" address holds {_SUN_PATH}; use a relative path or a shorter link to it"
+            )
+        return cls(path=path)
+
+    async def open(self) -> socket.socket:
+        """Connect a non-blocking socket (raises OSError); closed again if cancelled."""
+        loop = asyncio.get_running_loop()
+        if self.path is not None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            target: object = self.path
+        else:
+            found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            family, kind, proto, _, target = found[0]
+            sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, target)  # type: ignore[arg-type]
+            if self.path is None:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+def peer_pid(sock: socket.socket) -> int | None:
+    """The process behind a Unix socket (``SO_PEERCRED``), where the system tells."""
+    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    size = struct.calcsize("3i")
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return int(pid) or None

@@ -1,0 +1,344 @@
+"""One QMP monitor: a connection over ``qemu.qmp``, its events, its loss and its return.
+
+A `Monitor` outlives the connections that carry it. Subscribers are registered on the monitor,
+not on a connection, and every connection has its listener before its socket is opened, so no
+event falls between. A command that was sent when the connection broke raises `MonitorLost`
+and is never sent again: whether QEMU ran it is for the caller to ask.
+
+Rests on the QMP specification (``docs/interop/qmp-spec``) and on `qemu.qmp.QMPClient`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+
+from qemu.qmp import ConnectError as QemuConnectError
+from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
+from qemu.qmp.error import QMPError
+from qemu.qmp.qmp_client import ExecuteError
+
+from qmpcommit.errors import (
+    CommandRefused,
+    ConnectError,
+    DeadlineExceeded,
+    MonitorBusy,
+    MonitorLost,
+    VMGone,
+)
+from qmpcommit.log import Log
+from qmpcommit.qmp.address import Address, peer_pid
+from qmpcommit.qmp.client import Tap, dispose, hang_up, new_client
+from qmpcommit.qmp.queries import Queries
+from qmpcommit.qmp.subscriptions import EventStream, Subscribers
+from qmpcommit.tasks import stop, to_the_end
+
+
+class Monitor(Queries):
+    """A QMP monitor, connected when it is entered (``async with``) or awaited.
+
+    `timeout` bounds, in seconds, each attempt to connect up to the greeting;
+    `command_timeout` each command's reply; `patience` how long a lost monitor may take to
+    come back. `name` is what logs and errors call the VM.
+    """
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str] | None,
+        *,
+        name: str | None = None,
+        timeout: float = 5.0,
+        command_timeout: float = 30.0,
+        patience: float = 30.0,
+        client: QMPClient | None = None,
+    ) -> None:
+        self.address = Address.parse(address) if address is not None else None
+        self.name = name or (
+            str(self.address) if self.address else (client and client.name) or "vm"
+        )
+        self.timeout = timeout
+        self.command_timeout = command_timeout
+        self.patience = patience
+        self.log = Log(vm=self.name)
+        self.peer_pid: int | None = None
+        self.shutting_down = False
+        self._shared = client
+        self._client: QMPClient | None = None
+        self._sock: socket.socket | None = None
+        self._tap = Tap(self._dispatch)
+        self.subscribers = Subscribers()
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._opening = asyncio.Lock()
+        self._closed = False
+        if client is not None:
+            client.register_listener(self._tap)
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Connect and negotiate; does nothing where connected.
+
+        Raises `ConnectError` (nothing there, or no monitor) or `MonitorBusy` (accepted, but
+        not greeted within `timeout`).
+        """
+        async with self._opening:
+            if self._closed:
+                raise MonitorLost(f"the session with {self.name} was closed", vm=self.name)
+            if not self.connected:
+                await (self._attach() if self._shared is not None else self._connect())
+        return self
+
+    def __await__(self) -> Any:
+        return self.open().__await__()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Disconnect (a shared client stays connected); safe to repeat, bounded, never raises."""
+        await to_the_end(self._close())
+
+    async def _close(self) -> None:
+        self._closed = True
+        self.subscribers.end()
+        client, self._client = self._client, None
+        if self._shared is not None:
+            with suppress(ValueError, QMPError):
+                self._shared.remove_listener(self._tap)
+            for task in list(self._watchers):
+                await stop(task)
+        elif client is not None:
+            await dispose(client, self._sock)
+        if self._watchers:
+            await asyncio.wait(self._watchers)  # each ends with its connection
+
+    @property
+    def connected(self) -> bool:
+        """Whether a command could be sent now."""
+        return self._client is not None and self._client.runstate is Runstate.RUNNING
+
+    async def _attach(self) -> None:
+        """Follow a client that its owner has connected."""
+        client = self._shared
+        assert client is not None
+        if client.runstate is not Runstate.RUNNING:
+            raise ConnectError(
+                f"the shared QMPClient of {self.name} is not connected; connect it first",
+                vm=self.name,
+            )
+        if not self._watchers:
+            self._client = client
+            self._start(self._follow(client))
+
+    async def _connect(self) -> None:
+        address = self.address
+        assert address is not None
+        client = new_client(f"qmpcommit.{os.getpid()}", self._tap)
+        sock: socket.socket | None = None
+        greeting = False
+        try:
+            async with asyncio.timeout(self.timeout):
+                sock = await address.open()
+                pid = peer_pid(sock)
+                greeting = True
+                await client.connect(sock)
+        except TimeoutError as error:
+            raise (self._busy() if greeting else self._unreachable("no answer", error)) from error
+        except OSError as error:
+            raise self._unreachable(error.strerror or str(error), error) from error
+        except QemuConnectError as error:
+            raise self._no_monitor(error.exc) from error
+        except (QMPError, ValueError, RecursionError) as error:
+            raise self._no_monitor(error) from error
+        finally:
+            if client.runstate is not Runstate.RUNNING and sock is not None:
+                sock.close()
+        if self._features is not None and pid != self.peer_pid:
+            self._features = None
+        self._client, self._sock, self.peer_pid = client, sock, pid
+        self._start(self._watch(client, sock))
+        self._tell(True)
+        self.log.debug("connected", address=str(address), pid=pid)
+
+    def _busy(self) -> MonitorBusy:
+        return MonitorBusy(
+            f"{self.address} accepts connections but sent no QMP greeting within"
+            f" {self.timeout:g} s: another client holds this monitor (QEMU serves one at a time),"
+            " or QEMU is stopped, or this is no monitor. Close the other client, or give QEMU a"
+            " second monitor (another -qmp unix:PATH,server=on,wait=off) and use that. Nothing"
+            " was sent",
+            vm=self.name,
+            address=str(self.address),
+        )
+
+    def _unreachable(self, why: str, error: Exception) -> ConnectError:
+        path = self.address.path if self.address else None
+        hint = "start the VM, or correct the address"
+        if isinstance(error, FileNotFoundError):
+            hint = "no such socket: start the VM with -qmp, or correct the path"
+        elif isinstance(error, PermissionError):
+            hint = "run this as the user that runs QEMU"
+        elif isinstance(error, ConnectionRefusedError) and path:
+            hint = "nothing listens on this socket any more: the VM has ended"
+        return ConnectError(
+            f"can't connect to the monitor at {self.address}: {why} ({hint})",
+            vm=self.name,
+            address=str(self.address),
+        )
+
+    def _no_monitor(self, cause: BaseException) -> ConnectError:
+        what = "it closed the connection" if isinstance(cause, (EOFError, OSError)) else str(cause)
+        what = what.splitlines()[0][:200] if what else type(cause).__name__
+        return ConnectError(
+            f"what listens at {self.address} is not a QMP monitor: {what}. Give the socket of"
+            " QEMU's -qmp option (not that of a guest agent, a console or HMP)",
+            vm=self.name,
+            address=str(self.address),
+        )
+
+    # -- loss and return --------------------------------------------------------------------------
+
+    def _start(self, watching: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(watching, name=f"link of {self.name}")
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+
+    def _tell(self, up: bool) -> None:
+        if up:
+            self.shutting_down = False
+        self.subscribers.link(up)
+
+    async def _watch(self, client: QMPClient, sock: socket.socket) -> None:
+        """Tell subscribers when a connection of ours ends, and clear it away."""
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+        if self._client is client:
+            self.log.info("monitor_lost", shutting_down=self.shutting_down)
+            self._client = None
+            self._tell(False)
+            await dispose(client, sock)
+
+    async def _follow(self, client: QMPClient) -> None:
+        """Tell subscribers of each end and return of a connection that is not ours."""
+        up = True
+        while True:
+            if up is not (client.runstate is Runstate.RUNNING):
+                up = not up
+                self._tell(up)
+                if not up and self.subscribers.none:
+                    self._client = None  # nobody cares; the next command follows it again
+                    return
+            await client.runstate_changed()
+
+    async def restore(self) -> bool | None:
+        """Bring a lost connection back, within `patience` seconds.
+
+        Returns whether the same process answers (None where the system can't tell). Raises
+        `VMGone` when nothing listens there any more, `MonitorLost` when something does but
+        does not greet.
+        """
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self.patience
+        refused_since: float | None = None
+        pause = 0.02
+        before = self.peer_pid
+        while not self.connected:
+            try:
+                await self.open()
+                break
+            except ConnectError as error:
+                now = loop.time()
+                if isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)):
+                    refused_since = refused_since or now
+                    if self.shutting_down or now - refused_since > 2.0:
+                        raise VMGone(
+                            f"QEMU of {self.name} has ended: nothing listens at {self.address}"
+                            " any more",
+                            vm=self.name,
+                        ) from error
+                else:
+                    refused_since = None
+                if now > give_up:
+                    raise MonitorLost(
+                        f"the monitor of {self.name} was lost and did not come back within"
+                        f" {self.patience:g} s: {error.message}",
+                        vm=self.name,
+                    ) from error
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.6, 0.5)
+        return None if before is None or self.peer_pid is None else before == self.peer_pid
+
+    def drop(self) -> None:
+        """Give up a connection that no longer answers; subscribers hear of its loss."""
+        client, sock = self._client, self._sock
+        if self._shared is None and client is not None and sock is not None:
+            hang_up(sock)
+
+    # -- commands and events ----------------------------------------------------------------------
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, **more: object
+    ) -> Any:
+        """Run one QMP command and return its value.
+
+        Keyword arguments are added with ``_`` for ``-`` (``node_name=...``). A monitor that was
+        lost before is connected again first. Raises `CommandRefused` with QEMU's error,
+        `MonitorLost` when the connection broke before the reply (QEMU may have run it), and
+        `DeadlineExceeded` when no reply came within `command_timeout`.
+        """
+        if not self.connected:
+            first = self._shared is not None and not self._watchers
+            await (self.open() if first else self.restore())
+        client = self._client
+        assert client is not None
+        given = {**(arguments or {}), **{k.replace("_", "-"): v for k, v in more.items()}}
+        try:
+            async with asyncio.timeout(self.command_timeout):
+                return await client.execute(command, given or None)
+        except ExecuteError as error:
+            raise CommandRefused(
+                f"QEMU refused {command}: {error.error.error.desc}",
+                vm=self.name,
+                command=command,
+                error_class=error.error.error.class_,
+                desc=error.error.error.desc,
+            ) from None
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"QEMU of {self.name} did not answer {command} within"
+                f" {self.command_timeout:g} s; whether it will run it is unknown",
+                vm=self.name,
+                command=command,
+            ) from error
+        except (ExecInterruptedError, QMPError, OSError) as error:
+            raise MonitorLost(
+                f"the monitor of {self.name} was lost while {command} was under way;"
+                " QEMU may or may not have run it",
+                vm=self.name,
+                command=command,
+            ) from error
+
+    def events(self, *names: str, limit: int = 10_000) -> EventStream:
+        """A stream of typed events, of these names or of all; may be made before `open`."""
+        return EventStream(self.subscribers, frozenset(names), limit)
+
+    def _dispatch(self, message: Mapping[str, Any]) -> None:
+        if not isinstance(message.get("event"), str):
+            return
+        if message["event"] == "SHUTDOWN":
+            self.shutting_down = True
+        self.subscribers.message(message)

@@ -1,0 +1,40 @@
+"""What asyncio leaves to the careful: finishing something although one is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await work that must not be left half done; a cancellation is raised when it has ended.
+
+    The work itself has to be bounded in time.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # the cancellation is the news; what the work said was logged by it
+        raise cancelled
+    return task.result()
+
+
+async def stop(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait until it is over, whatever it says."""
+    task.cancel()
+    await to_the_end(_over(task))
+
+
+async def _over(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,55 @@
+"""What every test has: a short folder, and a look at what it left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose paths are short enough for Unix sockets, in memory where there is some."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="qc-", dir=place, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def nothing_left_behind(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """No task and no socket outlives a test."""
+    before = _sockets()
+    yield
+    async with asyncio.timeout(10):
+        while left := asyncio.all_tasks() - {asyncio.current_task()}:
+            done, _ = await asyncio.wait(left, timeout=2)
+            assert done, f"tasks left behind: {left}"
+    await asyncio.sleep(0)
+    left_open = _sockets() - before
+    assert not left_open, f"sockets left open: {left_open}"
+
+
+def _sockets() -> set[str]:
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that nobody has at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

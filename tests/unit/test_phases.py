@@ -1,0 +1,675 @@
+"""The state machine: each race by name, and any interleaving of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qmpcommit.commit import phases
+from qmpcommit.commit.facts import (
+    Accepted,
+    Action,
+    Answered,
+    Ask,
+    BecameReady,
+    Choice,
+    Command,
+    Consult,
+    Decided,
+    Ended,
+    Fact,
+    Finish,
+    GraphRead,
+    JobSeen,
+    LinkBack,
+    LinkDead,
+    LinkLost,
+    ReadGraph,
+    Refused,
+    Relink,
+    Send,
+    ShuttingDown,
+    StatusChanged,
+    Tick,
+    Unanswered,
+    Where,
+)
+from qmpcommit.commit.phases import Phase, State, Verdict
+from tests.unit.simulated import World
+
+START = Send(Command.START)
+PIVOT = Send(Command.PIVOT)
+KEEP = Send(Command.KEEP)
+ABORT = Send(Command.ABORT)
+DISMISS = Send(Command.DISMISS)
+
+CREATED = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
+COMPLETED = (StatusChanged("waiting"), StatusChanged("pending"), Ended(False, None, 10, 10))
+
+
+def play(*facts: Fact, two_phase: bool = True) -> tuple[State, list[Action]]:
+    """Feed facts; all actions, in order."""
+    state, actions = phases.begin(two_phase=two_phase)
+    for fact in facts:
+        state, more = phases.step(state, fact)
+        actions = actions + more
+    return state, actions
+
+
+def ready(choice: Choice, *facts: Fact) -> tuple[State, list[Action]]:
+    """As `play`, from READY with that decision on."""
+    return play(*CREATED, StatusChanged("ready"), BecameReady(), Decided(choice, "policy"), *facts)
+
+
+def concluded(error: str | None = None, done: int = 10) -> Answered:
+    return Answered(JobSeen("concluded", done, 10, error))
+
+
+def test_a_pivot_from_start_to_end() -> None:
+    state, actions = ready(
+        Choice.PIVOT,
+        Accepted(Command.PIVOT),
+        *COMPLETED,
+        StatusChanged("concluded"),
+        concluded(),
+        GraphRead(Where.BASE),
+        Accepted(Command.DISMISS),
+    )
+    assert actions == [START, Consult(), PIVOT, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert state.verdict is Verdict.PIVOTED
+    assert (state.done, state.total, state.trail) == (10, 10, ())
+
+
+def test_a_keep_from_start_to_end() -> None:
+    state, actions = ready(
+        Choice.KEEP,
+        Accepted(Command.KEEP),
+        *COMPLETED,
+        StatusChanged("concluded"),
+        concluded(),
+        GraphRead(Where.TOP),
+        Accepted(Command.DISMISS),
+    )
+    assert actions == [START, Consult(), KEEP, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert state.verdict is Verdict.KEPT
+
+
+def test_an_intermediate_layer_has_one_phase_and_asks_no_policy() -> None:
+    state, actions = play(
+        *CREATED,
+        *COMPLETED,
+        StatusChanged("concluded"),
+        concluded(),
+        GraphRead(Where.MERGED),
+        Accepted(Command.DISMISS),
+        two_phase=False,
+    )
+    assert actions == [START, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert state.verdict is Verdict.MERGED
+
+
+def test_an_intermediate_layer_that_becomes_ready_is_completed() -> None:
+    _, actions = play(*CREATED, BecameReady(), two_phase=False)
+    assert actions == [START, PIVOT]
+
+
+def test_an_intermediate_layer_still_in_the_chain_is_a_failure() -> None:
+    state, _ = play(*CREATED, *COMPLETED, concluded(), GraphRead(Where.OTHER), two_phase=False)
+    assert state.verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        BecameReady(),
+        StatusChanged("ready"),
+        StatusChanged("standby"),
+        Answered(JobSeen("ready")),
+        Answered(JobSeen("standby")),
+    ],
+)
+def test_ready_is_taken_from_any_source_once(fact: Fact) -> None:
+    state, actions = play(*CREATED, fact)
+    assert state.phase is Phase.READY
+    assert actions == [START, Consult()]
+    for again in (BecameReady(), StatusChanged("ready"), Answered(JobSeen("ready")), Tick()):
+        state, more = phases.step(state, again)
+        assert Consult() not in more
+
+
+@pytest.mark.parametrize("status", ["paused", "running", "created", "waiting"])
+def test_no_other_status_is_ready(status: str) -> None:
+    state, _ = play(*CREATED, StatusChanged(status))
+    assert state.phase is Phase.COPYING
+
+
+def test_ready_before_the_reply_to_block_commit() -> None:
+    state, actions = play(StatusChanged("created"), BecameReady(), Accepted(Command.START))
+    assert state.phase is Phase.READY
+    assert actions == [START, Consult()]
+
+
+def test_a_refused_start_is_an_end_even_after_events_for_the_id() -> None:
+    state, _ = play(
+        StatusChanged("created"), StatusChanged("null"), Refused(Command.START, "negative speed")
+    )
+    assert state.verdict is Verdict.REFUSED
+    assert state.error == "negative speed"
+
+
+def test_a_lost_reply_to_block_commit_is_looked_up_never_sent_again() -> None:
+    state, actions = play(Unanswered(Command.START), LinkBack(True), Answered(JobSeen("running")))
+    assert state.phase is Phase.COPYING
+    assert actions == [START, Relink(), Ask()]
+    state, actions = play(Unanswered(Command.START), LinkBack(True), Answered(None))
+    assert state.verdict is Verdict.NEVER_BEGAN
+    assert actions.count(START) == 1
+
+
+def test_a_pivot_refused_in_standby_is_sent_again_when_ready() -> None:
+    """QEMU 5.2 refuses to complete a job in the standby of a drain."""
+    state, actions = ready(
+        Choice.PIVOT,
+        StatusChanged("standby"),
+        Refused(Command.PIVOT, "in state 'standby' cannot accept"),
+        Answered(JobSeen("standby")),
+        Refused(Command.RESUME, "not paused"),
+        StatusChanged("ready"),
+    )
+    assert actions[2:] == [PIVOT, Ask(), Send(Command.RESUME), PIVOT]
+    assert state.trail == ()
+
+
+def test_a_paused_job_is_resumed_to_carry_out_the_decision() -> None:
+    """QEMU 7.2 and newer accept the pivot and defer it until the job is resumed."""
+    state, actions = ready(
+        Choice.PIVOT,
+        StatusChanged("standby"),
+        Accepted(Command.PIVOT),
+        Answered(JobSeen("standby")),
+        Accepted(Command.RESUME),
+        StatusChanged("ready"),
+    )
+    assert actions[2:] == [PIVOT, Ask(), Send(Command.RESUME)]
+    assert "resumed" in state.trail[0]
+
+
+def test_a_resume_is_tried_again_after_a_tick() -> None:
+    _, actions = ready(
+        Choice.KEEP,
+        Refused(Command.KEEP, "paused"),
+        Answered(JobSeen("standby")),
+        Refused(Command.RESUME, "not paused"),
+        Answered(JobSeen("standby")),
+        Tick(),
+        Answered(JobSeen("standby")),
+    )
+    assert actions.count(Send(Command.RESUME)) == 2
+
+
+def test_a_stale_ready_does_not_send_the_decision_twice() -> None:
+    _, actions = ready(Choice.PIVOT, Answered(JobSeen("ready")), Accepted(Command.PIVOT))
+    assert actions.count(PIVOT) == 1
+    _, actions = ready(Choice.PIVOT, Accepted(Command.PIVOT), Answered(JobSeen("ready")))
+    assert actions.count(PIVOT) == 1
+
+
+def test_a_decision_whose_reply_was_lost_is_sent_again_only_if_still_ready() -> None:
+    _, actions = ready(
+        Choice.PIVOT, Unanswered(Command.PIVOT), LinkBack(True), Answered(JobSeen("ready"))
+    )
+    assert actions.count(PIVOT) == 2
+    for status in ("waiting", "pending", "concluded"):
+        _, actions = ready(
+            Choice.PIVOT, Unanswered(Command.PIVOT), LinkBack(True), Answered(JobSeen(status))
+        )
+        assert actions.count(PIVOT) == 1
+
+
+def test_a_decision_made_while_the_link_is_down_is_sent_when_it_is_back() -> None:
+    _, actions = play(
+        *CREATED,
+        BecameReady(),
+        LinkLost(),
+        Decided(Choice.KEEP, "check failed"),
+        LinkBack(True),
+        Answered(JobSeen("ready")),
+    )
+    assert actions == [START, Consult(), Relink(), Ask(), KEEP]
+
+
+def test_a_decision_that_is_refused_for_ever_aborts_the_job() -> None:
+    state, actions = ready(Choice.PIVOT, Refused(Command.PIVOT, "disabled by policy", final=True))
+    assert actions[-1] == ABORT
+    state, actions = phases.step(state, Ended(True))
+    state, actions = phases.step(state, concluded("Operation canceled"))
+    state, actions = phases.step(state, GraphRead(Where.TOP))
+    assert state.verdict is Verdict.CANCELLED
+    assert state.error is not None
+    assert "disabled by policy" in state.error
+
+
+def test_a_decision_that_is_refused_again_and_again_aborts_the_job() -> None:
+    state, _ = ready(Choice.KEEP)
+    sent = 1
+    for _ in range(phases.MAX_TRIES + 5):
+        state, _ = phases.step(state, Refused(Command.KEEP, "no"))
+        state, actions = phases.step(state, Answered(JobSeen("ready")))
+        sent += actions.count(KEEP)
+        if ABORT in actions:
+            break
+    assert sent == phases.MAX_TRIES
+    assert state.decision is Choice.ABORT
+
+
+@pytest.mark.parametrize(
+    ("where", "verdict"), [(Where.BASE, Verdict.PIVOTED), (Where.TOP, Verdict.KEPT)]
+)
+def test_somebody_else_decides_under_us(where: Where, verdict: Verdict) -> None:
+    state, actions = play(*CREATED, BecameReady(), *COMPLETED, concluded(), GraphRead(where))
+    assert state.verdict is verdict
+    assert state.decision is None
+    assert DISMISS in actions
+
+
+def test_the_first_of_two_clients_wins() -> None:
+    state, _ = ready(
+        Choice.PIVOT,
+        *COMPLETED,
+        StatusChanged("concluded"),
+        Refused(Command.PIVOT, "not found"),
+        concluded(),
+        GraphRead(Where.TOP),
+        Accepted(Command.DISMISS),
+    )
+    assert state.verdict is Verdict.KEPT
+    assert state.decision is Choice.PIVOT
+
+
+def test_a_job_dismissed_by_somebody_else_is_judged_by_the_graph() -> None:
+    state, _ = ready(
+        Choice.PIVOT,
+        Accepted(Command.PIVOT),
+        LinkLost(),
+        LinkBack(True),
+        Answered(None),
+        GraphRead(Where.BASE),
+    )
+    assert state.verdict is Verdict.PIVOTED
+    assert state.trail
+    state, _ = ready(
+        Choice.KEEP,
+        Accepted(Command.KEEP),
+        LinkLost(),
+        LinkBack(True),
+        Answered(None),
+        GraphRead(Where.TOP),
+    )
+    assert state.verdict is Verdict.VANISHED, "a base is not called golden on a guess"
+
+
+def test_a_keep_that_is_short_of_bytes_is_a_failure() -> None:
+    state, _ = ready(
+        Choice.KEEP, Accepted(Command.KEEP), *COMPLETED, concluded(done=9), GraphRead(Where.TOP)
+    )
+    assert state.verdict is Verdict.FAILED
+
+
+def test_an_error_is_a_failure_although_the_event_says_completed() -> None:
+    state, _ = play(
+        *CREATED,
+        StatusChanged("aborting"),
+        Ended(False, "Input/output error"),
+        StatusChanged("concluded"),
+        concluded("Input/output error"),
+        GraphRead(Where.TOP),
+    )
+    assert state.verdict is Verdict.FAILED
+    assert state.error == "Input/output error"
+
+
+def test_an_error_found_only_by_asking() -> None:
+    state, _ = play(
+        *CREATED,
+        LinkLost(),
+        LinkBack(True),
+        concluded("No space left on device"),
+        GraphRead(Where.TOP),
+    )
+    assert state.verdict is Verdict.FAILED
+    assert state.error == "No space left on device"
+
+
+def test_a_cancellation_found_only_by_asking() -> None:
+    state, _ = play(
+        *CREATED, LinkLost(), LinkBack(True), concluded("Operation canceled"), GraphRead(Where.TOP)
+    )
+    assert state.verdict is Verdict.CANCELLED
+
+
+def test_an_abort_before_the_job_exists_waits_for_it() -> None:
+    _, actions = play(Decided(Choice.ABORT, "caller"), *CREATED)
+    assert actions == [START, ABORT]
+    _, actions = play(
+        Decided(Choice.ABORT, "caller"),
+        StatusChanged("created"),
+        BecameReady(),
+        Accepted(Command.START),
+    )
+    assert actions.count(ABORT) == 1
+    assert Consult() not in actions
+
+
+def test_an_abort_while_copying() -> None:
+    state, actions = play(
+        *CREATED,
+        Decided(Choice.ABORT, "caller"),
+        Accepted(Command.ABORT),
+        Ended(True),
+        concluded("Operation canceled"),
+        GraphRead(Where.TOP),
+    )
+    assert state.verdict is Verdict.CANCELLED
+    assert actions[1] == ABORT
+
+
+def test_an_abort_overrides_a_pivot_and_nothing_overrides_an_abort() -> None:
+    state, actions = ready(Choice.PIVOT, Decided(Choice.ABORT, "deadline"))
+    assert actions[-1] == ABORT
+    state, actions = phases.step(state, Decided(Choice.PIVOT, "policy"))
+    assert actions == []
+    assert state.decision is Choice.ABORT
+
+
+@pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP])
+def test_nothing_is_sent_before_ready(choice: Choice) -> None:
+    """A soft cancel before READY would be a hard one."""
+    state, actions = play(*CREATED, Decided(choice, "caller"))
+    assert actions == [START]
+    assert phases.objection(state, choice) == "not ready"
+    assert phases.objection(state, Choice.ABORT) is None
+
+
+def test_objections() -> None:
+    state, _ = play(*CREATED, BecameReady())
+    assert phases.objection(state, Choice.PIVOT) is None
+    state, _ = phases.step(state, Decided(Choice.PIVOT, "caller"))
+    assert phases.objection(state, Choice.PIVOT) is None
+    assert phases.objection(state, Choice.KEEP) == "decided"
+    assert phases.objection(state, Choice.ABORT) is None
+    state, _ = phases.step(state, concluded())
+    assert phases.objection(state, Choice.PIVOT) == "ended"
+
+
+def test_a_job_that_waits_to_be_finalized_is_finalized() -> None:
+    """A held PENDING is a guest whose disk hangs."""
+    state, actions = phases.adopt(two_phase=True)
+    assert actions == [Ask()]
+    for fact in (
+        Answered(JobSeen("ready", auto_finalize=False)),
+        Decided(Choice.PIVOT, "caller"),
+        Accepted(Command.PIVOT),
+        StatusChanged("pending"),
+    ):
+        state, more = phases.step(state, fact)
+        actions = actions + more
+    assert actions == [Ask(), Consult(), PIVOT, Send(Command.FINALIZE)]
+    state, more = phases.step(state, Answered(JobSeen("pending", auto_finalize=False)))
+    assert more == [Send(Command.FINALIZE)]
+
+
+@pytest.mark.parametrize("vm_gone", [True, False])
+def test_a_monitor_that_does_not_come_back_is_an_end(vm_gone: bool) -> None:
+    state, actions = play(*CREATED, LinkLost(), LinkDead(vm_gone))
+    assert state.verdict is (Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST)
+    assert actions[-1] == Finish()
+
+
+def test_an_outcome_that_is_known_survives_the_loss_of_the_monitor() -> None:
+    state, _ = ready(
+        Choice.PIVOT,
+        Accepted(Command.PIVOT),
+        *COMPLETED,
+        concluded(),
+        GraphRead(Where.BASE),
+        LinkLost(),
+        LinkDead(True),
+    )
+    assert state.verdict is Verdict.PIVOTED
+    assert "dismissed" in state.trail[-1]
+
+
+def test_another_qemu_under_the_same_name() -> None:
+    state, _ = play(*CREATED, LinkLost(), LinkBack(False), Answered(None))
+    assert state.verdict is Verdict.VM_GONE
+
+
+def test_a_shutdown_casts_doubt_only_before_the_end() -> None:
+    state, _ = play(*CREATED, BecameReady(), ShuttingDown())
+    assert state.doubt
+    state, _ = play(*CREATED, BecameReady(), *COMPLETED, ShuttingDown())
+    assert not state.doubt
+
+
+def test_a_disk_that_nobody_uses_is_believed_by_what_was_ordered() -> None:
+    state, _ = ready(Choice.PIVOT, *COMPLETED, concluded(), GraphRead(Where.UNUSED))
+    assert state.verdict is Verdict.PIVOTED
+    assert state.trail
+    state, _ = ready(Choice.KEEP, *COMPLETED, concluded(), GraphRead(Where.UNUSED))
+    assert state.verdict is Verdict.KEPT
+    state, _ = ready(Choice.PIVOT, *COMPLETED, concluded(), GraphRead(Where.OTHER))
+    assert state.verdict is Verdict.FAILED
+
+
+def test_a_dismissal_that_was_lost_is_repeated_only_while_the_job_is_listed() -> None:
+    facts = (
+        Accepted(Command.PIVOT),
+        *COMPLETED,
+        concluded(),
+        GraphRead(Where.BASE),
+        Unanswered(Command.DISMISS),
+        LinkBack(True),
+    )
+    state, actions = ready(Choice.PIVOT, *facts, concluded())
+    assert actions.count(DISMISS) == 2
+    state, actions = ready(Choice.PIVOT, *facts, Answered(None))
+    assert actions.count(DISMISS) == 1
+    assert state.finished
+
+
+def test_the_graph_is_read_again_after_the_link_was_lost() -> None:
+    facts = (Accepted(Command.PIVOT), *COMPLETED, concluded(), LinkLost(), LinkBack(True))
+    for answer in (concluded(), Answered(None)):
+        _, actions = ready(Choice.PIVOT, *facts, answer)
+        assert actions.count(ReadGraph()) == 2
+
+
+def test_nothing_more_happens_after_the_end() -> None:
+    state, _ = play(Refused(Command.START, "no"))
+    assert phases.step(state, BecameReady()) == (state, [])
+
+
+# -- any interleaving --------------------------------------------------------------------------
+
+
+class Driver:
+    """Does what `CommitJob` does, on a simulated QEMU, with faults drawn by hypothesis."""
+
+    def __init__(self, world: World, draw: Callable[[int], int], adopted: bool) -> None:
+        self.world = world
+        self.draw = draw
+        self.faults = True
+        self.consulting = False
+        begin = phases.adopt if adopted else phases.begin
+        self.state, owed = begin(two_phase=world.two_phase)
+        self.carry_out(owed)
+
+    def carry_out(self, owed: list[Action]) -> None:
+        for action in owed:
+            match action:
+                case Send(command):
+                    self.send(command)
+                case Ask():
+                    self.asked(lambda: Answered(self.world.query()))
+                case ReadGraph():
+                    self.asked(lambda: GraphRead(self.world.where()))
+                case Consult():
+                    assert not self.consulting, "the policy is asked once"
+                    self.consulting = True
+                case Relink():
+                    self.relink()
+                case Finish():
+                    pass
+
+    def send(self, command: Command) -> None:
+        world = self.world
+        fate = self.draw(12) if self.faults and world.link else 99
+        if not world.link or not world.alive or fate == 0:
+            self.cut()
+            world.told.append(Unanswered(command))  # never reached QEMU
+            return
+        before = world.starts
+        error = world.execute(command)
+        assert world.starts <= 1, "block-commit was sent twice"
+        assert before <= world.starts
+        if fate == 1:
+            self.cut()
+            world.told.append(Unanswered(command))  # done, but the reply was lost
+        elif error is None:
+            world.told.append(Accepted(command))
+        else:
+            world.told.append(Refused(command, error))
+
+    def asked(self, answer: Callable[[], Fact]) -> None:
+        if not self.world.link or (self.faults and self.draw(12) == 0):
+            self.cut()
+            self.world.told.append(LinkLost())
+        else:
+            self.world.told.append(answer())
+
+    def cut(self) -> None:
+        if self.world.link:
+            self.world.link = False
+            if self.draw(2):
+                self.world.told.append(LinkLost())
+
+    def relink(self) -> None:
+        if self.world.alive:
+            self.world.link = True
+            self.world.told.append(LinkBack(True if self.draw(2) else None))
+        else:
+            self.world.told.append(LinkDead(vm_gone=True))
+
+    def take(self) -> None:
+        fact = self.world.told.popleft() if self.world.told else Tick()
+        self.state, owed = phases.step(self.state, fact)
+        self.carry_out(owed)
+
+    def decide(self) -> None:
+        if self.consulting:
+            self.consulting = False
+            choice = list(Choice)[self.draw(3)]
+            self.world.told.append(Decided(choice, "policy"))
+
+
+CHAOS: list[Callable[[Driver], object]] = [
+    Driver.take,
+    Driver.take,
+    Driver.take,
+    Driver.decide,
+    lambda d: d.world.progress(),
+    lambda d: d.world.progress(),
+    lambda d: d.world.drain(True),
+    lambda d: d.world.drain(False),
+    lambda d: d.world.pause(True),
+    lambda d: d.world.pause(False),
+    lambda d: d.cut(),
+    lambda d: d.world.fail(),
+    lambda d: d.world.job in ("ready", "pending") and d.world.execute(Command.PIVOT),
+    lambda d: d.world.job == "ready" and d.world.execute(Command.KEEP),
+    lambda d: d.world.job and d.world.execute(Command.ABORT),
+    lambda d: d.world.job and d.world.execute(Command.DISMISS),
+    lambda d: d.world.told.append(Decided(Choice.ABORT, "caller")),
+    lambda d: d.world.told.append(Tick()),
+]
+QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    script=st.lists(st.integers(0, len(CHAOS) - 1) | st.sampled_from(QUIET), max_size=60),
+    draws=st.lists(st.integers(0, 2**16), max_size=80),
+    two_phase=st.booleans(),
+    defers=st.booleans(),
+    adopted=st.booleans(),
+    auto_dismiss=st.booleans(),
+    auto_finalize=st.booleans(),
+    dies=st.integers(0, 200),
+)
+def test_every_interleaving_ends_and_tells_the_truth(
+    script: list[int],
+    draws: list[int],
+    two_phase: bool,
+    defers: bool,
+    adopted: bool,
+    auto_dismiss: bool,
+    auto_finalize: bool,
+    dies: int,
+) -> None:
+    numbers = iter(draws)
+
+    def draw(below: int) -> int:
+        return next(numbers, 5) % below
+
+    world = World(two_phase=two_phase, defers_paused_pivot=defers)
+    if adopted:
+        world.auto_dismiss, world.auto_finalize = auto_dismiss, auto_finalize
+        world.execute(Command.START)
+        world.told.clear()
+    driver = Driver(world, draw, adopted)
+    for at, number in enumerate(script):
+        if at == dies:
+            world.alive = world.link = False
+            world.told.append(LinkLost())
+        if driver.state.finished:
+            break
+        CHAOS[number](driver)
+
+    # From any state there is a way on, once the world is fair: nothing more goes wrong, pauses
+    # by drains end, events and replies arrive, the policy answers.
+    driver.faults = False
+    for _ in range(400):
+        if driver.state.finished:
+            break
+        world.drain(False)
+        if world.job == "paused":
+            world.pause(False)  # who pauses a copy resumes it; in READY we do it ourselves
+        world.progress()
+        driver.decide()
+        driver.take()
+    state = driver.state
+    assert state.finished, f"stuck: {state} in {world}"
+    check_truth(state, world, adopted)
+
+
+def check_truth(state: State, world: World, adopted: bool) -> None:
+    """The verdict is what the simulated disk shows, and no job of ours is left behind."""
+    verdict = state.verdict
+    if verdict in (Verdict.VM_GONE, Verdict.MONITOR_LOST):
+        assert not world.alive
+        return
+    assert world.starts == 1 or verdict is Verdict.NEVER_BEGAN
+    assert (verdict is Verdict.PIVOTED) == (world.two_phase and world.disk is Where.BASE)
+    assert (verdict is Verdict.MERGED) == (not world.two_phase and world.disk is Where.MERGED)
+    if verdict is Verdict.KEPT:
+        assert world.will == "keep"
+        assert not world.cancelled
+        assert world.error is None
+    if verdict is Verdict.FAILED:
+        assert world.error is not None
+    if verdict is Verdict.CANCELLED:
+        assert world.cancelled
+    assert world.job is None, "a job was left behind"

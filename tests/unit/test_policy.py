@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+import qmpcommit as qc
+from qmpcommit.block.chain import Image
+from qmpcommit.commit.policy import parse_policy, run_command, settle
+from qmpcommit.errors import InvalidRequest, PolicyRequired
+
+READY = qc.Ready(
+    vm="web1",
+    disk="vda",
+    job_id="qmpcommit-vda-1",
+    base=Image("base", "/images/base.qcow2", "qcow2"),
+    top=Image("top", "/images/top.qcow2", "qcow2"),
+)
+POLICIES = [
+    qc.Pivot(),
+    qc.Keep(),
+    qc.Abort(),
+    qc.Hold(),
+    qc.Hold(timeout=3, otherwise=qc.Abort()),
+    qc.Check(command=["test", "-f", "x"], timeout=5, passed=qc.Keep(), failed=qc.Abort()),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_policies_travel_through_json_unchanged(policy: Any) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(qc.Policy)
+    text = policy.model_dump_json()
+    assert adapter.validate_json(text) == policy
+    assert adapter.validate_json(adapter.dump_json(policy)) == policy
+    assert parse_policy(text) == policy
+    assert parse_policy(json.loads(text)) == policy
+    assert type(policy).model_validate_json(text) == policy
+
+
+def test_policies_are_fields_of_pydantic_models() -> None:
+    class Order(BaseModel):
+        policy: qc.Policy
+
+    order = Order(policy=qc.Hold(timeout=1))
+    assert Order.model_validate_json(order.model_dump_json()) == order
+    with pytest.raises(ValidationError):
+        Order.model_validate({"policy": {"kind": "pivot", "more": 1}})
+    assert "discriminator" in json.dumps(Order.model_json_schema())
+
+
+def test_policies_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        qc.Hold().timeout = 1  # type: ignore[misc]
+
+
+def test_a_missing_policy_says_what_to_give() -> None:
+    with pytest.raises(PolicyRequired, match=r"Pivot\(\) .*Keep\(\)"):
+        parse_policy(None)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "x",
+        "{",
+        "[]",
+        "null",
+        '"pivot"',
+        "{}",
+        '{"kind": "pivto"}',
+        '{"kind": ["pivot"]}',
+        '{"kind": "pivot", "timeout": 1}',
+        '{"kind": "hold", "timeout": -1}',
+        '{"kind": "hold", "timeout": "soon"}',
+        '{"kind": "hold", "otherwise": {"kind": "hold"}}',
+        '{"kind": "check"}',
+        '{"kind": "check", "command": []}',
+        '{"kind": "check", "command": "true"}',
+        '{"kind": "check", "command": ["a\\u0000b"]}',
+        '{"kind": "check", "command": ["true"], "timeout": 1e999}',
+        1,
+        object(),
+        qc.Pivot,
+        {"kind": "keep", 1: 2},
+        "[" * 100_000,
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_what_is_no_policy(value: object) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_policy(value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["kind", "timeout", "otherwise", "command", "passed", "x"]), inner
+            )
+        ),
+    ),
+    st.sampled_from(["pivot", "keep", "abort", "hold", "check", "recycle", ""]),
+)
+def test_any_json_is_a_policy_or_a_clear_error(value: Any, kind: str) -> None:
+    if isinstance(value, dict):
+        value["kind"] = kind
+    try:
+        parse_policy(json.dumps(value))
+    except (InvalidRequest, PolicyRequired) as error:
+        assert error.message
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "soon"])
+def test_a_hold_of_no_time_is_refused(timeout: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        qc.Hold(timeout=timeout)
+
+
+@pytest.mark.parametrize("command", ["true", (), ("a\0",), (1,), None, b"true"])
+def test_a_check_of_no_command_is_refused(command: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        qc.Check(command=command)
+
+
+async def test_a_check_decides_by_exit_status() -> None:
+    check = qc.Check(command=["true"], passed=qc.Abort(), failed=qc.Keep())
+    assert (await settle(check, READY)).decision == qc.Abort()
+    check = qc.Check(command=["false"], passed=qc.Abort(), failed=qc.Keep())
+    assert (await settle(check, READY)).decision == qc.Keep()
+
+
+async def test_a_check_learns_what_it_is_about(tmp_path: Path) -> None:
+    out = tmp_path / "env"
+    check = qc.Check(command=["sh", "-c", f"env > {out}"])
+    assert (await settle(check, READY)).by == "check passed"
+    lines = set(out.read_text().splitlines())
+    assert {
+        "QMPCOMMIT_VM=web1",
+        "QMPCOMMIT_DISK=vda",
+        "QMPCOMMIT_JOB=qmpcommit-vda-1",
+        "QMPCOMMIT_BASE=/images/base.qcow2",
+        "QMPCOMMIT_TOP=/images/top.qcow2",
+        "QMPCOMMIT_BASE_NODE=base",
+        "QMPCOMMIT_TOP_NODE=top",
+        f"PATH={os.environ['PATH']}",
+    } <= lines
+
+
+async def test_a_check_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"sleep 60 & echo $! $$ > {pids}; wait"
+    check = qc.Check(command=["sh", "-c", script], timeout=0.3)
+    assert (await settle(check, READY)).by == "check failed"
+    for pid in pids.read_text().split():
+        assert await _ends(int(pid))
+
+
+async def test_a_cancelled_check_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    task = asyncio.create_task(
+        run_command(["sh", "-c", f"echo $$ > {pids}; exec sleep 60"], {}, 60)
+    )
+    async with asyncio.timeout(10):
+        while not pids.exists() or not pids.read_text().strip():
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await _ends(int(pids.read_text()))
+
+
+async def _ends(pid: int) -> bool:
+    """Whether a process is gone (or a zombie of somebody else) within seconds."""
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                with open(f"/proc/{pid}/stat") as stat:
+                    if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
+                        return True
+            except FileNotFoundError:
+                return True
+            await asyncio.sleep(0.01)
+
+
+async def test_what_a_check_prints_is_not_our_output(capfd: pytest.CaptureFixture[str]) -> None:
+    assert await run_command([sys.executable, "-c", "print('noise')"], {}, 30) == 0
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == "noise\n"
+
+
+async def test_a_callable_answers_with_a_policy() -> None:
+    async def decide(ready: qc.Ready) -> qc.Hold:
+        assert ready is READY
+        return qc.Hold(timeout=0, otherwise=qc.Pivot())
+
+    assert (await settle(decide, READY)).decision == qc.Pivot()
+
+
+async def test_a_callable_that_answers_nonsense_is_an_error() -> None:
+    async def decide(ready: qc.Ready) -> str:
+        return "pivot"
+
+    with pytest.raises(InvalidRequest, match="'pivot'"):
+        await settle(decide, READY)  # type: ignore[arg-type]
