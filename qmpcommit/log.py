@@ -1,4 +1,4 @@
-"""Logging through structlog, which is imported when the first line is written.
+"""Logging through structlog, which is imported when the first line is seen by somebody.
 
 One event a fact, ``key=value``, with VM, disk and job bound. An embedder configures structlog
 as always; the command raises `threshold` so that a quiet run does not even import it.
@@ -7,6 +7,7 @@ as always; the command raises `threshold` so that a quiet run does not even impo
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 threshold = logging.NOTSET
@@ -37,23 +38,30 @@ class Log:
         self._write(logging.WARNING, event, facts)
 
     def _write(self, level: int, event: str, facts: dict[str, Any]) -> None:
-        if level < threshold:
-            return
-        _logger().log(level, event, **self._bound, **facts)
+        if level >= threshold and (logger := _logger(level)) is not None:
+            logger.log(level, event, **self._bound, **facts)
 
 
-def _logger() -> Any:
-    import structlog
+_unconfigured: Any = None
 
-    if structlog.is_configured():
+
+def _logger(level: int) -> Any:
+    """Where a line of this level goes; None where nobody would see it."""
+    global _unconfigured  # noqa: PLW0603  (made once, when the first line is seen)
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and structlog.is_configured():
         return structlog.get_logger("qmpcommit")
     # structlog's own default prints everything to standard output, which belongs to the
     # embedding program; until it is configured, Python's logging decides.
-    return structlog.wrap_logger(
-        logging.getLogger("qmpcommit"),
-        processors=[
-            structlog.stdlib.filter_by_level,
-            structlog.processors.KeyValueRenderer(key_order=["event"]),
-        ],
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )
+    standard = logging.getLogger("qmpcommit")
+    if not standard.isEnabledFor(level):
+        return None
+    if _unconfigured is None:
+        import structlog as library
+
+        _unconfigured = library.wrap_logger(
+            standard,
+            processors=[library.processors.KeyValueRenderer(key_order=["event"])],
+            wrapper_class=library.stdlib.BoundLogger,
+        )
+    return _unconfigured

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from qmpcommit.block.graph import BlockGraph, Raw
 from qmpcommit.errors import ChainError, DiskNotFound
@@ -74,12 +75,11 @@ class Disk(Record):
         return self.name
 
 
-@dataclass(frozen=True)
-class BackingChain:
+class BackingChain(NamedTuple):
     """The layers of one disk, and how people name them."""
 
     disk: Disk
-    cwd: str | None = field(default=None)
+    cwd: str | None = None
 
     def find(self, name: str | int, role: str) -> int:
         """The place in the chain (0 = active layer) that `name` means.

@@ -9,8 +9,7 @@ older QEMUs gives: children, and which nodes a block job holds as source and tar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.monitor import Monitor
@@ -38,8 +37,7 @@ FILTERS = frozenset(
 """Drivers that pass their one child's contents through and are no layer of a chain."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One node of the graph; `raw` is QEMU's BlockDeviceInfo."""
 
     name: str
@@ -56,8 +54,7 @@ class Node:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class JobNodes:
+class JobNodes(NamedTuple):
     """The nodes that a block job holds, by the names of QEMU's edges."""
 
     id: str
@@ -74,15 +71,14 @@ class JobNodes:
         return self.nodes.get("target")
 
 
-@dataclass(frozen=True, slots=True)
-class BlockGraph:
+class BlockGraph(NamedTuple):
     """Nodes, users and jobs, as they were at one moment."""
 
     nodes: Mapping[str, Node]
     devices: tuple[Raw, ...]
     exports: tuple[Raw, ...]
     jobs: Mapping[str, JobNodes]
-    parents: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    parents: Mapping[str, frozenset[str]]
 
     def below_filters(self, name: str | None) -> str | None:
         """The first node at or under `name` that is not a filter."""

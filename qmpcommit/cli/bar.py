@@ -78,9 +78,7 @@ class Bar:
             return f"READY ({take_up(self._qmp, job.id)})"
         facts = f"{show_size(now.current)} of {show_size(now.total)}"
         if now.phase == "copying" and now.bandwidth > 0:
-            facts += (
-                f", {show_size(now.bandwidth)}/s, {show_seconds(left / now.bandwidth)} to go"
-            )
+            facts += f", {show_size(now.bandwidth)}/s, {show_seconds(left / now.bandwidth)} to go"
         elif now.status in ("paused", "standby"):
             facts += ", paused"
         elif now.phase == "decided":

@@ -115,7 +115,7 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
         raise click.UsageError(f"Give one policy, not {names}")
     if not given and not needed:
         return None
-    from qmpcommit.commit.policy import Abort, Check, Hold, Keep, Pivot, parse_policy
+    from qmpcommit.commit.policy import Abort, AnyPolicy, Check, Hold, Keep, Pivot, parse_policy
     from qmpcommit.units import parse_seconds
 
     for name, value in given.items():
@@ -131,7 +131,9 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
                 return Hold(timeout=None if forever else parse_seconds(value, "hold time"))
             case "check":
                 return Check(command=["/bin/sh", "-c", value])
-    return parse_policy(given.get("policy"))  # type: ignore[return-value]  (text is no callable)
+    policy = parse_policy(given.get("policy"))
+    assert isinstance(policy, AnyPolicy)  # a text is no callable
+    return policy
 
 
 async def _commit(running: Run, qmp: str, request: dict[str, Any]) -> Answer:

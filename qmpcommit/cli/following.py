@@ -52,7 +52,7 @@ class Foreground:
                 job.abort()
             if sys.stderr.isatty() and not self._run.options.quiet:
                 doing = "ending" if job.state.decision else "cancelling"
-                print(f"\r{doing} the job; Ctrl-C again leaves it running", file=sys.stderr)
+                sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it running\n")
         else:
             self._leave(job, "interrupted")
 

@@ -7,8 +7,8 @@ clock; actions are what the driver then owes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Choice(StrEnum):
@@ -44,23 +44,20 @@ class Where(StrEnum):
 # -- facts ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StatusChanged:
+class StatusChanged(NamedTuple):
     """``JOB_STATUS_CHANGE`` for our job."""
 
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class BecameReady:
+class BecameReady(NamedTuple):
     """``BLOCK_JOB_READY``, with the bytes copied by then."""
 
     done: int = 0
     total: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """``BLOCK_JOB_COMPLETED`` or ``BLOCK_JOB_CANCELLED``, or a concluded job found by asking.
 
     `done` and `total` are bytes, `error` QEMU's text where it failed.
@@ -72,8 +69,7 @@ class Ended:
     total: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class JobSeen:
+class JobSeen(NamedTuple):
     """One entry of ``query-jobs``; `auto_finalize` from ``query-block-jobs`` where asked."""
 
     status: str
@@ -83,22 +79,19 @@ class JobSeen:
     auto_finalize: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """The answer to `Ask`: the job, or None where QEMU knows no such job."""
 
     job: JobSeen | None
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(NamedTuple):
     """QEMU returned success for a command."""
 
     command: Command
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """QEMU returned an error for a command; `final` when repeating it can't help."""
 
     command: Command
@@ -106,55 +99,43 @@ class Refused:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Unanswered:
+class Unanswered(NamedTuple):
     """The connection was lost, or time was up, before a command's reply."""
 
     command: Command
 
 
-@dataclass(frozen=True, slots=True)
-class Decided:
+class Decided(NamedTuple):
     """A decision: by the policy, the caller, a deadline or an interrupt."""
 
     choice: Choice
     by: str
 
 
-@dataclass(frozen=True, slots=True)
-class GraphRead:
+class GraphRead(NamedTuple):
     """What the disk uses, after the end."""
 
     where: Where
 
 
-@dataclass(frozen=True, slots=True)
-class LinkLost:
-    """The monitor went away."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinkBack:
+class LinkBack(NamedTuple):
     """The monitor is back; `same_vm` False when another process answers now."""
 
     same_vm: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LinkDead:
+class LinkDead(NamedTuple):
     """The monitor does not come back: QEMU has ended (`vm_gone`), or it can't be told."""
 
     vm_gone: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ShuttingDown:
-    """``SHUTDOWN``: from now on COMPLETED may be QEMU's own way to end a job."""
+class News(StrEnum):
+    """Facts that need no words."""
 
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed with no news."""
+    LINK_LOST = "the monitor went away"
+    SHUTTING_DOWN = "SHUTDOWN: from now on COMPLETED may be QEMU's own way to end a job"
+    TICK = "time has passed with no news"
 
 
 Fact = (
@@ -167,47 +148,24 @@ Fact = (
     | Unanswered
     | Decided
     | GraphRead
-    | LinkLost
     | LinkBack
     | LinkDead
-    | ShuttingDown
-    | Tick
+    | News
 )
 
 
-# -- actions --------------------------------------------------------------------------------------
+# -- actions -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this command; its answer is a fact."""
+class Duty(StrEnum):
+    """What the driver owes beside commands; each is answered by a fact."""
 
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask ``query-jobs`` about our job (`Answered`)."""
+    ASK = "ask query-jobs about our job (Answered)"
+    CONSULT = "ask the policy (Decided)"
+    READ_GRAPH = "read the block graph back (GraphRead)"
+    RELINK = "bring the monitor back (LinkBack or LinkDead)"
+    FINISH = "nothing more: the state holds the verdict"
 
 
-@dataclass(frozen=True, slots=True)
-class Consult:
-    """Ask the policy (`Decided`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadGraph:
-    """Read the block graph back (`GraphRead`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Relink:
-    """Bring the monitor back (`LinkBack` or `LinkDead`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """It is over; the state holds the verdict."""
-
-
-Action = Send | Ask | Consult | ReadGraph | Relink | Finish
+Action = Command | Duty
+"""A command to send, whose answer is a fact, or another duty."""

@@ -24,13 +24,13 @@ class Hearing:
     def link(self, up: bool) -> None:
         """The monitor's connection ended or came back."""
         if not up:
-            self._tell(facts.LinkLost())
+            self._tell(facts.News.LINK_LOST)
 
     def message(self, message: Mapping[str, Any]) -> None:
         """An event; called in the reader's own step, so it only sorts."""
         name, data = message["event"], message.get("data")
         if name == "SHUTDOWN":
-            self._tell(facts.ShuttingDown())
+            self._tell(facts.News.SHUTTING_DOWN)
         elif not isinstance(data, Mapping):
             return
         elif name == "JOB_STATUS_CHANGE" and data.get("id") == self._job_id:

@@ -208,7 +208,7 @@ class CommitJob:
         try:
             with self._monitor.subscribers.while_in(hearing.message, hearing.link):
                 if not self._monitor.connected:
-                    self._facts.put_nowait(facts.LinkLost())
+                    self._facts.put_nowait(facts.News.LINK_LOST)
                 if self._timeout is not None:
                     self._call_later(self._timeout, self._time_is_up)
                 await self._drive()
@@ -249,7 +249,7 @@ class CommitJob:
             async with asyncio.timeout(HEARTBEAT):
                 return await self._facts.get()
         except TimeoutError:
-            return facts.Tick()
+            return facts.News.TICK
 
     def _take(self, fact: Fact) -> None:
         before = self._state
@@ -260,17 +260,17 @@ class CommitJob:
 
     async def _carry_out(self, action: facts.Action) -> None:
         match action:
-            case facts.Send(command):
-                await self._send(command)
-            case facts.Ask():
+            case Command():
+                await self._send(action)
+            case facts.Duty.ASK:
                 await self._try(self._answer())
-            case facts.ReadGraph():
+            case facts.Duty.READ_GRAPH:
                 await self._try(self._read_back())
-            case facts.Consult():
+            case facts.Duty.CONSULT:
                 self._consult()
-            case facts.Relink():
+            case facts.Duty.RELINK:
                 await self._relink()
-            case facts.Finish():
+            case facts.Duty.FINISH:
                 pass
 
     async def _send(self, command: Command) -> None:
@@ -302,13 +302,13 @@ class CommitJob:
             self._unanswered(None)
         except (MonitorLost, VMGone) as error:
             self._lost = error
-            self._facts.put_nowait(facts.LinkLost())
+            self._facts.put_nowait(facts.News.LINK_LOST)
 
     def _unanswered(self, command: Command | None) -> None:
         """QEMU is silent: this connection is not believed any more."""
         self.log.warning("no_answer", command=command and command.value)
         self._monitor.drop()
-        self._facts.put_nowait(facts.Unanswered(command) if command else facts.LinkLost())
+        self._facts.put_nowait(facts.Unanswered(command) if command else facts.News.LINK_LOST)
 
     async def _ask(self) -> facts.JobSeen | None:
         for job in await self._monitor.execute("query-jobs"):

@@ -20,40 +20,32 @@ harmless:
   graph was read back.
 
 In every state that is not FINISHED something is owed: a reply, a reconnection, a decision, or
-at least the next `Tick`, which asks QEMU again. So there is no state without a way on.
+at least the next tick, which asks QEMU again. So there is no state without a way on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from qmpcommit.commit.facts import (
     Accepted,
     Action,
     Answered,
-    Ask,
     BecameReady,
     Choice,
     Command,
-    Consult,
     Decided,
+    Duty,
     Ended,
     Fact,
-    Finish,
     GraphRead,
     JobSeen,
     LinkBack,
     LinkDead,
-    LinkLost,
-    ReadGraph,
+    News,
     Refused,
-    Relink,
-    Send,
-    ShuttingDown,
     StatusChanged,
-    Tick,
     Unanswered,
     Where,
 )
@@ -95,8 +87,7 @@ class Verdict(StrEnum):
 # -- state ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """All that is known about one commit.
 
     `two_phase` says that top is the active layer. `began` is whether QEMU was seen to know the
@@ -146,12 +137,12 @@ Step = tuple[State, list[Action]]
 
 def begin(*, two_phase: bool) -> Step:
     """A new commit: `block-commit` has to be sent."""
-    return State(two_phase=two_phase), [Send(Command.START)]
+    return State(two_phase=two_phase), [Command.START]
 
 
 def adopt(*, two_phase: bool) -> Step:
     """A job that exists already: QEMU has to be asked where it is."""
-    return State(two_phase=two_phase, phase=Phase.COPYING, began=True), [Ask()]
+    return State(two_phase=two_phase, phase=Phase.COPYING, began=True), [Duty.ASK]
 
 
 def objection(state: State, choice: Choice) -> str | None:
@@ -173,9 +164,9 @@ def step(state: State, fact: Fact) -> Step:
         case StatusChanged(status):
             return _status(state, status)
         case BecameReady(done, total):
-            return _ready(replace(state, began=True, done=done, total=total))
+            return _ready(state._replace(began=True, done=done, total=total))
         case Ended():
-            return replace(state, began=True, end=state.end or fact), []
+            return state._replace(began=True, end=state.end or fact), []
         case Answered(job):
             return _missing(state) if job is None else _seen(state, job)
         case Accepted(command):
@@ -186,33 +177,33 @@ def step(state: State, fact: Fact) -> Step:
             return _decided(state, choice, by)
         case GraphRead(where):
             return _confirmed(state, where)
-        case LinkLost() | Unanswered():
-            lost = replace(state, linked=False, in_flight=False)
-            return lost, [Relink()] if state.linked else []
+        case News.LINK_LOST | Unanswered():
+            lost = state._replace(linked=False, in_flight=False)
+            return lost, [Duty.RELINK] if state.linked else []
         case LinkBack(same_vm):
             return _back(state, same_vm)
         case LinkDead(vm_gone):
             return _dead(state, vm_gone)
-        case ShuttingDown():
-            return replace(state, doubt=state.doubt or state.end is None), []
-        case Tick():
+        case News.SHUTTING_DOWN:
+            return state._replace(doubt=state.doubt or state.end is None), []
+        case News.TICK:
             return _tick(state)
     assert_never(fact)
 
 
 def _status(state: State, status: str) -> Step:
-    state = replace(state, status=status)
+    state = state._replace(status=status)
     match status:
         case "created" | "running" | "paused":
             if state.phase is Phase.STARTING:
-                state = replace(state, phase=Phase.COPYING, began=True)
+                state = state._replace(phase=Phase.COPYING, began=True)
             return state, []
         case "ready" | "standby":
-            return _ready(replace(state, began=True))
+            return _ready(state._replace(began=True))
         case "pending" if not state.auto_finalize:
-            return state, [Send(Command.FINALIZE)]
+            return state, [Command.FINALIZE]
         case "concluded" | "null" if state.running and (state.began or state.end):
-            return state, [Ask()]
+            return state, [Duty.ASK]
     return state, []
 
 
@@ -220,14 +211,14 @@ def _ready(state: State) -> Step:
     """READY was heard or seen; standby counts, since only a READY job can be in it."""
     match state.phase:
         case Phase.STARTING | Phase.COPYING:
-            state = replace(state, phase=Phase.READY)
+            state = state._replace(phase=Phase.READY)
             if state.decision is Choice.ABORT:
                 return _order(state)
             if not state.two_phase:
                 # QEMU treats a layer that somebody else writes to as active; there is only
                 # one sane conclusion to the commit of an intermediate layer.
                 return _decided(state, Choice.PIVOT, "qmpcommit")
-            return state, [Consult()]
+            return state, [Duty.CONSULT]
         case Phase.DECIDED if state.refusal is not None and state.status != "standby":
             return _order(state)
     return state, []
@@ -238,7 +229,7 @@ def _decided(state: State, choice: Choice, by: str) -> Step:
         return state, []
     if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
         return state, []  # too early or too late: `objection` tells the caller why
-    state = replace(state, decision=choice, by=by, tries=0, accepted=False, refusal=None)
+    state = state._replace(decision=choice, by=by, tries=0, accepted=False, refusal=None)
     if state.phase is Phase.STARTING and not state.began:
         return state, []  # an abort before the job exists waits for it
     return _order(state)
@@ -248,28 +239,28 @@ def _order(state: State) -> Step:
     """Send the decision, once more if it was refused for a state that has passed."""
     assert state.decision is not None
     if not state.linked:
-        return replace(state, phase=Phase.DECIDED), []  # asked and sent when the link is back
+        return state._replace(phase=Phase.DECIDED), []  # asked and sent when the link is back
     if state.tries >= MAX_TRIES:
         return _give_up(state, state.refusal or "")
-    order = Send(ORDERS[state.decision])
-    state = replace(state, phase=Phase.DECIDED, tries=state.tries + 1, refusal=None, in_flight=True)
+    order = ORDERS[state.decision]
+    state = state._replace(phase=Phase.DECIDED, tries=state.tries + 1, refusal=None, in_flight=True)
     return state, [order]
 
 
 def _give_up(state: State, refusal: str) -> Step:
     """QEMU does not take the decision: the job must not stay in READY, so it is cancelled."""
     remark = f"QEMU refused to {state.decision}: {refusal}"
-    state = replace(state, trail=(*state.trail, remark), error=state.error or remark)
+    state = state._replace(trail=(*state.trail, remark), error=state.error or remark)
     if state.decision is Choice.ABORT:
-        return replace(state, refusal=refusal), []  # nothing stronger exists; ask at each tick
+        return state._replace(refusal=refusal), []  # nothing stronger exists; ask at each tick
     return _decided(state, Choice.ABORT, state.by)
 
 
 def _accepted(state: State, command: Command) -> Step:
     if command is Command.START:
-        state = replace(state, began=True)
+        state = state._replace(began=True)
         if state.phase is Phase.STARTING:
-            state = replace(state, phase=Phase.COPYING)
+            state = state._replace(phase=Phase.COPYING)
         if state.decision is Choice.ABORT and state.tries == 0 and state.running:
             return _order(state)
         return state, []
@@ -277,32 +268,31 @@ def _accepted(state: State, command: Command) -> Step:
         return _finish(state)
     if command is Command.RESUME:
         remark = "the job was paused; it was resumed to carry out the decision"
-        return replace(state, trail=(*state.trail, remark)), []
+        return state._replace(trail=(*state.trail, remark)), []
     if state.decision is not None and command is ORDERS[state.decision]:
-        state = replace(state, accepted=True, in_flight=False)
+        state = state._replace(accepted=True, in_flight=False)
         # QEMU defers the pivot of a paused job until it is resumed, and says "accepted".
-        return state, [Ask()] if state.status == "standby" and state.running else []
+        return state, [Duty.ASK] if state.status == "standby" and state.running else []
     return state, []
 
 
 def _refused(state: State, command: Command, error: str, final: bool) -> Step:
     if command is Command.START:
-        return _finish(replace(state, verdict=Verdict.REFUSED, error=error))
+        return _finish(state._replace(verdict=Verdict.REFUSED, error=error))
     if command is Command.DISMISS:
         return _finish(state)  # somebody else dismissed it
     if state.decision is None or command is not ORDERS[state.decision] or not state.running:
         return state, []  # RESUME and FINALIZE: the state has passed already
-    state = replace(state, in_flight=False)
+    state = state._replace(in_flight=False)
     if final:
         return _give_up(state, error)
-    return replace(state, refusal=error), [Ask()]
+    return state._replace(refusal=error), [Duty.ASK]
 
 
 def _seen(state: State, job: JobSeen) -> Step:
     """The job as ``query-jobs`` shows it."""
     was = state
-    state = replace(
-        state,
+    state = state._replace(
         began=True,
         status=job.status,
         done=job.done,
@@ -315,18 +305,18 @@ def _seen(state: State, job: JobSeen) -> Step:
         case "concluded":
             end = state.end or Ended(False, job.error, job.done, job.total)
             if end.error is None and job.error is not None and not end.cancelled:
-                end = replace(end, error=job.error)
+                end = end._replace(error=job.error)
             if was.end is None and job.error is not None and _was_cancelled(state, job.error):
-                end = replace(end, cancelled=True, error=None)
-            end = replace(end, done=job.done, total=job.total)
-            return _ended(replace(state, end=end, listed=True))
+                end = end._replace(cancelled=True, error=None)
+            end = end._replace(done=job.done, total=job.total)
+            return _ended(state._replace(end=end, listed=True))
         case "pending" if not state.auto_finalize:
-            return state, [Send(Command.FINALIZE)]
+            return state, [Command.FINALIZE]
         case "ready" | "standby":
             return _seen_ready(state)
         case "created" | "running" | "paused":
             if state.phase is Phase.STARTING:
-                state = replace(state, phase=Phase.COPYING)
+                state = state._replace(phase=Phase.COPYING)
             if state.decision is Choice.ABORT and not state.accepted and not state.in_flight:
                 return _order(state)
     return state, []
@@ -335,7 +325,7 @@ def _seen(state: State, job: JobSeen) -> Step:
 def _seen_ready(state: State) -> Step:
     if state.phase in (Phase.STARTING, Phase.COPYING):
         if state.decision is Choice.ABORT:
-            return _order(replace(state, phase=Phase.READY))
+            return _order(state._replace(phase=Phase.READY))
         return _ready(state)
     if state.phase is not Phase.DECIDED or state.in_flight:
         return state, []  # seen before the decision was sent
@@ -345,7 +335,7 @@ def _seen_ready(state: State) -> Step:
         if state.resumed:
             return state, []
         refusal = state.refusal or (None if state.accepted else "the job is paused")
-        return replace(state, resumed=True, refusal=refusal), [Send(Command.RESUME)]
+        return state._replace(resumed=True, refusal=refusal), [Command.RESUME]
     if state.refusal is not None or not state.accepted:
         return _order(state)
     return state, []
@@ -360,39 +350,38 @@ def _was_cancelled(state: State, error: str) -> bool:
 def _missing(state: State) -> Step:
     """QEMU knows no such job (any more)."""
     if not state.running:
-        state = replace(state, listed=False)
-        return _finish(state) if state.phase is Phase.CONFIRMED else (state, [ReadGraph()])
+        state = state._replace(listed=False)
+        return _finish(state) if state.phase is Phase.CONFIRMED else (state, [Duty.READ_GRAPH])
     if not state.began and state.end is None:
-        return _finish(replace(state, verdict=Verdict.NEVER_BEGAN))
+        return _finish(state._replace(verdict=Verdict.NEVER_BEGAN))
     if state.other_vm:
-        return _finish(replace(state, verdict=Verdict.VM_GONE))
-    return _ended(replace(state, listed=False))
+        return _finish(state._replace(verdict=Verdict.VM_GONE))
+    return _ended(state._replace(listed=False))
 
 
 def _ended(state: State) -> Step:
-    return replace(state, phase=Phase.ENDED), [ReadGraph()]
+    return state._replace(phase=Phase.ENDED), [Duty.READ_GRAPH]
 
 
 def _still_listed(state: State, job: JobSeen) -> Step:
     """After the end: the link came back, or a tick asked; go on where it was left."""
-    state = replace(state, listed=job.status == "concluded")
+    state = state._replace(listed=job.status == "concluded")
     if state.phase is Phase.ENDED:
-        return state, [ReadGraph()]
-    return state, [Send(Command.DISMISS)] if state.listed else []
+        return state, [Duty.READ_GRAPH]
+    return state, [Command.DISMISS] if state.listed else []
 
 
 def _confirmed(state: State, where: Where) -> Step:
     if state.phase is not Phase.ENDED:
         return state, []
     verdict, error, remarks = _judge(state, where)
-    state = replace(
-        state,
+    state = state._replace(
         phase=Phase.CONFIRMED,
         verdict=verdict,
         error=state.error or error,
         trail=state.trail + remarks,
     )
-    return (state, [Send(Command.DISMISS)]) if state.listed else _finish(state)
+    return (state, [Command.DISMISS]) if state.listed else _finish(state)
 
 
 def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, ...]]:
@@ -427,23 +416,23 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
 def _back(state: State, same_vm: bool | None) -> Step:
     if state.linked:
         return state, []
-    return replace(state, linked=True, other_vm=same_vm is False), [Ask()]
+    return state._replace(linked=True, other_vm=same_vm is False), [Duty.ASK]
 
 
 def _dead(state: State, vm_gone: bool) -> Step:
     if state.phase is Phase.CONFIRMED:
         remark = "QEMU went away before the concluded job could be dismissed"
-        return _finish(replace(state, trail=(*state.trail, remark)))
+        return _finish(state._replace(trail=(*state.trail, remark)))
     verdict = Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST
-    return _finish(replace(state, verdict=verdict))
+    return _finish(state._replace(verdict=verdict))
 
 
 def _tick(state: State) -> Step:
     """Silence is never trusted for long."""
     if not state.linked:
-        return state, [Relink()]
-    return replace(state, resumed=False), [Ask()]
+        return state, [Duty.RELINK]
+    return state._replace(resumed=False), [Duty.ASK]
 
 
 def _finish(state: State) -> Step:
-    return replace(state, phase=Phase.FINISHED), [Finish()]
+    return state._replace(phase=Phase.FINISHED), [Duty.FINISH]

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
 from qmpcommit.errors import InvalidRequest, PolicyRequired
@@ -141,8 +141,7 @@ class Ready(Record):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """A decision and who made it: ``policy``, ``check passed``, ``check failed``, ..."""
 
     decision: Decision

@@ -6,15 +6,14 @@ import asyncio
 import os
 import socket
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qmpcommit.errors import InvalidRequest
 
 _SUN_PATH = 107  # bytes that Linux's struct sockaddr_un holds, less the closing NUL
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """A parsed monitor address; `str()` gives it back as people write it."""
 
     path: str | None = None

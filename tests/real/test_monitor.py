@@ -326,16 +326,19 @@ async def test_a_monitor_that_is_away_for_a_while(folder: Path) -> None:
 
 async def test_a_monitor_that_another_client_takes_meanwhile(folder: Path) -> None:
     chain = make_chain(folder)
-    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
-        async with qc.Session.connect(between.path, timeout=0.2, patience=0.5) as vm:
-            job = await vm.commit("vda", policy=qc.Hold())
-            await job.ready()
-            await between.refuse()
-            async with qc.Session.connect(qemu.qmp):
-                await between.open()
-                with pytest.raises(qc.MonitorLost, match="may be running") as error:
-                    await job.wait()
-                assert error.value.job_id == job.id
+    async with (
+        machine(folder, chain) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path, timeout=0.2, patience=0.5) as vm,
+    ):
+        job = await vm.commit("vda", policy=qc.Hold())
+        await job.ready()
+        await between.refuse()
+        async with qc.Session.connect(qemu.qmp):
+            await between.open()
+            with pytest.raises(qc.MonitorLost, match="may be running") as error:
+                await job.wait()
+            assert error.value.job_id == job.id
 
 
 async def test_a_shared_client_that_its_owner_connects_again(folder: Path) -> None:

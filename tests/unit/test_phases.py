@@ -13,38 +13,31 @@ from qmpcommit.commit.facts import (
     Accepted,
     Action,
     Answered,
-    Ask,
     BecameReady,
     Choice,
     Command,
-    Consult,
     Decided,
+    Duty,
     Ended,
     Fact,
-    Finish,
     GraphRead,
     JobSeen,
     LinkBack,
     LinkDead,
-    LinkLost,
-    ReadGraph,
+    News,
     Refused,
-    Relink,
-    Send,
-    ShuttingDown,
     StatusChanged,
-    Tick,
     Unanswered,
     Where,
 )
 from qmpcommit.commit.phases import Phase, State, Verdict
 from tests.unit.simulated import World
 
-START = Send(Command.START)
-PIVOT = Send(Command.PIVOT)
-KEEP = Send(Command.KEEP)
-ABORT = Send(Command.ABORT)
-DISMISS = Send(Command.DISMISS)
+START = Command.START
+PIVOT = Command.PIVOT
+KEEP = Command.KEEP
+ABORT = Command.ABORT
+DISMISS = Command.DISMISS
 
 CREATED = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
 COMPLETED = (StatusChanged("waiting"), StatusChanged("pending"), Ended(False, None, 10, 10))
@@ -78,7 +71,7 @@ def test_a_pivot_from_start_to_end() -> None:
         GraphRead(Where.BASE),
         Accepted(Command.DISMISS),
     )
-    assert actions == [START, Consult(), PIVOT, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert actions == [START, Duty.CONSULT, PIVOT, Duty.ASK, Duty.READ_GRAPH, DISMISS, Duty.FINISH]
     assert state.verdict is Verdict.PIVOTED
     assert (state.done, state.total, state.trail) == (10, 10, ())
 
@@ -93,7 +86,7 @@ def test_a_keep_from_start_to_end() -> None:
         GraphRead(Where.TOP),
         Accepted(Command.DISMISS),
     )
-    assert actions == [START, Consult(), KEEP, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert actions == [START, Duty.CONSULT, KEEP, Duty.ASK, Duty.READ_GRAPH, DISMISS, Duty.FINISH]
     assert state.verdict is Verdict.KEPT
 
 
@@ -107,7 +100,7 @@ def test_an_intermediate_layer_has_one_phase_and_asks_no_policy() -> None:
         Accepted(Command.DISMISS),
         two_phase=False,
     )
-    assert actions == [START, Ask(), ReadGraph(), DISMISS, Finish()]
+    assert actions == [START, Duty.ASK, Duty.READ_GRAPH, DISMISS, Duty.FINISH]
     assert state.verdict is Verdict.MERGED
 
 
@@ -134,10 +127,10 @@ def test_an_intermediate_layer_still_in_the_chain_is_a_failure() -> None:
 def test_ready_is_taken_from_any_source_once(fact: Fact) -> None:
     state, actions = play(*CREATED, fact)
     assert state.phase is Phase.READY
-    assert actions == [START, Consult()]
-    for again in (BecameReady(), StatusChanged("ready"), Answered(JobSeen("ready")), Tick()):
+    assert actions == [START, Duty.CONSULT]
+    for again in (BecameReady(), StatusChanged("ready"), Answered(JobSeen("ready")), News.TICK):
         state, more = phases.step(state, again)
-        assert Consult() not in more
+        assert Duty.CONSULT not in more
 
 
 @pytest.mark.parametrize("status", ["paused", "running", "created", "waiting"])
@@ -149,7 +142,7 @@ def test_no_other_status_is_ready(status: str) -> None:
 def test_ready_before_the_reply_to_block_commit() -> None:
     state, actions = play(StatusChanged("created"), BecameReady(), Accepted(Command.START))
     assert state.phase is Phase.READY
-    assert actions == [START, Consult()]
+    assert actions == [START, Duty.CONSULT]
 
 
 def test_a_refused_start_is_an_end_even_after_events_for_the_id() -> None:
@@ -163,7 +156,7 @@ def test_a_refused_start_is_an_end_even_after_events_for_the_id() -> None:
 def test_a_lost_reply_to_block_commit_is_looked_up_never_sent_again() -> None:
     state, actions = play(Unanswered(Command.START), LinkBack(True), Answered(JobSeen("running")))
     assert state.phase is Phase.COPYING
-    assert actions == [START, Relink(), Ask()]
+    assert actions == [START, Duty.RELINK, Duty.ASK]
     state, actions = play(Unanswered(Command.START), LinkBack(True), Answered(None))
     assert state.verdict is Verdict.NEVER_BEGAN
     assert actions.count(START) == 1
@@ -179,7 +172,7 @@ def test_a_pivot_refused_in_standby_is_sent_again_when_ready() -> None:
         Refused(Command.RESUME, "not paused"),
         StatusChanged("ready"),
     )
-    assert actions[2:] == [PIVOT, Ask(), Send(Command.RESUME), PIVOT]
+    assert actions[2:] == [PIVOT, Duty.ASK, Command.RESUME, PIVOT]
     assert state.trail == ()
 
 
@@ -193,7 +186,7 @@ def test_a_paused_job_is_resumed_to_carry_out_the_decision() -> None:
         Accepted(Command.RESUME),
         StatusChanged("ready"),
     )
-    assert actions[2:] == [PIVOT, Ask(), Send(Command.RESUME)]
+    assert actions[2:] == [PIVOT, Duty.ASK, Command.RESUME]
     assert "resumed" in state.trail[0]
 
 
@@ -204,10 +197,10 @@ def test_a_resume_is_tried_again_after_a_tick() -> None:
         Answered(JobSeen("standby")),
         Refused(Command.RESUME, "not paused"),
         Answered(JobSeen("standby")),
-        Tick(),
+        News.TICK,
         Answered(JobSeen("standby")),
     )
-    assert actions.count(Send(Command.RESUME)) == 2
+    assert actions.count(Command.RESUME) == 2
 
 
 def test_a_stale_ready_does_not_send_the_decision_twice() -> None:
@@ -233,12 +226,12 @@ def test_a_decision_made_while_the_link_is_down_is_sent_when_it_is_back() -> Non
     _, actions = play(
         *CREATED,
         BecameReady(),
-        LinkLost(),
+        News.LINK_LOST,
         Decided(Choice.KEEP, "check failed"),
         LinkBack(True),
         Answered(JobSeen("ready")),
     )
-    assert actions == [START, Consult(), Relink(), Ask(), KEEP]
+    assert actions == [START, Duty.CONSULT, Duty.RELINK, Duty.ASK, KEEP]
 
 
 def test_a_decision_that_is_refused_for_ever_aborts_the_job() -> None:
@@ -293,7 +286,7 @@ def test_a_job_dismissed_by_somebody_else_is_judged_by_the_graph() -> None:
     state, _ = ready(
         Choice.PIVOT,
         Accepted(Command.PIVOT),
-        LinkLost(),
+        News.LINK_LOST,
         LinkBack(True),
         Answered(None),
         GraphRead(Where.BASE),
@@ -303,7 +296,7 @@ def test_a_job_dismissed_by_somebody_else_is_judged_by_the_graph() -> None:
     state, _ = ready(
         Choice.KEEP,
         Accepted(Command.KEEP),
-        LinkLost(),
+        News.LINK_LOST,
         LinkBack(True),
         Answered(None),
         GraphRead(Where.TOP),
@@ -334,7 +327,7 @@ def test_an_error_is_a_failure_although_the_event_says_completed() -> None:
 def test_an_error_found_only_by_asking() -> None:
     state, _ = play(
         *CREATED,
-        LinkLost(),
+        News.LINK_LOST,
         LinkBack(True),
         concluded("No space left on device"),
         GraphRead(Where.TOP),
@@ -345,7 +338,11 @@ def test_an_error_found_only_by_asking() -> None:
 
 def test_a_cancellation_found_only_by_asking() -> None:
     state, _ = play(
-        *CREATED, LinkLost(), LinkBack(True), concluded("Operation canceled"), GraphRead(Where.TOP)
+        *CREATED,
+        News.LINK_LOST,
+        LinkBack(True),
+        concluded("Operation canceled"),
+        GraphRead(Where.TOP),
     )
     assert state.verdict is Verdict.CANCELLED
 
@@ -360,7 +357,7 @@ def test_an_abort_before_the_job_exists_waits_for_it() -> None:
         Accepted(Command.START),
     )
     assert actions.count(ABORT) == 1
-    assert Consult() not in actions
+    assert Duty.CONSULT not in actions
 
 
 def test_an_abort_while_copying() -> None:
@@ -407,7 +404,7 @@ def test_objections() -> None:
 def test_a_job_that_waits_to_be_finalized_is_finalized() -> None:
     """A held PENDING is a guest whose disk hangs."""
     state, actions = phases.adopt(two_phase=True)
-    assert actions == [Ask()]
+    assert actions == [Duty.ASK]
     for fact in (
         Answered(JobSeen("ready", auto_finalize=False)),
         Decided(Choice.PIVOT, "caller"),
@@ -416,16 +413,16 @@ def test_a_job_that_waits_to_be_finalized_is_finalized() -> None:
     ):
         state, more = phases.step(state, fact)
         actions = actions + more
-    assert actions == [Ask(), Consult(), PIVOT, Send(Command.FINALIZE)]
+    assert actions == [Duty.ASK, Duty.CONSULT, PIVOT, Command.FINALIZE]
     state, more = phases.step(state, Answered(JobSeen("pending", auto_finalize=False)))
-    assert more == [Send(Command.FINALIZE)]
+    assert more == [Command.FINALIZE]
 
 
 @pytest.mark.parametrize("vm_gone", [True, False])
 def test_a_monitor_that_does_not_come_back_is_an_end(vm_gone: bool) -> None:
-    state, actions = play(*CREATED, LinkLost(), LinkDead(vm_gone))
+    state, actions = play(*CREATED, News.LINK_LOST, LinkDead(vm_gone))
     assert state.verdict is (Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST)
-    assert actions[-1] == Finish()
+    assert actions[-1] == Duty.FINISH
 
 
 def test_an_outcome_that_is_known_survives_the_loss_of_the_monitor() -> None:
@@ -435,7 +432,7 @@ def test_an_outcome_that_is_known_survives_the_loss_of_the_monitor() -> None:
         *COMPLETED,
         concluded(),
         GraphRead(Where.BASE),
-        LinkLost(),
+        News.LINK_LOST,
         LinkDead(True),
     )
     assert state.verdict is Verdict.PIVOTED
@@ -443,14 +440,14 @@ def test_an_outcome_that_is_known_survives_the_loss_of_the_monitor() -> None:
 
 
 def test_another_qemu_under_the_same_name() -> None:
-    state, _ = play(*CREATED, LinkLost(), LinkBack(False), Answered(None))
+    state, _ = play(*CREATED, News.LINK_LOST, LinkBack(False), Answered(None))
     assert state.verdict is Verdict.VM_GONE
 
 
 def test_a_shutdown_casts_doubt_only_before_the_end() -> None:
-    state, _ = play(*CREATED, BecameReady(), ShuttingDown())
+    state, _ = play(*CREATED, BecameReady(), News.SHUTTING_DOWN)
     assert state.doubt
-    state, _ = play(*CREATED, BecameReady(), *COMPLETED, ShuttingDown())
+    state, _ = play(*CREATED, BecameReady(), *COMPLETED, News.SHUTTING_DOWN)
     assert not state.doubt
 
 
@@ -481,10 +478,10 @@ def test_a_dismissal_that_was_lost_is_repeated_only_while_the_job_is_listed() ->
 
 
 def test_the_graph_is_read_again_after_the_link_was_lost() -> None:
-    facts = (Accepted(Command.PIVOT), *COMPLETED, concluded(), LinkLost(), LinkBack(True))
+    facts = (Accepted(Command.PIVOT), *COMPLETED, concluded(), News.LINK_LOST, LinkBack(True))
     for answer in (concluded(), Answered(None)):
         _, actions = ready(Choice.PIVOT, *facts, answer)
-        assert actions.count(ReadGraph()) == 2
+        assert actions.count(Duty.READ_GRAPH) == 2
 
 
 def test_nothing_more_happens_after_the_end() -> None:
@@ -510,18 +507,18 @@ class Driver:
     def carry_out(self, owed: list[Action]) -> None:
         for action in owed:
             match action:
-                case Send(command):
-                    self.send(command)
-                case Ask():
+                case Command():
+                    self.send(action)
+                case Duty.ASK:
                     self.asked(lambda: Answered(self.world.query()))
-                case ReadGraph():
+                case Duty.READ_GRAPH:
                     self.asked(lambda: GraphRead(self.world.where()))
-                case Consult():
+                case Duty.CONSULT:
                     assert not self.consulting, "the policy is asked once"
                     self.consulting = True
-                case Relink():
+                case Duty.RELINK:
                     self.relink()
-                case Finish():
+                case Duty.FINISH:
                     pass
 
     def send(self, command: Command) -> None:
@@ -546,7 +543,7 @@ class Driver:
     def asked(self, answer: Callable[[], Fact]) -> None:
         if not self.world.link or (self.faults and self.draw(12) == 0):
             self.cut()
-            self.world.told.append(LinkLost())
+            self.world.told.append(News.LINK_LOST)
         else:
             self.world.told.append(answer())
 
@@ -554,7 +551,7 @@ class Driver:
         if self.world.link:
             self.world.link = False
             if self.draw(2):
-                self.world.told.append(LinkLost())
+                self.world.told.append(News.LINK_LOST)
 
     def relink(self) -> None:
         if self.world.alive:
@@ -564,7 +561,7 @@ class Driver:
             self.world.told.append(LinkDead(vm_gone=True))
 
     def take(self) -> None:
-        fact = self.world.told.popleft() if self.world.told else Tick()
+        fact = self.world.told.popleft() if self.world.told else News.TICK
         self.state, owed = phases.step(self.state, fact)
         self.carry_out(owed)
 
@@ -593,7 +590,7 @@ CHAOS: list[Callable[[Driver], object]] = [
     lambda d: d.world.job and d.world.execute(Command.ABORT),
     lambda d: d.world.job and d.world.execute(Command.DISMISS),
     lambda d: d.world.told.append(Decided(Choice.ABORT, "caller")),
-    lambda d: d.world.told.append(Tick()),
+    lambda d: d.world.told.append(News.TICK),
 ]
 QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
 
@@ -633,7 +630,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
     for at, number in enumerate(script):
         if at == dies:
             world.alive = world.link = False
-            world.told.append(LinkLost())
+            world.told.append(News.LINK_LOST)
         if driver.state.finished:
             break
         CHAOS[number](driver)

@@ -1,0 +1,78 @@
+# Sourced by the scripts of this repository, from its top folder: brings what is missing.
+#
+#   need_qemu            qemu-system-x86_64, qemu-storage-daemon, qemu-img, qemu-io
+#   need_venv [EXTRA]    a virtual environment with the package (and an extra of it), in $VENV
+# shellcheck shell=bash
+
+VENV=${QMPCOMMIT_VENV:-$PWD/.venv}
+
+say() { printf '%s\n' "$*" >&2; }
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        say "this needs root: $*"
+        exit 2
+    fi
+}
+
+apt_install() {
+    if ! command -v apt-get >/dev/null; then
+        say "missing: $* (as Debian calls them). Install them and run this again:"
+        say "  Fedora:        sudo dnf install qemu-system-x86-core qemu-img python3"
+        say "  Arch:          sudo pacman -S qemu-base python"
+        say "  openSUSE:      sudo zypper install qemu-x86 qemu-tools python311"
+        say "  macOS (brew):  brew install qemu python (the demo runs; the tests need Linux)"
+        exit 2
+    fi
+    say "installing: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    as_root apt-get -q -y update >/dev/null || true
+    as_root apt-get -q -y install --no-install-recommends "$@" >/dev/null
+}
+
+need_qemu() {
+    local missing=()
+    command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+    command -v qemu-img >/dev/null && command -v qemu-io >/dev/null || missing+=(qemu-utils)
+    if [ ${#missing[@]} -gt 0 ]; then apt_install "${missing[@]}"; fi
+}
+
+# The newest Python that is new enough, with a working venv module.
+find_python() {
+    local name
+    for name in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+}
+
+need_venv() {
+    local extra=${1:+[$1]} python stamp want
+    python=$(find_python)
+    if [ -z "$python" ]; then
+        apt_install python3 python3-venv
+        python=$(find_python)
+    fi
+    if [ -z "$python" ]; then
+        say "Python 3.11 or newer is needed; name it with PYTHON=/path/to/python3.11"
+        exit 2
+    fi
+    stamp=$VENV/.qmpcommit-stamp
+    want="$python $extra $PWD $(cksum <pyproject.toml)"
+    if [ -x "$VENV/bin/python" ] && grep -qxF -- "$want" "$stamp" 2>/dev/null; then
+        return
+    fi
+    if ! "$python" -m venv "$VENV" 2>/dev/null; then
+        apt_install python3-venv
+        "$python" -m venv --clear "$VENV"
+    fi
+    say "installing the package and what it needs into $VENV"
+    "$VENV/bin/python" -m pip install -q -e ".$extra"
+    printf '%s\n' "$want" >>"$stamp"
+}

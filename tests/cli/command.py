@@ -1,0 +1,83 @@
+"""The command as users run it: a process of its own, and what it said."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+COMMAND = [sys.executable, "-m", "qmpcommit.cli.main"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@dataclass
+class Said:
+    """How a process ended and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be exactly one JSON object."""
+        found = json.loads(self.out)
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def error(self) -> Any:
+        """The error that ``--json`` printed."""
+        assert set(self.json) == {"error"}
+        assert self.err == ""
+        return self.json["error"]
+
+
+def qmpcommit(*words: object, **more: str) -> Said:
+    """Run the command to its end; `more` are environment variables."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**ENVIRONMENT, **more},
+        check=False,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+async def start(*words: object) -> asyncio.subprocess.Process:
+    """Start the command."""
+    return await asyncio.create_subprocess_exec(
+        *COMMAND,
+        *map(str, words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+
+
+async def end(process: asyncio.subprocess.Process) -> Said:
+    """Wait for its end."""
+    try:
+        async with asyncio.timeout(60):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    assert b"Traceback" not in err, err.decode()
+    return Said(process.returncode, out.decode(), err.decode())
+
+
+async def run(*words: object) -> Said:
+    """Run the command beside the test's own tasks."""
+    return await end(await start(*words))

@@ -1,0 +1,84 @@
+"""What answers at once: help and version; and what a commit does not import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qmpcommit import __version__
+from qmpcommit.cli.main import COMMANDS
+from tests.cli.command import COMMAND, ENVIRONMENT, qmpcommit
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import machine
+
+HEAVY = {"asyncio", "pydantic", "qemu.qmp", "rich", "structlog"}
+
+
+def imported(*words: str) -> set[str]:
+    """The modules that a run of the command imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *COMMAND[1:], *words],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 10
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    assert not imported(*words) & HEAVY
+
+
+def test_a_usage_error_imports_nothing_heavy() -> None:
+    assert not imported("commit", "--json") & HEAVY
+
+
+async def test_a_quiet_commit_imports_no_pydantic_structlog_or_rich(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        seen = imported("commit", qemu.qmp, "vda", "--pivot", "--json")
+        assert "qemu.qmp" in seen
+        assert not seen & {"pydantic", "structlog", "rich"}
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+def test_version() -> None:
+    said = qmpcommit("--version")
+    assert (said.status, said.out, said.err) == (0, f"qmpcommit {__version__}\n", "")
+
+
+def test_the_list_of_commands() -> None:
+    said = qmpcommit("--help")
+    assert said.status == 0
+    for name in COMMANDS:
+        assert f"  {name} " in said.out
+    assert "130" in said.out  # the table of exit statuses
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_the_common_options_and_says_what_it_does(name: str) -> None:
+    said = qmpcommit(name, "--help")
+    assert said.status == 0
+    for option in ("--json", "--quiet", "--timeout S", "--verbose", "--help"):
+        assert option in said.out
+    assert len(said.out.split("Options:")[0].splitlines()) > 3
+
+
+def test_the_commits_options() -> None:
+    said = qmpcommit("commit", "--help")
+    for option in (
+        *("--pivot", "--keep-overlay", "--abort", "--hold [SECONDS]", "--check CMD"),
+        *("--policy JSON", "--only-if CMD", "--base B", "--top T", "--shallow", "--bandwidth"),
+    ):
+        assert option in said.out

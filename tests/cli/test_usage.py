@@ -1,0 +1,171 @@
+"""Wrong usage: status 2 before anything is sent, one paragraph or one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, start
+
+WRONG = {
+    "no command": [],
+    "unknown command": ["frobnicate"],
+    "unknown option": ["chain", "/x", "--frob"],
+    "missing arguments": ["commit"],
+    "missing disk": ["commit", "/x", "--pivot"],
+    "too many arguments": ["jobs", "/x", "y"],
+    "no policy": ["commit", "/x", "vda"],
+    "no policy, top 0": ["commit", "/x", "vda", "--top", "0"],
+    "two policies": ["commit", "/x", "vda", "--pivot", "--keep-overlay"],
+    "two other policies": ["commit", "/x", "vda", "--hold", "--check", "true"],
+    "malformed policy": ["commit", "/x", "vda", "--policy", "{"],
+    "unknown policy": ["commit", "/x", "vda", "--policy", '{"kind": "wait"}'],
+    "policy with a wrong member": ["commit", "/x", "vda", "--policy", '{"kind":"hold","for":1}'],
+    "malformed size": ["commit", "/x", "vda", "--pivot", "--bandwidth", "fast"],
+    "empty size": ["commit", "/x", "vda", "--pivot", "--bandwidth", ""],
+    "malformed time": ["commit", "/x", "vda", "--pivot", "--timeout", "soon"],
+    "negative time": ["chain", "/x", "--timeout", "-1"],
+    "infinite time": ["jobs", "/x", "--timeout", "inf"],
+    "malformed hold": ["commit", "/x", "vda", "--hold", "5parsecs"],
+    "shallow and base": ["commit", "/x", "vda", "--pivot", "--shallow", "--base", "1"],
+    "bad address": ["chain", "tcp:nowhere"],
+    "bad port": ["pivot", "tcp:localhost:99999", "job"],
+    "empty address": ["jobs", ""],
+    "long address": ["chain", "/" + "x" * 200],
+}
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG.keys())
+def test_wrong_usage(words: list[str]) -> None:
+    said = qmpcommit(*words)
+    assert said.status == 2
+    assert said.out == ""
+    assert said.err.startswith("qmpcommit: ")
+    assert said.err.count("\n") == 1
+    again = qmpcommit(*words, "--json")
+    assert again.status == 2
+    assert again.error["type"] in ("UsageError", "InvalidRequest", "PolicyRequired")
+    assert again.error["message"]
+
+
+def test_a_missing_policy_says_which_there_are() -> None:
+    said = qmpcommit("commit", "/x", "vda", "--json")
+    assert said.error["type"] == "PolicyRequired"
+    assert "--pivot" in said.error["message"]
+    assert "--keep-overlay" in said.error["message"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["commit", "--hold", "/nowhere", "vda"],
+        ["commit", "--hold", "30", "/nowhere", "vda"],
+        ["commit", "/nowhere", "vda", "--hold"],
+        ["commit", "/nowhere", "vda", "--hold", "2min"],
+        ["commit", "/nowhere", "vda", "--hold=1.5"],
+        ["commit", "/nowhere", "vda", "--hold", "--quiet"],
+        ["commit", "/nowhere", "vda", "--top", "1"],
+        ["chain", "/nowhere"],
+        ["jobs", "/nowhere"],
+        ["pivot", "/nowhere", "j"],
+        ["keep", "/nowhere", "j"],
+        ["abort", "/nowhere", "j"],
+    ],
+    ids=" ".join,
+)
+def test_right_usage_gets_as_far_as_the_vm(words: list[str]) -> None:
+    assert qmpcommit(*words).status == 4
+    assert qmpcommit(*words, "--json").error["type"] == "ConnectError"
+
+
+@pytest.fixture
+def silent(folder: Path) -> Iterator[str]:
+    """A socket that accepts and never greets, as a monitor does that somebody else has."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "silent"))
+        server.listen(8)
+        yield str(folder / "silent")
+
+
+def test_a_busy_monitor_is_1_and_bounded_by_the_timeout(silent: str) -> None:
+    said = qmpcommit("chain", silent, "--timeout", "300ms", "--json")
+    assert said.status == 1
+    assert said.error["type"] in ("MonitorBusy", "DeadlineExceeded")
+
+
+def test_no_time_at_all(silent: str) -> None:
+    said = qmpcommit("commit", silent, "vda", "--pivot", "--timeout", "0", "--json")
+    assert said.status == 1
+    assert said.error["type"] == "DeadlineExceeded"
+    assert "nothing was sent" in said.error["message"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_interrupted_while_connecting(number: int, silent: str) -> None:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(silent)  # the first in the queue, so that the command waits behind it
+        process = await start("commit", silent, "vda", "--pivot", "--json")
+        while f"{process.pid}" not in _who_connects(silent):
+            assert process.returncode is None
+            await _moment()
+        process.send_signal(number)
+        said = await end(process)
+    assert said.status == 130
+    assert said.error["type"] == "Interrupted"
+    assert "nothing was sent" in said.error["message"]
+
+
+def _who_connects(path: str) -> set[str]:
+    """The processes that have a Unix socket open, beside their standard streams."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if int(entry.name) > 2 and os.readlink(entry).startswith("socket:"):
+                found.add(entry.parts[2])
+        except OSError:
+            continue
+    return found
+
+
+async def _moment() -> None:
+    import asyncio
+
+    await asyncio.sleep(0.02)
+
+
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as out:
+        done = subprocess.run(
+            [*COMMAND, "chain", "/nowhere", "--json"],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (4, b"")
+
+
+def test_no_standard_output_at_all() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "chain", "/nowhere", "--json"],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (4, b"")
+
+
+def test_json_is_one_line_of_ascii() -> None:
+    said = qmpcommit("chain", "/nowhere/ü\udcff", "--json")
+    assert said.out.isascii()
+    assert json.loads(said.out)["error"]["address"] == "/nowhere/ü\udcff"
+    assert "/nowhere/ü" in qmpcommit("chain", "/nowhere/ü\udcff").err
