@@ -9,10 +9,11 @@ from typing import Any
 
 _HOMES = {
     "block.chain": "Disk Image",
+    "commit.aftermath": "Stall",
     "commit.job": "CommitJob",
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.plan": "Plan",
-    "commit.policy": "Abort Check Hold Keep Pivot Policy Ready",
+    "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
         " InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost NoSpace NotReady"

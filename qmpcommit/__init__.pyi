@@ -2,6 +2,7 @@
 
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
+from qmpcommit.commit.aftermath import Stall as Stall
 from qmpcommit.commit.job import CommitJob as CommitJob
 from qmpcommit.commit.outcome import CommitOutcome as CommitOutcome
 from qmpcommit.commit.outcome import JobProgress as JobProgress
@@ -14,6 +15,7 @@ from qmpcommit.commit.policy import Keep as Keep
 from qmpcommit.commit.policy import Pivot as Pivot
 from qmpcommit.commit.policy import Policy as Policy
 from qmpcommit.commit.policy import Ready as Ready
+from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.errors import ChainError as ChainError
 from qmpcommit.errors import CommandRefused as CommandRefused
 from qmpcommit.errors import CommitFailed as CommitFailed

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qmpcommit.block.chain import Disk, Image, find_disk, read_disks, read_image
+from qmpcommit.block.bitmaps import Carrying, plan_carrying
+from qmpcommit.block.chain import Disk, Image, absolute, find_disk, read_disks, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.aftermath import Around, FileId, OnPivot, OnStall, identify
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
@@ -18,10 +21,19 @@ from qmpcommit.commit.policy import (
     Keep,
     PolicyCall,
     Ready,
+    Recycle,
     check_command,
     run_command,
 )
-from qmpcommit.errors import CommandRefused, CommitFailed, JobConflict, JobNotFound, OnlyIfFailed
+from qmpcommit.errors import (
+    ChainError,
+    CommandRefused,
+    CommitFailed,
+    InvalidRequest,
+    JobConflict,
+    JobNotFound,
+    OnlyIfFailed,
+)
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
@@ -133,20 +145,21 @@ class Session(Monitor):
         disk: str,
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-        base: str | int | None = None,
-        top: str | int | None = None,
-        shallow: bool = False,
-        bandwidth: int | str | None = None,
-        job_id: str | None = None,
+        **request: Any,
     ) -> Plan:
         """Check a commit without sending anything; arguments and errors are those of `commit`."""
-        request = Request(str(disk), base, top, shallow, bandwidth, job_id)
+        asked = Request(disk=str(disk), **request)
+        return (await self._plan(asked, policy))[0]
+
+    async def _plan(self, request: Request, policy: Any) -> tuple[Plan, BlockGraph]:
         status = await self._status()
         if status is not None:
             check_vm_state(self.name, status)
-        plan = plan_commit(self.name, await self.disk(request.disk), request, policy, self.cwd)
-        await self._check_abilities(plan)
-        return plan
+        graph = await self.graph()
+        disk = find_disk(read_disks(graph), request.disk, vm=self.name, cwd=self.cwd)
+        plan = plan_commit(self.name, disk, request, policy, self.cwd)
+        await self._check_abilities(plan, status)
+        return plan, graph
 
     async def commit(
         self,
@@ -157,6 +170,14 @@ class Session(Monitor):
         top: str | int | None = None,
         shallow: bool = False,
         bandwidth: int | str | None = None,
+        delete: bool = False,
+        stale: Literal["leave", "rename", "delete"] | None = None,
+        on_pivot: OnPivot | None = None,
+        on_error: Literal["report", "stop", "ignore", "enospc"] | None = None,
+        on_stall: OnStall | None = None,
+        carry_bitmaps: bool = True,
+        keep_relative: bool = False,
+        filter_node_name: str | None = None,
         only_if: Sequence[str] | None = None,
         timeout: float | None = None,
         job_id: str | None = None,
@@ -169,26 +190,66 @@ class Session(Monitor):
         bytes per second, `timeout` in seconds for the whole job, which is cancelled then.
         `only_if` is a command that must succeed before anything is sent.
 
+        After a pivot (or an intermediate commit) the stale layers' nodes are closed; with
+        `delete` (or `stale` "rename") their files go, after `on_pivot`, an async callable that
+        is given the outcome, has persisted the VM's new disk path. `on_error` is QEMU's: with
+        "stop" a full base makes the job wait, `on_stall` is awaited, and the job goes on.
+        Dirty bitmaps of the committed layers are carried into the base unless `carry_bitmaps`
+        is off. `keep_relative` writes the base's name relatively into the overlay above an
+        intermediate layer; `filter_node_name` names the job's own filter.
+
         Raises `PolicyRequired`, `DiskNotFound`, `ChainError`, `JobConflict`, `VMStateError`,
         `InvalidRequest` or `OnlyIfFailed` before anything is sent; `CommitFailed` if QEMU
         refuses the job. If this is cancelled, so is the job.
         """
+        clock = asyncio.get_running_loop().time
+        begun = clock()
         if timeout is not None:
             timeout = parse_seconds(timeout, "timeout")
         if only_if is not None:
             only_if = check_command(only_if, "only_if")
-        plan = await self.plan(
-            disk,
-            policy=policy,
+        if delete and stale not in (None, "delete"):
+            raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
+        request = Request(
+            disk=str(disk),
             base=base,
             top=top,
             shallow=shallow,
             bandwidth=bandwidth,
             job_id=job_id,
+            stale=stale or ("delete" if delete else "leave"),
+            on_error=on_error,
+            carry_bitmaps=carry_bitmaps,
+            keep_relative=keep_relative,
+            filter_node_name=filter_node_name,
         )
+        plan, graph = await self._plan(request, policy)
+        around = Around(
+            on_pivot=on_pivot,
+            on_stall=on_stall,
+            carrying=_carrying(graph, plan) if carry_bitmaps else None,
+            files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
+            cwd=self.cwd,
+        )
+        if around.carrying is not None and around.carrying.names:
+            plan.arguments["auto-finalize"] = False
         if only_if is not None:
             await self._ask_whether(only_if, plan)
-        return await self._launch(CommitJob(self, plan, timeout=timeout))
+        if timeout is not None:
+            timeout = max(0.0, timeout - (clock() - begun))
+        return await self._launch(CommitJob(self, plan, timeout=timeout, around=around))
+
+    @property
+    def jobs(self) -> tuple[CommitJob, ...]:
+        """The commits of this session that have not ended."""
+        return tuple(self._jobs)
+
+    def _files_of(self, plan: Plan) -> dict[str, FileId | None]:
+        """Which files of this host the stale layers are, as QEMU has them open."""
+        return {
+            image.node_name: identify(absolute(image, self.cwd), self.peer_pid)
+            for image in (plan.top, *plan.between)
+        }
 
     async def adopt(
         self,
@@ -250,8 +311,10 @@ class Session(Monitor):
         except CommandRefused:
             return None  # qemu-storage-daemon runs no guest
 
-    async def _check_abilities(self, plan: Plan) -> None:
-        """A keep needs ``block-job-cancel`` with ``force``: better known now than at READY."""
+    async def _check_abilities(self, plan: Plan, status: str | None) -> None:
+        """What the policy needs of QEMU and of the VM: better known now than at READY."""
+        if isinstance(plan.policy, Recycle):
+            self._check_recycle(plan, plan.policy, status)
         if not isinstance(plan.policy, Keep):
             return
         features = await self.features()
@@ -261,6 +324,29 @@ class Session(Monitor):
                 " the overlay active; pivot instead. Nothing was sent",
                 vm=self.name,
                 disk=plan.disk.name,
+            )
+
+    def _check_recycle(self, plan: Plan, recycle: Recycle, status: str | None) -> None:
+        where = {"vm": self.name, "disk": plan.disk.name}
+        if status is None and plan.disk.exports:
+            raise ChainError(
+                f"{plan.disk} of {self.name} can't be recycled: it is exported"
+                f" ({', '.join(plan.disk.exports)}), and nothing could hold its clients back while"
+                " the fresh overlay is laid. Nothing was sent",
+                **where,
+            )
+        path = os.path.join(self.cwd or os.getcwd(), recycle.overlay)
+        if os.path.lexists(path):
+            raise InvalidRequest(
+                f"{recycle.overlay} exists already; a fresh overlay needs a new file."
+                " Nothing was sent",
+                **where,
+            )
+        if not os.path.isdir(os.path.dirname(path)):
+            raise InvalidRequest(
+                f"there is no folder {os.path.dirname(path)} for the fresh overlay."
+                " Nothing was sent",
+                **where,
             )
 
     async def _ask_whether(self, command: Sequence[str], plan: Plan) -> None:
@@ -285,6 +371,21 @@ class Session(Monitor):
                 command=list(command),
                 exit_status=status,
             )
+
+
+def _carrying(graph: BlockGraph, plan: Plan) -> Carrying | None:
+    """The bitmaps to carry; None where there are none. Raises `JobConflict` for busy ones."""
+    layers = [image.node_name for image in (plan.top, *plan.between)]
+    carrying = plan_carrying(graph, layers, plan.base.node_name)
+    if carrying.busy:
+        raise JobConflict(
+            f"{plan.disk} of {plan.vm} can't be committed with its bitmaps now:"
+            f" {', '.join(carrying.busy)} is busy with another job (a backup?). Wait for it, or"
+            " commit without carrying bitmaps (carry_bitmaps=False). Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+    return carrying if carrying.names or carrying.problems else None
 
 
 def _adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:

@@ -36,6 +36,7 @@ class Image(Record):
     virtual_size: int | None = None
     allocated_size: int | None = None
     read_only: bool = False
+    cluster_size: int | None = None
 
     def __str__(self) -> str:
         return (
@@ -114,6 +115,13 @@ class BackingChain(NamedTuple):
         return ChainError(f"{message}. Nothing was sent", disk=self.disk.name)
 
 
+def absolute(image: Image, cwd: str | None) -> str:
+    """The image's file name as an absolute path, where it is a host file's."""
+    if ":" in image.filename.split("/", maxsplit=1)[0] or image.filename.startswith("json:"):
+        return image.filename
+    return os.path.join(cwd or os.getcwd(), image.filename)
+
+
 def same_file(name: str, image: Image, cwd: str | None) -> bool:
     """Whether a file name that somebody typed means this image.
 
@@ -145,6 +153,7 @@ def read_image(graph: BlockGraph, name: str) -> Image:
         virtual_size=info.get("virtual-size"),
         allocated_size=info.get("actual-size"),
         read_only=bool(node.raw.get("ro", False)),
+        cluster_size=info.get("cluster-size"),
     )
 
 

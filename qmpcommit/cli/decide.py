@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,7 +63,7 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
 async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
     from qmpcommit.cli.following import Foreground
     from qmpcommit.cli.show import outcome_text
-    from qmpcommit.errors import JobConflict
+    from qmpcommit.errors import CommitFailed, JobConflict
 
     async with running.connect(qmp) as vm:
         foreground = Foreground(running, vm, qmp, adopted=True)
@@ -72,7 +73,8 @@ async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
         except JobConflict as conflict:
             if job.state.running:
                 raise
-            await foreground.end(job)  # dismisses it
+            with suppress(CommitFailed):  # how it ended can't be told any more
+                await foreground.end(job)  # dismisses it
             raise JobConflict(
                 f"job {job_id} had ended already, and was cleared away;"
                 f" 'qmpcommit chain {shlex.quote(qmp)}' shows what its disk uses now",

@@ -40,7 +40,7 @@ class Foreground:
     @property
     def _job(self) -> CommitJob | None:
         """The job, from the moment that it is about to be sent until it has ended."""
-        return next(iter(self._vm._jobs), None)
+        return next(iter(self._vm.jobs), None)
 
     def _signal(self, times: int) -> None:
         job = self._job

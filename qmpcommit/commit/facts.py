@@ -17,6 +17,7 @@ class Choice(StrEnum):
     PIVOT = "pivot"
     KEEP = "keep"
     ABORT = "abort"
+    RECYCLE = "recycle"  # a pivot, and a fresh overlay before the guest can write
 
 
 class Command(StrEnum):
@@ -70,13 +71,14 @@ class Ended(NamedTuple):
 
 
 class JobSeen(NamedTuple):
-    """One entry of ``query-jobs``; `auto_finalize` from ``query-block-jobs`` where asked."""
+    """One job as QEMU lists it; `auto_finalize` and `io_status` where they were asked for."""
 
     status: str
     done: int = 0
     total: int = 0
     error: str | None = None
     auto_finalize: bool = True
+    io_status: str = "ok"
 
 
 class Answered(NamedTuple):
@@ -118,6 +120,24 @@ class GraphRead(NamedTuple):
     where: Where
 
 
+class Prepared(NamedTuple):
+    """What had to be done while the disk's I/O waits is done, or `error` says why not."""
+
+    error: str | None = None
+
+
+class Frozen(NamedTuple):
+    """The guest is paused and a fresh overlay is open, or `error` says why not."""
+
+    error: str | None = None
+
+
+class Overlaid(NamedTuple):
+    """The fresh overlay lies over the base, or `error` says why not."""
+
+    error: str | None = None
+
+
 class LinkBack(NamedTuple):
     """The monitor is back; `same_vm` False when another process answers now."""
 
@@ -136,6 +156,8 @@ class News(StrEnum):
     LINK_LOST = "the monitor went away"
     SHUTTING_DOWN = "SHUTDOWN: from now on COMPLETED may be QEMU's own way to end a job"
     TICK = "time has passed with no news"
+    RELIEVED = "the cause of a stall is gone, says its owner"
+    THAWED = "the guest runs again, if it ran before"
 
 
 Fact = (
@@ -148,6 +170,9 @@ Fact = (
     | Unanswered
     | Decided
     | GraphRead
+    | Prepared
+    | Frozen
+    | Overlaid
     | LinkBack
     | LinkDead
     | News
@@ -163,6 +188,11 @@ class Duty(StrEnum):
     ASK = "ask query-jobs about our job (Answered)"
     CONSULT = "ask the policy (Decided)"
     READ_GRAPH = "read the block graph back (GraphRead)"
+    PREPARE = "the disk's I/O waits: do what must be done before the end is final (Prepared)"
+    STALL = "the storage failed and the job waits: tell its owner (RELIEVED)"
+    FREEZE = "open a fresh overlay and pause the guest (Frozen)"
+    OVERLAY = "lay the fresh overlay over the base (Overlaid)"
+    THAW = "let the guest run again (THAWED)"
     RELINK = "bring the monitor back (LinkBack or LinkDead)"
     FINISH = "nothing more: the state holds the verdict"
 

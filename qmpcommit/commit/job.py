@@ -8,23 +8,28 @@ time, and carries out the actions that come back.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit import facts, phases, report
+from qmpcommit.commit.aftermath import Around, OnStall, Stall, clear_away
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
 from qmpcommit.commit.hearing import Hearing
 from qmpcommit.commit.outcome import CommitOutcome, JobProgress, Timings
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Ready, Settled, immediate, settle
+from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
+from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.errors import (
     CommandRefused,
+    CommitFailed,
     DeadlineExceeded,
     JobConflict,
     MonitorLost,
@@ -34,6 +39,9 @@ from qmpcommit.errors import (
 )
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop
+
+HOLD_LIMIT = 2.0
+"""Seconds that the disk's I/O may be held while the job is PENDING."""
 
 HEARTBEAT = 10.0
 """Seconds of silence after which QEMU is asked about the job."""
@@ -59,6 +67,7 @@ class CommitJob:
         timeout: float | None = None,
         adopted: bool = False,
         auto_finalize: bool = True,
+        around: Around = Around(),  # noqa: B008  (frozen)
     ) -> None:
         self.plan = plan
         self.id = plan.job_id
@@ -66,12 +75,22 @@ class CommitJob:
         self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._monitor = monitor
         self._timeout = timeout
-        begin = phases.adopt if adopted else phases.begin
-        self._state, self._owed = begin(two_phase=plan.two_phase)
-        self._auto_finalize = auto_finalize
+        self._around = around
+        prepares = around.carrying is not None and bool(around.carrying.names)
+        if adopted:
+            self._state, self._owed = phases.adopt(two_phase=plan.two_phase)
+        else:
+            self._state, self._owed = phases.begin(
+                two_phase=plan.two_phase, prepares=prepares, stalls=plan.stalls
+            )
+        self._auto_finalize = auto_finalize and not prepares
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._hearing = Hearing(plan.job_id, self._facts.put_nowait)
         self._consulting: asyncio.Task[Settled] | None = None
+        self._stalling: asyncio.Task[None] | None = None
+        self._recycle: Recycle | None = None
+        self._fresh: FreshOverlay | None = None
+        self._active: Image | None = None
         self._policy_error: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._outcome: CommitOutcome | None = None
@@ -158,6 +177,13 @@ class CommitJob:
         """
         return self._order(Choice.PIVOT)
 
+    def recycle(self, overlay: str | os.PathLike[str]) -> Awaitable[None]:
+        """Pivot, with a fresh `overlay` over the base before the guest can write; as `pivot`."""
+        recycle = Recycle(os.fspath(overlay))
+        if phases.objection(self._state, Choice.RECYCLE) is None:
+            self._recycle = recycle
+        return self._order(Choice.RECYCLE)
+
     def keep(self) -> Awaitable[None]:
         """Decide for the overlay; as `pivot`."""
         return self._order(Choice.KEEP)
@@ -212,6 +238,7 @@ class CommitJob:
                 if self._timeout is not None:
                     self._call_later(self._timeout, self._time_is_up)
                 await self._drive()
+                await self._conclude()
         except asyncio.CancelledError:
             self._error = self._error or MonitorLost(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} is no longer followed from"
@@ -227,8 +254,9 @@ class CommitJob:
         finally:
             for timer in self._timers:
                 timer.cancel()
-            if self._consulting is not None:
-                await stop(self._consulting)
+            for task in (self._consulting, self._stalling):
+                if task is not None:
+                    await stop(task)
 
     async def _drive(self) -> None:
         while True:
@@ -242,7 +270,6 @@ class CommitJob:
             except asyncio.QueueEmpty:
                 fact = await self._next_fact()
             self._take(fact)
-        self._conclude()
 
     async def _next_fact(self) -> Fact:
         try:
@@ -254,6 +281,8 @@ class CommitJob:
     def _take(self, fact: Fact) -> None:
         before = self._state
         self._state, self._owed = phases.step(before, fact)
+        if bool(self._state.status) is not bool(before.status):
+            self._wake()
         if self._state.phase is not before.phase or self._state.finished:
             self._wake()
             self.log.debug("phase", phase=self._state.phase.value, was=before.phase.value)
@@ -270,6 +299,16 @@ class CommitJob:
                 self._consult()
             case facts.Duty.RELINK:
                 await self._relink()
+            case facts.Duty.PREPARE:
+                await self._try(self._prepare())
+            case facts.Duty.STALL:
+                self._stall()
+            case facts.Duty.FREEZE:
+                await self._try(self._freeze(), facts.Frozen("the monitor was lost meanwhile"))
+            case facts.Duty.OVERLAY:
+                await self._try(self._overlay())
+            case facts.Duty.THAW:
+                await self._try(self._thaw())
             case facts.Duty.FINISH:
                 pass
 
@@ -294,15 +333,18 @@ class CommitJob:
             self._facts.put_nowait(facts.Accepted(command))
             self.log.info("accepted", command=command.value)
 
-    async def _try(self, asking: Awaitable[Fact]) -> None:
-        """Ask QEMU something; losing the link meanwhile is a fact of its own."""
+    async def _try(self, asking: Awaitable[Fact], lost: Fact | None = None) -> None:
+        """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another."""
         try:
             self._facts.put_nowait(await asking)
+            return
         except DeadlineExceeded:
             self._unanswered(None)
         except (MonitorLost, VMGone) as error:
             self._lost = error
             self._facts.put_nowait(facts.News.LINK_LOST)
+        if lost is not None:
+            self._facts.put_nowait(lost)
 
     def _unanswered(self, command: Command | None) -> None:
         """QEMU is silent: this connection is not believed any more."""
@@ -310,7 +352,68 @@ class CommitJob:
         self._monitor.drop()
         self._facts.put_nowait(facts.Unanswered(command) if command else facts.News.LINK_LOST)
 
+    async def _prepare(self) -> Fact:
+        """The disk's I/O waits: carry the bitmaps, and let go."""
+        carrying = self._around.carrying
+        if carrying is None:
+            return facts.Prepared()
+        try:
+            async with asyncio.timeout(HOLD_LIMIT):
+                await carry(self._monitor, carrying)
+        except CommandRefused as error:
+            return facts.Prepared(f"the bitmaps could not be carried into the base: {error.desc}")
+        except DeadlineExceeded:
+            raise
+        except TimeoutError:
+            return facts.Prepared(f"carrying the bitmaps took longer than {HOLD_LIMIT:g} s")
+        self.log.info("bitmaps_carried", names=list(carrying.names))
+        return facts.Prepared()
+
+    def _stall(self) -> None:
+        """A storage error makes the job wait: tell its owner, who says when to go on."""
+        stall = Stall(self.plan.vm, self.plan.disk.name, self.id, self.plan.base)
+        self.log.warning("stalled", base=self.plan.base.filename)
+        on_stall = self._around.on_stall
+        if on_stall is not None:
+            self._stalling = asyncio.create_task(self._relieve(on_stall, stall))
+
+    async def _relieve(self, on_stall: OnStall, stall: Stall) -> None:
+        try:
+            await on_stall(stall)
+        except Exception as error:  # the owner's own; the job must not hang for it
+            self._policy_error = error
+            self._facts.put_nowait(facts.Decided(Choice.ABORT, "failed policy"))
+        else:
+            self._facts.put_nowait(facts.News.RELIEVED)
+
+    async def _freeze(self) -> Fact:
+        assert self._recycle is not None
+        self._fresh = FreshOverlay(
+            self._monitor, self.plan, self._recycle.overlay, self._around.cwd
+        )
+        try:
+            await self._fresh.freeze()
+        except (CommandRefused, CommitFailed) as error:
+            return facts.Frozen(getattr(error, "desc", error.message))
+        return facts.Frozen()
+
+    async def _overlay(self) -> Fact:
+        assert self._fresh is not None
+        try:
+            await self._fresh.lay()
+            self._active = await self._fresh.image()
+        except CommandRefused as error:
+            return facts.Overlaid(error.desc)
+        return facts.Overlaid()
+
+    async def _thaw(self) -> Fact:
+        if self._fresh is not None:
+            await self._fresh.thaw()
+        return facts.News.THAWED
+
     async def _ask(self) -> facts.JobSeen | None:
+        if self.plan.stalls:
+            return await self._ask_with_io_status()
         for job in await self._monitor.execute("query-jobs"):
             if job.get("id") == self.id:
                 return facts.JobSeen(
@@ -319,6 +422,19 @@ class CommitJob:
                     total=int(job.get("total-progress", 0)),
                     error=job.get("error"),
                     auto_finalize=self._auto_finalize,
+                )
+        return None
+
+    async def _ask_with_io_status(self) -> facts.JobSeen | None:
+        for job in await self._monitor.execute("query-block-jobs"):
+            if job.get("device") == self.id:
+                return facts.JobSeen(
+                    status=str(job.get("status")),
+                    done=int(job.get("offset", 0)),
+                    total=int(job.get("len", 0)),
+                    error=job.get("error"),
+                    auto_finalize=self._auto_finalize,
+                    io_status=str(job.get("io-status", "ok")),
                 )
         return None
 
@@ -367,7 +483,7 @@ class CommitJob:
         )
         settled = immediate(plan.policy)
         if settled is not None:
-            self._facts.put_nowait(_decided(settled))
+            self._facts.put_nowait(self._decision(settled))
             return
         self.log.info("ready", policy=getattr(plan.policy, "kind", "callable"))
         self._consulting = asyncio.create_task(self._settle(ready), name=f"policy {self.id}")
@@ -392,7 +508,12 @@ class CommitJob:
             self.log.warning("policy_failed", error=repr(self._policy_error))
             self._facts.put_nowait(facts.Decided(Choice.ABORT, "failed policy"))
         else:
-            self._facts.put_nowait(_decided(consulting.result()))
+            self._facts.put_nowait(self._decision(consulting.result()))
+
+    def _decision(self, settled: Settled) -> facts.Decided:
+        if isinstance(settled.decision, Recycle):
+            self._recycle = settled.decision
+        return facts.Decided(Choice(settled.decision.kind), settled.by)
 
     def _order(self, choice: Choice) -> Awaitable[None]:
         match phases.objection(self._state, choice):
@@ -435,20 +556,29 @@ class CommitJob:
 
     # -- the end ----------------------------------------------------------------------------------
 
-    def _conclude(self) -> None:
+    async def _conclude(self) -> None:
         state, plan = self._state, self.plan
-        times = dict(self._hearing.times)
-        if not plan.two_phase:
-            times.pop("decided", None)  # it has no second phase
         error = report.error_of(plan, state, self._timeout, self._lost, self._policy_error)
         if error is not None:
             self._error = error
             self.log.warning("failed", verdict=state.verdict and state.verdict.value)
             return
-        self._outcome = report.outcome_of(plan, state, self._active_now(), Timings(**times))
-        self.log.info("ended", action=self._outcome.action, by=self._outcome.decided_by)
+        times = dict(self._hearing.times)
+        if not plan.two_phase:
+            times.pop("decided", None)  # it has no second phase
+        outcome = report.outcome_of(plan, state, self._active_now(), Timings(**times))
+        if self._fresh is not None:
+            outcome = replace(outcome, guest_paused=self._fresh.paused)
+        if self._around.carrying is not None:
+            outcome.warnings.extend(self._around.carrying.problems)
+        self._outcome = outcome  # it is true, whatever becomes of the files
+        if outcome.invalidated and not self.adopted:
+            self._outcome = await clear_away(self._monitor, plan, outcome, self._around)
+        self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 
     def _active_now(self) -> Image | None:
+        if self._active is not None:
+            return self._active
         if self._disk_now is not None:
             return self._disk_now.active
         return {
@@ -486,7 +616,3 @@ class _Ending:
 
     def __await__(self) -> Any:
         return self._job._until(lambda: False).__await__()
-
-
-def _decided(settled: Settled) -> facts.Decided:
-    return facts.Decided(Choice(settled.decision.kind), settled.by)

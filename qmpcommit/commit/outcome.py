@@ -34,6 +34,8 @@ class CommitOutcome(Record):
     intermediate layer, which has no second phase); `decided_by` who decided it. `active` is the
     image that the guest writes to now, `invalidated` the files that must never be booted again,
     `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
+    `guest_paused` is for how many seconds a recycle paused the guest; `hook` how the hook ended
+    that persists the VM's new disk path.
     """
 
     status: Literal["completed", "cancelled"]
@@ -49,6 +51,8 @@ class CommitOutcome(Record):
     deleted: list[str] = field(default_factory=list)
     bytes_committed: int = 0
     timings: Timings = Timings()
+    guest_paused: float | None = None
+    hook: Literal["", "done", "failed"] = ""
     warnings: list[str] = field(default_factory=list)
 
 

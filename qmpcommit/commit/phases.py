@@ -39,11 +39,14 @@ from qmpcommit.commit.facts import (
     Duty,
     Ended,
     Fact,
+    Frozen,
     GraphRead,
     JobSeen,
     LinkBack,
     LinkDead,
     News,
+    Overlaid,
+    Prepared,
     Refused,
     StatusChanged,
     Unanswered,
@@ -54,7 +57,13 @@ MAX_TRIES = 20
 """How often a decision is repeated that QEMU refuses although the job is READY."""
 
 
-ORDERS = {Choice.PIVOT: Command.PIVOT, Choice.KEEP: Command.KEEP, Choice.ABORT: Command.ABORT}
+ORDERS = {
+    Choice.PIVOT: Command.PIVOT,
+    Choice.RECYCLE: Command.PIVOT,
+    Choice.KEEP: Command.KEEP,
+    Choice.ABORT: Command.ABORT,
+}
+PIVOTS = (Choice.PIVOT, Choice.RECYCLE)
 
 
 class Phase(StrEnum):
@@ -73,6 +82,7 @@ class Verdict(StrEnum):
     """How it ended."""
 
     PIVOTED = "pivoted"
+    RECYCLED = "recycled"
     KEPT = "kept"
     MERGED = "merged"
     CANCELLED = "cancelled"
@@ -96,6 +106,11 @@ class State(NamedTuple):
     QEMU took it, `refusal` why it did not. `doubt` is set by ``SHUTDOWN``, `other_vm` when
     another process answers at the monitor. `listed` tells that the concluded job waits for its
     dismissal. `trail` are remarks for the outcome's warnings.
+
+    `prepares` tells that something has to be done while PENDING holds the disk's I/O (then
+    `auto_finalize` is off), `preparing` and `prepared` where that is. `stalls` tells that a
+    storage error makes the job wait, `stalled` that it does. `frozen` is whether the guest is
+    paused by us, `overlaid` whether the fresh overlay was tried.
     """
 
     two_phase: bool
@@ -120,6 +135,13 @@ class State(NamedTuple):
     verdict: Verdict | None = None
     error: str | None = None
     trail: tuple[str, ...] = ()
+    prepares: bool = False
+    preparing: bool = False
+    prepared: bool = False
+    stalls: bool = False
+    stalled: bool = False
+    frozen: bool = False
+    overlaid: bool = False
 
     @property
     def finished(self) -> bool:
@@ -135,9 +157,10 @@ class State(NamedTuple):
 Step = tuple[State, list[Action]]
 
 
-def begin(*, two_phase: bool) -> Step:
+def begin(*, two_phase: bool, prepares: bool = False, stalls: bool = False) -> Step:
     """A new commit: `block-commit` has to be sent."""
-    return State(two_phase=two_phase), [Command.START]
+    state = State(two_phase=two_phase, prepares=prepares, stalls=stalls, auto_finalize=not prepares)
+    return state, [Command.START]
 
 
 def adopt(*, two_phase: bool) -> Step:
@@ -177,8 +200,14 @@ def step(state: State, fact: Fact) -> Step:
             return _decided(state, choice, by)
         case GraphRead(where):
             return _confirmed(state, where)
+        case Prepared(error):
+            return _prepared(state, error)
+        case Frozen(error):
+            return _frozen(state, error)
+        case Overlaid(error):
+            return _overlaid(state, error)
         case News.LINK_LOST | Unanswered():
-            lost = state._replace(linked=False, in_flight=False)
+            lost = state._replace(linked=False, in_flight=False, preparing=False)
             return lost, [Duty.RELINK] if state.linked else []
         case LinkBack(same_vm):
             return _back(state, same_vm)
@@ -188,6 +217,12 @@ def step(state: State, fact: Fact) -> Step:
             return state._replace(doubt=state.doubt or state.end is None), []
         case News.TICK:
             return _tick(state)
+        case News.RELIEVED:
+            relieved = state._replace(stalled=False)
+            return relieved, [Command.RESUME] if state.stalled and state.running else []
+        case News.THAWED:
+            thawed = state._replace(frozen=False)
+            return _close(thawed) if state.phase is Phase.CONFIRMED else (thawed, [])
     assert_never(fact)
 
 
@@ -197,14 +232,59 @@ def _status(state: State, status: str) -> Step:
         case "created" | "running" | "paused":
             if state.phase is Phase.STARTING:
                 state = state._replace(phase=Phase.COPYING, began=True)
-            return state, []
+            return _halted(state, status == "paused")
         case "ready" | "standby":
-            return _ready(state._replace(began=True))
+            state, actions = _ready(state._replace(began=True))
+            state, more = _halted(state, status == "standby")
+            return state, actions + more
         case "pending" if not state.auto_finalize:
-            return state, [Command.FINALIZE]
+            return _pending(state)
         case "concluded" | "null" if state.running and (state.began or state.end):
             return state, [Duty.ASK]
     return state, []
+
+
+def _halted(state: State, halted: bool) -> Step:
+    """A job that waits on storage errors shows it only when asked; one that moves does not wait."""
+    if not halted:
+        return state._replace(stalled=False), []
+    return state, [Duty.ASK] if state.stalls and not state.stalled else []
+
+
+def _pending(state: State) -> Step:
+    """The disk's I/O waits: no longer than what has to be done takes."""
+    if state.in_flight or state.preparing:
+        return state, []
+    if state.decision is Choice.ABORT:
+        return (state, []) if state.accepted else _order(state)
+    keeps = state.decision is Choice.KEEP and state.accepted  # else another client was first
+    if keeps or state.prepared or not state.prepares:
+        return state, [Command.FINALIZE]
+    return state._replace(preparing=True), [Duty.PREPARE]
+
+
+def _prepared(state: State, error: str | None) -> Step:
+    if not state.preparing or not state.running:
+        return state, []
+    state = state._replace(preparing=False)
+    if error is None:
+        return state._replace(prepared=True), [Command.FINALIZE]
+    return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
+
+
+def _frozen(state: State, error: str | None) -> Step:
+    if state.decision is not Choice.RECYCLE or not state.running:
+        return state, []
+    if error is not None:
+        return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
+    return _order(state)
+
+
+def _overlaid(state: State, error: str | None) -> Step:
+    if state.phase is not Phase.CONFIRMED or state.overlaid:
+        return state, []
+    verdict = Verdict.RECYCLED if error is None else Verdict.PIVOTED
+    return _close(state._replace(overlaid=True, verdict=verdict, error=error))
 
 
 def _ready(state: State) -> Step:
@@ -230,6 +310,8 @@ def _decided(state: State, choice: Choice, by: str) -> Step:
     if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
         return state, []  # too early or too late: `objection` tells the caller why
     state = state._replace(decision=choice, by=by, tries=0, accepted=False, refusal=None)
+    if choice is Choice.RECYCLE:
+        return state._replace(phase=Phase.DECIDED, frozen=True, in_flight=True), [Duty.FREEZE]
     if state.phase is Phase.STARTING and not state.began:
         return state, []  # an abort before the job exists waits for it
     return _order(state)
@@ -267,10 +349,14 @@ def _accepted(state: State, command: Command) -> Step:
     if command is Command.DISMISS:
         return _finish(state)
     if command is Command.RESUME:
+        if state.decision is None:
+            return state, []  # after a stall
         remark = "the job was paused; it was resumed to carry out the decision"
         return state._replace(trail=(*state.trail, remark)), []
     if state.decision is not None and command is ORDERS[state.decision]:
         state = state._replace(accepted=True, in_flight=False)
+        if state.status == "pending" and not state.auto_finalize:
+            return _pending(state)
         # QEMU defers the pivot of a paused job until it is resumed, and says "accepted".
         return state, [Duty.ASK] if state.status == "standby" and state.running else []
     return state, []
@@ -311,7 +397,11 @@ def _seen(state: State, job: JobSeen) -> Step:
             end = end._replace(done=job.done, total=job.total)
             return _ended(state._replace(end=end, listed=True))
         case "pending" if not state.auto_finalize:
-            return state, [Command.FINALIZE]
+            return _pending(state)
+        case "paused" | "standby" if state.stalls and job.io_status not in ("", "ok"):
+            if state.stalled:
+                return state, []
+            return state._replace(stalled=True), [Duty.STALL]
         case "ready" | "standby":
             return _seen_ready(state)
         case "created" | "running" | "paused":
@@ -351,7 +441,7 @@ def _missing(state: State) -> Step:
     """QEMU knows no such job (any more)."""
     if not state.running:
         state = state._replace(listed=False)
-        return _finish(state) if state.phase is Phase.CONFIRMED else (state, [Duty.READ_GRAPH])
+        return _close(state) if state.phase is Phase.CONFIRMED else (state, [Duty.READ_GRAPH])
     if not state.began and state.end is None:
         return _finish(state._replace(verdict=Verdict.NEVER_BEGAN))
     if state.other_vm:
@@ -368,7 +458,7 @@ def _still_listed(state: State, job: JobSeen) -> Step:
     state = state._replace(listed=job.status == "concluded")
     if state.phase is Phase.ENDED:
         return state, [Duty.READ_GRAPH]
-    return state, [Command.DISMISS] if state.listed else []
+    return _close(state) if state.listed else (state, [])
 
 
 def _confirmed(state: State, where: Where) -> Step:
@@ -381,7 +471,19 @@ def _confirmed(state: State, where: Where) -> Step:
         error=state.error or error,
         trail=state.trail + remarks,
     )
-    return (state, [Command.DISMISS]) if state.listed else _finish(state)
+    return _close(state)
+
+
+def _close(state: State) -> Step:
+    """The end is known: what is left to do, one thing after another."""
+    recycles = state.verdict is Verdict.PIVOTED and state.decision is Choice.RECYCLE
+    if recycles and not state.overlaid:
+        return state, [Duty.OVERLAY]
+    if state.frozen:
+        return state, [Duty.THAW]
+    if state.listed:
+        return state, [Command.DISMISS]
+    return _finish(state)
 
 
 def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, ...]]:
@@ -400,9 +502,11 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
         return Verdict.FAILED, "QEMU reported success, but the layer is still in the chain", ()
     if where is Where.BASE:
         return Verdict.PIVOTED, None, gone if end is None else ()
-    if where is Where.UNUSED and end is not None and state.decision is Choice.PIVOT:
+    if where is Where.UNUSED and end is not None and state.decision in PIVOTS:
         remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
         return Verdict.PIVOTED, None, (remark,)
+    if where is Where.UNUSED and state.decision is None:
+        return Verdict.FAILED, "the job has ended, and how can't be seen in the block graph", ()
     if where is Where.OTHER:
         return Verdict.FAILED, "the disk uses neither the base nor the overlay any more", ()
     if end is None:
@@ -420,7 +524,7 @@ def _back(state: State, same_vm: bool | None) -> Step:
 
 
 def _dead(state: State, vm_gone: bool) -> Step:
-    if state.phase is Phase.CONFIRMED:
+    if state.phase is Phase.CONFIRMED and not state.frozen:
         remark = "QEMU went away before the concluded job could be dismissed"
         return _finish(state._replace(trail=(*state.trail, remark)))
     verdict = Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST

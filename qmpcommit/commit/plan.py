@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from qmpcommit.block.chain import BackingChain, Disk, Image
+from qmpcommit.block.chain import BackingChain, Disk, Image, absolute
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
 from qmpcommit.units import parse_size
@@ -34,6 +34,19 @@ class Request(Record):
     shallow: bool = False
     bandwidth: int | str | None = None
     job_id: str | None = None
+    stale: Literal["leave", "rename", "delete"] = "leave"
+    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
+    carry_bitmaps: bool = True
+    keep_relative: bool = False
+    filter_node_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stale not in ("leave", "rename", "delete"):
+            raise InvalidRequest(f"stale is 'leave', 'rename' or 'delete', not {self.stale!r}")
+        if self.on_error not in (None, "report", "stop", "ignore", "enospc"):
+            raise InvalidRequest(
+                f"on_error is 'report', 'stop', 'ignore' or 'enospc', not {self.on_error!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,12 @@ class Plan(Record):
     policy: Any
     arguments: dict[str, Any] = field(default_factory=dict)
     between: tuple[Image, ...] = ()
+    stale: Literal["leave", "rename", "delete"] = "leave"
+
+    @property
+    def stalls(self) -> bool:
+        """Whether a storage error makes the job wait instead of fail."""
+        return self.arguments.get("on-error") in ("stop", "enospc")
 
     @property
     def invalidated(self) -> list[str]:
@@ -89,6 +108,12 @@ def plan_commit(
     }
     if bandwidth:
         arguments["speed"] = bandwidth
+    if request.on_error is not None:
+        arguments["on-error"] = request.on_error
+    if request.filter_node_name is not None:
+        arguments["filter-node-name"] = request.filter_node_name
+    if request.keep_relative and top > 0:
+        arguments["backing-file"] = _relative(chain[base], chain[top - 1], cwd)
     return Plan(
         vm=vm,
         disk=disk,
@@ -99,6 +124,7 @@ def plan_commit(
         policy=policy,
         arguments=arguments,
         between=chain[top + 1 : base],
+        stale=request.stale,
     )
 
 
@@ -134,6 +160,12 @@ def _layers(disk: Disk, request: Request, cwd: str | None) -> tuple[int, int]:
             " above it; a commit writes downwards. Nothing was sent"
         )
     return top, base
+
+
+def _relative(base: Image, overlay: Image, cwd: str | None) -> str:
+    """The base's name as the overlay above top is to have it written, relative to itself."""
+    folder = os.path.dirname(absolute(overlay, cwd))
+    return os.path.relpath(absolute(base, cwd), folder)
 
 
 def _no_job(disk: Disk) -> None:

@@ -50,7 +50,26 @@ class Abort(Record):
     kind: Literal["abort"] = field(default="abort", kw_only=True)
 
 
-Decision: TypeAlias = Pivot | Keep | Abort
+@dataclass(frozen=True)
+class Recycle(Record):
+    """Pivot, then lay a fresh empty overlay (a new file) over the base, the guest paused meanwhile.
+
+    The new overlay holds *only the changes since*, which a keep's does not. `overlay` is the
+    file name, as QEMU is to open it; the file must not exist.
+    """
+
+    overlay: str
+    kind: Literal["recycle"] = field(default="recycle", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.overlay, (str, os.PathLike)) or not os.fspath(self.overlay):
+            raise InvalidRequest(f"Recycle needs the new overlay's file name, not {self.overlay!r}")
+        object.__setattr__(self, "overlay", os.fspath(self.overlay))
+        if "\0" in self.overlay:
+            raise InvalidRequest("a file name can't contain a NUL byte")
+
+
+Decision: TypeAlias = Pivot | Keep | Abort | Recycle
 """What a policy comes to in the end."""
 
 
@@ -87,7 +106,7 @@ class Check(Record):
         parse_seconds(self.timeout, "check's timeout")
 
 
-AnyPolicy: TypeAlias = Pivot | Keep | Abort | Hold | Check
+AnyPolicy: TypeAlias = Pivot | Keep | Abort | Recycle | Hold | Check
 """Every policy that is a value; `Policy` is the same with its JSON discriminator."""
 
 PolicyCall: TypeAlias = "Callable[[Ready], Awaitable[AnyPolicy]]"
@@ -97,6 +116,7 @@ KINDS: Mapping[str, type[AnyPolicy]] = {
     "pivot": Pivot,
     "keep": Keep,
     "abort": Abort,
+    "recycle": Recycle,
     "hold": Hold,
     "check": Check,
 }

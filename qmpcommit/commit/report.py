@@ -5,7 +5,7 @@ from __future__ import annotations
 from qmpcommit.block.chain import Image
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import Action, CommitOutcome, Timings
-from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.phases import PIVOTS, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import (
     CommitFailed,
@@ -18,6 +18,7 @@ from qmpcommit.errors import (
 
 _ACTIONS: dict[Verdict, tuple[Action, Choice | None]] = {
     Verdict.PIVOTED: ("pivot", Choice.PIVOT),
+    Verdict.RECYCLED: ("recycle", Choice.RECYCLE),
     Verdict.KEPT: ("keep", Choice.KEEP),
     Verdict.CANCELLED: ("abort", Choice.ABORT),
     Verdict.MERGED: ("none", None),
@@ -49,7 +50,7 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
         top=plan.top,
         active=active,
         decided_by=by,
-        invalidated=plan.invalidated if action in ("pivot", "none") else [],
+        invalidated=plan.invalidated if action in ("pivot", "recycle", "none") else [],
         bytes_committed=state.done,
         timings=timings,
         warnings=warnings,
@@ -73,6 +74,13 @@ def error_of(
 ) -> QmpCommitError | None:
     """The error of a commit that did not; None where there is an outcome."""
     error = _by_verdict(plan, state, lost)
+    if error is None and state.verdict is Verdict.PIVOTED and state.error is not None:
+        error = CommitFailed(
+            f"{_subject(plan)} has pivoted, but no fresh overlay could be laid over the base:"
+            f" {state.error}. The guest writes to {plan.base.filename} now; {plan.top.filename} is"
+            " stale. Lay an overlay over it (blockdev-snapshot), or go on with the base",
+            error=state.error,
+        )
     if error is None and state.by == "deadline" and state.verdict is Verdict.CANCELLED:
         error = deadline_error(plan, state, timeout or 0)
     if error is None and policy_error is not None and state.verdict is Verdict.CANCELLED:
@@ -120,7 +128,8 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
             return MonitorLost(
                 f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
                 f" {plan.job_id} may be running in QEMU still; when the monitor answers again, see"
-                " 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'",
+                " 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'"
+                + (". The guest may be paused: let it go on with 'cont'" if state.frozen else ""),
             )
     return None
 
@@ -149,7 +158,7 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
 
 def _pivoted(plan: Plan, state: State) -> bool | None:
     """Whether the base is the disk now: True, False, or None where it can't be known."""
-    if state.decision is not Choice.PIVOT or not plan.two_phase:
+    if state.decision not in PIVOTS or not plan.two_phase:
         return False
     if state.end is None:
         return None if state.tries else False

@@ -90,8 +90,12 @@ class Monitor(Queries):
         async with self._opening:
             if self._closed:
                 raise MonitorLost(f"the session with {self.name} was closed", vm=self.name)
-            if not self.connected:
-                await (self._attach() if self._shared is not None else self._connect())
+            if self.connected:
+                pass
+            elif self._shared is not None:
+                await self._attach()
+            else:
+                await self._connect_past_events()
         return self
 
     def __await__(self) -> Any:
@@ -143,6 +147,19 @@ class Monitor(Queries):
         if not self._watchers:
             self._client = client
             self._start(self._follow(client))
+
+    async def _connect_past_events(self) -> None:
+        """Connect, once more if the handshake failed.
+
+        QEMU can send an event before its greeting, or between greeting and capabilities, to a
+        client that comes while a job moves; `qemu.qmp` takes that for a foreign protocol.
+        """
+        try:
+            await self._connect()
+        except ConnectError as error:
+            if not isinstance(error.__cause__, QMPError):
+                raise
+            await self._connect()
 
     async def _connect(self) -> None:
         address = self.address

@@ -129,9 +129,21 @@ class EventStream:
     async def __anext__(self) -> Event:
         from qmpcommit.qmp.events import parse_event
 
+        return parse_event(await self._next())
+
+    async def raw(self) -> AsyncIterator[Mapping[str, Any]]:
+        """The data of each event as it came, without building a model of it."""
+        while True:
+            try:
+                message = await self._next()
+            except StopAsyncIteration:
+                return
+            yield message.get("data") or {}
+
+    async def _next(self) -> Mapping[str, Any]:
         while not self._waiting:
             if self._subscription.closed:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        return parse_event(self._waiting.popleft())
+        return self._waiting.popleft()

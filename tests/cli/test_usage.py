@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -108,36 +109,25 @@ def test_no_time_at_all(silent: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_interrupted_while_connecting(number: int, silent: str) -> None:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(silent)  # the first in the queue, so that the command waits behind it
-        process = await start("commit", silent, "vda", "--pivot", "--json")
-        while f"{process.pid}" not in _who_connects(silent):
-            assert process.returncode is None
-            await _moment()
+async def test_interrupted_while_connecting(number: int, folder: Path) -> None:
+    connected = asyncio.Event()
+
+    async def never_greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        assert await reader.read() == b""  # nothing was sent
+        writer.close()
+        await writer.wait_closed()
+
+    path = str(folder / "silent")
+    async with await asyncio.start_unix_server(never_greet, path):
+        process = await start("commit", path, "vda", "--pivot", "--json")
+        async with asyncio.timeout(20):
+            await connected.wait()
         process.send_signal(number)
         said = await end(process)
     assert said.status == 130
     assert said.error["type"] == "Interrupted"
     assert "nothing was sent" in said.error["message"]
-
-
-def _who_connects(path: str) -> set[str]:
-    """The processes that have a Unix socket open, beside their standard streams."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if int(entry.name) > 2 and os.readlink(entry).startswith("socket:"):
-                found.add(entry.parts[2])
-        except OSError:
-            continue
-    return found
-
-
-async def _moment() -> None:
-    import asyncio
-
-    await asyncio.sleep(0.02)
 
 
 def test_a_reader_that_goes_away_gets_no_traceback() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu.qmp import QMPClient
+from qemu.qmp import ConnectError, QMPClient
 
 from tests.ground.images import Chain
 from tests.ground.qemu import QEMU, Qemu
@@ -38,8 +38,7 @@ class Machine:
 
     async def quit(self) -> None:
         """End it in an orderly way, over its second monitor, so that its images can be read."""
-        client = QMPClient()
-        await client.connect(self.qmp2)
+        client = await self._client()
         await client.execute("quit")
         with suppress(EOFError, OSError):
             await client.disconnect()
@@ -47,13 +46,21 @@ class Machine:
 
     async def execute(self, command: str, **arguments: object) -> Any:
         """One command over the second monitor, as another client would send it."""
-        client = QMPClient()
-        await client.connect(self.qmp2)
+        client = await self._client()
         try:
             given = {k.replace("_", "-"): v for k, v in arguments.items()}
             return await client.execute(command, given or None)
         finally:
             await client.disconnect()
+
+    async def _client(self) -> QMPClient:
+        """A client of the second monitor; QEMU may send an event before its greeting."""
+        for _ in range(5):
+            client = QMPClient()
+            with suppress(ConnectError):
+                await client.connect(self.qmp2)
+                return client
+        raise AssertionError("QEMU's second monitor does not greet")
 
     async def ended(self) -> None:
         """Wait until it is gone."""

@@ -29,6 +29,11 @@ class World:
     will: str | None = None
     user_paused: bool = False
     drained: bool = False
+    io_status: str = "ok"
+    prepares: bool = False
+    prepared: bool = False
+    guest_paused: bool = False
+    overlaid: bool = False
     link: bool = True
     alive: bool = True
     starts: int = 0
@@ -74,6 +79,7 @@ class World:
     def finalize(self) -> None:
         """The end of a job that succeeds."""
         if self.will == "pivot":
+            assert self.prepared or not self.prepares, "final before what had to be done"
             self.disk = Where.BASE
         elif self.will == "merge":
             self.disk = Where.MERGED
@@ -97,6 +103,12 @@ class World:
         if self.job in ("running", "ready"):
             self.become("aborting")
             self.conclude(cancelled=False, error="Input/output error")
+
+    def stall(self) -> None:
+        """A write error that makes the job wait."""
+        if self.job in ("running", "ready"):
+            self.io_status = "nospace"
+            self.pause(True)
 
     def drain(self, on: bool) -> None:
         """A graph change elsewhere: standby or paused for a moment."""
@@ -136,6 +148,7 @@ class World:
         if command is Command.RESUME:
             if not self.user_paused:
                 return "Can't resume a job that was not paused"
+            self.io_status = "ok"
             self.pause(False)
         elif command is Command.FINALIZE:
             if self.job != "pending":
@@ -175,7 +188,7 @@ class World:
         if self.job is None:
             return None
         error = "Operation canceled" if self.cancelled else self.error
-        return JobSeen(self.job, 10, 10, error, self.auto_finalize)
+        return JobSeen(self.job, 10, 10, error, self.auto_finalize, self.io_status)
 
     def where(self) -> Where:
         """The block graph."""

@@ -20,11 +20,14 @@ from qmpcommit.commit.facts import (
     Duty,
     Ended,
     Fact,
+    Frozen,
     GraphRead,
     JobSeen,
     LinkBack,
     LinkDead,
     News,
+    Overlaid,
+    Prepared,
     Refused,
     StatusChanged,
     Unanswered,
@@ -500,8 +503,13 @@ class Driver:
         self.draw = draw
         self.faults = True
         self.consulting = False
-        begin = phases.adopt if adopted else phases.begin
-        self.state, owed = begin(two_phase=world.two_phase)
+        self.stalled = False
+        if adopted:
+            self.state, owed = phases.adopt(two_phase=world.two_phase)
+        else:
+            self.state, owed = phases.begin(
+                two_phase=world.two_phase, prepares=world.prepares, stalls=True
+            )
         self.carry_out(owed)
 
     def carry_out(self, owed: list[Action]) -> None:
@@ -518,6 +526,16 @@ class Driver:
                     self.consulting = True
                 case Duty.RELINK:
                     self.relink()
+                case Duty.PREPARE:
+                    self.asked(self.prepare)
+                case Duty.FREEZE:
+                    self.asked(self.freeze, Frozen("the monitor was lost"))
+                case Duty.OVERLAY:
+                    self.asked(self.overlay)
+                case Duty.THAW:
+                    self.asked(self.thaw)
+                case Duty.STALL:
+                    self.stalled = True
                 case Duty.FINISH:
                     pass
 
@@ -540,12 +558,43 @@ class Driver:
         else:
             world.told.append(Refused(command, error))
 
-    def asked(self, answer: Callable[[], Fact]) -> None:
+    def asked(self, answer: Callable[[], Fact], *lost: Fact) -> None:
         if not self.world.link or (self.faults and self.draw(12) == 0):
+            if self.draw(2):
+                answer()  # done, but the reply was lost
             self.cut()
-            self.world.told.append(News.LINK_LOST)
+            self.world.told.extend((News.LINK_LOST, *lost))
         else:
             self.world.told.append(answer())
+
+    def prepare(self) -> Fact:
+        if self.faults and self.draw(8) == 0:
+            return Prepared("a bitmap is busy")
+        self.world.prepared = self.world.job == "pending"
+        return Prepared()
+
+    def freeze(self) -> Fact:
+        if self.faults and self.draw(8) == 0:
+            return Frozen("the file is there already")
+        self.world.guest_paused = True
+        return Frozen()
+
+    def overlay(self) -> Fact:
+        assert self.world.disk is Where.BASE
+        assert self.world.guest_paused, "the guest could write to the base"
+        if self.faults and self.draw(8) == 0:
+            return Overlaid("no")
+        self.world.overlaid = True
+        return Overlaid()
+
+    def thaw(self) -> Fact:
+        self.world.guest_paused = False
+        return News.THAWED
+
+    def relieve(self) -> None:
+        if self.stalled:
+            self.stalled = False
+            self.world.told.append(News.RELIEVED)
 
     def cut(self) -> None:
         if self.world.link:
@@ -568,7 +617,7 @@ class Driver:
     def decide(self) -> None:
         if self.consulting:
             self.consulting = False
-            choice = list(Choice)[self.draw(3)]
+            choice = list(Choice)[self.draw(4)]
             self.world.told.append(Decided(choice, "policy"))
 
 
@@ -585,6 +634,8 @@ CHAOS: list[Callable[[Driver], object]] = [
     lambda d: d.world.pause(False),
     lambda d: d.cut(),
     lambda d: d.world.fail(),
+    lambda d: d.world.stall(),
+    Driver.relieve,
     lambda d: d.world.job in ("ready", "pending") and d.world.execute(Command.PIVOT),
     lambda d: d.world.job == "ready" and d.world.execute(Command.KEEP),
     lambda d: d.world.job and d.world.execute(Command.ABORT),
@@ -604,6 +655,7 @@ QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
     adopted=st.booleans(),
     auto_dismiss=st.booleans(),
     auto_finalize=st.booleans(),
+    prepares=st.booleans(),
     dies=st.integers(0, 200),
 )
 def test_every_interleaving_ends_and_tells_the_truth(
@@ -614,6 +666,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
     adopted: bool,
     auto_dismiss: bool,
     auto_finalize: bool,
+    prepares: bool,
     dies: int,
 ) -> None:
     numbers = iter(draws)
@@ -626,6 +679,8 @@ def test_every_interleaving_ends_and_tells_the_truth(
         world.auto_dismiss, world.auto_finalize = auto_dismiss, auto_finalize
         world.execute(Command.START)
         world.told.clear()
+    elif prepares:
+        world.prepares, world.auto_finalize = True, False
     driver = Driver(world, draw, adopted)
     for at, number in enumerate(script):
         if at == dies:
@@ -646,6 +701,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
             world.pause(False)  # who pauses a copy resumes it; in READY we do it ourselves
         world.progress()
         driver.decide()
+        driver.relieve()
         driver.take()
     state = driver.state
     assert state.finished, f"stuck: {state} in {world}"
@@ -659,7 +715,13 @@ def check_truth(state: State, world: World, adopted: bool) -> None:
         assert not world.alive
         return
     assert world.starts == 1 or verdict is Verdict.NEVER_BEGAN
-    assert (verdict is Verdict.PIVOTED) == (world.two_phase and world.disk is Where.BASE)
+    assert not world.guest_paused, "a guest frozen by us"
+    pivoted = verdict in (Verdict.PIVOTED, Verdict.RECYCLED)
+    assert pivoted == (world.two_phase and world.disk is Where.BASE)
+    if verdict is Verdict.RECYCLED:
+        assert world.overlaid
+    elif pivoted and state.decision is Choice.RECYCLE:
+        assert state.error, "a guest writes into the base unnoticed"
     assert (verdict is Verdict.MERGED) == (not world.two_phase and world.disk is Where.MERGED)
     if verdict is Verdict.KEPT:
         assert world.will == "keep"

@@ -1,0 +1,144 @@
+"""Dirty bitmaps carried across a commit.
+
+QEMU leaves a bitmap where it is: on the overlay that a pivot makes stale. Whoever backs up
+incrementally loses the chain then. So each bitmap of the layers that are merged is merged into
+one of the same name in the base, in one ``transaction``, while PENDING holds the disk's I/O:
+nothing is written between the merge and the pivot, so nothing is missed and nothing is marked
+that did not change. A base's own bitmap of that name goes on, and has recorded what the commit
+wrote meanwhile: ``name`` marks at least all that it marked before.
+
+Rests on ``block-dirty-bitmap-add``, ``-merge``, ``-enable`` and ``-disable``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qmpcommit.block.graph import BlockGraph
+from qmpcommit.qmp.monitor import Monitor
+
+
+class Bitmap(NamedTuple):
+    """One dirty bitmap of a node (BlockDirtyInfo); `marked` and `granularity` in bytes."""
+
+    node: str
+    name: str
+    marked: int
+    granularity: int
+    recording: bool
+    persistent: bool
+    busy: bool
+    inconsistent: bool
+
+
+class Carrying(NamedTuple):
+    """What to carry into `base`, by name, topmost layer first; `problems` for people to read.
+
+    `busy` are bitmaps that another job uses, which can't be merged until it has ended.
+    """
+
+    base: str
+    names: Mapping[str, tuple[Bitmap, ...]]
+    problems: tuple[str, ...]
+    busy: tuple[str, ...]
+    keeps: bool
+
+
+def bitmaps_of(graph: BlockGraph, node: str) -> list[Bitmap]:
+    """The named bitmaps of a node."""
+    return _read(graph.nodes[node].raw)
+
+
+def _read(raw: Mapping[str, Any]) -> list[Bitmap]:
+    return [
+        Bitmap(
+            node=str(raw["node-name"]),
+            name=str(info["name"]),
+            marked=int(info.get("count", 0)),
+            granularity=int(info.get("granularity", 65536)),
+            recording=bool(info.get("recording", True)),
+            persistent=bool(info.get("persistent", False)),
+            busy=bool(info.get("busy", False)),
+            inconsistent=bool(info.get("inconsistent", False)),
+        )
+        for info in raw.get("dirty-bitmaps") or ()
+        if info.get("name")
+    ]
+
+
+def plan_carrying(graph: BlockGraph, layers: Sequence[str], base: str) -> Carrying:
+    """Which bitmaps of `layers` (top first) have to be carried into `base`."""
+    names: dict[str, list[Bitmap]] = {}
+    problems: list[str] = []
+    busy: list[str] = []
+    for layer in layers:
+        for bitmap in bitmaps_of(graph, layer):
+            where = f"bitmap '{bitmap.name}' of {layer}"
+            if bitmap.inconsistent:
+                problems.append(f"{where} is inconsistent (QEMU did not close it) and is lost")
+                continue
+            if bitmap.busy:
+                busy.append(where)
+            names.setdefault(bitmap.name, []).append(bitmap)
+    keeps = _keeps_bitmaps(graph, base)
+    below = {bitmap.name: bitmap for bitmap in bitmaps_of(graph, base)}
+    for name, bitmaps in names.items():
+        there = below.get(name)
+        if there is not None and there.busy:
+            busy.append(f"bitmap '{name}' of {base}")
+        if there is not None and there.inconsistent:
+            problems.append(f"bitmap '{name}' of {base} is inconsistent, so nothing can join it")
+        grains = {bitmap.granularity for bitmap in (*bitmaps, *([there] if there else []))}
+        if len(grains) > 1:
+            sizes = ", ".join(str(size) for size in sorted(grains))
+            problems.append(f"bitmap '{name}' has several granularities ({sizes} bytes)")
+        if not keeps and any(bitmap.persistent for bitmap in bitmaps):
+            problems.append(
+                f"bitmap '{name}' is persistent, which {base} can't store: it lives in memory"
+                " until QEMU ends"
+            )
+    unusable = {name for name, there in below.items() if there.inconsistent}
+    carried = {name: tuple(found) for name, found in names.items() if name not in unusable}
+    return Carrying(base, carried, tuple(problems), tuple(busy), keeps)
+
+
+def _keeps_bitmaps(graph: BlockGraph, node: str) -> bool:
+    """Whether the format can store persistent bitmaps (qcow2 of version 3)."""
+    if graph.nodes[node].driver != "qcow2":
+        return False
+    image = graph.nodes[node].raw.get("image") or {}
+    data = (image.get("format-specific") or {}).get("data") or {}
+    return bool(data.get("compat", "1.1") != "0.10")
+
+
+def carrying_actions(carrying: Carrying, there: Sequence[Bitmap]) -> list[dict[str, Any]]:
+    """The ``transaction`` that carries the bitmaps; `there` are those of the base now."""
+    below = {bitmap.name: bitmap for bitmap in there}
+    actions: list[dict[str, Any]] = []
+
+    def add(kind: str, **data: Any) -> None:
+        named = {key.replace("_", "-"): value for key, value in data.items()}
+        actions.append({"type": f"block-dirty-bitmap-{kind}", "data": named})
+
+    for name, bitmaps in carrying.names.items():
+        topmost = bitmaps[0]
+        if name not in below:
+            persistent = carrying.keeps and any(bitmap.persistent for bitmap in bitmaps)
+            add("add", node=carrying.base, name=name, granularity=topmost.granularity,
+                persistent=persistent, disabled=not topmost.recording)  # fmt: skip
+        sources = [{"node": bitmap.node, "name": name} for bitmap in bitmaps]
+        add("merge", node=carrying.base, target=name, bitmaps=sources)
+        if name in below and below[name].recording is not topmost.recording:
+            kind = "enable" if topmost.recording else "disable"
+            add(kind, node=carrying.base, name=name)
+    return actions
+
+
+async def carry(monitor: Monitor, carrying: Carrying) -> None:
+    """Carry them, all or none; safe to repeat. Raises what `Monitor.execute` raises."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    there = [b for node in nodes if node.get("node-name") == carrying.base for b in _read(node)]
+    actions = carrying_actions(carrying, there)
+    if actions:
+        await monitor.execute("transaction", {"actions": actions})

@@ -1,0 +1,257 @@
+"""After a pivot: the stale layers are closed, and their files deleted or renamed if asked.
+
+In this order, and each only after the one before: the owner's hook persists the new disk path,
+the nodes of the stale layers are closed (so that their locks are gone), their files go. What
+can't be done is told as a warning: the pivot itself has happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Literal, NamedTuple, TypeAlias
+
+from qmpcommit.block.bitmaps import Carrying
+from qmpcommit.block.chain import Image
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.plan import Plan
+from qmpcommit.errors import CommandRefused, QmpCommitError
+from qmpcommit.qmp.monitor import Monitor
+
+
+class Stall(NamedTuple):
+    """What the owner of a stalled job is told: the storage under `base` failed or is full."""
+
+    vm: str
+    disk: str
+    job_id: str
+    base: Image
+
+
+OnStall: TypeAlias = Callable[[Stall], Awaitable[object]]
+"""Called when a job waits on a storage error; when it returns, the job is resumed."""
+
+OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
+"""Called between the pivot and the deletion, to persist the VM's new disk path."""
+
+F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
+
+
+class FileId(NamedTuple):
+    """Which file a name stood for when the commit was planned."""
+
+    device: int
+    inode: int
+
+
+class Around(NamedTuple):
+    """What surrounds the two phases: hooks, bitmaps to carry, and which files there were.
+
+    `files` are the stale layers' files as they were when the commit was planned, by node-name;
+    `cwd` is QEMU's working directory.
+    """
+
+    on_pivot: OnPivot | None = None
+    on_stall: OnStall | None = None
+    carrying: Carrying | None = None
+    files: Mapping[str, FileId | None] = {}
+    cwd: str | None = None
+
+
+def identify(path: str, pid: int | None) -> FileId | None:
+    """The regular file that this path names itself (not through a link); None where none.
+
+    `pid` is QEMU's: the file has to be the one that it has open, not another of that name on
+    this host. Where its files can't be looked at, its Unix socket has to do as a proof that it
+    runs here; without one nothing is known.
+    """
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode) or pid is None:
+        return None
+    known = FileId(found.st_dev, found.st_ino)
+    return known if known in (_open_files(pid) or (known,)) else None
+
+
+def _open_files(pid: int) -> set[FileId] | None:
+    """The files that a process has open; None where we may not look."""
+    found = set()
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(FileNotFoundError):
+                opened = os.stat(f"/proc/{pid}/fd/{number}")
+                found.add(FileId(opened.st_dev, opened.st_ino))
+    except OSError:
+        return None
+    return found
+
+
+async def clear_away(
+    monitor: Monitor, plan: Plan, outcome: CommitOutcome, around: Around
+) -> CommitOutcome:
+    """Hook, nodes, files, in this order; the outcome with what was done and what was not."""
+    warnings, deleted = list(outcome.warnings), list(outcome.deleted)
+    hook: Literal["", "done", "failed"] = ""
+    if around.on_pivot is not None:
+        try:
+            await around.on_pivot(outcome)
+            hook = "done"
+        except Exception as error:
+            hook = "failed"
+            warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
+    stale = (plan.top, *plan.between)
+    try:
+        warnings += await close_nodes(monitor, [image.node_name for image in stale])
+        if plan.stale != "leave" and hook != "failed":
+            graph = await read_graph(monitor)
+            for image in stale:
+                new = f"{image.filename}.stale-{plan.job_id}" if plan.stale == "rename" else None
+                problem = await asyncio.to_thread(
+                    remove_file,
+                    image,
+                    around.files.get(image.node_name),
+                    graph=graph,
+                    base=plan.base,
+                    cwd=around.cwd,
+                    rename_to=new,
+                )
+                if problem is not None:
+                    warnings.append(problem)
+                elif new is None:
+                    deleted.append(image.filename)
+    except QmpCommitError as error:
+        warnings.append(f"the stale layers were not cleared away: {error.message}")
+    return replace(outcome, warnings=warnings, deleted=deleted, hook=hook)
+
+
+async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
+    """Close the stale layers' nodes, topmost first, with the file nodes that only they used.
+
+    Only what nothing uses any more is closed; what QEMU does not let go is a warning.
+    """
+    before = await read_graph(monitor)
+    todo = [name for name in stale if name in before.nodes]
+    for name in stale:
+        if name in before.nodes:
+            below = before.nodes[name].children.get("file")
+            while below is not None and below in before.nodes:
+                todo.append(below)
+                below = before.nodes[below].children.get("file")
+    warnings: list[str] = []
+    for name in todo:
+        if name.startswith("#"):
+            continue  # QEMU's own: it goes with the node that it belongs to
+        graph = await read_graph(monitor)
+        if name not in graph.nodes:
+            continue
+        users = _users(graph, name)
+        if users:
+            warnings.append(f"node {name} stays open: {', '.join(users)} uses it")
+            continue
+        try:
+            await monitor.execute("blockdev-del", {"node-name": name})
+        except CommandRefused as error:
+            warnings.append(f"node {name} stays open: {error.desc}")
+    return warnings
+
+
+def _users(graph: BlockGraph, name: str) -> list[str]:
+    """What keeps a node from being closed: nodes above it, devices, exports, jobs."""
+    users = sorted(graph.parents.get(name, ()))
+    for device in graph.devices:
+        if (device.get("inserted") or {}).get("node-name") == name:
+            users.append(str(device.get("device") or device.get("qdev")))
+    users += [str(e.get("id")) for e in graph.exports if e.get("node-name") == name]
+    users += [job.id for job in graph.jobs.values() if name in job.nodes.values()]
+    return users
+
+
+def remove_file(
+    image: Image,
+    known: FileId | None,
+    *,
+    graph: BlockGraph,
+    base: Image,
+    cwd: str | None,
+    rename_to: str | None,
+) -> str | None:
+    """Unlink (or rename) one stale file; why it was not done, or None.
+
+    Only the very file that the chain had when the commit was planned, only a regular file,
+    never through a link, never the base, never one that QEMU or another process still uses.
+    """
+    path = os.path.join(cwd or os.getcwd(), image.filename)
+    if known is None:
+        return f"{image.filename} stays: it was no regular file of this host"
+    try:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        return f"{image.filename} stays: {error.strerror}"
+    name = os.path.basename(path)
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or FileId(found.st_dev, found.st_ino) != known:
+            return f"{image.filename} stays: it is not the file that was committed any more"
+        user = _used_by(graph, known, cwd) or _is_base(base, known, cwd)
+        if user:
+            return f"{image.filename} stays: {user} uses it"
+        if _is_locked(name, folder):
+            return f"{image.filename} stays: another process has it open"
+        if rename_to is None:
+            os.unlink(name, dir_fd=folder)
+        else:
+            _rename_new(name, os.path.basename(rename_to), folder)
+        os.fsync(folder)
+    except OSError as error:
+        return f"{image.filename} stays: {error.strerror}"
+    finally:
+        os.close(folder)
+    return None
+
+
+def _rename_new(name: str, new: str, folder: int) -> None:
+    """Rename without replacing anything."""
+    os.link(name, new, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    os.unlink(name, dir_fd=folder)
+
+
+def _used_by(graph: BlockGraph, known: FileId, cwd: str | None) -> str | None:
+    for node in graph.nodes.values():
+        filename = str(node.raw.get("file") or "")
+        if filename and ":" not in filename.split("/", maxsplit=1)[0]:
+            path = os.path.join(cwd or os.getcwd(), filename)
+            try:
+                found = os.stat(path)
+            except OSError:
+                continue
+            if FileId(found.st_dev, found.st_ino) == known:
+                return f"node {node.name}"
+    return None
+
+
+def _is_base(base: Image, known: FileId, cwd: str | None) -> str | None:
+    try:
+        found = os.stat(os.path.join(cwd or os.getcwd(), base.filename))
+    except OSError:
+        return None
+    return "the base" if FileId(found.st_dev, found.st_ino) == known else None
+
+
+def _is_locked(name: str, folder: int) -> bool:
+    """Whether anybody holds QEMU's (or any other) lock on the file; takes none."""
+    file = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=folder)
+    try:
+        ask = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = struct.unpack("hhqqi4x", fcntl.fcntl(file, F_OFD_GETLK, ask))
+        return bool(answer[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(file)

@@ -1,0 +1,133 @@
+"""A fresh, empty overlay over the base, before the guest can write to the base.
+
+What `block-job-cancel` leaves is an overlay with all its clusters; what is wanted for the next
+round is one with *only the changes since*. So the job pivots while the guest is paused, the
+fresh overlay, made and opened before that, is laid over the base, and the guest goes on.
+
+Rests on ``blockdev-create``, ``blockdev-add``, ``stop``, ``blockdev-snapshot`` and ``cont``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from qmpcommit.block.chain import Image, absolute, read_image
+from qmpcommit.block.graph import read_graph
+from qmpcommit.commit.plan import Plan
+from qmpcommit.errors import CommandRefused, CommitFailed
+from qmpcommit.qmp.monitor import Monitor
+
+
+class FreshOverlay:
+    """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
+
+    Each step is safe to repeat. `thaw` continues the guest only if `freeze` paused it.
+    """
+
+    def __init__(self, monitor: Monitor, plan: Plan, filename: str, cwd: str | None) -> None:
+        self.filename = filename
+        self._cwd = cwd
+        self.node = f"{plan.job_id}-top"
+        self.paused: float | None = None
+        self._monitor, self._plan = monitor, plan
+        self._file_node = f"{plan.job_id}-file"
+        self._stopped_at: float | None = None
+
+    async def freeze(self) -> None:
+        """Make and open the overlay, then pause the guest, if it runs.
+
+        Raises `CommitFailed` for a file that is there already: nothing is overwritten.
+        """
+        path = os.path.join(self._cwd or os.getcwd(), self.filename)
+        if await asyncio.to_thread(os.path.lexists, path):
+            raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
+        try:
+            await self._open()
+        except BaseException:
+            await self._discard()
+            raise
+        if await self._guest_runs():
+            self._stopped_at = asyncio.get_running_loop().time()
+            await self._monitor.execute("stop")
+
+    async def lay(self) -> None:
+        """Put it over the base, whose users it takes over.
+
+        The stale layers are closed before: QEMU lays nothing over a node that backs another.
+        """
+        graph = await read_graph(self._monitor)
+        if "backing" in graph.nodes[self.node].children:
+            return  # the reply was lost, not the command
+        for image in (self._plan.top, *self._plan.between):
+            if image.node_name in graph.nodes and not image.node_name.startswith("#"):
+                with suppress(CommandRefused):  # then QEMU refuses the overlay, and says why
+                    await self._monitor.execute("blockdev-del", {"node-name": image.node_name})
+        arguments = {"node": self._plan.base.node_name, "overlay": self.node}
+        await self._monitor.execute("blockdev-snapshot", arguments)
+
+    async def thaw(self) -> None:
+        """Let the guest go on, if it was paused here."""
+        if self._stopped_at is not None:
+            await self._monitor.execute("cont")
+            self.paused = asyncio.get_running_loop().time() - self._stopped_at
+            self._stopped_at = None
+
+    async def image(self) -> Image:
+        """The overlay as QEMU has it."""
+        return read_image(await read_graph(self._monitor), self.node)
+
+    async def _guest_runs(self) -> bool:
+        try:
+            return bool((await self._monitor.execute("query-status")).get("running"))
+        except CommandRefused:
+            return False  # a storage daemon runs no guest
+
+    async def _open(self) -> None:
+        base = self._plan.base
+        top = self._plan.top
+        size = max(base.virtual_size or 0, top.virtual_size or 0)
+        created = {"driver": "file", "filename": self.filename, "size": 0}
+        await self._create("file", created)
+        node = {"driver": "file", "filename": self.filename, "node-name": self._file_node}
+        await self._monitor.execute("blockdev-add", node)
+        image: dict[str, Any] = {
+            "driver": "qcow2",
+            "file": self._file_node,
+            "size": size,
+            "backing-file": absolute(base, self._cwd),
+            "backing-fmt": base.driver,
+        }
+        if top.cluster_size and top.driver == "qcow2":
+            image["cluster-size"] = top.cluster_size
+        await self._create("qcow2", image)
+        overlay = {
+            "driver": "qcow2",
+            "file": self._file_node,
+            "node-name": self.node,
+            "backing": None,
+        }
+        await self._monitor.execute("blockdev-add", overlay)
+
+    async def _create(self, what: str, options: Mapping[str, Any]) -> None:
+        """One ``blockdev-create`` job, from start to dismissal."""
+        job = f"{self._plan.job_id}-create-{what}"
+        with self._monitor.events("JOB_STATUS_CHANGE") as changes:
+            await self._monitor.execute("blockdev-create", {"job-id": job, "options": options})
+            async with asyncio.timeout(self._monitor.command_timeout):
+                async for change in changes.raw():
+                    if (change.get("id"), change.get("status")) == (job, "concluded"):
+                        break
+        jobs = {entry["id"]: entry for entry in await self._monitor.execute("query-jobs")}
+        await self._monitor.execute("job-dismiss", {"id": job})
+        error = jobs.get(job, {}).get("error")
+        if error:
+            raise CommitFailed(f"QEMU could not create {self.filename}: {error}", error=error)
+
+    async def _discard(self) -> None:
+        for node in (self.node, self._file_node):
+            with suppress(CommandRefused):  # not opened yet, or in use
+                await self._monitor.execute("blockdev-del", {"node-name": node})

@@ -1,0 +1,99 @@
+"""Each example as its docstring says, on a real QEMU, with proof of the data."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import ENVIRONMENT, ROOT, Said, end
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import machine
+
+
+async def example(name: str, *words: str) -> Said:
+    """Run one."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(ROOT / "examples" / name), *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    return await end(process)
+
+
+async def test_embed(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await example("embed.py", qemu.qmp, "vda")
+        assert (said.status, said.err) == (0, "")
+        assert "event: BLOCK_JOB_READY qmpcommit-vda-" in said.out
+        assert "event: BLOCK_JOB_COMPLETED qmpcommit-vda-" in said.out
+        assert f"vda now writes to {chain.base}" in said.out
+        assert "the guest is" in said.out
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize(
+    ("minimum", "status", "action"), [("1", 0, "pivot"), ("1000000T", 3, "keep")]
+)
+async def test_custom_policy(minimum: str, status: int, action: str, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await example("custom_policy.py", qemu.qmp, "vda", minimum)
+        assert (said.status, said.err) == (status, "")
+        assert f"{action}: vda writes to" in said.out
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    if action == "keep":
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("decision", ["pivot", "keep"])
+async def test_commit_all_disks(decision: str, folder: Path) -> None:
+    first = make_chain(folder, 3)
+    second = make_chain(folder, 2, names=("base2", "top2"))
+    alone = make_chain(folder, 1, names=("alone", "alone"))
+    async with machine(folder, first, second, alone) as qemu:
+        words = ["--keep"] if decision == "keep" else []
+        said = await example("commit_all_disks.py", qemu.qmp, *words)
+        assert (said.status, said.err) == (0, "")
+        for name in ("vda", "vdb"):
+            assert f"{name}: {decision}, writes to" in said.out
+        assert "vdc: no overlay, left alone" in said.out
+        await qemu.quit()
+    for chain in (first, second):
+        assert_disk(chain.base, chain.pictures[-1])
+        if decision == "keep":
+            assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(alone.base, alone.pictures[-1])
+
+
+async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> None:
+    first = make_chain(folder)
+    second = make_chain(folder, 2, names=("base2", "top2"))
+    async with machine(folder, first, second) as qemu:
+        await qemu.execute("block-commit", job_id="theirs", device="top")
+        said = await example("commit_all_disks.py", qemu.qmp)
+        assert said.status == 1
+        assert "vda: JobConflict" in said.out
+        assert "vdb: pivot" in said.out
+        await qemu.quit()
+    assert_disk(second.base, second.pictures[-1])
+    assert_disk(first.top, first.pictures[-1])
+
+
+@pytest.mark.parametrize("name", ["embed.py", "custom_policy.py", "commit_all_disks.py"])
+async def test_without_arguments_it_says_how_to_run_it(name: str) -> None:
+    said = await example(name)
+    assert said.status == 1
+    assert f"python examples/{name} QMP" in said.err
+
+
+async def test_no_such_vm_is_a_line(folder: Path) -> None:
+    said = await example("commit_all_disks.py", str(folder / "nothing"))
+    assert (said.status, said.out) == (1, "")
+    assert said.err.startswith("ConnectError: ")

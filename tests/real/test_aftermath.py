@@ -1,0 +1,389 @@
+"""After a pivot: nodes closed, files gone or renamed, and nothing else; and fresh overlays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.images import MIB, Write, assert_disk, create, make_chain, run, write
+from tests.ground.machines import machine, storage_daemon
+from tests.ground.nbd import Nbd, Writer
+from tests.ground.qemu import QEMU
+
+BULK = 33 * MIB
+
+
+async def nodes(vm: qc.Session) -> set[str]:
+    return {node.node_name or "" for node in await vm.query_named_block_nodes()}
+
+
+@pytest.mark.parametrize("style", ["blockdev", "drive", "implicit"])
+async def test_the_stale_nodes_are_closed_and_their_locks_gone(style: Any, folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    async with machine(folder, chain, style=style) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        outcome = await (await vm.commit("vda", policy=qc.Pivot())).wait()
+        assert (outcome.deleted, outcome.warnings) == ([], [])
+        assert not {"top", "mid"} & await nodes(vm)
+        for path in chain.files[1:]:
+            assert path.exists(), "by default the files stay"
+            run(QEMU.io, "-f", "raw", "-c", "read 0 512", path)  # fails on a lock
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_separate_file_nodes_are_closed_too(folder: Path) -> None:
+    chain = make_chain(folder)
+    extra = ["-blockdev", f"driver=file,node-name=tf,filename={chain.top}",
+             "-blockdev", f"driver=file,node-name=bf,filename={chain.base}",
+             "-blockdev", "driver=qcow2,node-name=b,file=bf",
+             "-blockdev", "driver=qcow2,node-name=t,file=tf,backing=b",
+             "-device", "virtio-blk-pci,drive=t,id=vda"]  # fmt: skip
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True)
+        outcome = await job.wait()
+        assert outcome.deleted == [str(chain.top)]
+        assert await nodes(vm) == {"b", "bf"}
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("style", ["blockdev", "drive"])
+async def test_delete_unlinks_exactly_what_was_invalidated(style: Any, folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    before = set(folder.iterdir())
+    async with machine(folder, chain, style=style) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", top=2, base=3, delete=True)
+        merged = await job.wait()
+        assert merged.deleted == merged.invalidated == [str(chain.files[1])]
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True)
+        outcome = await job.wait()
+        assert outcome.deleted == outcome.invalidated == [str(chain.top), str(chain.files[2])]
+        assert outcome.warnings == []
+        await vm.close()
+        await qemu.quit()
+    gone = {path for path in before if not path.exists()}
+    assert gone >= set(chain.files[1:])
+    assert chain.base.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_rename_keeps_the_data_under_another_name(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), stale="rename")
+        outcome = await job.wait()
+        assert (outcome.deleted, outcome.warnings) == ([], [])
+        await vm.close()
+        await qemu.quit()
+    assert not chain.top.exists()
+    assert_disk(Path(f"{chain.top}.stale-{job.id}"), chain.pictures[-1])
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("policy", [qc.Keep(), qc.Abort()], ids=lambda p: p.kind)
+async def test_nothing_is_deleted_where_nothing_was_invalidated(policy: Any, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        outcome = await (await vm.commit("vda", policy=policy, delete=True)).wait()
+        assert (outcome.invalidated, outcome.deleted) == ([], [])
+        assert {"top", "base"} <= await nodes(vm)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_file_that_another_node_uses_stays(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        file = {"driver": "file", "filename": str(chain.top), "locking": "off"}
+        node = {"driver": "raw", "node-name": "other", "read-only": True, "file": file}
+        await vm.execute("blockdev-add", node)
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
+        assert outcome.deleted == []
+        assert "stays" in outcome.warnings[0]
+    assert chain.top.exists()
+
+
+async def test_a_file_that_another_process_has_locked_stays(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        reader: asyncio.subprocess.Process | None = None
+
+        async def on_pivot(outcome: qc.CommitOutcome) -> None:
+            nonlocal reader
+            await vm.execute("blockdev-del", node_name="top")
+            reader = await asyncio.create_subprocess_exec(
+                QEMU.io, "-r", "-f", "raw", str(chain.top),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert reader.stdout
+            await reader.stdout.readuntil(b"qemu-io> ")
+
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+        assert outcome.deleted == []
+        assert "another process" in outcome.warnings[0]
+        assert reader is not None
+        await reader.communicate(b"quit\n")
+    assert chain.top.exists()
+
+
+@pytest.mark.parametrize("swap", ["symlink", "other file", "gone"])
+async def test_a_file_that_was_swapped_meanwhile_stays(swap: str, folder: Path) -> None:
+    chain = make_chain(folder)
+    precious = folder / "precious"
+    precious.write_bytes(b"precious")
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        chain.top.unlink()
+        if swap == "symlink":
+            chain.top.symlink_to(precious)
+        elif swap == "other file":
+            os.link(precious, chain.top)
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+        assert outcome.deleted == []
+        assert "stays" in outcome.warnings[0]
+    assert precious.read_bytes() == b"precious"
+    assert chain.top.exists() is (swap != "gone")
+
+
+async def test_a_link_to_the_overlay_is_not_followed(folder: Path) -> None:
+    chain = make_chain(folder)
+    real = folder / "real.qcow2"
+    chain.top.rename(real)
+    chain.top.symlink_to(real)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
+        assert outcome.deleted == []
+        assert "no regular file" in outcome.warnings[0]
+    assert real.exists()
+    assert chain.top.is_symlink()
+
+
+async def test_the_hook_runs_between_pivot_and_deletion(folder: Path) -> None:
+    chain = make_chain(folder)
+    seen: list[bool] = []
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        seen.append(chain.top.exists())
+        assert outcome.active is not None
+        assert outcome.active.filename == str(chain.base)
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+    assert seen == [True]
+    assert (outcome.hook, outcome.deleted) == ("done", [str(chain.top)])
+
+
+async def test_nothing_is_deleted_when_the_hook_fails(folder: Path) -> None:
+    chain = make_chain(folder)
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        raise OSError("the inventory is down")
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+    assert (outcome.hook, outcome.deleted, outcome.action) == ("failed", [], "pivot")
+    assert "inventory" in outcome.warnings[0]
+    assert chain.top.exists()
+
+
+# -- recycle -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("style", ["blockdev", "drive"])
+async def test_a_recycled_overlay_is_empty_and_the_base_whole(
+    style: Any, running: bool, folder: Path
+) -> None:
+    chain = make_chain(folder, 3)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain, style=style) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        if running:
+            await vm.execute("cont")
+        with vm.events("STOP", "RESUME") as stops:
+            job = await vm.commit("vda", policy=qc.Recycle(str(fresh)), delete=True)
+            outcome = await job.wait()
+        assert [event.name async for event in stops] == (["STOP", "RESUME"] if running else [])
+        assert outcome.action == "recycle"
+        assert outcome.active is not None
+        assert outcome.active.filename == str(fresh)
+        assert (outcome.guest_paused is not None) is running
+        assert outcome.deleted == [str(path) for path in reversed(chain.files[1:])]
+        assert (await vm.query_status()).running is running
+        disk = await vm.disk("vda")
+        assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+        assert (await vm.query_jobs()) == []
+        again = folder / "again.qcow2"
+        second = await (await vm.commit("vda", policy=qc.Recycle(str(again)))).wait()
+        assert second.bytes_committed == 0, "only the changes since, and there are none"
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert_disk(folder / "again.qcow2", chain.pictures[-1])
+    info = run(QEMU.img, "info", again)
+    assert "backing file format: qcow2" in info
+
+
+async def test_a_keep_is_not_what_a_recycle_is(folder: Path) -> None:
+    """The failing twin: after a keep the next commit copies everything again."""
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        first = await (await vm.commit("vda", policy=qc.Keep())).wait()
+        second = await (await vm.commit("vda", policy=qc.Keep())).wait()
+        assert second.bytes_committed == first.bytes_committed > 0
+
+
+async def test_a_recycle_that_can_not_be_is_refused_or_aborted(folder: Path) -> None:
+    chain = make_chain(folder)
+    there = folder / "there.qcow2"
+    there.write_bytes(b"data")
+
+    async def late(ready: qc.Ready) -> qc.Recycle:
+        return qc.Recycle(str(there))
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("cont")
+        with pytest.raises(qc.InvalidRequest, match="exists already"):
+            await vm.commit("vda", policy=qc.Recycle(str(there)))
+        with pytest.raises(qc.InvalidRequest, match="no folder"):
+            await vm.commit("vda", policy=qc.Recycle(str(folder / "no" / "x.qcow2")))
+        job = await vm.commit("vda", policy=late)
+        with pytest.raises(qc.CommitFailed, match="exists already"):
+            await job.wait()
+        assert (await vm.query_status()).running
+        assert await vm.query_jobs() == []
+        assert there.read_bytes() == b"data"
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_exported_disk_is_not_recycled_under_its_clients(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.ChainError, match="exported"):
+            await vm.commit("top", policy=qc.Recycle(str(folder / "x.qcow2")))
+
+
+# -- storage errors ------------------------------------------------------------------------------
+
+
+async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = folder / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24M", "none", small)
+    try:
+        base = create(small / "base.qcow2", 64 * MIB)
+        top = create(folder / "top.qcow2", None, backing=base)
+        write(top, [Write(0, BULK, 0x55)])
+        chain = make_chain(folder / "", 1, names=["unused"])
+        chain.files[:] = [base, top]
+        stalls: list[qc.Stall] = []
+
+        async def on_stall(stall: qc.Stall) -> None:
+            stalls.append(stall)
+            run("mount", "-o", "remount,size=64M", small)
+
+        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("vda", policy=qc.Pivot(), on_error="stop", on_stall=on_stall)
+            outcome = await job.wait()
+            assert outcome.action == "pivot"
+            await vm.close()
+            await qemu.quit()
+        assert [stall.base.filename for stall in stalls] == [str(base)]
+        picture = chain.pictures[0]
+        picture.data[:] = bytes(len(picture.data))
+        picture.fill(0, BULK, 0x55)
+        run("mount", "-o", "remount,size=200M", small)
+        assert_disk(base, picture)
+    finally:
+        run("umount", "-l", small)
+
+
+async def test_without_that_a_full_base_is_a_failure_and_nothing_is_lost(folder: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = folder / "small"
+    small.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=24M", "none", small)
+    try:
+        base = create(small / "base.qcow2", 64 * MIB)
+        top = create(folder / "top.qcow2", None, backing=base)
+        write(top, [Write(0, BULK, 0x55)])
+        chain = make_chain(folder, 1, names=["unused"])
+        chain.files[:] = [base, top]
+        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.CommitFailed, match="still the active image") as error:
+                await (await vm.commit("vda", policy=qc.Pivot())).wait()
+            assert error.value.error == "No space left on device"
+            await vm.close()
+            await qemu.quit()
+        picture = chain.pictures[0]
+        picture.data[:] = bytes(len(picture.data))
+        picture.fill(0, BULK, 0x55)
+        assert_disk(top, picture)
+    finally:
+        run("umount", "-l", small)
+
+
+# -- chain care ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relative", [True, False])
+async def test_relative_backing_names_stay_relative(relative: bool, folder: Path) -> None:
+    chain = make_chain(folder, 3, relative=True)
+    async with (
+        machine(folder, chain, style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        job = await vm.commit("vda", top=1, keep_relative=relative)
+        await job.wait()
+        await vm.close()
+        await qemu.quit()
+    info = run(QEMU.img, "info", chain.top)
+    assert ("backing file: base.qcow2" in info) is relative
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_chosen_filter_node_name(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Hold(), filter_node_name="thefilter")
+        await job.ready()
+        disk = await vm.disk("vda")
+        assert (disk.filters, disk.chain[0].node_name) == (("thefilter",), "top")
+        await job.pivot()
+        assert (await job.wait()).action == "pivot"
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_writer_goes_on_over_a_recycle_of_an_idle_export_free_chain(folder: Path) -> None:
+    """Deleting under a writer: the export keeps writing to the base, and nothing is lost."""
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with await Nbd.connect(qemu.nbd, "top") as nbd, Writer(nbd, picture) as writer:
+            await writer.writes(50)
+            outcome = await (await vm.commit("top", policy=qc.Pivot(), delete=True)).wait()
+            assert outcome.deleted == [str(chain.top)]
+            await writer.writes(50)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, picture)
