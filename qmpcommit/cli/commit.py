@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.errors import CommitFailed
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.aftermath import Stall
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.policy import AnyPolicy
+
+HOOK_TIMEOUT = 60.0
+STALL_PAUSE = 2.0
+"""Seconds."""
 
 _FOREVER = "forever"
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
@@ -53,12 +60,39 @@ class CommitCommand(click.Command):
     metavar="CMD",
     help="At READY, run CMD by /bin/sh -c: pivot if it succeeds, keep the overlay if not.",
 )
+@click.option(
+    "--recycle",
+    metavar="FILE",
+    help="At READY, pivot and lay a fresh empty overlay FILE over the base before the guest can"
+    " write to it.",
+)
 @click.option("--policy", metavar="JSON", help='Any policy, as in {"kind": "pivot"}.')
 @click.option("--only-if", metavar="CMD", help="Commit only if CMD succeeds, asked before.")
 @click.option("--base", metavar="B", help="The layer to commit into; by default the bottom.")
 @click.option("--top", metavar="T", help="The layer to commit; by default the active one.")
 @click.option("--shallow", is_flag=True, help="Commit into top's own backing file.")
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, as in 50MiB.")
+@click.option("--delete", is_flag=True, help="Delete the files that a pivot or merge made stale.")
+@click.option("--rename", is_flag=True, help="Rename them to NAME.stale-JOB instead.")
+@click.option(
+    "--on-pivot",
+    metavar="CMD",
+    help="Run CMD by /bin/sh -c between the pivot and the deletion, to persist the VM's new disk"
+    " path (QMPCOMMIT_ACTIVE); if it fails nothing is deleted.",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["report", "stop", "ignore", "enospc"]),
+    help="On a storage error fail (report, the default), wait for room (stop, or enospc for a"
+    " full base alone), or try again (ignore).",
+)
+@click.option("--no-bitmaps", is_flag=True, help="Don't carry dirty bitmaps into the base.")
+@click.option(
+    "--keep-relative",
+    is_flag=True,
+    help="Write the base's name relatively into the overlay above an intermediate --top.",
+)
+@click.option("--filter-node-name", metavar="NODE", help="The node-name of the job's own filter.")
 @common
 def commit(
     qmp: str,
@@ -69,6 +103,13 @@ def commit(
     top: str | None,
     shallow: bool,
     bandwidth: str | None,
+    delete: bool,
+    rename: bool,
+    on_pivot: str | None,
+    on_error: Any,
+    no_bitmaps: bool,
+    keep_relative: bool,
+    filter_node_name: str | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -78,9 +119,10 @@ def commit(
     """Commit a disk's overlay into its backing file while the guest runs.
 
     What to do when the copy is READY has to be said, for there is no default: give exactly one
-    of --pivot, --keep-overlay, --abort, --hold, --check and --policy. (A --top below the active
-    layer has one phase only and needs none.) At READY the base already holds the overlay's
-    data, whatever is decided; a test of whether it should be committed at all is --only-if.
+    of --pivot, --keep-overlay, --abort, --hold, --check, --recycle and --policy. (A --top below
+    the active layer has one phase only and needs none.) At READY the base already holds the
+    overlay's data, whatever is decided; a test of whether it should be committed at all is
+    --only-if.
 
     --base and --top take a node-name, a file, or a layer's number (0 is the active layer). CMD
     learns the commit from QMPCOMMIT_VM, _DISK, _JOB, _BASE, _TOP, _BASE_NODE and _TOP_NODE.
@@ -88,6 +130,8 @@ def commit(
     options = Options.of(as_json, quiet, verbose, timeout)
     if shallow and base is not None:
         raise click.UsageError("Give --shallow or --base, not both")
+    if delete and rename:
+        raise click.UsageError("Give --delete or --rename, not both")
     if bandwidth is not None:
         from qmpcommit.units import parse_size
 
@@ -101,6 +145,13 @@ def commit(
         "shallow": shallow,
         "bandwidth": bandwidth,
         "only_if": None if only_if is None else ["/bin/sh", "-c", only_if],
+        "stale": "delete" if delete else "rename" if rename else "leave",
+        "on_error": on_error,
+        "carry_bitmaps": not no_bitmaps,
+        "keep_relative": keep_relative,
+        "filter_node_name": filter_node_name,
+        "on_pivot": None if on_pivot is None else partial(_persist, on_pivot),
+        "on_stall": partial(_wait_for_room, quiet or as_json),
     }
     from qmpcommit.cli.running import run
 
@@ -115,25 +166,54 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
         raise click.UsageError(f"Give one policy, not {names}")
     if not given and not needed:
         return None
-    from qmpcommit.commit.policy import Abort, AnyPolicy, Check, Hold, Keep, Pivot, parse_policy
+    from qmpcommit.commit import policy as policies
+    from qmpcommit.commit.policy import AnyPolicy, parse_policy
     from qmpcommit.units import parse_seconds
 
     for name, value in given.items():
         match name:
             case "pivot":
-                return Pivot()
+                return policies.Pivot()
             case "keep_overlay":
-                return Keep()
+                return policies.Keep()
             case "abort":
-                return Abort()
+                return policies.Abort()
             case "hold":
                 forever = value == _FOREVER
-                return Hold(timeout=None if forever else parse_seconds(value, "hold time"))
+                return policies.Hold(timeout=None if forever else parse_seconds(value, "hold time"))
             case "check":
-                return Check(command=["/bin/sh", "-c", value])
+                return policies.Check(command=["/bin/sh", "-c", value])
+            case "recycle":
+                return policies.Recycle(value)
     policy = parse_policy(given.get("policy"))
     assert isinstance(policy, AnyPolicy)  # a text is no callable
     return policy
+
+
+async def _persist(command: str, outcome: CommitOutcome) -> None:
+    """``--on-pivot``: the command learns the commit as a ``--check`` does, and what is active."""
+    from qmpcommit.commit.policy import Ready, run_command
+
+    ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
+    active = outcome.active.filename if outcome.active is not None else ""
+    environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
+    status = await run_command(["/bin/sh", "-c", command], environment, HOOK_TIMEOUT)
+    if status != 0:
+        how = f"ended with status {status}" if status is not None else "took too long"
+        raise CommitFailed(f"{command} {how}")
+
+
+async def _wait_for_room(silent: bool, stall: Stall) -> None:
+    """With ``--on-error stop``: say what is wrong, and try again in a while."""
+    import asyncio
+
+    if not silent:
+        click.echo(
+            f"qmpcommit: the storage under {stall.base.filename} failed or is full, and the job"
+            f" waits; trying again in {STALL_PAUSE:g} s",
+            err=True,
+        )
+    await asyncio.sleep(STALL_PAUSE)
 
 
 async def _commit(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
@@ -156,11 +236,13 @@ async def _commit(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
 
 
 def exit_status(policy: AnyPolicy | None, outcome: CommitOutcome) -> int:
-    """0 for what was asked, 3 for what was decided otherwise."""
+    """0 for what was asked, 3 for what was decided otherwise, 1 where the hook failed."""
+    if outcome.hook == "failed":
+        return 1
     if outcome.action == "none" or policy is None:
         return 0
     if outcome.decided_by in ("check failed", "hold expired"):
         return 3
-    if policy.kind in ("pivot", "keep", "abort"):
+    if policy.kind in ("pivot", "keep", "abort", "recycle"):
         return 0 if outcome.action == policy.kind else 3
     return 3 if policy.kind == "check" and outcome.decided_by == "another client" else 0

@@ -20,6 +20,8 @@ def outcome_text(outcome: CommitOutcome) -> str:
     base, top = outcome.base.filename, outcome.top.filename
     happened = {
         "pivot": f"pivoted. The guest now writes to {active}.",
+        "recycle": f"recycled. The guest now writes to the fresh overlay {active}; {base} holds"
+        " everything up to the decision.",
         "keep": f"kept. The guest goes on writing to {active}; {base} holds everything up to the"
         " decision.",
         "abort": f"aborted. The guest goes on writing to {active}, which is whole.",
@@ -29,6 +31,10 @@ def outcome_text(outcome: CommitOutcome) -> str:
     if outcome.invalidated:
         files = ", ".join(outcome.invalidated)
         lines.append(f"  Invalid from now on, never boot it again: {files}.")
+    if outcome.deleted:
+        lines.append(f"  Deleted: {', '.join(outcome.deleted)}.")
+    if outcome.guest_paused is not None:
+        lines.append(f"  The guest was paused for {show_seconds(outcome.guest_paused)}.")
     lines.append(f"  {show_size(outcome.bytes_committed)} committed{_times(outcome)}.")
     if outcome.decided_by not in ("", "policy", "caller"):
         lines.append(f"  Decided by: {outcome.decided_by}.")

@@ -3,16 +3,18 @@
 `parse_event` turns a QMP message into the model of its name; what it does not know, or what
 does not have the members that it should, becomes an `UnknownEvent`, so that no event of any
 QEMU can break its reader. Unknown members are kept (``event.model_extra``), because newer
-QEMUs add them; values of QEMU's enumerations are plain texts for the same reason.
+QEMUs add them; values of QEMU's enumerations are plain texts for the same reason. Nothing is
+converted on the way: `Event.to_message` gives back what came.
 
-Rests on the QMP specification and on QEMU's ``qapi/*.json``.
+Members that an older QEMU does not send are optional. Each model's validator is built when the
+first event of its name arrives. Rests on the QMP specification and on QEMU's ``qapi/*.json``.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated as they stand (no ``from __future__ import annotations``): pydantic
+# would have to compile each of them again, a third of what importing this costs.
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,11 +27,13 @@ class Event(BaseModel):
     """Base of all events.
 
     `name` is the event's name; `timestamp` an aware UTC time with microseconds from QEMU's own
-    clock, None where QEMU could not tell it.
+    clock, None where QEMU could not tell it (it writes -1 then). A member of the data that has
+    one of these two names is kept as ``data.name`` or ``data.timestamp``.
     """
 
     model_config = ConfigDict(
         frozen=True,
+        strict=True,
         extra="allow",
         populate_by_name=True,
         alias_generator=_dashed,
@@ -44,21 +48,43 @@ class Event(BaseModel):
         """The id of the job that this is about; None for what is not about a job."""
         return None
 
+    def to_message(self) -> dict[str, Any]:
+        """The QMP message that this was made of; without ``data`` where it has no members."""
+        message: dict[str, Any] = {"event": self.name, "timestamp": _stamp(self.timestamp)}
+        data = self._members()
+        if data:
+            message["data"] = data
+        return message
+
+    def _members(self) -> dict[str, Any]:
+        """The event's data, by QMP's names."""
+        members = self.model_dump(by_alias=True, exclude_unset=True, exclude=set(_OWN))
+        return {_NAMES.get(name, name): value for name, value in members.items()}
+
+
+_OWN = {"name": "data.name", "timestamp": "data.timestamp"}
+"""How data members are kept that are named like an `Event`'s own; no QAPI name has a dot."""
+
+_NAMES = {kept: name for name, kept in _OWN.items()}
+
 
 class UnknownEvent(Event):
     """An event that has no model here, or whose members are not what its model needs.
 
-    `data` are its members as they came, `problem` says what was wrong with a known event's.
+    `data` are its members as they came; `problem` says what is wrong with it, None for an
+    event that merely has no model.
     """
 
     data: dict[str, Any] = Field(default_factory=dict)
     problem: str | None = None
 
+    def _members(self) -> dict[str, Any]:
+        return dict(self.data)
 
-class _BlockJobEvent(Event):
-    """Block jobs carry their id as ``device``."""
 
-    type: str
+class _JobByDevice(Event):
+    """Most events of block jobs carry the job's id as ``device``."""
+
     device: str
 
     @property
@@ -67,9 +93,24 @@ class _BlockJobEvent(Event):
         return self.device
 
 
-class _BlockJobProgress(_BlockJobEvent):
-    """`len` and `offset` are bytes, `speed` bytes per second (0: unlimited)."""
+class _JobById(Event):
+    """The other events of jobs carry it as ``id``."""
 
+    id: str
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        return self.id
+
+
+class _BlockJobProgress(_JobByDevice):
+    """`len` and `offset` are bytes, `speed` bytes per second (0: unlimited).
+
+    Both `len` and `offset` can be 0, and `len` can grow: not a thing to divide by.
+    """
+
+    type: str
     len: int
     offset: int
     speed: int
@@ -82,7 +123,10 @@ class BlockJobReady(_BlockJobProgress):
 
 
 class BlockJobCompleted(_BlockJobProgress):
-    """``BLOCK_JOB_COMPLETED``: the job has ended, well, or with `error` if that is there."""
+    """``BLOCK_JOB_COMPLETED``: the job has ended, well, or with `error` if that is there.
+
+    Says nothing of which image is active now: pivot and keep both end with it.
+    """
 
     name: Literal["BLOCK_JOB_COMPLETED"]
     error: str | None = None
@@ -94,48 +138,37 @@ class BlockJobCancelled(_BlockJobProgress):
     name: Literal["BLOCK_JOB_CANCELLED"]
 
 
-class BlockJobError(Event):
-    """``BLOCK_JOB_ERROR``: an I/O error in a job; `action` is what QEMU does about it."""
+class BlockJobError(_JobByDevice):
+    """``BLOCK_JOB_ERROR``: an I/O error in a job; `action` is what QEMU does about it.
+
+    One for each request that failed. Which error it was is not told: the job's ``io-status``
+    (``query-block-jobs``) knows whether the storage is full.
+    """
 
     name: Literal["BLOCK_JOB_ERROR"]
-    device: str
     operation: str
     action: str
 
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.device
 
-
-class BlockJobPending(Event):
+class BlockJobPending(_JobById):
     """``BLOCK_JOB_PENDING``: the job waits to be finalized, and the disk's I/O with it."""
 
     name: Literal["BLOCK_JOB_PENDING"]
     type: str
-    id: str
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.id
 
 
-class JobStatusChange(Event):
+class JobStatusChange(_JobById):
     """``JOB_STATUS_CHANGE``: `status` as in ``query-jobs``."""
 
     name: Literal["JOB_STATUS_CHANGE"]
-    id: str
     status: str
-
-    @property
-    def job_id(self) -> str:
-        """The job's id."""
-        return self.id
 
 
 class BlockIoError(Event):
-    """``BLOCK_IO_ERROR``: a guest's request failed; `nospace` where the storage is full."""
+    """``BLOCK_IO_ERROR``: a guest's request failed; `nospace` where the storage is full.
+
+    `device` is empty where the drive has no alias.
+    """
 
     name: Literal["BLOCK_IO_ERROR"]
     device: str
@@ -157,7 +190,10 @@ class BlockWriteThreshold(Event):
 
 
 class BlockImageCorrupted(Event):
-    """``BLOCK_IMAGE_CORRUPTED``: an image is damaged; if `fatal`, it is unusable from now on."""
+    """``BLOCK_IMAGE_CORRUPTED``: an image is damaged; if `fatal`, it is unusable from now on.
+
+    `offset` and `size` are bytes: where, if it is about data in the image.
+    """
 
     name: Literal["BLOCK_IMAGE_CORRUPTED"]
     device: str
@@ -176,7 +212,10 @@ class BlockExportDeleted(Event):
 
 
 class QuorumFailure(Event):
-    """``QUORUM_FAILURE``: no majority among a quorum's children."""
+    """``QUORUM_FAILURE``: no majority among a quorum's children.
+
+    In sectors of 512 bytes; `reference` is the quorum's device, or its node.
+    """
 
     name: Literal["QUORUM_FAILURE"]
     reference: str
@@ -185,7 +224,7 @@ class QuorumFailure(Event):
 
 
 class QuorumReportBad(Event):
-    """``QUORUM_REPORT_BAD``: one child of a quorum is wrong."""
+    """``QUORUM_REPORT_BAD``: one child of a quorum is wrong (in sectors of 512 bytes)."""
 
     name: Literal["QUORUM_REPORT_BAD"]
     type: str
@@ -247,6 +286,12 @@ class Wakeup(Event):
     name: Literal["WAKEUP"]
 
 
+class GuestPvshutdown(Event):
+    """``GUEST_PVSHUTDOWN``: the guest asked for a shutdown by its panic device."""
+
+    name: Literal["GUEST_PVSHUTDOWN"]
+
+
 class Watchdog(Event):
     """``WATCHDOG``: the guest's watchdog ran out."""
 
@@ -286,8 +331,19 @@ class DeviceUnplugGuestError(Event):
     device: str | None = None
 
 
+class MemUnplugError(Event):
+    """``MEM_UNPLUG_ERROR``: a memory device was not let go; older QEMUs only."""
+
+    name: Literal["MEM_UNPLUG_ERROR"]
+    device: str
+    msg: str
+
+
 class DeviceTrayMoved(Event):
-    """``DEVICE_TRAY_MOVED``: a removable medium's tray opened or closed."""
+    """``DEVICE_TRAY_MOVED``: a removable medium's tray opened or closed.
+
+    `device` is the drive's alias, if it has one, else empty; `id` the device's id or QOM path.
+    """
 
     name: Literal["DEVICE_TRAY_MOVED"]
     device: str
@@ -296,7 +352,10 @@ class DeviceTrayMoved(Event):
 
 
 class MemoryFailure(Event):
-    """``MEMORY_FAILURE``: a hardware memory error, and what was done about it."""
+    """``MEMORY_FAILURE``: a hardware memory error, and what was done about it.
+
+    `recipient` tells whose memory it was, ``hypervisor`` or ``guest``.
+    """
 
     name: Literal["MEMORY_FAILURE"]
     recipient: str
@@ -309,8 +368,8 @@ class MemoryDeviceSizeChange(Event):
 
     name: Literal["MEMORY_DEVICE_SIZE_CHANGE"]
     size: int
-    qom_path: str
     id: str | None = None
+    qom_path: str | None = None
 
 
 class Migration(Event):
@@ -335,6 +394,17 @@ class PrManagerStatusChanged(Event):
     connected: bool
 
 
+class DumpCompleted(Event):
+    """``DUMP_COMPLETED``: a dump of the guest's memory has ended, badly if there is `error`.
+
+    `result` is a DumpQueryResult (bytes).
+    """
+
+    name: Literal["DUMP_COMPLETED"]
+    result: dict[str, Any]
+    error: str | None = None
+
+
 class BalloonChange(Event):
     """``BALLOON_CHANGE``: the guest's memory without the balloon, in bytes."""
 
@@ -347,6 +417,18 @@ class RtcChange(Event):
 
     name: Literal["RTC_CHANGE"]
     offset: int
+    qom_path: str | None = None
+
+
+class NicRxFilterChanged(Event):
+    """``NIC_RX_FILTER_CHANGED``: a network card filters other frames than before.
+
+    `nic` is the card's id, if it has one: the member that QMP calls ``name``.
+    """
+
+    name: Literal["NIC_RX_FILTER_CHANGED"]
+    path: str
+    nic: str | None = Field(default=None, alias="data.name")
 
 
 class VserportChange(Event):
@@ -355,6 +437,55 @@ class VserportChange(Event):
     name: Literal["VSERPORT_CHANGE"]
     id: str
     open: bool
+
+
+class _Viewer(Event):
+    """A viewer of the guest's screen: `server` and `client` tell the two ends' addresses."""
+
+    server: dict[str, Any]
+    client: dict[str, Any]
+
+
+class VncConnected(_Viewer):
+    """``VNC_CONNECTED``: a viewer has connected, not authenticated yet."""
+
+    name: Literal["VNC_CONNECTED"]
+
+
+class VncInitialized(_Viewer):
+    """``VNC_INITIALIZED``: a viewer's session is active."""
+
+    name: Literal["VNC_INITIALIZED"]
+
+
+class VncDisconnected(_Viewer):
+    """``VNC_DISCONNECTED``: a viewer has gone."""
+
+    name: Literal["VNC_DISCONNECTED"]
+
+
+class SpiceConnected(_Viewer):
+    """``SPICE_CONNECTED``: a viewer has connected."""
+
+    name: Literal["SPICE_CONNECTED"]
+
+
+class SpiceInitialized(_Viewer):
+    """``SPICE_INITIALIZED``: a viewer's channel is active."""
+
+    name: Literal["SPICE_INITIALIZED"]
+
+
+class SpiceDisconnected(_Viewer):
+    """``SPICE_DISCONNECTED``: a viewer has gone."""
+
+    name: Literal["SPICE_DISCONNECTED"]
+
+
+class SpiceMigrateCompleted(Event):
+    """``SPICE_MIGRATE_COMPLETED``: the viewers have moved along with a migration."""
+
+    name: Literal["SPICE_MIGRATE_COMPLETED"]
 
 
 AnyEvent: TypeAlias = Annotated[
@@ -378,38 +509,44 @@ AnyEvent: TypeAlias = Annotated[
     | Suspend
     | SuspendDisk
     | Wakeup
+    | GuestPvshutdown
     | Watchdog
     | GuestPanicked
     | GuestCrashloaded
     | DeviceDeleted
     | DeviceUnplugGuestError
+    | MemUnplugError
     | DeviceTrayMoved
     | MemoryFailure
     | MemoryDeviceSizeChange
     | Migration
     | MigrationPass
     | PrManagerStatusChanged
+    | DumpCompleted
     | BalloonChange
     | RtcChange
-    | VserportChange,
+    | NicRxFilterChanged
+    | VserportChange
+    | VncConnected
+    | VncInitialized
+    | VncDisconnected
+    | SpiceConnected
+    | SpiceInitialized
+    | SpiceDisconnected
+    | SpiceMigrateCompleted,
     Field(discriminator="name"),
 ]
 """Every event that has a model, discriminated by its name."""
 
 
-def _models() -> dict[str, type[Event]]:
-    union = AnyEvent.__args__[0].__args__
-    return {model.model_fields["name"].annotation.__args__[0]: model for model in union}
-
-
-MODELS = _models()
+MODELS: Mapping[str, type[Event]] = {
+    get_args(model.model_fields["name"].annotation)[0]: model
+    for model in get_args(get_args(AnyEvent)[0])
+}
 """Event name to model."""
 
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def parse_event(message: Mapping[str, Any]) -> Event:
+def parse_event(message: Mapping[str, object]) -> Event:
     """The typed event of a QMP message; `UnknownEvent` where it can't be had.
 
     Raises ValueError only for what is no event at all.
@@ -417,17 +554,30 @@ def parse_event(message: Mapping[str, Any]) -> Event:
     name = message.get("event")
     if not isinstance(name, str):
         raise ValueError("a QMP event has a member 'event' that is a text")
-    raw = message.get("data")
-    data: dict[str, Any] = dict(raw) if isinstance(raw, Mapping) else {}
     when = _time(message.get("timestamp"))
+    data = message.get("data", {})
+    if not isinstance(data, Mapping):
+        return _unknown(name, when, {}, f"its data is not an object: {data!r:.200}")
     model = MODELS.get(name)
     if model is None:
-        return UnknownEvent(name=name, timestamp=when, data=data)
+        return _unknown(name, when, data, None)
+    members = {_OWN.get(member, member): value for member, value in data.items()}
     try:
-        return model.model_validate({**data, "name": name, "timestamp": when})
+        return model.model_validate({**members, "name": name, "timestamp": when})
     except ValidationError as error:
-        problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return UnknownEvent(name=name, timestamp=when, data=data, problem=problem)
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+        problem = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in details)
+        return _unknown(name, when, data, problem)
+
+
+def _unknown(
+    name: str, when: datetime | None, data: Mapping[str, Any], problem: str | None
+) -> UnknownEvent:
+    """Made without checking, for JSON can hold texts that pydantic refuses (half a surrogate)."""
+    return UnknownEvent.model_construct(name=name, timestamp=when, data=dict(data), problem=problem)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _time(stamp: object) -> datetime | None:
@@ -438,8 +588,14 @@ def _time(stamp: object) -> datetime | None:
     if type(seconds) is not int or type(microseconds) is not int or min(seconds, microseconds) < 0:
         return None
     try:
-        return datetime.fromtimestamp(0, UTC) + timedelta(
-            seconds=seconds, microseconds=microseconds
-        )
+        return _EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
     except OverflowError:
         return None
+
+
+def _stamp(when: datetime | None) -> dict[str, int]:
+    """The reverse of `_time`."""
+    if when is None:
+        return {"seconds": -1, "microseconds": -1}
+    since = when - _EPOCH
+    return {"seconds": since.days * 86400 + since.seconds, "microseconds": since.microseconds}

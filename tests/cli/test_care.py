@@ -1,0 +1,65 @@
+"""What surrounds a commit, from the command line, on a real QEMU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cli.command import run
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import machine
+
+
+async def test_delete_after_the_hook(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    note = folder / "note"
+    hook = f'test -e {chain.top} && echo "$QMPCOMMIT_DISK $QMPCOMMIT_ACTIVE" > {note}'
+    async with machine(folder, chain) as qemu:
+        said = await run(
+            "commit", qemu.qmp, "vda", "--pivot", "--delete", "--on-pivot", hook, "--json"
+        )
+        assert said.status == 0
+        assert said.json["deleted"] == [str(chain.top), str(chain.files[1])]
+        assert said.json["hook"] == "done"
+        await qemu.quit()
+    assert note.read_text() == f"vda {chain.base}\n"
+    assert not chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_hook_that_fails_is_a_failure_and_nothing_is_deleted(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await run("commit", qemu.qmp, "vda", "--pivot", "--delete", "--on-pivot", "exit 7")
+        assert said.status == 1
+        assert "status 7" in said.out
+        await qemu.quit()
+    assert chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_recycle(folder: Path) -> None:
+    chain = make_chain(folder)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain) as qemu:
+        await qemu.execute("cont")
+        said = await run("commit", qemu.qmp, "vda", "--recycle", fresh, "--rename", "--json")
+        assert said.status == 0
+        assert said.json["action"] == "recycle"
+        assert said.json["active"]["filename"] == str(fresh)
+        assert 0 < said.json["guest_paused"] < 60
+        assert (await qemu.execute("query-status"))["running"]
+        again = await run("commit", qemu.qmp, "vda", "--recycle", fresh)
+        assert again.status == 2
+        assert "exists already" in again.err
+        await qemu.quit()
+    assert not chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_options_that_exclude_each_other(folder: Path) -> None:
+    for words in (["--delete", "--rename"], ["--on-error", "panic"], ["--recycle", ""]):
+        said = await run(
+            "commit", "/none", "vda", *(["--pivot"] if "--recycle" not in words else []), *words
+        )
+        assert said.status == 2

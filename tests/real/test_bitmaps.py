@@ -1,0 +1,210 @@
+"""Dirty bitmaps survive a commit: proved by incremental backups, compared byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.block.bitmaps import bitmaps_of
+from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read, run
+from tests.ground.machines import machine, storage_daemon
+from tests.ground.nbd import Nbd, Writer
+from tests.ground.qemu import QEMU
+
+GRAIN = 65536
+
+
+async def add_bitmap(vm: qc.Session, node: str, name: str, **more: Any) -> None:
+    arguments = {"node": node, "name": name, "persistent": True, "granularity": GRAIN, **more}
+    await vm.execute("block-dirty-bitmap-add", arguments)
+
+
+async def marked(vm: qc.Session, node: str) -> dict[str, int]:
+    """Bytes that each bitmap of a node marks."""
+    return {bitmap.name: bitmap.marked for bitmap in bitmaps_of(await vm.graph(), node)}
+
+
+async def backup(vm: qc.Session, node: str, target: Path, bitmap: str | None) -> None:
+    """A full backup, or an incremental one over the last: what backup programs do."""
+    file = {"driver": "file", "filename": str(target)}
+    await vm.execute("blockdev-add", {"driver": "raw", "node-name": "target", "file": file})
+    arguments: dict[str, Any] = {"job-id": "backup", "device": node, "target": "target",
+                                 "sync": "full"}  # fmt: skip
+    if bitmap is not None:
+        arguments |= {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "on-success"}
+    with vm.events("BLOCK_JOB_COMPLETED") as done:
+        await vm.execute("blockdev-backup", arguments)
+        event = await anext(done)
+        assert getattr(event, "error", None) is None
+    await vm.execute("blockdev-del", {"node-name": "target"})
+
+
+async def snapshot(vm: qc.Session, folder: Path, node: str, name: str) -> Path:
+    """A fresh overlay over the active layer, as for a backup window."""
+    path = create(folder / f"{name}.qcow2", 64 * MIB, backing=folder / f"{node}.qcow2")
+    file = {"driver": "file", "filename": str(path)}
+    overlay = {"driver": "qcow2", "node-name": name, "file": file, "backing": None}
+    await vm.execute("blockdev-add", overlay)
+    await vm.execute("blockdev-snapshot", {"node": node, "overlay": name})
+    return path
+
+
+def one_layer(folder: Path) -> tuple[Chain, Picture]:
+    chain = make_chain(folder, 1)
+    return chain, chain.pictures[0]
+
+
+async def write_some(nbd: Nbd, picture: Picture, *places: int) -> None:
+    for place in places:
+        data = bytes([place % 251 + 1]) * 1000
+        await nbd.write(place * MIB + 100, data)
+        picture.write(place * MIB + 100, data)
+
+
+@pytest.mark.parametrize("carry", [True, False], ids=["carried", "twin: not carried"])
+async def test_an_incremental_backup_goes_on_over_a_pivot(carry: bool, folder: Path) -> None:
+    """Full backup, snapshot, writes, commit and pivot under a writer, incremental backup."""
+    chain, picture = one_layer(folder)
+    target = create(folder / "target.raw", 64 * MIB, fmt="raw")
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with await Nbd.connect(qemu.nbd, "base") as nbd:
+            await write_some(nbd, picture, 5)
+            await add_bitmap(vm, "base", "daily")
+            await backup(vm, "base", target, None)
+            await write_some(nbd, picture, 6, 7)
+            await snapshot(vm, folder, "base", "over")
+            await vm.execute("block-dirty-bitmap-disable", {"node": "base", "name": "daily"})
+            await add_bitmap(vm, "over", "daily")
+            await write_some(nbd, picture, 8, 7)
+            async with Writer(nbd, picture, start=30 * MIB, length=4 * MIB) as writer:
+                await writer.writes(30)
+                job = await vm.commit("export0", policy=qc.Hold(), carry_bitmaps=carry)
+                await job.ready()
+                await writer.writes(30)
+                await job.pivot()
+                outcome = await job.wait()
+                assert (outcome.action, outcome.warnings) == ("pivot", [])
+                await writer.writes(30)
+            await write_some(nbd, picture, 9)
+            await backup(vm, "base", target, "daily")
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, picture)
+    copied = read(target, fmt="raw")
+    assert (copied == bytes(picture.data)) is carry, "the incremental backup"
+
+
+async def test_the_carried_bitmap_marks_all_that_it_marked_and_not_the_whole_commit(
+    folder: Path,
+) -> None:
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await add_bitmap(vm, "top", "a")
+        await add_bitmap(vm, "top", "b", persistent=False)
+        await add_bitmap(vm, "top", "stopped", disabled=True)
+        async with await Nbd.connect(qemu.nbd, "top") as nbd:
+            await write_some(nbd, picture, 33, 34)
+            job = await vm.commit("top", policy=qc.Hold())
+            await job.ready()
+            await write_some(nbd, picture, 35)
+            await job.pivot()
+            assert (await job.wait()).warnings == []
+            assert await marked(vm, "base") == {"a": 3 * GRAIN, "b": 3 * GRAIN, "stopped": 0}
+            await write_some(nbd, picture, 36)
+            assert await marked(vm, "base") == {"a": 4 * GRAIN, "b": 4 * GRAIN, "stopped": 0}
+        found = {bitmap.name: bitmap for bitmap in bitmaps_of(await vm.graph(), "base")}
+        assert found["a"].persistent
+        assert not found["b"].persistent
+        assert not found["stopped"].recording
+        await vm.close()
+        await qemu.quit()
+    info = run(QEMU.img, "info", chain.base)
+    assert "name: a" in info
+    assert "name: b" not in info
+    assert_disk(chain.base, picture)
+
+
+async def test_an_intermediate_commit_carries_the_bitmaps_of_all_its_layers(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    for name, path in zip(("x", "y"), (chain.files[2], chain.files[1]), strict=True):
+        run(QEMU.img, "bitmap", "--add", "-g", str(GRAIN), path, name)
+        run(QEMU.img, "bitmap", "--add", "-g", str(GRAIN), path, "both")
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        before = {**await marked(vm, "low"), **await marked(vm, "mid")}
+        assert set(before) == {"x", "y", "both"}
+        outcome = await (await vm.commit("vda", top="low", base="base")).wait()
+        assert (outcome.action, outcome.warnings) == ("none", [])
+        assert set(await marked(vm, "base")) == {"x", "y", "both"}
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert "name: both" in run(QEMU.img, "info", chain.base)
+
+
+@pytest.mark.parametrize("policy", [qc.Abort(), qc.Keep()], ids=lambda p: p.kind)
+async def test_without_a_pivot_every_bitmap_is_as_it_was(policy: Any, folder: Path) -> None:
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await add_bitmap(vm, "top", "a")
+        async with await Nbd.connect(qemu.nbd, "top") as nbd:
+            await write_some(nbd, picture, 33)
+            outcome = await (await vm.commit("top", policy=policy)).wait()
+            assert outcome.action == policy.kind
+            await write_some(nbd, picture, 34)
+        assert await marked(vm, "top") == {"a": 2 * GRAIN}
+        assert await marked(vm, "base") == {}
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, picture)
+
+
+async def test_bitmaps_that_are_busy_or_can_not_be_kept_are_told(folder: Path) -> None:
+    chain = make_chain(folder, fmt="raw")
+    picture = chain.pictures[-1]
+    async with (
+        storage_daemon(folder, chain, fmt="raw") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        await add_bitmap(vm, "top", "a")
+        async with await Nbd.connect(qemu.nbd, "top") as nbd:
+            await write_some(nbd, picture, 33)
+        target = {"driver": "null-co", "node-name": "target", "size": 64 * MIB}
+        await vm.execute("blockdev-add", target)
+        arguments = {"job-id": "backup", "device": "top", "target": "target", "sync": "bitmap",
+                     "bitmap": "a", "bitmap-mode": "never", "auto-finalize": False}  # fmt: skip
+        with vm.events("BLOCK_JOB_PENDING", "BLOCK_JOB_CANCELLED") as heard:
+            await vm.execute("blockdev-backup", arguments)
+            await anext(heard)
+            with pytest.raises(qc.JobConflict, match=r"busy|block job already"):
+                await vm.commit("top", policy=qc.Pivot())
+            await vm.execute("job-cancel", {"id": "backup"})
+            await anext(heard)
+        outcome = await (await vm.commit("top", policy=qc.Pivot())).wait()
+        assert "in memory" in outcome.warnings[0]
+        assert (await marked(vm, "base"))["a"] == GRAIN
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, picture, fmt="raw")
+
+
+async def test_a_base_with_a_bitmap_of_its_own_joins_them(folder: Path) -> None:
+    chain = make_chain(folder)
+    run(QEMU.img, "bitmap", "--add", "-g", "131072", chain.base, "a")
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await add_bitmap(vm, "top", "a")
+        async with await Nbd.connect(qemu.nbd, "top") as nbd:
+            await write_some(nbd, picture, 60)
+            outcome = await (await vm.commit("top", policy=qc.Pivot())).wait()
+            assert "granularities" in outcome.warnings[0]
+            whole: Sequence[int] = list((await marked(vm, "base")).values())
+            assert whole[0] >= outcome.bytes_committed, "what the commit wrote is marked too"
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, picture)
