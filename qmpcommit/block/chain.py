@@ -9,10 +9,11 @@ protocol URIs as QEMU prints them, plain files also through symlinks and relativ
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import BlockGraph, Raw
 from qmpcommit.errors import ChainError, DiskNotFound
 from qmpcommit.values import Record
@@ -26,7 +27,9 @@ class Image(Record):
 
     `filename` is the host file where the layer lives on one, else what QEMU shows (a protocol
     URI or ``json:``); `shown` is always QEMU's own. Sizes are in bytes: `virtual_size` is what
-    the guest sees, `allocated_size` what the layer takes on the host (None where unknown).
+    the guest sees, `allocated_size` what the layer takes on the host (None where unknown), which
+    is also the most that a commit of it copies. `bitmaps` are the names of its dirty bitmaps,
+    `warnings` what somebody should look at: corruption, encryption, an inconsistent bitmap.
     """
 
     node_name: str
@@ -37,6 +40,8 @@ class Image(Record):
     allocated_size: int | None = None
     read_only: bool = False
     cluster_size: int | None = None
+    bitmaps: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
@@ -154,7 +159,22 @@ def read_image(graph: BlockGraph, name: str) -> Image:
         allocated_size=info.get("actual-size"),
         read_only=bool(node.raw.get("ro", False)),
         cluster_size=info.get("cluster-size"),
+        bitmaps=tuple(bitmap.name for bitmap in bitmaps_of(graph, name)),
+        warnings=tuple(_warnings(graph, name)),
     )
+
+
+def _warnings(graph: BlockGraph, name: str) -> Iterator[str]:
+    info: Raw = graph.nodes[name].raw.get("image") or {}
+    if ((info.get("format-specific") or {}).get("data") or {}).get("corrupt"):
+        yield "marked corrupt"
+    if info.get("encrypted") or graph.nodes[name].raw.get("encrypted"):
+        yield "encrypted"
+    if info.get("dirty-flag"):
+        yield "not closed cleanly"
+    for bitmap in bitmaps_of(graph, name):
+        if bitmap.inconsistent:
+            yield f"bitmap {bitmap.name} is inconsistent"
 
 
 def read_disks(graph: BlockGraph) -> list[Disk]:

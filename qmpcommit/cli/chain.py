@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("qmp")
 @click.argument("disk", required=False)
+@click.option("--dot", is_flag=True, help="Print a Graphviz graph (| dot -Tsvg).")
 @common
-def chain(qmp: str, disk: str | None, **given: Any) -> Answer:
+def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
     """The disks of a VM and their backing chains, active layer first.
 
     Layers are numbered as --base and --top of 'qmpcommit commit' take them. With DISK, only
@@ -26,15 +27,17 @@ def chain(qmp: str, disk: str | None, **given: Any) -> Answer:
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
-    return run(options, lambda running: _chain(running, qmp, disk))
+    return run(options, lambda running: _chain(running, qmp, disk, dot))
 
 
-async def _chain(running: Run, qmp: str, disk: str | None) -> Answer:
-    from qmpcommit.cli.show import disks_text
+async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
+    from qmpcommit.cli.show import disks_dot, disks_text
 
     async with running.connect(qmp) as vm:
         disks = await vm.disks() if disk is None else [await vm.disk(disk)]
     data = {"vm": vm.name, "disks": [each.model_dump(mode="json") for each in disks]}
+    if dot:
+        return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
     return Answer(
         data, disks_text(disks), quiet=running.options.quiet, draw=lambda: _draw(vm.name, disks)
     )
@@ -56,7 +59,7 @@ def _draw(vm: str, disks: list[Disk]) -> None:
             branch.add(Text("empty", style="dim"))
         for place, image in enumerate(disk.chain):
             line = Text(image.filename, style="green" if place == 0 else "")
-            line.append(f"  {image_facts(image, place)}", style="dim")
+            line.append(f"  {image_facts(image, place, image is disk.chain[-1])}", style="dim")
             branch = branch.add(line)
     if not disks:
         tree.add(Text("no disks", style="dim"))

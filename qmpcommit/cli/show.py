@@ -89,13 +89,18 @@ def disk_title(disk: Disk) -> str:
     return ", ".join(about)
 
 
-def image_facts(image: Image, place: int) -> str:
-    """What is told of a layer beside its file: driver, sizes, node-name."""
+def image_facts(image: Image, place: int, last: bool) -> str:
+    """What is told of a layer beside its file: driver, sizes, node-name, what a commit copies."""
     facts = [image.driver, f"node {image.node_name}"]
     facts.append(f"{show_size(image.virtual_size)}, {show_size(image.allocated_size)} on the host")
     if image.read_only:
         facts.append("read-only")
     facts.append("active" if place == 0 else f"layer {place}")
+    if not last:
+        facts.append(f"a commit copies at most {show_size(image.allocated_size)}")
+    if image.bitmaps:
+        facts.append(f"bitmaps {' '.join(image.bitmaps)}")
+    facts += [f"WARNING: {warning}" for warning in image.warnings]
     return ", ".join(facts)
 
 
@@ -112,7 +117,28 @@ def _disk_lines(disk: Disk) -> Iterator[str]:
     if not disk.chain:
         yield "  empty"
     for place, image in enumerate(disk.chain):
-        yield f"{'  ' * (place + 1)}{image.filename}  ({image_facts(image, place)})"
+        facts = image_facts(image, place, image is disk.chain[-1])
+        yield f"{'  ' * (place + 1)}{image.filename}  ({facts})"
+
+
+def disks_dot(vm: str, disks: list[Disk]) -> str:
+    """The chains as a Graphviz digraph, an edge from each layer to the one that it backs on."""
+
+    def quote(*lines: str) -> str:
+        text = "\\n".join(line.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+        return f'"{text}"'
+
+    lines = [f"digraph {quote(vm)} {{", "  rankdir=BT; node [shape=box];"]
+    for disk in disks:
+        above = f"disk {disk.name}"
+        label = quote(disk.name, *(f"job {job}" for job in disk.jobs))
+        lines.append(f"  {quote(above)} [shape=ellipse, label={label}];")
+        for place, image in enumerate(disk.chain):
+            facts = image_facts(image, place, image is disk.chain[-1])
+            lines.append(f"  {quote(image.node_name)} [label={quote(image.filename, facts)}];")
+            lines.append(f"  {quote(above)} -> {quote(image.node_name)};")
+            above = image.node_name
+    return "\n".join([*lines, "}"])
 
 
 def jobs_text(jobs: list[Mapping[str, Any]]) -> str:

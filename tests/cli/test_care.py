@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.cli.command import run
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import MIB, assert_disk, make_chain
+from tests.ground.images import run as run_tool
 from tests.ground.machines import machine
+from tests.ground.qemu import QEMU
 
 
 async def test_delete_after_the_hook(folder: Path) -> None:
@@ -55,6 +57,23 @@ async def test_recycle(folder: Path) -> None:
     assert not chain.top.exists()
     assert_disk(chain.base, chain.pictures[-1])
     assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_the_chain_tells_bitmaps_copies_and_draws_a_graph(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    run_tool(QEMU.img, "bitmap", "--add", chain.top, "daily")
+    async with machine(folder, chain) as qemu:
+        said = await run("chain", qemu.qmp)
+        assert "bitmaps daily" in said.out
+        assert said.out.count("a commit copies at most") == 2
+        said = await run("chain", qemu.qmp, "vda", "--dot")
+        assert '"disk vda" -> "top";' in said.out
+        assert '"mid" -> "base";' in said.out
+        assert said.out.startswith("digraph")
+        said = await run("chain", qemu.qmp, "--json")
+        (disk,) = said.json["disks"]
+        assert disk["chain"][0]["bitmaps"] == ["daily"]
+        assert disk["chain"][0]["virtual_size"] == 64 * MIB
 
 
 async def test_options_that_exclude_each_other(folder: Path) -> None:
