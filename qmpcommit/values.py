@@ -10,15 +10,33 @@ of a model take any of them as they are.
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+R = TypeVar("R", bound="Record")
+
+
+@dataclass_transform(frozen_default=True)
+def record(cls: type[R]) -> type[R]:
+    """A frozen dataclass; what `Record` does for all of them is not generated for each."""
+    return dataclass(frozen=True, repr=False, eq=False)(cls)
 
 
 class Record:
-    """Base of the package's frozen dataclasses."""
+    """Base of the package's frozen dataclasses: `record` makes one."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    def __repr__(self) -> str:
+        members = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({members})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.__dict__.values()))
 
     def model_dump(self, *, mode: str = "python") -> dict[str, Any]:
         """The members as a dict; with ``mode="json"`` made of JSON's own types only."""

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import BlockGraph, Raw
 from qmpcommit.errors import ChainError, DiskNotFound
-from qmpcommit.values import Record
+from qmpcommit.values import Record, record
 
 _HOST_DRIVERS = frozenset(("file", "host_device", "host_cdrom"))
 
 
-@dataclass(frozen=True)
+@record
 class Image(Record):
     """One layer of a backing chain.
 
@@ -51,7 +51,7 @@ class Image(Record):
         )
 
 
-@dataclass(frozen=True)
+@record
 class Disk(Record):
     """A disk of a VM: `chain` has its layers, active layer first (empty: no medium inserted).
 

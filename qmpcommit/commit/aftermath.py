@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeAlias
@@ -138,35 +138,35 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
 
     Only what nothing uses any more is closed; what QEMU does not let go is a warning.
     """
-    before = await read_graph(monitor)
-    todo = [name for name in stale if name in before.nodes]
-    for name in stale:
-        if name in before.nodes:
-            below = before.nodes[name].children.get("file")
-            while below is not None and below in before.nodes:
-                todo.append(below)
-                below = before.nodes[below].children.get("file")
+    graph = await read_graph(monitor)
+    todo: list[str] = [name for name in stale if name in graph.nodes]
+    for name in list(todo):
+        below = graph.nodes[name].children.get("file")
+        while below is not None and below in graph.nodes:
+            todo.append(below)
+            below = graph.nodes[below].children.get("file")
     warnings: list[str] = []
+    closed: set[str] = set()
     for name in todo:
         if name.startswith("#"):
-            continue  # QEMU's own: it goes with the node that it belongs to
-        graph = await read_graph(monitor)
-        if name not in graph.nodes:
+            closed.add(name)  # QEMU's own: it goes with the node that it belongs to
             continue
-        users = _users(graph, name)
+        users = _users(graph, name, closed)
         if users:
             warnings.append(f"node {name} stays open: {', '.join(users)} uses it")
             continue
         try:
             await monitor.execute("blockdev-del", {"node-name": name})
         except CommandRefused as error:
-            warnings.append(f"node {name} stays open: {error.desc}")
+            if name in (await read_graph(monitor)).nodes:  # else it went with the one above it
+                warnings.append(f"node {name} stays open: {error.desc}")
+        closed.add(name)
     return warnings
 
 
-def _users(graph: BlockGraph, name: str) -> list[str]:
+def _users(graph: BlockGraph, name: str, closed: Collection[str]) -> list[str]:
     """What keeps a node from being closed: nodes above it, devices, exports, jobs."""
-    users = sorted(graph.parents.get(name, ()))
+    users = sorted(set(graph.parents.get(name, ())).difference(closed))
     for device in graph.devices:
         if (device.get("inserted") or {}).get("node-name") == name:
             users.append(str(device.get("device") or device.get("qdev")))

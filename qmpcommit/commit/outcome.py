@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from typing import Literal
 
 from qmpcommit.block.chain import Image
-from qmpcommit.values import Record
+from qmpcommit.values import Record, record
 
 Action = Literal["pivot", "keep", "abort", "recycle", "none"]
 
 
-@dataclass(frozen=True)
+@record
 class Timings(Record):
     """When what happened, aware UTC times from QEMU's own event clock where it gave one.
 
@@ -26,7 +26,7 @@ class Timings(Record):
     ended: datetime | None = None
 
 
-@dataclass(frozen=True)
+@record
 class CommitOutcome(Record):
     """The end of a commit, as confirmed by QEMU's job list and its block graph.
 
@@ -56,7 +56,7 @@ class CommitOutcome(Record):
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@record
 class JobProgress(Record):
     """How far a commit is: bytes done and to do, and the rate in bytes per second.
 

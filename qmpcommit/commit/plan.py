@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from qmpcommit.block.chain import BackingChain, Disk, Image, absolute
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
 from qmpcommit.units import parse_size
-from qmpcommit.values import Record
+from qmpcommit.values import Record, record
 
 JOB_PREFIX = "qmpcommit-"
 """What the ids of our jobs begin with; only such jobs are ever adopted without being named."""
@@ -24,7 +24,7 @@ _UNFIT_STATES = {
 }
 
 
-@dataclass(frozen=True)
+@record
 class Request(Record):
     """What a caller asks for; `plan_commit` checks it against the disk."""
 
@@ -49,7 +49,7 @@ class Request(Record):
             )
 
 
-@dataclass(frozen=True)
+@record
 class Plan(Record):
     """A commit that can be sent: `arguments` are those of ``block-commit``.
 

@@ -15,24 +15,24 @@ import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
-from qmpcommit.values import Record
+from qmpcommit.values import Record, record
 
 
-@dataclass(frozen=True)
+@record
 class Pivot(Record):
     """Make the base the active image (``job-complete``); the overlay is invalid from then on."""
 
     kind: Literal["pivot"] = field(default="pivot", kw_only=True)
 
 
-@dataclass(frozen=True)
+@record
 class Keep(Record):
     """Keep the overlay active (``block-job-cancel`` with ``force: false``).
 
@@ -43,14 +43,14 @@ class Keep(Record):
     kind: Literal["keep"] = field(default="keep", kw_only=True)
 
 
-@dataclass(frozen=True)
+@record
 class Abort(Record):
     """Cancel the job by force: the overlay stays active, the base is half-written or ahead."""
 
     kind: Literal["abort"] = field(default="abort", kw_only=True)
 
 
-@dataclass(frozen=True)
+@record
 class Recycle(Record):
     """Pivot, then lay a fresh empty overlay (a new file) over the base, the guest paused meanwhile.
 
@@ -73,7 +73,7 @@ Decision: TypeAlias = Pivot | Keep | Abort | Recycle
 """What a policy comes to in the end."""
 
 
-@dataclass(frozen=True)
+@record
 class Hold(Record):
     """Stay READY until the caller (or another client) decides; after `timeout` s, `otherwise`."""
 
@@ -86,7 +86,7 @@ class Hold(Record):
             parse_seconds(self.timeout, "hold's timeout")
 
 
-@dataclass(frozen=True)
+@record
 class Check(Record):
     """Run a command at READY; its exit status decides between `passed` (0) and `failed`.
 
@@ -133,7 +133,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-@dataclass(frozen=True)
+@record
 class Ready(Record):
     """What a policy is told: which commit has reached its second phase.
 

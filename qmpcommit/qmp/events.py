@@ -11,7 +11,7 @@ first event of its name arrives. Rests on the QMP specification and on QEMU's ``
 """
 
 # Annotations are evaluated as they stand (no ``from __future__ import annotations``): pydantic
-# would have to compile each of them again, a third of what importing this costs.
+# would have to compile each of them again, which takes a few milliseconds of importing this.
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -573,7 +573,7 @@ def parse_event(message: Mapping[str, object]) -> Event:
 def _unknown(
     name: str, when: datetime | None, data: Mapping[str, Any], problem: str | None
 ) -> UnknownEvent:
-    """Made without checking, for JSON can hold texts that pydantic refuses (half a surrogate)."""
+    """Made without checking it, so that nothing in it can be refused."""
     return UnknownEvent.model_construct(name=name, timestamp=when, data=dict(data), problem=problem)
 
 

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple, Self
 
 
 class Features(NamedTuple):
-    """An index over the schema's entries (SchemaInfo), looked into as it is asked."""
+    """An index over the schema's entries (SchemaInfo), looked into as it is asked.
+
+    Made without pydantic, and a named tuple as that is the cheapest frozen class there is: a
+    commit asks it before it sends anything. QEMU's names are unique, types' (``"217"``) included.
+    """
 
     entries: Mapping[str, Mapping[str, Any]]
 
@@ -32,7 +36,9 @@ class Features(NamedTuple):
 
     def is_deprecated(self, command: str) -> bool:
         """Whether QEMU marks the command as deprecated."""
-        return "deprecated" in self.entries.get(command, {}).get("features", ())
+        if not self.has_command(command):
+            return False
+        return "deprecated" in self.entries[command].get("features", ())
 
     def _kind(self, name: str) -> str:
         return str(self.entries.get(name, {}).get("meta-type", ""))

@@ -85,7 +85,9 @@ class BlockdevCacheInfo(Return):
 class BlockDeviceInfo(Return):
     """BlockDeviceInfo: a block node and its limits (rates in bytes or requests per second).
 
-    `backing_file_depth` counts the layers below; `write_threshold` is 0 where none is set.
+    `backing_file_depth` counts the layers below; a flat ``query-named-block-nodes`` does not
+    tell them, so it is 0 and the `image` has no `backing_image` there. `write_threshold` is 0
+    where none is set.
     """
 
     file: str

@@ -1,5 +1,9 @@
+"""What a schema says that a QEMU can do."""
+
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ SCHEMA: list[dict[str, Any]] = [
     {"name": "blockdev-add", "meta-type": "command", "arg-type": "3"},
     {"name": "stop", "meta-type": "command", "arg-type": "0"},
     {"name": "BLOCK_JOB_READY", "meta-type": "event", "arg-type": "2"},
+    {"name": "BLOCK_JOB_OLD", "meta-type": "event", "arg-type": "0", "features": ["deprecated"]},
     {"name": "0", "meta-type": "object", "members": []},
     {"name": "1", "meta-type": "object", "members": [{"name": "job-id", "type": "str"},
                                                        {"name": "top-node", "type": "str"}]},
@@ -31,6 +36,7 @@ FEATURES = Features.from_schema(SCHEMA)
         ("block-commit", "top", False),
         ("blockdev-add", "driver", True),
         ("blockdev-add", "lazy-refcounts", True),
+        ("blockdev-add", "case", False),
         ("stop", "x", False),
         ("nothing", "x", False),
         ("BLOCK_JOB_READY", "device", False),
@@ -50,8 +56,28 @@ def test_commands_events_and_deprecations() -> None:
     assert FEATURES.is_deprecated("block-job-complete")
     assert not FEATURES.is_deprecated("stop")
     assert not FEATURES.is_deprecated("nothing")
+    assert not FEATURES.is_deprecated("BLOCK_JOB_OLD"), "an event is no command"
 
 
 def test_an_empty_or_odd_schema_has_nothing() -> None:
     assert not Features.from_schema([]).has_command("stop")
     assert not Features.from_schema([{}, {"name": 5}]).has_argument("5", "x")
+
+
+def test_features_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        FEATURES.entries = {}  # type: ignore[misc]
+
+
+def test_nothing_is_resolved_before_it_is_asked() -> None:
+    class Untouched(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            assert key == "name", "only names are looked at"
+            return super().get(key, default)
+
+    Features.from_schema([Untouched(entry) for entry in SCHEMA])
+
+
+def test_features_load_without_pydantic() -> None:
+    code = "import sys, qmpcommit.qmp.features; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
