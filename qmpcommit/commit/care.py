@@ -1,0 +1,86 @@
+"""What has to be done around the two phases, at the moments that the machine names.
+
+While PENDING holds the disk's I/O the bitmaps are carried; for a recycle the guest is paused, a
+fresh overlay laid over the base, and the guest continued. Each step answers with the fact that
+the machine waits for; losing the monitor is raised, for the driver to tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from qmpcommit.block.bitmaps import carry
+from qmpcommit.block.chain import Image
+from qmpcommit.commit import facts
+from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.facts import Fact
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import Recycle
+from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.errors import CommandRefused, CommitFailed, DeadlineExceeded
+from qmpcommit.qmp.monitor import Monitor
+
+HOLD_LIMIT = 2.0
+"""Seconds that the disk's I/O may be held while the job is PENDING."""
+
+
+class Care:
+    """The duties of one commit beside its commands.
+
+    `paused` is for how many seconds a recycle paused the guest, `fresh` its overlay once it
+    lies over the base.
+    """
+
+    def __init__(self, monitor: Monitor, plan: Plan, around: Around) -> None:
+        self.fresh: Image | None = None
+        self._monitor, self._plan, self._around = monitor, plan, around
+        self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
+        self._overlay: FreshOverlay | None = None
+
+    @property
+    def paused(self) -> float | None:
+        """Seconds; None where no guest was paused."""
+        return self._overlay.paused if self._overlay is not None else None
+
+    async def prepare(self) -> Fact:
+        """The disk's I/O waits: carry the bitmaps, and let go."""
+        carrying = self._around.carrying
+        if carrying is None:
+            return facts.Prepared()
+        try:
+            async with asyncio.timeout(HOLD_LIMIT):
+                await carry(self._monitor, carrying)
+        except CommandRefused as error:
+            return facts.Prepared(f"the bitmaps could not be carried into the base: {error.desc}")
+        except DeadlineExceeded:
+            raise
+        except TimeoutError:
+            return facts.Prepared(f"carrying the bitmaps took longer than {HOLD_LIMIT:g} s")
+        self._log.info("bitmaps_carried", names=list(carrying.names))
+        return facts.Prepared()
+
+    async def freeze(self, recycle: Recycle) -> Fact:
+        """Open the fresh overlay and pause the guest, if it runs."""
+        cwd = self._around.cwd
+        self._overlay = FreshOverlay(self._monitor, self._plan, recycle.overlay, cwd)
+        try:
+            await self._overlay.freeze()
+        except (CommandRefused, CommitFailed) as error:
+            return facts.Frozen(getattr(error, "desc", error.message))
+        return facts.Frozen()
+
+    async def lay(self) -> Fact:
+        """Put the fresh overlay over the base."""
+        assert self._overlay is not None
+        try:
+            await self._overlay.lay()
+            self.fresh = await self._overlay.image()
+        except CommandRefused as error:
+            return facts.Overlaid(error.desc)
+        return facts.Overlaid()
+
+    async def thaw(self) -> Fact:
+        """Let the guest go on, if it was paused here."""
+        if self._overlay is not None:
+            await self._overlay.thaw()
+        return facts.News.THAWED

@@ -1,0 +1,353 @@
+"""Drives the phases of one commit over a monitor.
+
+The driver feeds `phases.step` with facts, one at a time and in the order in which they came, and
+carries out the actions that come back; their answers are facts again. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from qmpcommit.block.chain import Disk, Image, find_again, read_disks
+from qmpcommit.block.graph import read_graph
+from qmpcommit.commit import facts, phases, report
+from qmpcommit.commit.aftermath import Around, OnStall, Stall, clear_away
+from qmpcommit.commit.care import Care
+from qmpcommit.commit.facts import Choice, Command, Fact, Where
+from qmpcommit.commit.hearing import Hearing
+from qmpcommit.commit.outcome import CommitOutcome, Timings
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
+from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.tasks import stop, to_the_end
+
+HEARTBEAT = 10.0
+"""Seconds of silence after which QEMU is asked about the job."""
+
+_FOREVER_REFUSED = {"CommandNotFound"}
+
+
+class Driver:
+    """One commit's machine, its facts and its duties.
+
+    `moved` is called when the phase changes, or QEMU's status is first known. `error` and
+    `outcome` are there when `drive` has ended.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        plan: Plan,
+        around: Around,
+        moved: Callable[[], None],
+        *,
+        adopted: bool,
+        auto_finalize: bool,
+    ) -> None:
+        self.plan = plan
+        self.id = plan.job_id
+        self.adopted = adopted
+        self.timeout: float | None = None
+        self.outcome: CommitOutcome | None = None
+        self.error: BaseException | None = None
+        self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
+        self.recycle: Recycle | None = None
+        self._monitor, self._around, self._moved = monitor, around, moved
+        self._care = Care(monitor, plan, around)
+        prepares = around.carrying is not None and bool(around.carrying.names)
+        if adopted:
+            self.state, self._owed = phases.adopt(two_phase=plan.two_phase)
+        else:
+            self.state, self._owed = phases.begin(
+                two_phase=plan.two_phase, prepares=prepares, stalls=plan.stalls
+            )
+        self._auto_finalize = auto_finalize and not prepares
+        self._facts: asyncio.Queue[Fact] = asyncio.Queue()
+        self._hearing = Hearing(plan.job_id, self.tell)
+        self._consulting: asyncio.Task[Settled] | None = None
+        self._stalling: asyncio.Task[None] | None = None
+        self._policy_error: BaseException | None = None
+        self._lost: QmpCommitError | None = None
+        self._disk_now: Disk | None = None
+
+    def tell(self, fact: Fact) -> None:
+        """A fact, from whoever knows one."""
+        self._facts.put_nowait(fact)
+
+    async def drive(self) -> None:
+        """From the first action to the outcome or the error."""
+        hearing = self._hearing
+        try:
+            with self._monitor.subscribers.while_in(hearing.message, hearing.link):
+                if not self._monitor.connected:
+                    self.tell(facts.News.LINK_LOST)
+                await self._drive()
+                await self._conclude()
+        except asyncio.CancelledError:
+            await to_the_end(self._let_go())
+            raise
+        finally:
+            for task in (self._consulting, self._stalling):
+                if task is not None:
+                    await stop(task)
+
+    async def _let_go(self) -> None:
+        """Nobody follows the job any more: whatever it holds still is let go."""
+        with suppress(QmpCommitError):
+            if self.state.status == "pending" and self.state.prepares:
+                await self._monitor.execute("job-cancel", {"id": self.id})
+            if self.state.frozen:
+                await self._care.thaw()
+
+    async def ask(self) -> facts.JobSeen | None:
+        """The job as QEMU lists it now."""
+        return await self._ask()
+
+    async def _drive(self) -> None:
+        while True:
+            owed, self._owed = self._owed, []
+            for action in owed:
+                await self._carry_out(action)
+            if self.state.finished:
+                break
+            try:
+                fact = self._facts.get_nowait()
+            except asyncio.QueueEmpty:
+                fact = await self._next_fact()
+            self._take(fact)
+
+    async def _next_fact(self) -> Fact:
+        try:
+            async with asyncio.timeout(HEARTBEAT):
+                return await self._facts.get()
+        except TimeoutError:
+            return facts.News.TICK
+
+    def _take(self, fact: Fact) -> None:
+        before = self.state
+        self.state, self._owed = phases.step(before, fact)
+        if bool(self.state.status) is not bool(before.status):
+            self._moved()
+        if self.state.phase is not before.phase or self.state.finished:
+            self._moved()
+            self.log.debug("phase", phase=self.state.phase.value, was=before.phase.value)
+
+    async def _carry_out(self, action: facts.Action) -> None:
+        match action:
+            case Command():
+                await self._send(action)
+            case facts.Duty.ASK:
+                await self._try(self._answer())
+            case facts.Duty.READ_GRAPH:
+                await self._try(self._read_back())
+            case facts.Duty.CONSULT:
+                self._consult()
+            case facts.Duty.RELINK:
+                await self._relink()
+            case facts.Duty.PREPARE:
+                await self._try(self._care.prepare())
+            case facts.Duty.STALL:
+                self._stall()
+            case facts.Duty.FREEZE:
+                assert self.recycle is not None
+                freezing = self._care.freeze(self.recycle)
+                await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
+            case facts.Duty.OVERLAY:
+                await self._try(self._care.lay())
+            case facts.Duty.THAW:
+                await self._try(self._care.thaw())
+            case facts.Duty.FINISH:
+                pass
+
+    async def _send(self, command: Command) -> None:
+        arguments: Mapping[str, Any] = {"id": self.id}
+        if command is Command.START:
+            arguments = self.plan.arguments
+        elif command is Command.KEEP:
+            arguments = {"device": self.id, "force": False}
+        try:
+            await self._monitor.execute(command.value, arguments)
+        except CommandRefused as error:
+            final = error.error_class in _FOREVER_REFUSED
+            self.tell(facts.Refused(command, error.desc, final))
+            self.log.info("refused", command=command.value, desc=error.desc)
+        except DeadlineExceeded:
+            self._unanswered(command)
+        except (MonitorLost, VMGone) as error:
+            self._lost = error
+            self.tell(facts.Unanswered(command))
+        else:
+            self.tell(facts.Accepted(command))
+            self.log.info("accepted", command=command.value)
+
+    async def _try(self, asking: Awaitable[Fact], lost: Fact | None = None) -> None:
+        """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another."""
+        try:
+            self.tell(await asking)
+            return
+        except DeadlineExceeded:
+            self._unanswered(None)
+        except (MonitorLost, VMGone) as error:
+            self._lost = error
+            self.tell(facts.News.LINK_LOST)
+        if lost is not None:
+            self.tell(lost)
+
+    def _unanswered(self, command: Command | None) -> None:
+        """QEMU is silent: this connection is not believed any more."""
+        self.log.warning("no_answer", command=command and command.value)
+        self._monitor.drop()
+        self.tell(facts.Unanswered(command) if command else facts.News.LINK_LOST)
+
+    async def _ask(self) -> facts.JobSeen | None:
+        if self.plan.stalls:
+            return await self._ask_with_io_status()
+        for job in await self._monitor.execute("query-jobs"):
+            if job.get("id") == self.id:
+                return facts.JobSeen(
+                    status=str(job.get("status")),
+                    done=int(job.get("current-progress", 0)),
+                    total=int(job.get("total-progress", 0)),
+                    error=job.get("error"),
+                    auto_finalize=self._auto_finalize,
+                )
+        return None
+
+    async def _ask_with_io_status(self) -> facts.JobSeen | None:
+        for job in await self._monitor.execute("query-block-jobs"):
+            if job.get("device") == self.id:
+                return facts.JobSeen(
+                    status=str(job.get("status")),
+                    done=int(job.get("offset", 0)),
+                    total=int(job.get("len", 0)),
+                    error=job.get("error"),
+                    auto_finalize=self._auto_finalize,
+                    io_status=str(job.get("io-status", "ok")),
+                )
+        return None
+
+    async def _answer(self) -> Fact:
+        return facts.Answered(await self._ask())
+
+    async def _read_back(self) -> Fact:
+        disks = read_disks(await read_graph(self._monitor))
+        self._disk_now = find_again(disks, self.plan.disk)
+        return facts.GraphRead(self._locate())
+
+    def _locate(self) -> Where:
+        """Where the disk stands now, compared with the plan."""
+        now = self._disk_now
+        if now is None or now.active is None:
+            return Where.UNUSED
+        layers = [image.node_name for image in now.chain]
+        if not self.plan.two_phase:
+            if self.plan.base.node_name not in layers:
+                return Where.OTHER
+            return Where.OTHER if self.plan.top.node_name in layers else Where.MERGED
+        if layers[0] == self.plan.base.node_name:
+            return Where.BASE
+        return Where.TOP if layers[0] == self.plan.top.node_name else Where.OTHER
+
+    async def _relink(self) -> None:
+        self.log.info("relinking")
+        try:
+            same = await self._monitor.restore()
+        except (VMGone, MonitorLost) as error:
+            self._lost = error
+            self.tell(facts.LinkDead(vm_gone=isinstance(error, VMGone)))
+        else:
+            self.tell(facts.LinkBack(same))
+
+    def _consult(self) -> None:
+        plan = self.plan
+        ready = Ready(
+            vm=plan.vm,
+            disk=plan.disk.name,
+            job_id=self.id,
+            base=plan.base,
+            top=plan.top,
+        )
+        settled = immediate(plan.policy)
+        if settled is not None:
+            self.tell(self._decision(settled))
+            return
+        self.log.info("ready", policy=getattr(plan.policy, "kind", "callable"))
+        self._consulting = asyncio.create_task(self._settle(ready), name=f"policy {self.id}")
+        self._consulting.add_done_callback(self._settled)
+
+    async def _settle(self, ready: Ready) -> Settled:
+        with suppress(QmpCommitError):  # without it the policy is only told less
+            job = await self._ask()
+            ready = replace(ready, bytes_committed=job.done if job else 0)
+        return await settle(self.plan.policy, ready)
+
+    def _settled(self, consulting: asyncio.Task[Settled]) -> None:
+        if not self.state.running or self.state.decision is not None:
+            if not consulting.cancelled():
+                consulting.exception()
+            return
+        if consulting.cancelled():
+            self._policy_error = asyncio.CancelledError("the policy was cancelled")
+        else:
+            self._policy_error = consulting.exception()
+        if self._policy_error is not None:
+            self.log.warning("policy_failed", error=repr(self._policy_error))
+            self.tell(facts.Decided(Choice.ABORT, "failed policy"))
+        else:
+            self.tell(self._decision(consulting.result()))
+
+    def _decision(self, settled: Settled) -> facts.Decided:
+        if isinstance(settled.decision, Recycle):
+            self.recycle = settled.decision
+        return facts.Decided(Choice(settled.decision.kind), settled.by)
+
+    def _stall(self) -> None:
+        """A storage error makes the job wait: tell its owner, who says when to go on."""
+        stall = Stall(self.plan.vm, self.plan.disk.name, self.id, self.plan.base)
+        self.log.warning("stalled", base=self.plan.base.filename)
+        on_stall = self._around.on_stall
+        if on_stall is not None:
+            self._stalling = asyncio.create_task(self._relieve(on_stall, stall))
+
+    async def _relieve(self, on_stall: OnStall, stall: Stall) -> None:
+        try:
+            await on_stall(stall)
+        except Exception as error:  # the owner's own; the job must not hang for it
+            self._policy_error = error
+            self.tell(facts.Decided(Choice.ABORT, "failed policy"))
+        else:
+            self.tell(facts.News.RELIEVED)
+
+    async def _conclude(self) -> None:
+        state, plan = self.state, self.plan
+        error = report.error_of(plan, state, self.timeout, self._lost, self._policy_error)
+        if error is not None:
+            self.error = error
+            self.log.warning("failed", verdict=state.verdict and state.verdict.value)
+            return
+        times = dict(self._hearing.times)
+        if not plan.two_phase:
+            times.pop("decided", None)  # it has no second phase
+        outcome = report.outcome_of(plan, state, self._active_now(), Timings(**times))
+        outcome = replace(outcome, guest_paused=self._care.paused)
+        if self._around.carrying is not None:
+            outcome.warnings.extend(self._around.carrying.problems)
+        self.outcome = outcome  # it is true, whatever becomes of the files
+        if outcome.invalidated and not self.adopted:
+            self.outcome = await clear_away(self._monitor, plan, outcome, self._around)
+        self.log.info("ended", action=outcome.action, by=outcome.decided_by)
+
+    def _active_now(self) -> Image | None:
+        if self._care.fresh is not None:
+            return self._care.fresh
+        if self._disk_now is not None:
+            return self._disk_now.active
+        return {
+            phases.Verdict.PIVOTED: self.plan.base,
+            phases.Verdict.MERGED: self.plan.disk.active,
+        }.get(self.state.verdict or phases.Verdict.FAILED, self.plan.top)
