@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qemu.qmp import ConnectError, QMPClient
+from qemu.qmp import ConnectError, ExecuteError, QMPClient
 
 from tests.ground.images import Chain
 from tests.ground.qemu import QEMU, Qemu
@@ -39,6 +39,11 @@ class Machine:
     async def quit(self) -> None:
         """End it in an orderly way, over its second monitor, so that its images can be read."""
         client = await self._client()
+        if self.nbd:
+            # QEMU 5.2's daemon does not close, and so not flush, what an export still serves.
+            with suppress(ExecuteError), client.listener("BLOCK_EXPORT_DELETED") as deleted:
+                await client.execute("block-export-del", {"id": "export0", "mode": "hard"})
+                await deleted.get()
         await client.execute("quit")
         with suppress(EOFError, OSError):
             await client.disconnect()

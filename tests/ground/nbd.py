@@ -57,6 +57,8 @@ class Nbd:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
+        if error is None:
+            await self.flush()  # as a guest does that shuts down; QEMU 5.2's daemon does not
         await self.close()
 
     async def close(self) -> None:

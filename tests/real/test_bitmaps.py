@@ -121,6 +121,10 @@ async def test_the_carried_bitmap_marks_all_that_it_marked_and_not_the_whole_com
         assert found["a"].persistent
         assert not found["b"].persistent
         assert not found["stopped"].recording
+        with vm.events("BLOCK_EXPORT_DELETED") as deleted:
+            await vm.execute("block-export-del", {"id": "export0", "mode": "hard"})
+            await anext(deleted)
+        await vm.execute("blockdev-del", {"node-name": "base"})  # which stores what is persistent
         await vm.close()
         await qemu.quit()
     info = run(QEMU.img, "info", chain.base)
