@@ -10,6 +10,8 @@ from typing import Any
 _HOMES = {
     "block.chain": "Disk Image",
     "commit.aftermath": "Stall",
+    "commit.converge": "ConvergeReport",
+    "commit.pace": "Converge",
     "commit.job": "CommitJob",
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.plan": "Plan",

@@ -3,10 +3,12 @@
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
 from qmpcommit.commit.aftermath import Stall as Stall
+from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
 from qmpcommit.commit.job import CommitJob as CommitJob
 from qmpcommit.commit.outcome import CommitOutcome as CommitOutcome
 from qmpcommit.commit.outcome import JobProgress as JobProgress
 from qmpcommit.commit.outcome import Timings as Timings
+from qmpcommit.commit.pace import Converge as Converge
 from qmpcommit.commit.plan import Plan as Plan
 from qmpcommit.commit.policy import Abort as Abort
 from qmpcommit.commit.policy import Check as Check

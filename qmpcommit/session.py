@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import Disk, Image, absolute, find_disk, read_disks, read_image
+from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.commit.aftermath import Around, FileId, OnPivot, OnStall, identify
+from qmpcommit.commit.aftermath import Around, OnPivot, OnStall, identify
+from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
@@ -33,13 +36,16 @@ from qmpcommit.errors import (
     JobConflict,
     JobNotFound,
     OnlyIfFailed,
+    QmpCommitError,
 )
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
-from qmpcommit.units import parse_seconds
+from qmpcommit.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
+
+    from qmpcommit.commit.pace import Converge
 
 ONLY_IF_TIMEOUT = 60.0
 
@@ -138,6 +144,17 @@ class Session(Monitor):
         except OSError:
             return None
 
+    async def set_write_threshold(self, node: str, threshold: int | str) -> None:
+        """Be told by ``BLOCK_WRITE_THRESHOLD`` when a node's file grows past so many bytes.
+
+        For thin volumes that are extended while they fill; `node` is the layer's protocol node
+        (its file's), 0 switches it off. The event comes once for each setting
+        (``block-set-write-threshold``).
+        """
+        size = parse_size(threshold, "write threshold")
+        arguments = {"node-name": node, "write-threshold": size}
+        await self.execute("block-set-write-threshold", arguments)
+
     # -- commits ----------------------------------------------------------------------------------
 
     async def plan(
@@ -149,7 +166,12 @@ class Session(Monitor):
     ) -> Plan:
         """Check a commit without sending anything; arguments and errors are those of `commit`."""
         asked = Request(disk=str(disk), **request)
-        return (await self._plan(asked, policy))[0]
+        plan, graph = await self._plan(asked, policy)
+        return replace(plan, findings=await self._check(plan, graph))
+
+    async def _check(self, plan: Plan, graph: BlockGraph) -> list[Finding]:
+        """Look at the files and the graph before the first byte."""
+        return await asyncio.to_thread(check_commit, graph, plan, pid=self.peer_pid, cwd=self.cwd)
 
     async def _plan(self, request: Request, policy: Any) -> tuple[Plan, BlockGraph]:
         status = await self._status()
@@ -175,9 +197,12 @@ class Session(Monitor):
         on_pivot: OnPivot | None = None,
         on_error: Literal["report", "stop", "ignore", "enospc"] | None = None,
         on_stall: OnStall | None = None,
+        converge: Converge | None = None,
         carry_bitmaps: bool = True,
         keep_relative: bool = False,
         filter_node_name: str | None = None,
+        backing_mask_protocol: bool = False,
+        override: Collection[str] = (),
         only_if: Sequence[str] | None = None,
         timeout: float | None = None,
         job_id: str | None = None,
@@ -188,19 +213,22 @@ class Session(Monitor):
         node-name, a file or an index into the chain (0 = active layer), by default the bottom
         and the active layer; `shallow` makes top's own backing file the base. `bandwidth` is in
         bytes per second, `timeout` in seconds for the whole job, which is cancelled then.
-        `only_if` is a command that must succeed before anything is sent.
+        `only_if` is a command that must succeed before anything is sent; `override` names checks
+        (`qmpcommit.commit.checks.NAMES`) whose refusal does not count.
 
         After a pivot (or an intermediate commit) the stale layers' nodes are closed; with
         `delete` (or `stale` "rename") their files go, after `on_pivot`, an async callable that
         is given the outcome, has persisted the VM's new disk path. `on_error` is QEMU's: with
         "stop" a full base makes the job wait, `on_stall` is awaited, and the job goes on.
-        Dirty bitmaps of the committed layers are carried into the base unless `carry_bitmaps`
-        is off. `keep_relative` writes the base's name relatively into the overlay above an
-        intermediate layer; `filter_node_name` names the job's own filter.
+        `converge` holds the guest's writes back where they keep the job from READY, and puts
+        the disk's I/O limits back. Dirty bitmaps of the committed layers are carried into the
+        base unless `carry_bitmaps` is off. `keep_relative` writes the base's name relatively
+        into the overlay above an intermediate layer, `backing_mask_protocol` "raw" for its
+        format where QEMU would write a protocol's name; `filter_node_name` names the job's filter.
 
         Raises `PolicyRequired`, `DiskNotFound`, `ChainError`, `JobConflict`, `VMStateError`,
-        `InvalidRequest` or `OnlyIfFailed` before anything is sent; `CommitFailed` if QEMU
-        refuses the job. If this is cancelled, so is the job.
+        `InvalidRequest`, `NoSpace` or `OnlyIfFailed` before anything is sent; `CommitFailed` if
+        QEMU refuses the job. If this is cancelled, so is the job.
         """
         clock = asyncio.get_running_loop().time
         begun = clock()
@@ -222,14 +250,23 @@ class Session(Monitor):
             carry_bitmaps=carry_bitmaps,
             keep_relative=keep_relative,
             filter_node_name=filter_node_name,
+            backing_mask_protocol=backing_mask_protocol,
         )
         plan, graph = await self._plan(request, policy)
+        findings = await self._check(plan, graph)
+        try:
+            refuse(findings, override)
+        except QmpCommitError as error:
+            error.add(vm=self.name, disk=plan.disk.name)
+            raise
+        plan = replace(plan, findings=findings)
         around = Around(
             on_pivot=on_pivot,
             on_stall=on_stall,
             carrying=_carrying(graph, plan) if carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
+            converge=converge,
         )
         if around.carrying is not None and around.carrying.names:
             plan.arguments["auto-finalize"] = False
@@ -315,10 +352,18 @@ class Session(Monitor):
         """What the policy needs of QEMU and of the VM: better known now than at READY."""
         if isinstance(plan.policy, Recycle):
             self._check_recycle(plan, plan.policy, status)
-        if not isinstance(plan.policy, Keep):
+        masks = "backing-mask-protocol" in plan.arguments
+        if not isinstance(plan.policy, Keep) and not masks:
             return
         features = await self.features()
-        if not features.has_argument("block-job-cancel", "force"):
+        if masks and not features.has_argument("block-commit", "backing-mask-protocol"):
+            raise InvalidRequest(
+                f"QEMU of {self.name} has no backing-mask-protocol for block-commit (QEMU 9.0 and"
+                " newer have). Nothing was sent",
+                vm=self.name,
+                disk=plan.disk.name,
+            )
+        if isinstance(plan.policy, Keep) and not features.has_argument("block-job-cancel", "force"):
             raise CommitFailed(
                 f"QEMU of {self.name} has no block-job-cancel with 'force', the only way to keep"
                 " the overlay active; pivot instead. Nothing was sent",

@@ -127,12 +127,12 @@ class BlockGraph(NamedTuple):
         """The protocol node at the bottom of a layer: what holds its bytes."""
         node = self.nodes[name]
         seen = {name}
-        while "file" in node.children and node.children["file"] in self.nodes:
-            if node.children["file"] in seen:
-                break
-            node = self.nodes[node.children["file"]]
-            seen.add(node.name)
-        return node
+        while True:
+            below = node.below if node.driver in FILTERS else node.children.get("file")
+            if below is None or below in seen or below not in self.nodes:
+                return node
+            node = self.nodes[below]
+            seen.add(below)
 
 
 async def read_graph(monitor: Monitor) -> BlockGraph:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.aftermath import Stall
     from qmpcommit.commit.outcome import CommitOutcome
+    from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.policy import AnyPolicy
 
 HOOK_TIMEOUT = 60.0
@@ -86,13 +87,32 @@ class CommitCommand(click.Command):
     help="On a storage error fail (report, the default), wait for room (stop, or enospc for a"
     " full base alone), or try again (ignore).",
 )
+@click.option(
+    "--converge",
+    metavar="SECONDS",
+    help="If the guest writes faster than the storage copies, hold its writes back step by step"
+    " so that READY is reached in about SECONDS, and pause it for at most half a second for the"
+    " last flush; the disk's limits are put back.",
+)
 @click.option("--no-bitmaps", is_flag=True, help="Don't carry dirty bitmaps into the base.")
 @click.option(
     "--keep-relative",
     is_flag=True,
     help="Write the base's name relatively into the overlay above an intermediate --top.",
 )
+@click.option(
+    "--backing-mask-protocol",
+    is_flag=True,
+    help="Where QEMU would write a protocol as the backing format, write raw (QEMU 9.0).",
+)
 @click.option("--filter-node-name", metavar="NODE", help="The node-name of the job's own filter.")
+@click.option(
+    "--override",
+    metavar="CHECK",
+    multiple=True,
+    help="Go on although this check refuses; --dry-run names them. Can be given several times.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be checked and sent; send nothing.")
 @common
 def commit(
     qmp: str,
@@ -107,9 +127,13 @@ def commit(
     rename: bool,
     on_pivot: str | None,
     on_error: Any,
+    converge: str | None,
     no_bitmaps: bool,
     keep_relative: bool,
     filter_node_name: str | None,
+    backing_mask_protocol: bool,
+    override: tuple[str, ...],
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -147,15 +171,27 @@ def commit(
         "only_if": None if only_if is None else ["/bin/sh", "-c", only_if],
         "stale": "delete" if delete else "rename" if rename else "leave",
         "on_error": on_error,
+        "converge": None if converge is None else _converge(converge),
         "carry_bitmaps": not no_bitmaps,
         "keep_relative": keep_relative,
         "filter_node_name": filter_node_name,
+        "backing_mask_protocol": backing_mask_protocol,
+        "override": override,
         "on_pivot": None if on_pivot is None else partial(_persist, on_pivot),
         "on_stall": partial(_wait_for_room, quiet or as_json),
     }
     from qmpcommit.cli.running import run
 
+    if dry_run:
+        return run(options, lambda running: _plan(running, qmp, request))
     return run(options, lambda running: _commit(running, qmp, request))
+
+
+def _converge(text: str) -> Converge:
+    from qmpcommit.commit.pace import Converge
+    from qmpcommit.units import parse_seconds
+
+    return Converge(deadline=parse_seconds(text, "time to converge"), pause=0.5)
 
 
 def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
@@ -214,6 +250,25 @@ async def _wait_for_room(silent: bool, stall: Stall) -> None:
             err=True,
         )
     await asyncio.sleep(STALL_PAUSE)
+
+
+async def _plan(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
+    """``--dry-run``: the plan and its findings; status 1 where a check refuses."""
+    from qmpcommit.cli.show import plan_text
+
+    beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
+    asked = {name: value for name, value in request.items() if name not in beside}
+    async with running.connect(qmp) as vm:
+        plan = await vm.plan(**asked)
+    refused = [
+        f for f in plan.findings if f.level == "refuse" and f.name not in request["override"]
+    ]
+    return Answer(
+        plan.model_dump(mode="json"),
+        plan_text(plan),
+        status=1 if refused else 0,
+        quiet=running.options.quiet,
+    )
 
 
 async def _commit(running: Run, qmp: str, request: dict[str, Any]) -> Answer:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from qmpcommit.block.chain import Disk, Image
     from qmpcommit.commit.outcome import CommitOutcome
+    from qmpcommit.commit.plan import Plan
 
 
 def outcome_text(outcome: CommitOutcome) -> str:
@@ -40,6 +41,24 @@ def outcome_text(outcome: CommitOutcome) -> str:
         lines.append(f"  Decided by: {outcome.decided_by}.")
     lines += [f"  Warning: {warning}." for warning in outcome.warnings]
     return "\n".join(lines)
+
+
+def plan_text(plan: Plan) -> str:
+    """What a commit would send, and what its checks found."""
+    import json
+
+    how = "two phases, a decision at READY" if plan.two_phase else "one phase, no decision"
+    lines = [f"{plan.disk}: {plan.top} would be committed into {plan.base} ({how})."]
+    for image in plan.between:
+        lines.append(f"  With it: {image}.")
+    if plan.two_phase:
+        policy = getattr(plan.policy, "model_dump_json", lambda: repr(plan.policy))()
+        lines.append(f"  At READY: {policy}.")
+    lines.append(f"  A pivot would make stale: {', '.join(plan.invalidated)}.")
+    lines.append(f"  block-commit {json.dumps(plan.arguments)}")
+    for finding in plan.findings:
+        lines.append(f"  [{finding.level}] {finding.name}: {finding.message}")
+    return "\n".join([*lines, "Nothing was sent."])
 
 
 def _times(outcome: CommitOutcome) -> str:

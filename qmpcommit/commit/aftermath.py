@@ -13,17 +13,24 @@ import os
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
+from qmpcommit.block.files import FileId, open_files
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
+
+if TYPE_CHECKING:
+    pass
+
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.pace import Converge
 
 
 class Stall(NamedTuple):
@@ -44,13 +51,6 @@ OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
 F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 
 
-class FileId(NamedTuple):
-    """Which file a name stood for when the commit was planned."""
-
-    device: int
-    inode: int
-
-
 class Around(NamedTuple):
     """What surrounds the two phases: hooks, bitmaps to carry, and which files there were.
 
@@ -63,6 +63,7 @@ class Around(NamedTuple):
     carrying: Carrying | None = None
     files: Mapping[str, FileId | None] = {}
     cwd: str | None = None
+    converge: Converge | None = None
 
 
 def identify(path: str, pid: int | None) -> FileId | None:
@@ -79,20 +80,8 @@ def identify(path: str, pid: int | None) -> FileId | None:
     if not stat.S_ISREG(found.st_mode) or pid is None:
         return None
     known = FileId(found.st_dev, found.st_ino)
-    return known if known in (_open_files(pid) or (known,)) else None
-
-
-def _open_files(pid: int) -> set[FileId] | None:
-    """The files that a process has open; None where we may not look."""
-    found = set()
-    try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(FileNotFoundError):
-                opened = os.stat(f"/proc/{pid}/fd/{number}")
-                found.add(FileId(opened.st_dev, opened.st_ino))
-    except OSError:
-        return None
-    return found
+    opened = open_files(pid)
+    return known if not opened or known in opened.values() else None
 
 
 async def clear_away(

@@ -10,8 +10,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.aftermath import Around
@@ -24,6 +25,9 @@ from qmpcommit.commit.policy import Recycle
 from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.converge import ConvergeReport
 
 GRACE = 10.0
 """Seconds that a job gets to end after it was cancelled for a deadline or a closing session."""
@@ -57,6 +61,8 @@ class CommitJob:
         self._driver.timeout = timeout
         self._waiters: set[asyncio.Future[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
+        self._converging: asyncio.Task[ConvergeReport] | None = None
+        self._around = around
         self._task: asyncio.Task[None] | None = None
 
     # -- what a caller sees -----------------------------------------------------------------------
@@ -128,6 +134,16 @@ class CommitJob:
         state = self.state
         yield JobProgress(state.done, state.total, rate, state.phase.value, state.status)
 
+    async def set_bandwidth(self, bandwidth: int | str) -> None:
+        """Change the rate at which the job copies, in bytes per second; 0 is no limit.
+
+        Raises `InvalidRequest` for what is no rate, `JobNotFound` where the job is over
+        (``block-job-set-speed``).
+        """
+        from qmpcommit.commit.converge import set_bandwidth
+
+        await set_bandwidth(self._monitor, self.id, bandwidth)
+
     def pivot(self) -> Awaitable[None]:
         """Decide for the base, at once; awaiting it waits until the job has ended.
 
@@ -193,7 +209,13 @@ class CommitJob:
         try:
             if driver.timeout is not None:
                 self._call_later(driver.timeout, self._time_is_up)
+            if self._around.converge is not None:
+                from qmpcommit.commit.converge import converge
+
+                watching = converge(self, self._monitor, self._around.converge, until="over")
+                self._converging = asyncio.create_task(watching, name=f"converge {self.id}")
             await driver.drive()
+            await self._converged()
         except asyncio.CancelledError:
             driver.error = driver.error or MonitorLost(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} is no longer followed from"
@@ -209,6 +231,22 @@ class CommitJob:
         finally:
             for timer in self._timers:
                 timer.cancel()
+            if self._converging is not None:
+                await stop(self._converging)  # which puts the limits back
+
+    async def _converged(self) -> None:
+        """The job is over: the guest's limits are back, or the outcome tells how to repair them."""
+        if self._converging is None:
+            return
+        self._wake()
+        report = await self._converging
+        if self._driver.outcome is not None:
+            warnings = list(self._driver.outcome.warnings)
+            if not report.restored:
+                warnings.append(f"the disk's former I/O limits are not back: {report.remark}")
+            self._driver.outcome = replace(
+                self._driver.outcome, converge=report.model_dump(), warnings=warnings
+            )
 
     def _order(self, choice: Choice) -> Awaitable[None]:
         match phases.objection(self.state, choice):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from qmpcommit.block.chain import Image
 from qmpcommit.values import Record, record
@@ -34,7 +34,8 @@ class CommitOutcome(Record):
     intermediate layer, which has no second phase); `decided_by` who decided it. `active` is the
     image that the guest writes to now, `invalidated` the files that must never be booted again,
     `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
-    `guest_paused` is for how many seconds a recycle paused the guest; `hook` how the hook ended
+    `guest_paused` is for how many seconds a recycle paused the guest; `converge` what was done
+    to a guest that wrote too fast (the members of a `ConvergeReport`); `hook` how the hook ended
     that persists the VM's new disk path.
     """
 
@@ -52,6 +53,7 @@ class CommitOutcome(Record):
     bytes_committed: int = 0
     timings: Timings = Timings()
     guest_paused: float | None = None
+    converge: dict[str, Any] | None = None
     hook: Literal["", "done", "failed"] = ""
     warnings: list[str] = field(default_factory=list)
 

@@ -39,6 +39,7 @@ class Request(Record):
     carry_bitmaps: bool = True
     keep_relative: bool = False
     filter_node_name: str | None = None
+    backing_mask_protocol: bool = False
 
     def __post_init__(self) -> None:
         if self.stale not in ("leave", "rename", "delete"):
@@ -54,7 +55,8 @@ class Plan(Record):
     """A commit that can be sent: `arguments` are those of ``block-commit``.
 
     `two_phase` tells that top is the active layer. `between` are the layers that lie between
-    top and base and are committed with top.
+    top and base and are committed with top. `findings` are what the checks before the first
+    byte found, each with a name, a level ("ok", "note", "refuse") and a message with numbers.
     """
 
     vm: str
@@ -67,6 +69,7 @@ class Plan(Record):
     arguments: dict[str, Any] = field(default_factory=dict)
     between: tuple[Image, ...] = ()
     stale: Literal["leave", "rename", "delete"] = "leave"
+    findings: list[Any] = field(default_factory=list)
 
     @property
     def stalls(self) -> bool:
@@ -112,6 +115,8 @@ def plan_commit(
         arguments["on-error"] = request.on_error
     if request.filter_node_name is not None:
         arguments["filter-node-name"] = request.filter_node_name
+    if request.backing_mask_protocol:
+        arguments["backing-mask-protocol"] = True
     if request.keep_relative and top > 0:
         arguments["backing-file"] = _relative(chain[base], chain[top - 1], cwd)
     return Plan(

@@ -76,6 +76,52 @@ async def test_the_chain_tells_bitmaps_copies_and_draws_a_graph(folder: Path) ->
         assert disk["chain"][0]["virtual_size"] == 64 * MIB
 
 
+async def test_a_dry_run_tells_all_and_sends_nothing(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    async with machine(folder, chain) as qemu:
+        said = await run("commit", qemu.qmp, "vda", "--pivot", "--dry-run")
+        assert said.status == 0
+        assert "block-commit {" in said.out
+        assert "free-space" in said.out
+        assert said.out.endswith("Nothing was sent.\n")
+        said = await run("commit", qemu.qmp, "vda", "--keep-overlay", "--dry-run", "--json")
+        assert said.json["arguments"]["top-node"] == "top"
+        assert {f["name"] for f in said.json["findings"]} >= {"free-space", "corrupt"}
+        missing = await run("commit", qemu.qmp, "vda", "--dry-run")
+        assert missing.status == 2
+        assert await qemu.execute("query-jobs") == []
+        await qemu.quit()
+    for path, picture in zip(chain.files, chain.pictures, strict=True):
+        assert_disk(path, picture)
+
+
+async def test_a_check_refuses_and_is_overridden_by_name(folder: Path) -> None:
+    chain = make_chain(folder)
+    with chain.base.open("r+b") as file:
+        file.seek(79)
+        file.write(b"\x02")  # qcow2's "corrupt" among the incompatible features
+    async with machine(folder, chain, style="implicit") as qemu:
+        said = await run("commit", qemu.qmp, "vda", "--pivot", "--dry-run")
+        assert (said.status, "[refuse] corrupt" in said.out) == (1, True)
+        said = await run("commit", qemu.qmp, "vda", "--pivot")
+        assert said.status == 1
+        assert "override 'corrupt'" in said.err
+        said = await run("commit", qemu.qmp, "vda", "--pivot", "--override", "corrupted")
+        assert said.status == 2
+        await qemu.quit()
+
+
+async def test_converging_is_told(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await run("commit", qemu.qmp, "vda", "--pivot", "--converge", "5", "--json")
+        assert said.status == 0
+        assert said.json["converge"]["verdict"] in ("ready", "ended")
+        assert said.json["converge"]["restored"]
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_options_that_exclude_each_other(folder: Path) -> None:
     for words in (["--delete", "--rename"], ["--on-error", "panic"], ["--recycle", ""]):
         said = await run(

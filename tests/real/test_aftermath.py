@@ -300,7 +300,13 @@ async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: P
             run("mount", "-o", "remount,size=64M", small)
 
         async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-            job = await vm.commit("vda", policy=qc.Pivot(), on_error="stop", on_stall=on_stall)
+            job = await vm.commit(
+                "vda",
+                policy=qc.Pivot(),
+                on_error="stop",
+                on_stall=on_stall,
+                override=["free-space"],
+            )
             outcome = await job.wait()
             assert outcome.action == "pivot"
             await vm.close()
@@ -328,8 +334,11 @@ async def test_without_that_a_full_base_is_a_failure_and_nothing_is_lost(folder:
         chain = make_chain(folder, 1, names=["unused"])
         chain.files[:] = [base, top]
         async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.NoSpace, match="free-space"):
+                await vm.commit("vda", policy=qc.Pivot())
+            job = await vm.commit("vda", policy=qc.Pivot(), override=["free-space"])
             with pytest.raises(qc.CommitFailed, match="still the active image") as error:
-                await (await vm.commit("vda", policy=qc.Pivot())).wait()
+                await job.wait()
             assert error.value.error == "No space left on device"
             await vm.close()
             await qemu.quit()
@@ -374,7 +383,46 @@ async def test_a_chosen_filter_node_name(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
-async def test_a_writer_goes_on_over_a_recycle_of_an_idle_export_free_chain(folder: Path) -> None:
+async def test_a_masked_protocol_where_qemu_has_it(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        if (await vm.features()).has_argument("block-commit", "backing-mask-protocol"):
+            job = await vm.commit("vda", top=1, backing_mask_protocol=True)
+            assert (await job.wait()).action == "none"
+        else:
+            with pytest.raises(qc.InvalidRequest, match="Nothing was sent"):
+                await vm.commit("vda", top=1, backing_mask_protocol=True)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_the_bandwidth_of_a_running_job(folder: Path) -> None:
+    chain = make_chain(folder, bulk=BULK)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Hold(), bandwidth="1MiB")
+        await job.set_bandwidth("1GiB")
+        (entry,) = await vm.query_block_jobs()
+        assert entry.speed == 1 << 30
+        await job.ready()
+        await job.pivot()
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_write_threshold_tells_when_a_thin_volume_fills(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        base_file = (await vm.graph()).leaf("base").name
+        await vm.set_write_threshold(base_file, "6MiB")
+        with vm.events("BLOCK_WRITE_THRESHOLD") as thresholds:
+            await (await vm.commit("vda", policy=qc.Keep())).wait()
+            event = await anext(thresholds)
+        assert getattr(event, "node_name", "") == base_file
+
+
+async def test_an_overlay_is_deleted_under_a_writer_and_nothing_is_lost(folder: Path) -> None:
     """Deleting under a writer: the export keeps writing to the base, and nothing is lost."""
     chain = make_chain(folder)
     picture = chain.pictures[-1]

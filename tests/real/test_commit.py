@@ -623,8 +623,10 @@ async def test_qemus_own_refusal_is_a_failure_with_its_text(folder: Path) -> Non
         assert reader.stdin
         assert reader.stdout
         await reader.stdout.readuntil(b"qemu-io> ")
-        with pytest.raises(qc.CommitFailed, match="Nothing was changed") as error:
+        with pytest.raises(qc.ChainError, match="base-shared"):
             await vm.commit("vda", policy=qc.Pivot())
+        with pytest.raises(qc.CommitFailed, match="Nothing was changed") as error:
+            await vm.commit("vda", policy=qc.Pivot(), override=["base-shared"])
         assert error.value.error is not None
         assert "lock" in error.value.error
         await reader.communicate(b"quit\n")

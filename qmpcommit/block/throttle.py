@@ -1,0 +1,239 @@
+"""Holding back what a guest writes to one disk, and putting the former limits back exactly.
+
+The valve is the disk's own throttle filter, else its device's I/O limits, whichever its set-up
+allows (``qom-set`` of a ``throttle-group``, or ``block_set_io_throttle``).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from qmpcommit.block.chain import Disk
+from qmpcommit.block.graph import BlockGraph
+from qmpcommit.errors import (
+    CommandRefused,
+)
+from qmpcommit.qmp.monitor import Monitor
+
+MIB = 1 << 20
+
+RESTORE_TRIES = 3
+"""How often the former limits are put back while the monitor goes and comes."""
+
+_KINDS = tuple(f"{unit}-{way}" for unit in ("bps", "iops") for way in ("total", "read", "write"))
+NO_LIMITS: Mapping[str, int] = {
+    **dict.fromkeys(_KINDS, 0),
+    **{f"{kind}-max": 0 for kind in _KINDS},
+    **{f"{kind}-max-length": 1 for kind in _KINDS},
+    "iops-size": 0,
+}
+"""QEMU's ThrottleLimits that hold nothing back."""
+
+
+def _device_name(name: str) -> str:
+    """A member of ThrottleLimits as ``query-block`` and ``block_set_io_throttle`` call it."""
+    name = name.replace("-total", "").replace("-read", "_rd").replace("-write", "_wr")
+    return name.replace("-", "_")
+
+
+DEVICE_NAMES = {_device_name(name): name for name in NO_LIMITS}
+
+
+def write_limits(former: Mapping[str, int], rate: int) -> dict[str, int]:
+    """The former limits with the writes held to `rate` bytes per second, or less if they were.
+
+    QEMU takes a limit of the total and one of the writes only one at a time: a former total is
+    divided between reads and writes.
+    """
+    limits = dict(former)
+    total = former["bps-total"]
+    if total and rate >= total:
+        return limits
+    if total:
+        limits.update({"bps-total": 0, "bps-total-max": 0, "bps-total-max-length": 1})
+        limits["bps-read"] = total - rate
+    write = former["bps-write"]
+    if write and write <= rate:
+        return limits
+    limits.update({"bps-write": rate, "bps-write-max": 0, "bps-write-max-length": 1})
+    return limits
+
+
+class Throttle(ABC):
+    """What can hold the guest's writes to one disk; made by `find`.
+
+    `limit` may be called often; `restore` puts back what `read` first found and is safe to
+    repeat. All raise what `Monitor.execute` raises.
+    """
+
+    name: str
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+        self.former: dict[str, Any] | None = None
+        self._ours: list[dict[str, Any]] = []
+
+    @staticmethod
+    async def find(monitor: Monitor, disk: Disk, graph: BlockGraph) -> Throttle | None:
+        """The disk's throttle filter with a group of its own, else its device, else None."""
+        for group in _own_groups(disk, graph):
+            throttle = FilterThrottle(monitor, group)
+            with suppress(CommandRefused):  # a group that is no object of its own
+                await throttle.read()
+                return throttle
+        if disk.qdev or disk.device:
+            device = DeviceThrottle(monitor, disk)
+            await device.read()
+            return device
+        return None
+
+    async def read(self) -> dict[str, Any]:
+        """The limits as they are; the first time, the former ones are remembered."""
+        found = await self._read()
+        if self.former is None:
+            self.former = found
+        return found
+
+    async def limit(self, bytes_per_second: int) -> None:
+        """Hold the guest's writes to this rate; other limits stay as they were."""
+        former = self.former if self.former is not None else await self.read()
+        limits = self._limited(former, bytes_per_second)
+        if limits not in self._ours:
+            self._ours.append(limits)  # before it is sent: its reply may be lost
+        command, arguments = self._command(limits)
+        await self.monitor.execute(command, arguments)
+
+    async def restore(self) -> str:
+        """Put the former limits back; returns "" once they were read back, else why not.
+
+        Limits that are neither ours nor the former ones were set by somebody else meanwhile,
+        and stay.
+        """
+        if self.former is None or not self._ours:
+            return ""
+        present = await self._read()
+        if present != self.former:
+            if present not in self._ours:
+                return "somebody else has changed the limits meanwhile; they were left as they are"
+            command, arguments = self._command(self.former)
+            await self.monitor.execute(command, arguments)
+            if await self._read() != self.former:
+                return "QEMU took the former limits, and shows others"
+        self._ours = []
+        return ""
+
+    def repair(self) -> dict[str, Any] | None:
+        """The QMP command that puts the former limits back; None where they are unknown."""
+        if self.former is None:
+            return None
+        command, arguments = self._command(self.former)
+        return {"execute": command, "arguments": arguments}
+
+    @abstractmethod
+    async def _read(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _limited(self, former: dict[str, Any], rate: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _command(self, limits: dict[str, Any]) -> tuple[str, dict[str, Any]]: ...
+
+
+class FilterThrottle(Throttle):
+    """The ``throttle-group`` object of a throttle filter over the active layer."""
+
+    def __init__(self, monitor: Monitor, group: str) -> None:
+        super().__init__(monitor)
+        self.name = f"throttle group {group}"
+        self._where = {"path": f"/objects/{group}", "property": "limits"}
+
+    async def _read(self) -> dict[str, Any]:
+        found = await self.monitor.execute("qom-get", self._where)
+        return {name: int(found.get(name, default)) for name, default in NO_LIMITS.items()}
+
+    def _limited(self, former: dict[str, Any], rate: int) -> dict[str, Any]:
+        return write_limits(former, rate)
+
+    def _command(self, limits: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "qom-set", {**self._where, "value": limits}
+
+
+class DeviceThrottle(Throttle):
+    """The I/O limits of a guest's device (``block_set_io_throttle``).
+
+    While it is held the device is in a group of its own, so that others in its former group
+    are not slowed with it.
+    """
+
+    def __init__(self, monitor: Monitor, disk: Disk) -> None:
+        super().__init__(monitor)
+        self.name = f"device {disk.name}"
+        self._disk = disk
+        self._device = {"id": disk.qdev} if disk.qdev else {"device": disk.device}
+
+    async def _read(self) -> dict[str, Any]:
+        wanted = (self._disk.qdev, self._disk.device)
+        for device in await self.monitor.execute("query-block"):
+            if (device.get("qdev") or "", device.get("device") or "") == wanted:
+                found = device.get("inserted") or {}
+                limits = {n: int(found.get(n, NO_LIMITS[q])) for n, q in DEVICE_NAMES.items()}
+                return {**limits, **({"group": found["group"]} if "group" in found else {})}
+        raise CommandRefused(
+            f"{self._disk} of {self.monitor.name} is gone: query-block does not show it",
+            vm=self.monitor.name,
+            disk=self._disk.name,
+            command="query-block",
+            error_class="DeviceNotFound",
+            desc="no such device",
+        )
+
+    def _limited(self, former: dict[str, Any], rate: int) -> dict[str, Any]:
+        limits = write_limits({q: former[n] for n, q in DEVICE_NAMES.items()}, rate)
+        mine = {n: limits[q] for n, q in DEVICE_NAMES.items()}
+        return {**mine, "group": f"qmpcommit:{self._disk.name}"}
+
+    def _command(self, limits: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "block_set_io_throttle", {**self._device, **limits}
+
+
+def _own_groups(disk: Disk, graph: BlockGraph) -> list[str]:
+    """The groups of the throttle filters that the guest's writes pass, and that only they use."""
+    tops = [
+        str((device.get("inserted") or {}).get("node-name"))
+        for device in graph.devices
+        if (disk.qdev or disk.device)
+        and (str(device.get("qdev") or ""), str(device.get("device") or ""))
+        == (disk.qdev, disk.device)
+    ]
+    tops += [str(e.get("node-name")) for e in graph.exports if e.get("id") in disk.exports]
+    passed = [set(graph.filters(top)) for top in tops]
+    mine = set[str].intersection(*passed) if passed else set()
+    groups: dict[str, str | None] = {
+        name: _group_of(node.raw) for name, node in graph.nodes.items() if node.driver == "throttle"
+    }
+    others = {group for name, group in groups.items() if name not in mine}
+    others |= {(d.get("inserted") or {}).get("group") for d in graph.devices} - {None}
+    if None in others:
+        return []  # a filter that does not say its group could be in any
+    return sorted({g for name, g in groups.items() if name in mine and g and g not in others})
+
+
+def _group_of(raw: Mapping[str, Any]) -> str | None:
+    """A throttle filter's group: QEMU tells it nowhere but in the node's ``json:`` file name."""
+    text = str(raw.get("file") or "")
+    with suppress(ValueError, AttributeError):
+        return str(json.loads(text.removeprefix("json:")).get("throttle-group") or "") or None
+    return None
+
+
+def obstacle(disk: Disk) -> str:
+    """Why nothing holds this disk's writes back, for people to read."""
+    return (
+        f"nothing can hold back the writes to {disk}: it is no guest's device and has no throttle"
+        " filter with a throttle-group of its own above its active layer; export it through one"
+        " (--object throttle-group,id=G --blockdev throttle,node-name=T,throttle-group=G,file=TOP)"
+    )
