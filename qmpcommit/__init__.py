@@ -21,6 +21,7 @@ _HOMES = {
         " InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost NoSpace NotReady"
         " OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone VMStateError"
     ),
+    "offline_session": "offline",
     "qmp.events": "Event UnknownEvent",
     "session": "Session",
 }

@@ -37,6 +37,7 @@ from qmpcommit.errors import ProtocolViolation as ProtocolViolation
 from qmpcommit.errors import QmpCommitError as QmpCommitError
 from qmpcommit.errors import VMGone as VMGone
 from qmpcommit.errors import VMStateError as VMStateError
+from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent
 from qmpcommit.session import Session as Session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.session import Session
 
 HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0
@@ -46,7 +48,7 @@ class CommitCommand(click.Command):
 
 @click.command(cls=CommitCommand)
 @click.argument("qmp")
-@click.argument("disk")
+@click.argument("disk", required=False)
 @click.option("--pivot", is_flag=True, help="At READY, make the base the active image.")
 @click.option("--keep-overlay", is_flag=True, help="At READY, go on with the overlay.")
 @click.option("--abort", is_flag=True, help="At READY, cancel by force (a rehearsal).")
@@ -112,11 +114,17 @@ class CommitCommand(click.Command):
     multiple=True,
     help="Go on although this check refuses; --dry-run names them. Can be given several times.",
 )
+@click.option(
+    "--offline",
+    is_flag=True,
+    help="The VM is off: give its IMAGE in the place of QMP and DISK, and a private"
+    " qemu-storage-daemon does the work.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be checked and sent; send nothing.")
 @common
 def commit(
     qmp: str,
-    disk: str,
+    disk: str | None,
     *,
     only_if: str | None,
     base: str | None,
@@ -134,6 +142,7 @@ def commit(
     backing_mask_protocol: bool,
     override: tuple[str, ...],
     dry_run: bool,
+    offline: bool,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -154,6 +163,10 @@ def commit(
     options = Options.of(as_json, quiet, verbose, timeout)
     if shallow and base is not None:
         raise click.UsageError("Give --shallow or --base, not both")
+    if offline and disk is not None:
+        raise click.UsageError("With --offline give the IMAGE alone, without a DISK")
+    if disk is None and not offline:
+        raise click.UsageError("Missing argument 'DISK'")
     if delete and rename:
         raise click.UsageError("Give --delete or --rename, not both")
     if bandwidth is not None:
@@ -162,7 +175,7 @@ def commit(
         parse_size(bandwidth, "bandwidth")
     policy = _policy(decisions, needed=top is None or top.strip() == "0")
     request = {
-        "disk": disk,
+        "disk": "disk" if offline else disk,
         "policy": policy,
         "base": base,
         "top": top,
@@ -183,8 +196,8 @@ def commit(
     from qmpcommit.cli.running import run
 
     if dry_run:
-        return run(options, lambda running: _plan(running, qmp, request))
-    return run(options, lambda running: _commit(running, qmp, request))
+        return run(options, lambda running: _plan(running, qmp, request, offline))
+    return run(options, lambda running: _commit(running, qmp, request, offline))
 
 
 def _converge(text: str) -> Converge:
@@ -252,13 +265,22 @@ async def _wait_for_room(silent: bool, stall: Stall) -> None:
     await asyncio.sleep(STALL_PAUSE)
 
 
-async def _plan(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
+def _open(running: Run, qmp: str, offline: bool) -> AbstractAsyncContextManager[Session]:
+    """A session over the VM's monitor, or over a private daemon that opens its image."""
+    if not offline:
+        return running.connect(qmp)
+    from qmpcommit.offline_session import offline as open_offline
+
+    return open_offline(qmp)
+
+
+async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
     """``--dry-run``: the plan and its findings; status 1 where a check refuses."""
     from qmpcommit.cli.show import plan_text
 
     beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
     asked = {name: value for name, value in request.items() if name not in beside}
-    async with running.connect(qmp) as vm:
+    async with _open(running, qmp, offline) as vm:
         plan = await vm.plan(**asked)
     refused = [
         f for f in plan.findings if f.level == "refuse" and f.name not in request["override"]
@@ -271,13 +293,13 @@ async def _plan(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
     )
 
 
-async def _commit(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
+async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
     from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
     from qmpcommit.cli.show import outcome_text
 
     bar = Bar(running.options, qmp)
-    async with running.connect(qmp) as vm:
+    async with _open(running, qmp, offline) as vm:
         foreground = Foreground(running, vm, qmp)
         job = await foreground.start(**request, timeout=running.remaining)
         async with bar.of(job):
