@@ -55,6 +55,7 @@ async def offline(
         process = await _start(found, path, folder)
         try:
             async with Session.connect(f"{folder}/qmp", name=f"offline {path.name}") as session:
+                session.private = True
                 try:
                     yield session
                 finally:

@@ -56,11 +56,14 @@ class Session(Monitor):
     ``async with Session.connect(path) as vm`` connects; ``Session.over(client)`` shares a
     connected `qemu.qmp.QMPClient` and leaves it connected. Leaving the block cancels the commits
     that are still running, so that none is left in READY with nobody listening.
+
+    `private` tells that nobody else can reach what this VM exports.
     """
 
     def __init__(self, address: str | os.PathLike[str] | None, **options: Any) -> None:
         super().__init__(address, **options)
         self._jobs: set[CommitJob] = set()
+        self.private = False
 
     @classmethod
     def connect(
@@ -169,9 +172,25 @@ class Session(Monitor):
         plan, graph = await self._plan(asked, policy)
         return replace(plan, findings=await self._check(plan, graph))
 
-    async def _check(self, plan: Plan, graph: BlockGraph) -> list[Finding]:
+    async def _check(
+        self, plan: Plan, graph: BlockGraph, *, probe_locks: bool = True
+    ) -> list[Finding]:
         """Look at the files and the graph before the first byte."""
-        return await asyncio.to_thread(check_commit, graph, plan, pid=self.peer_pid, cwd=self.cwd)
+        return await asyncio.to_thread(
+            check_commit,
+            graph,
+            plan,
+            pid=self.peer_pid,
+            cwd=self.cwd,
+            probe_locks=probe_locks,
+        )
+
+    def _refuse(self, plan: Plan, findings: list[Finding], override: Collection[str]) -> None:
+        try:
+            refuse(findings, override)
+        except QmpCommitError as error:
+            error.add(vm=self.name, disk=plan.disk.name)
+            raise
 
     async def _plan(self, request: Request, policy: Any) -> tuple[Plan, BlockGraph]:
         status = await self._status()
@@ -253,12 +272,8 @@ class Session(Monitor):
             backing_mask_protocol=backing_mask_protocol,
         )
         plan, graph = await self._plan(request, policy)
-        findings = await self._check(plan, graph)
-        try:
-            refuse(findings, override)
-        except QmpCommitError as error:
-            error.add(vm=self.name, disk=plan.disk.name)
-            raise
+        findings = await self._check(plan, graph, probe_locks=False)
+        self._refuse(plan, findings, override)
         plan = replace(plan, findings=findings)
         around = Around(
             on_pivot=on_pivot,
@@ -274,7 +289,13 @@ class Session(Monitor):
             await self._ask_whether(only_if, plan)
         if timeout is not None:
             timeout = max(0.0, timeout - (clock() - begun))
-        return await self._launch(CommitJob(self, plan, timeout=timeout, around=around))
+        job = CommitJob(self, plan, timeout=timeout, around=around)
+        try:
+            return await self._launch(job)
+        except CommitFailed:
+            if not job.state.began:  # QEMU refused; perhaps we can say who is in the way
+                self._refuse(plan, await self._check(plan, graph), override)
+            raise
 
     @property
     def jobs(self) -> tuple[CommitJob, ...]:
@@ -373,7 +394,7 @@ class Session(Monitor):
 
     def _check_recycle(self, plan: Plan, recycle: Recycle, status: str | None) -> None:
         where = {"vm": self.name, "disk": plan.disk.name}
-        if status is None and plan.disk.exports:
+        if status is None and plan.disk.exports and not self.private:
             raise ChainError(
                 f"{plan.disk} of {self.name} can't be recycled: it is exported"
                 f" ({', '.join(plan.disk.exports)}), and nothing could hold its clients back while"

@@ -27,12 +27,10 @@ HOLD_LIMIT = 2.0
 class Care:
     """The duties of one commit beside its commands.
 
-    `paused` is for how many seconds a recycle paused the guest, `fresh` its overlay once it
-    lies over the base.
+    `paused` is for how many seconds a recycle paused the guest.
     """
 
     def __init__(self, monitor: Monitor, plan: Plan, around: Around) -> None:
-        self.fresh: Image | None = None
         self._monitor, self._plan, self._around = monitor, plan, around
         self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._overlay: FreshOverlay | None = None
@@ -74,7 +72,6 @@ class Care:
         assert self._overlay is not None
         try:
             await self._overlay.lay()
-            self.fresh = await self._overlay.image()
         except CommandRefused as error:
             return facts.Overlaid(error.desc)
         return facts.Overlaid()
@@ -84,3 +81,7 @@ class Care:
         if self._overlay is not None:
             await self._overlay.thaw()
         return facts.News.THAWED
+
+    async def fresh(self) -> Image | None:
+        """The fresh overlay as QEMU has it; None where there is none."""
+        return await self._overlay.image() if self._overlay is not None else None

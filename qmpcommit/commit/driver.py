@@ -333,7 +333,11 @@ class Driver:
         times = dict(self._hearing.times)
         if not plan.two_phase:
             times.pop("decided", None)  # it has no second phase
-        outcome = report.outcome_of(plan, state, self._active_now(), Timings(**times))
+        active = self._active_now()
+        if state.verdict is phases.Verdict.RECYCLED:
+            with suppress(QmpCommitError):
+                active = await self._care.fresh()
+        outcome = report.outcome_of(plan, state, active, Timings(**times))
         outcome = replace(outcome, guest_paused=self._care.paused)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
@@ -343,8 +347,6 @@ class Driver:
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 
     def _active_now(self) -> Image | None:
-        if self._care.fresh is not None:
-            return self._care.fresh
         if self._disk_now is not None:
             return self._disk_now.active
         return {

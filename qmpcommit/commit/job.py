@@ -116,6 +116,9 @@ class CommitJob:
 
     async def progress(self, every: float = 0.5) -> AsyncIterator[JobProgress]:
         """How far it is, now and `every` so many seconds until the end (``query-jobs``)."""
+        from qmpcommit.commit.pace import Sample, StallWatch
+
+        watch = StallWatch(speed=int(self.plan.arguments.get("speed") or 0))
         clock = asyncio.get_running_loop().time
         then, before, rate = clock(), None, 0.0
         seen = facts.JobSeen("")
@@ -127,7 +130,9 @@ class CommitJob:
             if before is not None and now > then:
                 rate = max(0, seen.done - before) / (now - then)
             then, before = now, seen.done
-            yield JobProgress(seen.done, seen.total, rate, self.phase.value, seen.status)
+            copying = self.phase is Phase.COPYING
+            pace = watch.feed(Sample(now, seen.done, seen.total)) if copying else "moving"
+            yield JobProgress(seen.done, seen.total, rate, self.phase.value, seen.status, pace)
             with suppress(TimeoutError):
                 async with asyncio.timeout(every):
                     await self._until(partial(self._has_left, self.phase))

@@ -64,7 +64,7 @@ class JobProgress(Record):
 
     `total` grows while the guest writes and may be 0 (an empty overlay), so what is left is
     ``total - current``, never a quotient. `phase` is that of `qmpcommit.commit.phases.Phase`;
-    `status` is QEMU's own word.
+    `status` is QEMU's own word; `pace` tells a job that is slow from one that is stuck.
     """
 
     current: int
@@ -72,3 +72,4 @@ class JobProgress(Record):
     bandwidth: float
     phase: str
     status: str = ""
+    pace: Literal["moving", "slow", "stuck"] = "moving"

@@ -36,6 +36,7 @@ class FreshOverlay:
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{plan.job_id}-file"
         self._stopped_at: float | None = None
+        self._tried = False
 
     async def freeze(self) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
@@ -59,11 +60,13 @@ class FreshOverlay:
 
         The stale layers are closed before: QEMU lays nothing over a node that backs another.
         """
-        graph = await read_graph(self._monitor)
-        if "backing" in graph.nodes[self.node].children:
-            return  # the reply was lost, not the command
+        if self._tried:
+            graph = await read_graph(self._monitor)
+            if "backing" in graph.nodes[self.node].children:
+                return  # the reply was lost, not the command
+        self._tried = True
         for image in (self._plan.top, *self._plan.between):
-            if image.node_name in graph.nodes and not image.node_name.startswith("#"):
+            if not image.node_name.startswith("#"):
                 with suppress(CommandRefused):  # then QEMU refuses the overlay, and says why
                     await self._monitor.execute("blockdev-del", {"node-name": image.node_name})
         arguments = {"node": self._plan.base.node_name, "overlay": self.node}

@@ -54,6 +54,23 @@ async def test_separate_file_nodes_are_closed_too(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_a_stale_overlay_that_is_left_would_boot_an_old_disk(folder: Path) -> None:
+    """The failing twin of all below: the file is whole, valid, and shows what is no more."""
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with await Nbd.connect(qemu.nbd, "top") as nbd:
+            outcome = await (await vm.commit("top", policy=qc.Pivot())).wait()
+            await nbd.write(2 * MIB, b"paid in full" * 100)
+        assert outcome.invalidated == [str(chain.top)]
+        await vm.close()
+        await qemu.quit()
+    run(QEMU.img, "check", "-q", chain.top)
+    assert_disk(chain.top, picture)
+    picture.write(2 * MIB, b"paid in full" * 100)
+    assert_disk(chain.base, picture)
+
+
 @pytest.mark.parametrize("style", ["blockdev", "drive"])
 async def test_delete_unlinks_exactly_what_was_invalidated(style: Any, folder: Path) -> None:
     chain = make_chain(folder, 4)

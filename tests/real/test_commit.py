@@ -243,6 +243,25 @@ async def test_a_pivot_before_ready_is_not_ready_and_the_job_goes_on(folder: Pat
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_progress_is_told_until_the_end(folder: Path) -> None:
+    chain = make_chain(folder, bulk=BULK)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), bandwidth=SLOW)
+        seen: list[qc.JobProgress] = []
+        async for status in job.progress(0.05):
+            seen.append(status)
+            if status.current and len(seen) < 1000 and job.state.decision is None:
+                await job.set_bandwidth(0)
+        assert seen[0].phase == "copying"
+        assert [s.current for s in seen] == sorted(s.current for s in seen)
+        assert {s.pace for s in seen} == {"moving"}
+        last = seen[-1]
+        assert (last.phase, last.current) == ("finished", last.total)
+        assert last.total == (await job.wait()).bytes_committed
+        await end(vm, qemu)
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_cancel_in_the_first_phase(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
