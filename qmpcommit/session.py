@@ -9,33 +9,27 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qmpcommit.block.bitmaps import Carrying, plan_carrying
-from qmpcommit.block.chain import Disk, Image, absolute, find_disk, read_disks, read_image
+from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.aftermath import Around, OnPivot, OnStall, identify
 from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
+from qmpcommit.commit.plan import Plan, Request, adopted_plan, check_vm_state, plan_commit
 from qmpcommit.commit.policy import (
     AnyPolicy,
     Hold,
-    Keep,
     PolicyCall,
-    Ready,
-    Recycle,
     check_command,
-    run_command,
 )
+from qmpcommit.commit.preconditions import ask_whether, carrying_of, check_abilities
 from qmpcommit.errors import (
-    ChainError,
     CommandRefused,
     CommitFailed,
     InvalidRequest,
     JobConflict,
     JobNotFound,
-    OnlyIfFailed,
     QmpCommitError,
 )
 from qmpcommit.qmp.monitor import Monitor
@@ -46,8 +40,6 @@ if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
     from qmpcommit.commit.pace import Converge
-
-ONLY_IF_TIMEOUT = 60.0
 
 
 class Session(Monitor):
@@ -199,7 +191,7 @@ class Session(Monitor):
         graph = await self.graph()
         disk = find_disk(read_disks(graph), request.disk, vm=self.name, cwd=self.cwd)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
-        await self._check_abilities(plan, status)
+        await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
         return plan, graph
 
     async def commit(
@@ -278,7 +270,7 @@ class Session(Monitor):
         around = Around(
             on_pivot=on_pivot,
             on_stall=on_stall,
-            carrying=_carrying(graph, plan) if carry_bitmaps else None,
+            carrying=carrying_of(graph, plan) if carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
             converge=converge,
@@ -286,7 +278,7 @@ class Session(Monitor):
         if around.carrying is not None and around.carrying.names:
             plan.arguments["auto-finalize"] = False
         if only_if is not None:
-            await self._ask_whether(only_if, plan)
+            await ask_whether(only_if, plan)
         if timeout is not None:
             timeout = max(0.0, timeout - (clock() - begun))
         job = CommitJob(self, plan, timeout=timeout, around=around)
@@ -341,7 +333,7 @@ class Session(Monitor):
                 job_id=job_id,
             )
         graph = await self.graph()
-        plan = _adopted_plan(self.name, graph, job_id, policy)
+        plan = adopted_plan(self.name, graph, job_id, policy)
         following = CommitJob(
             self,
             plan,
@@ -368,119 +360,6 @@ class Session(Monitor):
             return str((await self.execute("query-status")).get("status"))
         except CommandRefused:
             return None  # qemu-storage-daemon runs no guest
-
-    async def _check_abilities(self, plan: Plan, status: str | None) -> None:
-        """What the policy needs of QEMU and of the VM: better known now than at READY."""
-        if isinstance(plan.policy, Recycle):
-            self._check_recycle(plan, plan.policy, status)
-        masks = "backing-mask-protocol" in plan.arguments
-        if not isinstance(plan.policy, Keep) and not masks:
-            return
-        features = await self.features()
-        if masks and not features.has_argument("block-commit", "backing-mask-protocol"):
-            raise InvalidRequest(
-                f"QEMU of {self.name} has no backing-mask-protocol for block-commit (QEMU 9.0 and"
-                " newer have). Nothing was sent",
-                vm=self.name,
-                disk=plan.disk.name,
-            )
-        if isinstance(plan.policy, Keep) and not features.has_argument("block-job-cancel", "force"):
-            raise CommitFailed(
-                f"QEMU of {self.name} has no block-job-cancel with 'force', the only way to keep"
-                " the overlay active; pivot instead. Nothing was sent",
-                vm=self.name,
-                disk=plan.disk.name,
-            )
-
-    def _check_recycle(self, plan: Plan, recycle: Recycle, status: str | None) -> None:
-        where = {"vm": self.name, "disk": plan.disk.name}
-        if status is None and plan.disk.exports and not self.private:
-            raise ChainError(
-                f"{plan.disk} of {self.name} can't be recycled: it is exported"
-                f" ({', '.join(plan.disk.exports)}), and nothing could hold its clients back while"
-                " the fresh overlay is laid. Nothing was sent",
-                **where,
-            )
-        path = os.path.join(self.cwd or os.getcwd(), recycle.overlay)
-        if os.path.lexists(path):
-            raise InvalidRequest(
-                f"{recycle.overlay} exists already; a fresh overlay needs a new file."
-                " Nothing was sent",
-                **where,
-            )
-        if not os.path.isdir(os.path.dirname(path)):
-            raise InvalidRequest(
-                f"there is no folder {os.path.dirname(path)} for the fresh overlay."
-                " Nothing was sent",
-                **where,
-            )
-
-    async def _ask_whether(self, command: Sequence[str], plan: Plan) -> None:
-        ready = Ready(self.name, plan.disk.name, plan.job_id, plan.base, plan.top)
-        try:
-            status = await run_command(command, ready.environment(), ONLY_IF_TIMEOUT)
-        except OSError as error:
-            raise OnlyIfFailed(
-                f"only_if could not be run: {' '.join(command)}: {error.strerror}."
-                " Nothing was sent",
-                vm=self.name,
-                disk=plan.disk.name,
-                command=list(command),
-            ) from error
-        if status != 0:
-            how = f"ended with status {status}" if status is not None else "took too long"
-            raise OnlyIfFailed(
-                f"{plan.disk} of {self.name} was not committed, because {' '.join(command)} {how}."
-                " Nothing was sent",
-                vm=self.name,
-                disk=plan.disk.name,
-                command=list(command),
-                exit_status=status,
-            )
-
-
-def _carrying(graph: BlockGraph, plan: Plan) -> Carrying | None:
-    """The bitmaps to carry; None where there are none. Raises `JobConflict` for busy ones."""
-    layers = [image.node_name for image in (plan.top, *plan.between)]
-    carrying = plan_carrying(graph, layers, plan.base.node_name)
-    if carrying.busy:
-        raise JobConflict(
-            f"{plan.disk} of {plan.vm} can't be committed with its bitmaps now:"
-            f" {', '.join(carrying.busy)} is busy with another job (a backup?). Wait for it, or"
-            " commit without carrying bitmaps (carry_bitmaps=False). Nothing was sent",
-            vm=plan.vm,
-            disk=plan.disk.name,
-        )
-    return carrying if carrying.names or carrying.problems else None
-
-
-def _adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
-    """What is known of a running job from the nodes that it holds."""
-    held = graph.jobs.get(job_id)
-    nodes = set(held.nodes.values()) if held is not None else set()
-    disks = [d for d in read_disks(graph) if job_id in d.jobs]
-    disk = disks[0] if disks else Disk(name="?")
-    source, target = (held.source, held.target) if held is not None else (None, None)
-    layers = [i for i in disk.chain if i.node_name in nodes]
-    top = read_image(graph, source) if source in graph.nodes and source else None
-    base = read_image(graph, target) if target in graph.nodes and target else None
-    nothing = Image(node_name="", filename="(unknown)", driver="")
-    top = top or (layers[0] if layers else disk.active or nothing)
-    base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else nothing)
-    names = [image.node_name for image in disk.chain]
-    between: tuple[Image, ...] = ()
-    if top.node_name in names and base.node_name in names:
-        between = disk.chain[names.index(top.node_name) + 1 : names.index(base.node_name)]
-    return Plan(
-        vm=vm,
-        disk=disk,
-        top=top,
-        base=base,
-        job_id=job_id,
-        two_phase=not names or top.node_name == names[0],
-        policy=policy,
-        between=between,
-    )
 
 
 async def commit(

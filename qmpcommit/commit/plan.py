@@ -7,7 +7,8 @@ import re
 from dataclasses import field
 from typing import Any, Literal
 
-from qmpcommit.block.chain import BackingChain, Disk, Image, absolute
+from qmpcommit.block.chain import BackingChain, Disk, Image, absolute, read_disks, read_image
+from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
 from qmpcommit.units import parse_size
@@ -206,3 +207,32 @@ def check_job_id(job_id: str) -> str:
             f"'{job_id}' is no job id: a letter, then letters, digits, '-', '.' and '_'"
         )
     return job_id
+
+
+def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
+    """What is known of a running job from the nodes that it holds."""
+    held = graph.jobs.get(job_id)
+    nodes = set(held.nodes.values()) if held is not None else set()
+    disks = [d for d in read_disks(graph) if job_id in d.jobs]
+    disk = disks[0] if disks else Disk(name="?")
+    source, target = (held.source, held.target) if held is not None else (None, None)
+    layers = [i for i in disk.chain if i.node_name in nodes]
+    top = read_image(graph, source) if source in graph.nodes and source else None
+    base = read_image(graph, target) if target in graph.nodes and target else None
+    nothing = Image(node_name="", filename="(unknown)", driver="")
+    top = top or (layers[0] if layers else disk.active or nothing)
+    base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else nothing)
+    names = [image.node_name for image in disk.chain]
+    between: tuple[Image, ...] = ()
+    if top.node_name in names and base.node_name in names:
+        between = disk.chain[names.index(top.node_name) + 1 : names.index(base.node_name)]
+    return Plan(
+        vm=vm,
+        disk=disk,
+        top=top,
+        base=base,
+        job_id=job_id,
+        two_phase=not names or top.node_name == names[0],
+        policy=policy,
+        between=between,
+    )

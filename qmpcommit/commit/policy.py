@@ -137,8 +137,7 @@ def __getattr__(name: str) -> Any:
 class Ready(Record):
     """What a policy is told: which commit has reached its second phase.
 
-    `bytes_committed` is what was copied so far, `two_phase` false for the intermediate layers
-    that need no decision.
+    `bytes_committed` is what was copied so far.
     """
 
     vm: str

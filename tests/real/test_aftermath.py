@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from tests.ground.images import MIB, Write, assert_disk, create, make_chain, run, write
+from tests.ground.images import (
+    MIB,
+    Chain,
+    Picture,
+    Write,
+    assert_disk,
+    create,
+    make_chain,
+    run,
+    write,
+)
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.qemu import QEMU
@@ -298,7 +310,9 @@ async def test_an_exported_disk_is_not_recycled_under_its_clients(folder: Path) 
 # -- storage errors ------------------------------------------------------------------------------
 
 
-async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: Path) -> None:
+@contextlib.contextmanager
+def small_base(folder: Path) -> Iterator[tuple[Chain, Picture, Callable[[int], object]]]:
+    """A chain whose base lies on a file system too small for the overlay, and what grows that."""
     if os.getuid() != 0:
         pytest.skip("mounting a small file system needs root")
     small = folder / "small"
@@ -308,48 +322,40 @@ async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: P
         base = create(small / "base.qcow2", 64 * MIB)
         top = create(folder / "top.qcow2", None, backing=base)
         write(top, [Write(0, BULK, 0x55)])
-        chain = make_chain(folder / "", 1, names=["unused"])
-        chain.files[:] = [base, top]
-        stalls: list[qc.Stall] = []
-
-        async def on_stall(stall: qc.Stall) -> None:
-            stalls.append(stall)
-            run("mount", "-o", "remount,size=64M", small)
-
-        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-            job = await vm.commit(
-                "vda",
-                policy=qc.Pivot(),
-                on_error="stop",
-                on_stall=on_stall,
-                override=["free-space"],
-            )
-            outcome = await job.wait()
-            assert outcome.action == "pivot"
-            await vm.close()
-            await qemu.quit()
-        assert [stall.base.filename for stall in stalls] == [str(base)]
-        picture = chain.pictures[0]
-        picture.data[:] = bytes(len(picture.data))
+        picture = Picture(64 * MIB)
         picture.fill(0, BULK, 0x55)
-        run("mount", "-o", "remount,size=200M", small)
-        assert_disk(base, picture)
+
+        def grow(size: int) -> object:
+            return run("mount", "-o", f"remount,size={size}M", small)
+
+        yield Chain([base, top], [Picture(64 * MIB), picture]), picture, grow
     finally:
         run("umount", "-l", small)
 
 
+async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: Path) -> None:
+    stalls: list[qc.Stall] = []
+    with small_base(folder) as (chain, picture, grow):
+
+        async def on_stall(stall: qc.Stall) -> None:
+            stalls.append(stall)
+            grow(64)
+
+        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit(
+                "vda", policy=qc.Pivot(), on_error="stop", on_stall=on_stall,
+                override=["free-space"],
+            )  # fmt: skip
+            assert (await job.wait()).action == "pivot"
+            await vm.close()
+            await qemu.quit()
+        assert [stall.base.filename for stall in stalls] == [str(chain.base)]
+        grow(200)  # for the copy that is compared
+        assert_disk(chain.base, picture)
+
+
 async def test_without_that_a_full_base_is_a_failure_and_nothing_is_lost(folder: Path) -> None:
-    if os.getuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    small = folder / "small"
-    small.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=24M", "none", small)
-    try:
-        base = create(small / "base.qcow2", 64 * MIB)
-        top = create(folder / "top.qcow2", None, backing=base)
-        write(top, [Write(0, BULK, 0x55)])
-        chain = make_chain(folder, 1, names=["unused"])
-        chain.files[:] = [base, top]
+    with small_base(folder) as (chain, picture, _):
         async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
             with pytest.raises(qc.NoSpace, match="free-space"):
                 await vm.commit("vda", policy=qc.Pivot())
@@ -359,12 +365,21 @@ async def test_without_that_a_full_base_is_a_failure_and_nothing_is_lost(folder:
             assert error.value.error == "No space left on device"
             await vm.close()
             await qemu.quit()
-        picture = chain.pictures[0]
-        picture.data[:] = bytes(len(picture.data))
-        picture.fill(0, BULK, 0x55)
-        assert_disk(top, picture)
-    finally:
-        run("umount", "-l", small)
+        assert_disk(chain.top, picture)
+
+
+async def test_a_stall_that_nobody_relieves_ends_with_the_deadline(folder: Path) -> None:
+    with small_base(folder) as (chain, picture, _):
+        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit(
+                "vda", policy=qc.Pivot(), on_error="stop", timeout=1, override=["free-space"]
+            )
+            with pytest.raises(qc.DeadlineExceeded, match="still the active image"):
+                await job.wait()
+            assert await vm.query_jobs() == []
+            await vm.close()
+            await qemu.quit()
+        assert_disk(chain.top, picture)
 
 
 # -- chain care ----------------------------------------------------------------------------------

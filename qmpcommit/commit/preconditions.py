@@ -1,0 +1,109 @@
+"""What has to hold before a commit is sent, beside its plan: abilities, bitmaps, ``only_if``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from qmpcommit.block.bitmaps import Carrying, plan_carrying
+from qmpcommit.block.graph import BlockGraph
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import Keep, Ready, Recycle, run_command
+from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, OnlyIfFailed
+from qmpcommit.qmp.monitor import Monitor
+
+ONLY_IF_TIMEOUT = 60.0
+"""Seconds that an ``only_if`` command gets."""
+
+
+async def check_abilities(
+    monitor: Monitor, plan: Plan, status: str | None, *, cwd: str | None, private: bool
+) -> None:
+    """What the policy needs of QEMU and of the VM: better known now than at READY.
+
+    `status` is the VM's (None: a storage daemon, which runs no guest), `private` whether nobody
+    else can reach what it exports.
+    """
+    if isinstance(plan.policy, Recycle):
+        _check_recycle(plan, plan.policy, status, cwd, private)
+    masks = "backing-mask-protocol" in plan.arguments
+    if not isinstance(plan.policy, Keep) and not masks:
+        return
+    features = await monitor.features()
+    if masks and not features.has_argument("block-commit", "backing-mask-protocol"):
+        raise InvalidRequest(
+            f"QEMU of {plan.vm} has no backing-mask-protocol for block-commit (QEMU 9.0 and"
+            " newer have). Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+    if isinstance(plan.policy, Keep) and not features.has_argument("block-job-cancel", "force"):
+        raise CommitFailed(
+            f"QEMU of {plan.vm} has no block-job-cancel with 'force', the only way to keep"
+            " the overlay active; pivot instead. Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+
+
+def _check_recycle(
+    plan: Plan, recycle: Recycle, status: str | None, cwd: str | None, private: bool
+) -> None:
+    where = {"vm": plan.vm, "disk": plan.disk.name}
+    if status is None and plan.disk.exports and not private:
+        raise ChainError(
+            f"{plan.disk} of {plan.vm} can't be recycled: it is exported"
+            f" ({', '.join(plan.disk.exports)}), and nothing could hold its clients back while"
+            " the fresh overlay is laid. Nothing was sent",
+            **where,
+        )
+    path = os.path.join(cwd or os.getcwd(), recycle.overlay)
+    if os.path.lexists(path):
+        raise InvalidRequest(
+            f"{recycle.overlay} exists already; a fresh overlay needs a new file. Nothing was sent",
+            **where,
+        )
+    if not os.path.isdir(os.path.dirname(path)):
+        raise InvalidRequest(
+            f"there is no folder {os.path.dirname(path)} for the fresh overlay. Nothing was sent",
+            **where,
+        )
+
+
+def carrying_of(graph: BlockGraph, plan: Plan) -> Carrying | None:
+    """The bitmaps to carry; None where there are none. Raises `JobConflict` for busy ones."""
+    layers = [image.node_name for image in (plan.top, *plan.between)]
+    carrying = plan_carrying(graph, layers, plan.base.node_name)
+    if carrying.busy:
+        raise JobConflict(
+            f"{plan.disk} of {plan.vm} can't be committed with its bitmaps now:"
+            f" {', '.join(carrying.busy)} is busy with another job (a backup?). Wait for it, or"
+            " commit without carrying bitmaps (carry_bitmaps=False). Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+    return carrying if carrying.names or carrying.problems else None
+
+
+async def ask_whether(command: Sequence[str], plan: Plan) -> None:
+    """Run ``only_if``; raises `OnlyIfFailed` where it does not succeed."""
+    ready = Ready(plan.vm, plan.disk.name, plan.job_id, plan.base, plan.top)
+    try:
+        status = await run_command(command, ready.environment(), ONLY_IF_TIMEOUT)
+    except OSError as error:
+        raise OnlyIfFailed(
+            f"only_if could not be run: {' '.join(command)}: {error.strerror}. Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+            command=list(command),
+        ) from error
+    if status != 0:
+        how = f"ended with status {status}" if status is not None else "took too long"
+        raise OnlyIfFailed(
+            f"{plan.disk} of {plan.vm} was not committed, because {' '.join(command)} {how}."
+            " Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+            command=list(command),
+            exit_status=status,
+        )
