@@ -10,6 +10,7 @@ import click
 from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
+    from qmpcommit.block.graph import BlockGraph
     from qmpcommit.cli.running import Run
 
 
@@ -25,15 +26,37 @@ def jobs(qmp: str, **given: Any) -> Answer:
 
 
 async def _jobs(running: Run, qmp: str) -> Answer:
+    from qmpcommit.block.chain import read_disks
     from qmpcommit.cli.show import jobs_text
 
     async with running.connect(qmp) as vm:
         entries = await vm.execute("query-block-jobs")
-        disks = await vm.disks() if entries else []
+        graph = await vm.graph()
+    disks = read_disks(graph)
     on = {job: disk.name for disk in disks for job in disk.jobs}
     found = [_job(entry, on.get(str(entry["device"])), qmp) for entry in entries]
-    data = {"vm": vm.name, "jobs": found}
-    return Answer(data, jobs_text(found), quiet=running.options.quiet)  # type: ignore[arg-type]
+    recycles = _interrupted_recycles(graph)
+    data = {"vm": vm.name, "jobs": found, "interrupted_recycles": recycles}
+    text = "\n".join([jobs_text(found), *(recycle["next"] for recycle in recycles)])  # type: ignore[arg-type]
+    return Answer(data, text, quiet=running.options.quiet)
+
+
+def _interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
+    """Fresh overlays of ours that were opened and never laid: whoever did it was killed."""
+    from qmpcommit.commit.plan import JOB_PREFIX
+
+    found = []
+    for name in graph.nodes:
+        ours = name.startswith(JOB_PREFIX) and name.endswith("-top")
+        if ours and "backing" not in graph.nodes[name].children and not graph.parents.get(name):
+            file = graph.leaf(name).raw.get("file")
+            text = (
+                f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
+                " perhaps the guest paused: end its job (abort, or pivot), let the guest go on"
+                f" with 'cont', and close the overlay with 'blockdev-del {name}'"
+            )
+            found.append({"node": name, "overlay": str(file), "next": text})
+    return found
 
 
 def _job(entry: dict[str, Any], disk: str | None, qmp: str) -> dict[str, Any]:
@@ -66,6 +89,8 @@ def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
         return None
     if entry["status"] in ("ready", "standby"):
         return f"READY: decide with 'qmpcommit pivot|keep|abort {qmp} {name}'"
+    if entry["status"] == "pending":
+        return f"holds its disk's I/O until it is finalized: 'qmpcommit pivot {qmp} {name}' does it"
     if entry["status"] == "concluded":
         return (
             f"has ended: 'qmpcommit chain {qmp}' shows what its disk uses;"

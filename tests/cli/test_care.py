@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.cli.command import run
-from tests.ground.images import MIB, assert_disk, make_chain
+from tests.ground.images import MIB, assert_disk, create, make_chain
 from tests.ground.images import run as run_tool
 from tests.ground.machines import machine
 from tests.ground.qemu import QEMU
@@ -74,6 +74,25 @@ async def test_the_chain_tells_bitmaps_copies_and_draws_a_graph(folder: Path) ->
         (disk,) = said.json["disks"]
         assert disk["chain"][0]["bitmaps"] == ["daily"]
         assert disk["chain"][0]["virtual_size"] == 64 * MIB
+
+
+async def test_an_interrupted_recycle_is_told(folder: Path) -> None:
+    """As a client leaves it that is killed between opening the overlay and laying it."""
+    chain = make_chain(folder)
+    fresh = create(folder / "fresh.qcow2", 64 * MIB)
+    async with machine(folder, chain) as qemu:
+        await qemu.execute("block-commit", job_id="qmpcommit-x", device="top")
+        file = {"driver": "file", "filename": str(fresh)}
+        overlay = {"driver": "qcow2", "file": file, "backing": None}
+        await qemu.execute("blockdev-add", node_name="qmpcommit-x-top", **overlay)
+        said = await run("jobs", qemu.qmp)
+        assert f"left the empty overlay {fresh} open" in said.out
+        assert "'cont'" in said.out
+        told = (await run("jobs", qemu.qmp, "--json")).json["interrupted_recycles"]
+        assert [recycle["node"] for recycle in told] == ["qmpcommit-x-top"]
+        await run("pivot", qemu.qmp, "qmpcommit-x")
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_a_dry_run_tells_all_and_sends_nothing(folder: Path) -> None:
