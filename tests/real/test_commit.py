@@ -624,7 +624,7 @@ async def test_a_vm_whose_migration_has_finished_is_refused(folder: Path) -> Non
             await vm.execute("migrate", {"uri": "exec:cat >/dev/null"})
             while getattr(await anext(stops), "status", "") != "completed":
                 pass
-        with pytest.raises(qc.VMStateError, match="postmigrate"):
+        with pytest.raises(qc.VMStateError, match=r"postmigrate|finish-migrate"):
             await vm.commit("vda", policy=qc.Pivot())
 
 
