@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
@@ -39,6 +40,8 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
+    from qmpcommit.commit.driver import Resumed
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
 
 
@@ -217,6 +220,7 @@ class Session(Monitor):
         only_if: Sequence[str] | None = None,
         timeout: float | None = None,
         job_id: str | None = None,
+        ledger: Ledger | None = None,
     ) -> CommitJob:
         """Start a commit (``block-commit``) and return its job once QEMU has taken it.
 
@@ -236,6 +240,7 @@ class Session(Monitor):
         base unless `carry_bitmaps` is off. `keep_relative` writes the base's name relatively
         into the overlay above an intermediate layer, `backing_mask_protocol` "raw" for its
         format where QEMU would write a protocol's name; `filter_node_name` names the job's filter.
+        `ledger` is told of each step before it is taken.
 
         Raises `PolicyRequired`, `DiskNotFound`, `ChainError`, `JobConflict`, `VMStateError`,
         `InvalidRequest`, `NoSpace` or `OnlyIfFailed` before anything is sent; `CommitFailed` if
@@ -274,6 +279,7 @@ class Session(Monitor):
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
             converge=converge,
+            ledger=ledger,
         )
         if around.carrying is not None and around.carrying.names:
             plan.arguments["auto-finalize"] = False
@@ -344,6 +350,47 @@ class Session(Monitor):
         following = await self._launch(following)
         await following.seen()
         return following
+
+    async def resume(
+        self,
+        plan: Plan,
+        noted: Resumed,
+        *,
+        files: Mapping[str, FileId | None] | None = None,
+        on_pivot: OnPivot | None = None,
+        on_stall: OnStall | None = None,
+        converge: Converge | None = None,
+        timeout: float | None = None,
+        ledger: Ledger | None = None,
+    ) -> CommitJob:
+        """Go on with a commit whose process died, from what its `Ledger` holds.
+
+        `plan` and `files` are what was noted with ``block-commit``, `noted` is the last state;
+        the rest is as for `commit`. Whatever of it QEMU has done meanwhile is found by asking.
+        Raises what `Monitor.execute` raises; how the commit itself ends, `CommitJob.wait` tells.
+        """
+        carrying = None
+        if noted.state.prepares and noted.state.running and noted.same_vm is not False:
+            graph = await self.graph()
+            if {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys():
+                layers = [image.node_name for image in (plan.top, *plan.between)]
+                carrying = plan_carrying(graph, layers, plan.base.node_name)
+        around = Around(
+            on_pivot=on_pivot,
+            on_stall=on_stall,
+            carrying=carrying,
+            files=files or {},
+            cwd=self.cwd,
+            converge=converge,
+            ledger=ledger,
+        )
+        auto_finalize = bool(plan.arguments.get("auto-finalize", True))
+        job = CommitJob(
+            self, plan, timeout=timeout, around=around, auto_finalize=auto_finalize, resumed=noted
+        )
+        self._jobs.add(job)
+        job.start(lambda: self._jobs.discard(job))
+        return job
 
     async def _launch(self, job: CommitJob) -> CommitJob:
         self._jobs.add(job)

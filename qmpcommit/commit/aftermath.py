@@ -26,10 +26,7 @@ from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 
 if TYPE_CHECKING:
-    pass
-
-
-if TYPE_CHECKING:
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
 
 
@@ -55,7 +52,7 @@ class Around(NamedTuple):
     """What surrounds the two phases: hooks, bitmaps to carry, and which files there were.
 
     `files` are the stale layers' files as they were when the commit was planned, by node-name;
-    `cwd` is QEMU's working directory.
+    `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken.
     """
 
     on_pivot: OnPivot | None = None
@@ -64,6 +61,7 @@ class Around(NamedTuple):
     files: Mapping[str, FileId | None] = {}
     cwd: str | None = None
     converge: Converge | None = None
+    ledger: Ledger | None = None
 
 
 def identify(path: str, pid: int | None) -> FileId | None:

@@ -57,12 +57,24 @@ class Care:
         self._log.info("bitmaps_carried", names=list(carrying.names))
         return facts.Prepared()
 
-    async def freeze(self, recycle: Recycle) -> Fact:
-        """Open the fresh overlay and pause the guest, if it runs."""
+    def restore(self, recycle: Recycle, *, stopped: bool) -> None:
+        """Take up the fresh overlay of a former process, which paused the guest if `stopped`."""
+        self._overlay = FreshOverlay(
+            self._monitor, self._plan, recycle.overlay, self._around.cwd, self._around.ledger
+        )
+        self._overlay.restore(stopped=stopped)
+
+    async def freeze(self, recycle: Recycle, *, again: bool = False) -> Fact:
+        """Open the fresh overlay and pause the guest, if it runs.
+
+        With `again`, a former process may have done a part of it.
+        """
         cwd = self._around.cwd
-        self._overlay = FreshOverlay(self._monitor, self._plan, recycle.overlay, cwd)
+        self._overlay = FreshOverlay(
+            self._monitor, self._plan, recycle.overlay, cwd, self._around.ledger
+        )
         try:
-            await self._overlay.freeze()
+            await self._overlay.freeze(again=again)
         except (CommandRefused, CommitFailed) as error:
             return facts.Frozen(getattr(error, "desc", error.message))
         return facts.Frozen()
@@ -72,8 +84,8 @@ class Care:
         assert self._overlay is not None
         try:
             await self._overlay.lay()
-        except CommandRefused as error:
-            return facts.Overlaid(error.desc)
+        except (CommandRefused, CommitFailed) as error:
+            return facts.Overlaid(getattr(error, "desc", error.message))
         return facts.Overlaid()
 
     async def thaw(self) -> Fact:

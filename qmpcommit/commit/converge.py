@@ -36,6 +36,7 @@ from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob
+    from qmpcommit.commit.ledger import Ledger
 
 LINGER = 2.0
 """Seconds in READY for which a limit stays, waiting for a decision, before it is lifted."""
@@ -74,6 +75,7 @@ async def converge(
     *,
     until: Literal["ready", "over"] = "ready",
     note: Callable[[ConvergeReport], object] | None = None,
+    ledger: Ledger | None = None,
 ) -> ConvergeReport:
     """Slow the guest's writes as far as it takes until the job is READY, or over.
 
@@ -81,9 +83,10 @@ async def converge(
     end; in between, in READY, it is let go when no decision comes within two seconds. `note` is
     called with the report so far before each change, and at the end: it has the command that
     repairs the limits should this process die. The former limits are put back on every way
-    out, a cancellation included; where that can't be done the report says so.
+    out, a cancellation included; where that can't be done the report says so. `ledger` is told
+    of each limit, with its repair, before it is set, and when it is gone.
     """
-    watch = _Watch(job, monitor, config, until, note)
+    watch = _Watch(job, monitor, config, until=until, note=note, ledger=ledger)
     try:
         await watch.run()
     finally:
@@ -99,11 +102,13 @@ class _Watch:
         job: CommitJob,
         monitor: Monitor,
         config: Converge,
+        *,
         until: str,
         note: Callable[[ConvergeReport], object] | None,
+        ledger: Ledger | None,
     ) -> None:
         self._job, self._monitor, self._config, self._until = job, monitor, config, until
-        self._note = note
+        self._note, self._ledger = note, ledger
         self._clock = asyncio.get_running_loop().time
         self._begun = self._clock()
         self._controller = self._new_controller()
@@ -204,6 +209,7 @@ class _Watch:
         self._tell(paused=None)
         self._called()
         self._log.warning("guest_paused", seconds=seconds, repair='{"execute": "cont"}')
+        await self._write_down("stop")
         try:
             await self._monitor.execute("stop")
             async with asyncio.timeout(seconds):
@@ -222,6 +228,7 @@ class _Watch:
             self._tell(paused=round(self._clock() - self._stopped_at, 3))
             self._stopped_at = None
             self._log.info("guest_resumed", seconds=self.report.paused)
+            await self._write_down("cont")
 
     async def _optional(self, command: str) -> Any:
         try:
@@ -250,6 +257,7 @@ class _Watch:
             restored=False,
         )
         self._log.warning("guest_throttled", limit=limit, repair=json.dumps(throttle.repair()))
+        await self._write_down("throttle", repair=throttle.repair())
         await throttle.limit(limit)
         self._limit = limit
 
@@ -288,6 +296,7 @@ class _Watch:
             self._log.warning("limits_not_restored", why=problem, repair=json.dumps(repair))
         elif self.report.steps:
             self._log.info("limits_restored", steps=len(self.report.steps))
+            await self._write_down("unthrottle")
         verdict = self.report.verdict
         state = self._job.state
         if self._job.done or not state.running or state.decision is Choice.ABORT:
@@ -318,6 +327,10 @@ class _Watch:
     def _called(self) -> None:
         if self._note is not None:
             self._note(self.report)
+
+    async def _write_down(self, step: str, **facts: Any) -> None:
+        if self._ledger is not None:
+            await self._ledger.note(step, **facts)
 
     def _remark(self, remark: str) -> None:
         if remark not in self.report.remark:

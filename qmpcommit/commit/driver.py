@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import read_graph
@@ -32,6 +33,22 @@ HEARTBEAT = 10.0
 _FOREVER_REFUSED = {"CommandNotFound"}
 
 
+class Resumed(NamedTuple):
+    """What a former process noted of a commit: where it was.
+
+    `same_vm` is False when another QEMU answers now, `recycle` the recycle that was decided,
+    `stopped` whether the guest was paused for it, `outcome` the outcome where all but the
+    clearing away was done, `times` when what happened.
+    """
+
+    state: phases.State
+    same_vm: bool | None = None
+    recycle: Recycle | None = None
+    stopped: bool = False
+    outcome: CommitOutcome | None = None
+    times: Mapping[str, datetime] = {}
+
+
 class Driver:
     """One commit's machine, its facts and its duties.
 
@@ -48,6 +65,7 @@ class Driver:
         *,
         adopted: bool,
         auto_finalize: bool,
+        resumed: Resumed | None = None,
     ) -> None:
         self.plan = plan
         self.id = plan.job_id
@@ -60,7 +78,13 @@ class Driver:
         self._monitor, self._around, self._moved = monitor, around, moved
         self._care = Care(monitor, plan, around)
         prepares = around.carrying is not None and bool(around.carrying.names)
-        if adopted:
+        self._hearing = Hearing(plan.job_id, self.tell)
+        self._ledger = around.ledger
+        self._frozen_before = False
+        if resumed is not None:
+            prepares = resumed.state.prepares
+            self._take_up(resumed)
+        elif adopted:
             self.state, self._owed = phases.adopt(two_phase=plan.two_phase)
         else:
             self.state, self._owed = phases.begin(
@@ -68,12 +92,27 @@ class Driver:
             )
         self._auto_finalize = auto_finalize and not prepares
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
-        self._hearing = Hearing(plan.job_id, self.tell)
         self._consulting: asyncio.Task[Settled] | None = None
         self._stalling: asyncio.Task[None] | None = None
         self._policy_error: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
+
+    def _take_up(self, resumed: Resumed) -> None:
+        """Go on where a former process stopped."""
+        self.state, self._owed = phases.resume(resumed.state, same_vm=resumed.same_vm)
+        self.recycle = resumed.recycle
+        self.outcome = resumed.outcome
+        self._hearing.times.update(resumed.times)
+        if self.recycle is not None:
+            self._frozen_before = facts.Duty.FREEZE in self._owed
+            if self.state.frozen and not self._frozen_before:
+                self._care.restore(self.recycle, stopped=resumed.stopped)
+
+    async def _note(self, step: str, **more: Any) -> None:
+        """A step is written down before it is taken, where somebody wants that."""
+        if self._ledger is not None:
+            await self._ledger.note(step, self.state, times=dict(self._hearing.times), **more)
 
     def tell(self, fact: Fact) -> None:
         """A fact, from whoever knows one."""
@@ -135,6 +174,8 @@ class Driver:
             self._moved()
         if self.state.phase is not before.phase or self.state.finished:
             self._moved()
+            if self._ledger is not None:
+                self._ledger.moved(self.state)
             self.log.debug("phase", phase=self.state.phase.value, was=before.phase.value)
 
     async def _carry_out(self, action: facts.Action) -> None:
@@ -155,11 +196,14 @@ class Driver:
                 self._stall()
             case facts.Duty.FREEZE:
                 assert self.recycle is not None
-                freezing = self._care.freeze(self.recycle)
+                await self._note("freeze", overlay=self.recycle.overlay)
+                freezing = self._care.freeze(self.recycle, again=self._frozen_before)
                 await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
             case facts.Duty.OVERLAY:
+                await self._note("overlay")
                 await self._try(self._care.lay())
             case facts.Duty.THAW:
+                await self._note("thaw")
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
@@ -170,6 +214,10 @@ class Driver:
             arguments = self.plan.arguments
         elif command is Command.KEEP:
             arguments = {"device": self.id, "force": False}
+        if command is Command.START:
+            await self._note(command.value, plan=self.plan, files=self._around.files)
+        else:
+            await self._note(command.value)
         try:
             await self._monitor.execute(command.value, arguments)
         except CommandRefused as error:
@@ -330,6 +378,15 @@ class Driver:
             self.error = error
             self.log.warning("failed", verdict=state.verdict and state.verdict.value)
             return
+        outcome = self.outcome or await self._outcome()
+        self.outcome = outcome  # it is true, whatever becomes of the files
+        if outcome.invalidated and not self.adopted:
+            await self._note("clear-away", outcome=outcome)
+            self.outcome = await clear_away(self._monitor, plan, outcome, self._around)
+        self.log.info("ended", action=outcome.action, by=outcome.decided_by)
+
+    async def _outcome(self) -> CommitOutcome:
+        state, plan = self.state, self.plan
         times = dict(self._hearing.times)
         if not plan.two_phase:
             times.pop("decided", None)  # it has no second phase
@@ -341,10 +398,7 @@ class Driver:
         outcome = replace(outcome, guest_paused=self._care.paused)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
-        self.outcome = outcome  # it is true, whatever becomes of the files
-        if outcome.invalidated and not self.adopted:
-            self.outcome = await clear_away(self._monitor, plan, outcome, self._around)
-        self.log.info("ended", action=outcome.action, by=outcome.decided_by)
+        return outcome
 
     def _active_now(self) -> Image | None:
         if self._disk_now is not None:

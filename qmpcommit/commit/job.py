@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.aftermath import Around
-from qmpcommit.commit.driver import Driver
+from qmpcommit.commit.driver import Driver, Resumed
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import CommitOutcome, JobProgress
 from qmpcommit.commit.phases import Phase
@@ -48,6 +48,7 @@ class CommitJob:
         timeout: float | None = None,
         adopted: bool = False,
         auto_finalize: bool = True,
+        resumed: Resumed | None = None,
         around: Around = Around(),  # noqa: B008  (frozen)
     ) -> None:
         self.plan = plan
@@ -56,7 +57,13 @@ class CommitJob:
         self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._monitor = monitor
         self._driver = Driver(
-            monitor, plan, around, self._wake, adopted=adopted, auto_finalize=auto_finalize
+            monitor,
+            plan,
+            around,
+            self._wake,
+            adopted=adopted,
+            auto_finalize=auto_finalize,
+            resumed=resumed,
         )
         self._driver.timeout = timeout
         self._waiters: set[asyncio.Future[None]] = set()
@@ -217,7 +224,13 @@ class CommitJob:
             if self._around.converge is not None:
                 from qmpcommit.commit.converge import converge
 
-                watching = converge(self, self._monitor, self._around.converge, until="over")
+                watching = converge(
+                    self,
+                    self._monitor,
+                    self._around.converge,
+                    until="over",
+                    ledger=self._around.ledger,
+                )
                 self._converging = asyncio.create_task(watching, name=f"converge {self.id}")
             await driver.drive()
             await self._converged()

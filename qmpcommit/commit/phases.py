@@ -110,7 +110,8 @@ class State(NamedTuple):
     `prepares` tells that something has to be done while PENDING holds the disk's I/O (then
     `auto_finalize` is off), `preparing` and `prepared` where that is. `stalls` tells that a
     storage error makes the job wait, `stalled` that it does. `frozen` is whether the guest is
-    paused by us, `overlaid` whether the fresh overlay was tried.
+    paused by us, `overlaid` whether the fresh overlay was tried, `taken_up` whether another
+    process began it, so that even a job never seen may have begun and ended.
     """
 
     two_phase: bool
@@ -142,6 +143,7 @@ class State(NamedTuple):
     stalled: bool = False
     frozen: bool = False
     overlaid: bool = False
+    taken_up: bool = False
 
     @property
     def finished(self) -> bool:
@@ -166,6 +168,37 @@ def begin(*, two_phase: bool, prepares: bool = False, stalls: bool = False) -> S
 def adopt(*, two_phase: bool) -> Step:
     """A job that exists already: QEMU has to be asked where it is."""
     return State(two_phase=two_phase, phase=Phase.COPYING, began=True), [Duty.ASK]
+
+
+def resume(state: State, *, same_vm: bool | None) -> Step:
+    """A commit whose follower died: go on from what it wrote down last.
+
+    What was noted may have been done or not, so QEMU is asked first, or it is done again where
+    that does no harm. `same_vm` is False when another process answers at the monitor now.
+    """
+    state = state._replace(
+        linked=True,
+        in_flight=False,
+        preparing=False,
+        resumed=False,
+        stalled=False,
+        other_vm=same_vm is False,
+        taken_up=True,
+    )
+    if state.finished:
+        return state, [Duty.FINISH]
+    if state.phase is Phase.CONFIRMED:
+        if not state.other_vm:
+            return _close(state)
+        remark = "QEMU ended before what follows the commit was done"
+        return _finish(state._replace(trail=(*state.trail, remark), frozen=False))
+    if state.other_vm:
+        return _finish(state._replace(verdict=Verdict.VM_GONE, frozen=False))
+    if state.decision is Choice.RECYCLE and state.frozen and not state.tries:
+        return state._replace(in_flight=True), [Duty.FREEZE]
+    if state.phase is Phase.READY:
+        state = state._replace(phase=Phase.COPYING)  # so that the policy is asked again
+    return state, [Duty.ASK]
 
 
 def objection(state: State, choice: Choice) -> str | None:
@@ -442,7 +475,7 @@ def _missing(state: State) -> Step:
     if not state.running:
         state = state._replace(listed=False)
         return _close(state) if state.phase is Phase.CONFIRMED else (state, [Duty.READ_GRAPH])
-    if not state.began and state.end is None:
+    if not state.began and state.end is None and not state.taken_up:
         return _finish(state._replace(verdict=Verdict.NEVER_BEGAN))
     if state.other_vm:
         return _finish(state._replace(verdict=Verdict.VM_GONE))
@@ -489,6 +522,8 @@ def _close(state: State) -> Step:
 def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, ...]]:
     """What happened, from what QEMU said of the job and what the disk uses now."""
     end = state.end
+    if not state.began and end is None and where not in (Where.BASE, Where.MERGED):
+        return Verdict.NEVER_BEGAN, None, ()
     gone = ("the job was dismissed by another client; its end was read from the block graph",)
     if end is not None and end.cancelled:
         return Verdict.CANCELLED, None, ()

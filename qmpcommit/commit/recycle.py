@@ -13,13 +13,16 @@ import asyncio
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.ledger import Ledger
 
 
 class FreshOverlay:
@@ -28,7 +31,14 @@ class FreshOverlay:
     Each step is safe to repeat. `thaw` continues the guest only if `freeze` paused it.
     """
 
-    def __init__(self, monitor: Monitor, plan: Plan, filename: str, cwd: str | None) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        plan: Plan,
+        filename: str,
+        cwd: str | None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.filename = filename
         self._cwd = cwd
         self.node = f"{plan.job_id}-top"
@@ -37,14 +47,28 @@ class FreshOverlay:
         self._file_node = f"{plan.job_id}-file"
         self._stopped_at: float | None = None
         self._tried = False
+        self._ledger = ledger
+        self._stop_noted = False
 
-    async def freeze(self) -> None:
+    def restore(self, *, stopped: bool) -> None:
+        """Take up what a former process did; it paused the guest if `stopped`."""
+        self._tried = self._stop_noted = True
+        if stopped:
+            self._stopped_at = asyncio.get_running_loop().time()
+
+    async def freeze(self, *, again: bool = False) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
 
-        Raises `CommitFailed` for a file that is there already: nothing is overwritten.
+        Raises `CommitFailed` for a file that is there already: nothing is overwritten. With
+        `again`, what is there under the overlay's node-name or its file name is what a former
+        process of ours made and never used: it is made anew.
         """
         path = os.path.join(self._cwd or os.getcwd(), self.filename)
-        if await asyncio.to_thread(os.path.lexists, path):
+        if again:
+            await self._discard()
+            with suppress(FileNotFoundError):
+                await asyncio.to_thread(os.unlink, path)
+        elif await asyncio.to_thread(os.path.lexists, path):
             raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
         try:
             await self._open()
@@ -52,6 +76,8 @@ class FreshOverlay:
             await self._discard()
             raise
         if await self._guest_runs():
+            if self._ledger is not None:
+                await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._monitor.execute("stop")
 
@@ -61,8 +87,10 @@ class FreshOverlay:
         The stale layers are closed before: QEMU lays nothing over a node that backs another.
         """
         if self._tried:
-            graph = await read_graph(self._monitor)
-            if "backing" in graph.nodes[self.node].children:
+            fresh = (await read_graph(self._monitor)).nodes.get(self.node)
+            if fresh is None:
+                raise CommitFailed(f"QEMU has no node {self.node} any more")
+            if "backing" in fresh.children:
                 return  # the reply was lost, not the command
         self._tried = True
         for image in (self._plan.top, *self._plan.between):

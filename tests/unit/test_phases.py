@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +35,7 @@ from qmpcommit.commit.facts import (
     Unanswered,
     Where,
 )
+from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.phases import Phase, State, Verdict
 from tests.unit.simulated import World
 
@@ -495,6 +498,10 @@ def test_nothing_more_happens_after_the_end() -> None:
 # -- any interleaving --------------------------------------------------------------------------
 
 
+class Died(Exception):
+    """Our process is killed."""
+
+
 class Driver:
     """Does what `CommitJob` does, on a simulated QEMU, with faults drawn by hypothesis."""
 
@@ -504,6 +511,7 @@ class Driver:
         self.faults = True
         self.consulting = False
         self.stalled = False
+        self.noted: dict[str, Any] | None = None
         if adopted:
             self.state, owed = phases.adopt(two_phase=world.two_phase)
         else:
@@ -513,7 +521,34 @@ class Driver:
         self.carry_out(owed)
 
     def carry_out(self, owed: list[Action]) -> None:
+        try:
+            self._carry_out(owed)
+        except Died:
+            self.rise()
+
+    def note(self) -> None:
+        """What is about to be done is written down; we may die before it is done."""
+        self.noted = json.loads(json.dumps(dump_state(self.state)))
+        if self.faults and self.draw(30) == 1:
+            raise Died
+
+    def rise(self) -> None:
+        """Another process goes on from what was written down."""
+        if self.noted is None:
+            return
+        self.world.told.clear()
+        self.world.link = self.world.alive
+        self.consulting = self.stalled = False
+        state = load_state(self.noted)
+        self.state, owed = phases.resume(state, same_vm=True if self.draw(2) else None)
+        if not self.world.alive:
+            self.world.told.append(News.LINK_LOST)
+        self.carry_out(owed)
+
+    def _carry_out(self, owed: list[Action]) -> None:
         for action in owed:
+            if isinstance(action, Command) or action in (Duty.FREEZE, Duty.OVERLAY, Duty.THAW):
+                self.note()
             match action:
                 case Command():
                     self.send(action)
@@ -633,6 +668,7 @@ CHAOS: list[Callable[[Driver], object]] = [
     lambda d: d.world.pause(True),
     lambda d: d.world.pause(False),
     lambda d: d.cut(),
+    Driver.rise,
     lambda d: d.world.fail(),
     lambda d: d.world.stall(),
     Driver.relieve,
