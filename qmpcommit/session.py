@@ -115,6 +115,15 @@ class Session(Monitor):
         """Cancel the commits still running, then disconnect; bounded in time."""
         await to_the_end(self._leave())
 
+    async def release(self) -> None:
+        """Disconnect and leave the jobs as they are in QEMU, for whoever resumes or adopts them."""
+        await to_the_end(self._release())
+
+    async def _release(self) -> None:
+        for job in list(self._jobs):
+            await job.detach()
+        await self._close()
+
     async def _leave(self) -> None:
         for job in list(self._jobs):
             await job.abandon()
@@ -160,11 +169,17 @@ class Session(Monitor):
         disk: str,
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
+        check: bool = True,
         **request: Any,
     ) -> Plan:
-        """Check a commit without sending anything; arguments and errors are those of `commit`."""
+        """Check a commit without sending anything; arguments and errors are those of `commit`.
+
+        Without `check`, the files are not looked at.
+        """
         asked = Request(disk=str(disk), **request)
         plan, graph = await self._plan(asked, policy)
+        if not check:
+            return plan
         return replace(plan, findings=await self._check(plan, graph))
 
     async def _check(

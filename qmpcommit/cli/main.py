@@ -53,6 +53,7 @@ COMMANDS = {
     "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
     "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
     "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
+    "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
 }
 """Name, home in this package, and the line in the list of commands."""
@@ -109,14 +110,14 @@ def cli() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
+def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
     """Run the command line and exit with its status.
 
-    Without `arguments` this is the process's own command line, and the process ends at once:
-    taking the interpreter apart would cost a fifth of a short run, and free nothing that the
-    kernel does not.
+    Without `arguments`, or with the `name` of another program, this is the process's own command
+    line, and the process ends at once: taking the interpreter apart would cost a fifth of a short
+    run, and free nothing that the kernel does not.
     """
-    own = arguments is None
+    own = arguments is None or name is not None
     gc.set_threshold(50_000)  # imports make objects, not garbage: looking for it costs 5 ms
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments

@@ -193,6 +193,10 @@ class CommitJob:
 
         self._task.add_done_callback(over)
 
+    async def let_go(self) -> None:
+        """Wait until the job does not hold the guest (any more), for whoever then detaches it."""
+        await self._until(lambda: not (self.state.frozen or self.state.status == "pending"))
+
     async def abandon(self) -> None:
         """Cancel the job and see it end, within `GRACE` seconds; for a caller that goes away.
 

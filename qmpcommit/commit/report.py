@@ -112,6 +112,7 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
             return CommitFailed(
                 f"the reply to block-commit for {subject} was lost, and QEMU knows no such job:"
                 " nothing was changed. Run it again",
+                begun=False,
             )
         case Verdict.FAILED:
             return CommitFailed(

@@ -1,0 +1,45 @@
+"""``qmpcommit daemon``, which is also installed as ``qmpcommitd``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.errors import InvalidRequest
+
+
+@click.command()
+@click.option("--config", metavar="FILE", required=True, help="The configuration, in TOML.")
+@click.option("--check-config", is_flag=True, help="Say whether it is right, and run nothing.")
+@common
+def daemon(config: str, check_config: bool, **given: Any) -> Answer:
+    """One process a host, many VMs: commits asked for over HTTP, and kept across restarts.
+
+    It needs more packages than the command: pip install 'qmpcommit[daemon]'. It runs until
+    SIGTERM, or for --timeout S, and then hands over: jobs stay in QEMU, and the next daemon
+    takes them up.
+    """
+    options = Options.of(**given)
+    try:
+        from qmpcommit.daemon.config import load
+        from qmpcommit.daemon.main import check, serve
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(
+            f"the daemon needs the package {error.name}: pip install 'qmpcommit[daemon]'"
+        ) from None
+    loaded = load(config)
+    check(loaded)
+    if check_config:
+        return Answer({"config": config, "right": True}, f"{config} is right", quiet=options.quiet)
+    serve(loaded, options.timeout)
+    return Answer({"config": config, "ended": "in order"}, "", quiet=True)
+
+
+def main() -> None:
+    """``qmpcommitd``."""
+    from qmpcommit.cli.main import main as command
+
+    command(["daemon", *sys.argv[1:]], name="qmpcommitd")

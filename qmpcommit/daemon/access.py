@@ -1,0 +1,228 @@
+"""Who may use the API, and how much of it: peer credentials, a bearer token, and bounds.
+
+`PeerProtocol` reads ``SO_PEERCRED`` of each connection to the Unix socket; `Gate` is the ASGI
+layer around the API that refuses strangers, large bodies, slow requests and too many at once,
+each with a problem document.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import hmac
+import json
+import pwd
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.errors import InvalidRequest
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+FIRST_REQUEST = 10.0
+"""Seconds that a connection gets for the first request's header."""
+
+STREAMS = ("/v1/events",)
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class PeerProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which tells the application its peer and waits for nobody long."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "peer": peer_of(transport)}
+        self._first = self.loop.call_later(FIRST_REQUEST, self._too_slow)
+
+    def _too_slow(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has hung up."""
+        self._first.cancel()
+        super().connection_lost(exc)
+
+
+def peer_of(transport: asyncio.Transport) -> Peer | None:
+    """The peer's credentials; None for a TCP connection."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family != socket.AF_UNIX:
+        return None
+    size = struct.calcsize("3i")
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return Peer(*struct.unpack("3i", raw))
+
+
+def user_id(name: str | int) -> int:
+    """A user's number; raises `InvalidRequest`."""
+    try:
+        return name if isinstance(name, int) else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise InvalidRequest(f"there is no user '{name}' on this host") from None
+
+
+def group_id(name: str | int) -> int:
+    """A group's number; raises `InvalidRequest`."""
+    try:
+        return name if isinstance(name, int) else grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise InvalidRequest(f"there is no group '{name}' on this host") from None
+
+
+class Allowed:
+    """Who may: users and groups by number, their supplementary groups included."""
+
+    def __init__(self, users: Iterable[int], groups: Iterable[int]) -> None:
+        self.users, self.groups = frozenset(users), frozenset(groups)
+
+    def __call__(self, peer: Peer) -> bool:
+        """Whether this peer may use the API."""
+        if peer.uid in self.users or peer.gid in self.groups:
+            return True
+        if not self.groups:
+            return False
+        with suppress(KeyError):
+            person = pwd.getpwuid(peer.uid)
+            return any(person.pw_name in _members(group) for group in self.groups)
+        return False
+
+
+def _members(group: int) -> list[str]:
+    with suppress(KeyError):
+        return grp.getgrgid(group).gr_mem
+    return []
+
+
+class TooLarge(Exception):
+    """A request's body is longer than it may be."""
+
+
+class Gate:
+    """What every request passes before it reaches the API."""
+
+    def __init__(
+        self, app: App, config: Config, allowed: Allowed, token: str | None, metrics: Metrics
+    ) -> None:
+        self._app, self._allowed, self._token, self._metrics = app, allowed, token, metrics
+        self._limits = config.limits
+        self._requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI scope."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send, scope["method"], self._metrics)
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await answer.problem(*refusal)
+            return
+        self._requests += 1
+        try:
+            if scope["path"] in STREAMS:
+                await self._app(scope, receive, answer)
+                return
+            async with asyncio.timeout(self._limits.request_time):
+                await self._app(scope, self._bounded(receive), answer)
+        except TooLarge:
+            await answer.problem(
+                413, "Too large", f"a request has at most {self._limits.request_size} bytes"
+            )
+        except TimeoutError:
+            seconds = self._limits.request_time
+            await answer.problem(503, "Too slow", f"it could not be answered within {seconds:g} s")
+        finally:
+            self._requests -= 1
+
+    def _refusal(self, scope: Scope) -> tuple[int, str, str] | None:
+        peer = scope.get("state", {}).get("peer")
+        if peer is not None:
+            if not self._allowed(peer):
+                return 403, "Forbidden", f"user {peer.uid} may not use this daemon"
+        elif not self._has_token(scope):
+            return 401, "Unauthorized", "give the daemon's token: Authorization: Bearer TOKEN"
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > self._limits.request_size:
+            return 413, "Too large", f"a request has at most {self._limits.request_size} bytes"
+        if self._requests >= self._limits.requests:
+            return 503, "Busy", f"{self._limits.requests} requests are being answered already"
+        return None
+
+    def _has_token(self, scope: Scope) -> bool:
+        given = _header(scope, b"authorization")
+        wanted = f"Bearer {self._token}".encode()
+        return self._token is not None and hmac.compare_digest(given, wanted)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        left = self._limits.request_size
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise TooLarge
+            return message
+
+        return bounded
+
+
+class _Answer:
+    """Sends, and knows whether the answer has begun."""
+
+    def __init__(self, send: Send, method: str, metrics: Metrics) -> None:
+        self._send, self._method, self._metrics = send, method, metrics
+        self._begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._begun = True
+            status = str(message["status"])
+            method = self._method if self._method in ("GET", "POST", "DELETE") else "other"
+            self._metrics.requests.labels(method, status).inc()
+        await self._send(message)
+
+    async def problem(self, status: int, title: str, detail: str) -> None:
+        """A problem document, where nothing was answered yet."""
+        if self._begun:
+            return
+        body = json.dumps(
+            {"type": f"urn:qmpcommit:http:{status}", "title": title, "status": status,
+             "detail": detail}
+        ).encode()  # fmt: skip
+        headers = [
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self({"type": "http.response.start", "status": status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return b""

@@ -1,0 +1,354 @@
+"""The HTTP API: FastAPI over the engine. Errors are RFC 9457 problem documents."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Header, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import qmpcommit
+from qmpcommit.daemon.engine import (
+    CommitNotFound,
+    Engine,
+    KeyReused,
+    QueueFull,
+    VMNotFound,
+)
+from qmpcommit.daemon.feed import Feed
+from qmpcommit.daemon.models import (
+    CommitRequest,
+    CommitView,
+    Decision,
+    NewVM,
+    Problem,
+    Progress,
+    VMView,
+)
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.registry import VM
+from qmpcommit.errors import (
+    ChainError,
+    CommandRefused,
+    CommitFailed,
+    ConnectError,
+    DiskNotFound,
+    InvalidRequest,
+    JobConflict,
+    JobNotFound,
+    MonitorLost,
+    NoSpace,
+    NotReady,
+    PolicyRequired,
+    QmpCommitError,
+    VMGone,
+    VMStateError,
+)
+from qmpcommit.journal import JournalError
+from qmpcommit.values import Record
+
+_STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
+    (VMNotFound, 404, "No such VM"),
+    (CommitNotFound, 404, "No such commit"),
+    (DiskNotFound, 404, "No such disk"),
+    (JobNotFound, 404, "No such job"),
+    (PolicyRequired, 422, "A policy is required"),
+    (KeyReused, 422, "The key was used before"),
+    (InvalidRequest, 422, "Invalid request"),
+    (NotReady, 409, "Not ready"),
+    (JobConflict, 409, "Conflict"),
+    (ChainError, 409, "The chain does not allow it"),
+    (VMStateError, 409, "The VM's state does not allow it"),
+    (NoSpace, 507, "No space"),
+    (QueueFull, 503, "The queue is full"),
+    (JournalError, 503, "The journal has no room"),
+    (ConnectError, 503, "The VM is away"),
+    (MonitorLost, 503, "The VM is away"),
+    (VMGone, 503, "The VM is gone"),
+    (CommandRefused, 502, "QEMU refused"),
+    (CommitFailed, 409, "It can't be done"),
+)
+_PROBLEM_TYPE = "application/problem+json"
+_TEXT = {400: "Malformed", 401: "The token is missing or wrong", 403: "Not your daemon",
+         404: "Not found", 409: "Not now", 413: "Too large", 422: "Invalid", 502: "QEMU refused",
+         503: "Not available", 507: "No space"}  # fmt: skip
+
+VMPath = Annotated[str, Path(max_length=64, examples=["web1"])]
+CommitPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
+Key = Annotated[
+    str | None,
+    Header(min_length=1, max_length=255, description="Repeating a request with it has no effect"),
+]
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"model": Problem, "description": _TEXT[status]}
+        for status in (400, 401, 403, 413, *statuses, 503)
+    }
+
+
+class ProblemResponse(JSONResponse):
+    """A problem document."""
+
+    media_type = _PROBLEM_TYPE
+
+
+def _problem(status: int, kind: str, title: str, detail: str, **more: Any) -> ProblemResponse:
+    body = {"type": f"urn:qmpcommit:{kind}", "title": title, "status": status, "detail": detail}
+    return ProblemResponse({**body, **more}, status_code=status)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, QmpCommitError)
+    status, title = 500, "Failed"
+    for kind, code, text in _STATUS:
+        if isinstance(error, kind):
+            status, title = code, text
+            break
+    facts = json.loads(json.dumps(error.to_dict(), default=str))
+    return _problem(status, type(error).__name__, title, error.message, error=facts)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    wrong = [
+        {"where": ".".join(str(part) for part in each["loc"]), "what": each["msg"]}
+        for each in error.errors()[:20]
+    ]
+    malformed = any(each["type"] == "json_invalid" for each in error.errors())
+    detail = "; ".join(f"{each['where']}: {each['what']}" for each in wrong)
+    status = 400 if malformed else 422
+    return _problem(status, "InvalidRequest", _TEXT[status], detail[:2000], errors=wrong)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    title = _TEXT.get(error.status_code, "Not possible")
+    answer = _problem(error.status_code, f"http:{error.status_code}", title, str(error.detail))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+def view_vm(vm: VM) -> VMView:
+    """A VM as the API shows it."""
+    return VMView(
+        name=vm.name, qmp=vm.qmp, connect=vm.connect, origin=vm.origin, state=vm.state,
+        pid=vm.session.peer_pid if vm.session is not None and vm.state == "connected" else None,
+        error=vm.error.message if vm.error is not None else None,
+    )  # fmt: skip
+
+
+def view_commit(engine: Engine, promise: Promise, progress: Progress | None = None) -> CommitView:
+    """A commit as the API shows it."""
+    return CommitView.model_validate(
+        {
+            "id": promise.id,
+            "vm": promise.vm,
+            "disk": promise.disk,
+            "job_id": promise.job_id,
+            "state": promise.state,
+            "phase": promise.phase,
+            "priority": promise.priority,
+            "created": promise.created,
+            "position": engine.position(promise),
+            "storage": promise.storage,
+            "bandwidth": promise.rate or promise.request.bandwidth,
+            "ready": promise.ready,
+            "ended": promise.ended,
+            "decision": promise.decision,
+            "progress": progress,
+            "request": promise.request.model_dump(mode="json", exclude_unset=True),
+            "outcome": promise.outcome,
+            "error": promise.error,
+        }
+    )
+
+
+def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of routes)
+    """The API over an engine."""
+    app = FastAPI(
+        title="qmpcommitd",
+        version=qmpcommit.__version__,
+        description="Live block commit over QMP, both phases of it, for the VMs of one host.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_exception_handler(QmpCommitError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+
+    @app.get("/v1/vms", responses=_problems(), tags=["vms"])
+    async def list_vms() -> list[VMView]:
+        """All VMs, by name."""
+        return [view_vm(vm) for _, vm in sorted(engine.registry.vms.items())]
+
+    @app.post("/v1/vms", status_code=201, responses=_problems(409, 422), tags=["vms"])
+    async def add_vm(new: NewVM) -> VMView:
+        """Make a VM known; it stays known across restarts."""
+        return view_vm(await engine.add_vm(new.name, new.qmp, new.connect))
+
+    @app.get("/v1/vms/{vm}", responses=_problems(404), tags=["vms"])
+    async def get_vm(vm: VMPath) -> VMView:
+        """One VM."""
+        return view_vm(engine.vm(vm))
+
+    @app.delete("/v1/vms/{vm}", status_code=204, responses=_problems(404, 409), tags=["vms"])
+    async def remove_vm(vm: VMPath) -> None:
+        """Forget a VM that was added; it must have no commits."""
+        await engine.remove_vm(vm)
+
+    @app.get("/v1/vms/{vm}/disks", responses=_problems(404, 502), tags=["vms"])
+    async def list_disks(vm: VMPath) -> list[dict[str, Any]]:
+        """The disks of a VM with their backing chains, active layer first."""
+        async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
+            disks = await session.disks()
+        return [_dump(disk) for disk in disks]
+
+    @app.get("/v1/vms/{vm}/jobs", responses=_problems(404, 502), tags=["vms"])
+    async def list_jobs(vm: VMPath) -> list[dict[str, Any]]:
+        """The block jobs of a VM as QEMU lists them, with the commit that owns each."""
+        async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
+            jobs = await session.execute("query-block-jobs")
+        owners = {promise.job_id: promise.id for promise in engine.live.values()}
+        return [{**job, "commit": owners.get(job.get("device"))} for job in jobs]
+
+    @app.post(
+        "/v1/vms/{vm}/commits",
+        status_code=202,
+        responses=_problems(404, 409, 422, 502, 507),
+        tags=["commits"],
+    )
+    async def commit(
+        vm: VMPath, asked: CommitRequest, response: Response, idempotency_key: Key = None
+    ) -> CommitView:
+        """Promise a commit. What was answered with 202 is kept, whatever happens to the daemon."""
+        text = json.dumps([vm, asked.model_dump(mode="json")], sort_keys=True)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        promise, again = await engine.take(vm, asked, idempotency_key, fingerprint)
+        response.headers["Location"] = f"/v1/commits/{promise.id}"
+        if again:
+            response.headers["Idempotent-Replay"] = "true"
+        return view_commit(engine, promise)
+
+    @app.get("/v1/commits", responses=_problems(422), tags=["commits"])
+    async def list_commits(
+        vm: Annotated[str | None, Query(max_length=64)] = None,
+        state: Annotated[
+            str | None, Query(pattern="^(queued|running|done|failed|cancelled)$")
+        ] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> list[CommitView]:
+        """Commits, the newest first: those under way and those that have ended."""
+        sql = (
+            "SELECT * FROM commits WHERE (?1 IS NULL OR vm = ?1) AND (?2 IS NULL OR state = ?2)"
+            " ORDER BY created DESC, rowid DESC LIMIT ?3"
+        )
+        rows = await engine.journal.read(sql, vm, state, limit)
+        found = [
+            engine.live.get(row["id"]) or Promise.load(row, engine.journal, engine.metrics)
+            for row in rows
+        ]
+        return [view_commit(engine, promise) for promise in found]
+
+    @app.get("/v1/commits/{commit_id}", responses=_problems(404, 422), tags=["commits"])
+    async def get_commit(
+        commit_id: CommitPath,
+        wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
+    ) -> CommitView:
+        """One commit, with its progress while it runs, and its outcome or error in the end."""
+        promise = await engine.commit(commit_id)
+        if wait and not promise.over.is_set():
+            try:
+                async with asyncio.timeout(wait):
+                    await promise.over.wait()
+            except TimeoutError:
+                pass
+        return view_commit(engine, promise, await _progress(promise))
+
+    @app.delete(
+        "/v1/commits/{commit_id}",
+        status_code=202,
+        responses=_problems(404, 409, 422),
+        tags=["commits"],
+    )
+    async def cancel_commit(commit_id: CommitPath) -> CommitView:
+        """Cancel a commit: one that waits is never begun, one that runs is aborted."""
+        return view_commit(engine, await engine.decide(commit_id, "abort"))
+
+    @app.post(
+        "/v1/commits/{commit_id}/decision",
+        status_code=202,
+        responses=_problems(404, 409, 422),
+        tags=["commits"],
+    )
+    async def decide(commit_id: CommitPath, decision: Decision) -> CommitView:
+        """Decide the second phase; 409 when the commit is not READY, and it goes on unharmed."""
+        return view_commit(engine, await engine.decide(commit_id, decision.action))
+
+    @app.get(
+        "/v1/events",
+        responses={
+            **_problems(422),
+            200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"},
+        },
+        response_class=StreamingResponse,
+        tags=["events"],
+    )
+    async def follow(
+        last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
+        after: Annotated[int | None, Query(ge=0, le=2**62)] = None,
+        vm: Annotated[str | None, Query(max_length=64)] = None,
+        commit: Annotated[str | None, Query(max_length=64)] = None,
+    ) -> StreamingResponse:
+        """Every change of state, as it becomes durable; resumable with ``Last-Event-ID``."""
+        if len(engine.followers) >= engine.config.limits.followers:
+            raise QueueFull("too many follow the events already")
+        feed = Feed(engine, last_event_id if last_event_id is not None else after, vm, commit)
+        return StreamingResponse(
+            aiter(feed), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["watching"])
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        engine.gauge()
+        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/healthz", tags=["watching"])
+    async def healthz() -> dict[str, Any]:
+        """Whether the daemon is alive."""
+        return {"status": "ok", "version": qmpcommit.__version__, "time": time.time()}
+
+    @app.get("/readyz", responses=_problems(), tags=["watching"])
+    async def readyz() -> Response:
+        """Whether the daemon takes commits."""
+        reasons = engine.unready()
+        if reasons:
+            return _problem(503, "NotReadyToServe", "Not available", "; ".join(reasons))
+        aside = engine.journal.set_aside
+        warnings = [f"a damaged journal was set aside as {aside}"] if aside else []
+        return JSONResponse({"status": "ready", "warnings": warnings})
+
+    return app
+
+
+def _dump(value: Record) -> dict[str, Any]:
+    return value.model_dump(mode="json")
+
+
+async def _progress(promise: Promise) -> Progress | None:
+    job = promise.job
+    if job is None or not job.state.running:
+        return None
+    async for seen in job.progress():
+        return Progress.model_validate(
+            {name: value for name, value in seen.model_dump().items() if name != "phase"}
+        )
+    return None

@@ -1,0 +1,182 @@
+"""The daemon's configuration: a TOML file, checked to its last member before anything runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from qmpcommit.errors import InvalidRequest
+from qmpcommit.qmp.address import Address
+from qmpcommit.units import parse_seconds, parse_size
+
+DEFAULT_SOCKET = "/run/qmpcommit/qmpcommitd.sock"
+MAX_CONFIG = 1 << 20
+"""Bytes; a configuration is not larger."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """A VM's name, fit for a path of the API; raises ValueError."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "a VM's name is up to 64 letters, digits, '.', '_' and '-', beginning with a letter or"
+            " digit"
+        )
+    return name
+
+
+def check_address(address: str) -> str:
+    """A monitor's address; raises ValueError."""
+    Address.parse(address)
+    return address
+
+
+def _size(value: Any) -> int:
+    return parse_size(value, "size")
+
+
+def _seconds(value: Any) -> float:
+    return parse_seconds(value, "time")
+
+
+VMName = Annotated[str, AfterValidator(check_name)]
+QMPAddress = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_address)]
+Size = Annotated[int, BeforeValidator(_size)]
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+Connect = Literal["keep", "on-demand"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(_Section):
+    """Where the API is served, and to whom.
+
+    `users` and `groups` are those who may use the Unix socket, beside root and the daemon's own
+    user: names or numbers. `tcp` is a loopback address, HOST:PORT, which needs the bearer token
+    in `token_file`.
+    """
+
+    socket: str = DEFAULT_SOCKET
+    mode: str = Field(default="0660", pattern=r"^0?[0-7]{3}$")
+    group: str | None = None
+    users: tuple[str | int, ...] = ()
+    groups: tuple[str | int, ...] = ()
+    tcp: str | None = Field(
+        default=None, pattern=r"^(127\.\d+\.\d+\.\d+|\[::1\]|localhost):\d{1,5}$"
+    )
+    token_file: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Listen:
+        if self.tcp is not None and self.token_file is None:
+            raise ValueError("tcp needs a token_file: whoever can reach a port is not known")
+        return self
+
+
+class Limits(_Section):
+    """What runs at once, and what a client may ask.
+
+    `bandwidth` is the budget in bytes per second that running copies share (0: none); `queue`
+    how many commits may wait; `gone_after` for how many seconds a VM may be away before its
+    commits are given up.
+    """
+
+    commits: int = Field(default=16, ge=1)
+    per_vm: int = Field(default=2, ge=1)
+    per_storage: int = Field(default=4, ge=1)
+    bandwidth: Size = 0
+    queue: int = Field(default=10_000, ge=0)
+    connects: int = Field(default=32, ge=1)
+    gone_after: Seconds = 60.0
+    request_size: Size = 65536
+    request_time: Seconds = 30.0
+    requests: int = Field(default=256, ge=1)
+    followers: int = Field(default=64, ge=0)
+
+
+class Discover(_Section):
+    """VMs found by their monitors' sockets; ``*`` in the last folder's name is the VM's name."""
+
+    glob: str
+    connect: Connect = "keep"
+
+
+class ConfiguredVM(_Section):
+    """A VM that is always there, running or not."""
+
+    name: VMName
+    qmp: QMPAddress
+    connect: Connect = "keep"
+
+
+class Config(_Section):
+    """All of it.
+
+    `state` is the folder of the journal; `commands` tells whether clients may have commands run
+    (``only_if``, a check, ``on_pivot``), which are run as the daemon's user; `retain_days` is for
+    how long ended commits are kept.
+    """
+
+    state: str = "/var/lib/qmpcommit"
+    log: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    commands: bool = False
+    retain_days: float = Field(default=30.0, gt=0)
+    discover_every: Seconds = 2.0
+    listen: Listen = Listen()
+    limits: Limits = Limits()
+    discover: tuple[Discover, ...] = ()
+    vm: tuple[ConfiguredVM, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        names = [vm.name for vm in self.vm]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several VMs are called {', '.join(twice)}")
+        return self
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read a configuration; raises `InvalidRequest` that names each wrong member."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise InvalidRequest(f"the configuration {path} can't be read: {error.strerror}") from None
+    if len(raw) > MAX_CONFIG:
+        raise InvalidRequest(f"the configuration {path} is larger than {MAX_CONFIG} bytes")
+    return parse(raw, str(path))
+
+
+def parse(raw: bytes, source: str) -> Config:
+    """A configuration from its text; raises `InvalidRequest`."""
+    try:
+        return Config.model_validate(tomllib.loads(raw.decode()))
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"the configuration {source} is not UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise InvalidRequest(f"the configuration {source} is no TOML: {error}") from None
+        wrong = "; ".join(f"{_path(each['loc'])}: {each['msg']}" for each in error.errors())
+        raise InvalidRequest(f"the configuration {source} is wrong: {wrong}") from None
+
+
+def _path(location: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in location) or "top"

@@ -1,0 +1,693 @@
+"""The daemon's engine: takes promises, keeps them, and takes them up again after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from qmpcommit.block.chain import absolute
+from qmpcommit.commit import phases
+from qmpcommit.commit.aftermath import OnPivot, Stall
+from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.pace import Converge
+from qmpcommit.commit.phases import Phase, Verdict
+from qmpcommit.commit.plan import JOB_PREFIX, Plan, new_job_id
+from qmpcommit.commit.policy import Ready, run_command
+from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
+from qmpcommit.errors import (
+    CommandRefused,
+    CommitFailed,
+    ConnectError,
+    DeadlineExceeded,
+    InvalidRequest,
+    JobConflict,
+    JobNotFound,
+    MonitorLost,
+    NotReady,
+    QmpCommitError,
+    VMGone,
+)
+from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
+from qmpcommit.log import Log
+from qmpcommit.session import Session
+from qmpcommit.tasks import stop
+
+HOOK_TIMEOUT = 60.0
+STALL_PAUSE = 2.0
+HAND_OVER = 1.2
+"""Seconds that a commit which holds its guest gets to let it go before the daemon stops."""
+
+MAX_BEGINS = 3
+"""How often a commit is begun that QEMU turns out not to know."""
+
+_AWAY = (ConnectError, MonitorLost)
+
+
+class VMNotFound(QmpCommitError):
+    """The daemon knows no VM of that name."""
+
+
+class QueueFull(QmpCommitError):
+    """The daemon takes no more commits at the moment."""
+
+
+class KeyReused(QmpCommitError):
+    """The ``Idempotency-Key`` was used for another request before."""
+
+
+class CommitNotFound(QmpCommitError):
+    """The daemon knows no commit with that id."""
+
+
+class Engine:
+    """All of the daemon but its API.
+
+    `follow` is called with each journaled event; `stopping` tells that no new work is taken.
+    """
+
+    def __init__(self, config: Config, journal: Journal, metrics: Metrics | None = None) -> None:
+        self.config, self.journal = config, journal
+        self.metrics = metrics or Metrics()
+        self.registry = Registry(config, self._on_up, self._on_change)
+        self.followers: set[Callable[[Event], object]] = set()
+        self.stopping = False
+        self.recovered = False
+        self.orphans: dict[str, dict[str, str]] = {}
+        limits = config.limits
+        self.scheduler = Scheduler(
+            Caps(limits.commits, limits.per_vm, limits.per_storage, limits.bandwidth)
+        )
+        self.live: dict[str, Promise] = {}
+        self.log = Log()
+        self._sharing: set[asyncio.Task[None]] = set()
+        journal.on_event = self._tell
+        journal.on_batch = self._count_batch
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take up what the journal holds, then look for VMs."""
+        for row in await self.journal.read("SELECT * FROM vms"):
+            spec = json.loads(row["spec"])
+            configured = {vm.name for vm in self.config.vm}
+            if row["name"] not in configured:
+                self.registry.add(row["name"], spec["qmp"], spec["connect"], "api")
+        rows = await self.journal.read(
+            "SELECT * FROM commits WHERE state IN ('queued', 'running') ORDER BY created, rowid"
+        )
+        for row in rows:
+            promise = Promise.load(row, self.journal, self.metrics)
+            self.live[promise.id] = promise
+            if promise.state == "running":
+                self.scheduler.resume(self._entry(promise))
+                promise.may_run.set()
+            else:
+                self.scheduler.add(self._entry(promise))
+        self.registry.start()
+        for promise in list(self.live.values()):
+            self._launch(promise)
+        self.recovered = True
+        self._schedule()
+        if rows:
+            self.log.info("recovered", commits=len(rows))
+        await self._prune()
+
+    async def stop(self) -> None:
+        """Hand over: no new work, jobs stay in QEMU as they are, and the next daemon goes on."""
+        self.stopping = True
+        jobs = [promise.job for promise in self.live.values() if promise.job is not None]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER):
+                await asyncio.gather(*(job.let_go() for job in jobs))
+        tasks = [promise.task for promise in self.live.values() if promise.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*(job.detach() for job in jobs))
+        if tasks:
+            await asyncio.wait(tasks)
+        for sharing in list(self._sharing):
+            await stop(sharing)
+        await self.registry.close()
+        await self.journal.close()
+
+    async def _prune(self) -> None:
+        """Forget what ended long ago."""
+        before = time.time() - self.config.retain_days * 86400
+        with suppress(JournalFull):
+            await self.journal.write(
+                Statement("DELETE FROM commits WHERE ended < ?", (before,)),
+                Statement("DELETE FROM events WHERE at < ?", (before,)),
+                Statement("DELETE FROM keys WHERE created < ?", (before,)),
+            )
+
+    # -- VMs --------------------------------------------------------------------------------------
+
+    def vm(self, name: str) -> VM:
+        """The VM of that name; raises `VMNotFound`."""
+        vm = self.registry.vms.get(name)
+        if vm is None:
+            raise VMNotFound(
+                f"no VM is called '{name}'; GET /v1/vms lists those that are known", vm=name
+            )
+        return vm
+
+    async def add_vm(self, name: str, qmp: str, connect: Any) -> VM:
+        """Make a VM known for good; raises `JobConflict` for a name that is taken."""
+        known = self.registry.vms.get(name)
+        if known is not None:
+            if (known.qmp, known.connect) == (qmp, connect):
+                return known
+            raise JobConflict(
+                f"a VM called '{name}' is known already, at {known.qmp}; remove it first", vm=name
+            )
+        spec = json.dumps({"qmp": qmp, "connect": connect})
+        sql = "INSERT OR REPLACE INTO vms (name, spec) VALUES (?, ?)"
+        await self.journal.write(Statement(sql, (name, spec)))
+        return self.registry.vms.get(name) or self.registry.add(name, qmp, connect, "api")
+
+    async def remove_vm(self, name: str) -> None:
+        """Forget a VM; raises `VMNotFound`, or `JobConflict` while it has commits."""
+        vm = self.vm(name)
+        busy = [promise.id for promise in self.live.values() if promise.vm == name]
+        if busy:
+            raise JobConflict(
+                f"{name} has commits that have not ended ({', '.join(busy)}); wait for them, or"
+                " abort them",
+                vm=name,
+            )
+        if vm.origin == "config":
+            raise JobConflict(f"{name} is in the configuration; remove it there", vm=name)
+        await self.journal.write(Statement("DELETE FROM vms WHERE name = ?", (name,)))
+        if name in self.registry.vms:
+            await self.registry.remove(name)
+
+    async def _on_up(self, vm: VM) -> None:
+        """Just connected: whatever of ours holds a guest is resolved before anything else."""
+        session = vm.session
+        assert session is not None
+        owned = {promise.job_id for promise in self.live.values() if promise.vm == vm.name}
+        orphans: dict[str, str] = {}
+        for job in await session.execute("query-jobs"):
+            name, status = str(job.get("id")), str(job.get("status"))
+            if not name.startswith(JOB_PREFIX) or name in owned or job.get("type") != "commit":
+                continue
+            if status == "pending":
+                self.log.warning("orphan_held_its_disk", vm=vm.name, job=name)
+                with suppress(CommandRefused):
+                    await session.execute("job-cancel", {"id": name})
+            orphans[name] = status
+        self.orphans[vm.name] = orphans
+        self.metrics.orphans.labels(vm.name).set(len(orphans))
+        for name, status in orphans.items():
+            self.log.warning("orphan_job", vm=vm.name, job=name, status=status)
+
+    def _on_change(self, vm: VM, what: str) -> None:
+        if what == "lost":
+            self.metrics.reconnects.inc()
+        self.log.info(f"vm_{what}", vm=vm.name)
+        data = {"vm": vm.name, "state": vm.state, "change": what}
+        self.journal.write_soon(events=[event("vm", vm.name, None, json.dumps(data))])
+
+    # -- taking promises --------------------------------------------------------------------------
+
+    async def take(
+        self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
+    ) -> tuple[Promise, bool]:
+        """A promise for a request, durable; and whether its key had been given before.
+
+        Raises what `Session.plan` raises, `VMNotFound`, `QueueFull`, `KeyReused`, `JournalFull`.
+        """
+        if key is not None:
+            known = await self._known(key, fingerprint)
+            if known is not None:
+                return known, True
+        self._check_room(request)
+        vm = self.vm(vm_name)
+        plan = await self._plan(vm, request)
+        self._check_room(request)  # others may have come meanwhile
+        job_id = request.job_id or new_job_id(plan.disk)
+        if any(p.vm == vm_name and p.job_id == job_id for p in self.live.values()):
+            raise JobConflict(f"a commit with the job id {job_id} has not ended yet", vm=vm_name)
+        promise = Promise(
+            uuid.uuid4().hex, vm_name, request, job_id, journal=self.journal, metrics=self.metrics
+        )
+        promise.storage = await asyncio.to_thread(_storage_of, plan, vm)
+        statements = [promise.insertion()]
+        if key is not None:
+            sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, ?, ?)"
+            statements.append(Statement(sql, (key, fingerprint, promise.id, promise.created)))
+        self.live[promise.id] = promise
+        try:
+            await self.journal.write(*statements, events=[promise.event()])
+        except BaseException as error:
+            del self.live[promise.id]
+            if key is not None and type(error).__name__ == "IntegrityError":
+                known = await self._known(key, fingerprint)
+                if known is not None:
+                    return known, True
+            raise
+        self.scheduler.add(self._entry(promise))
+        self._launch(promise)
+        self._schedule()
+        return promise, False
+
+    def _check_room(self, request: CommitRequest) -> None:
+        if self.stopping:
+            raise QueueFull("the daemon is stopping; ask the next one")
+        if self.journal.full:
+            # Whether there is room again is found by trying, not by refusing for ever.
+            self.journal.write_soon(Statement("DELETE FROM keys WHERE created < 0"))
+            raise JournalFull(
+                f"the disk under the journal {self.journal.path} is full: no new commit can be"
+                " promised. Make room; running commits go on"
+            )
+        if len(self.live) >= self.config.limits.commits + self.config.limits.queue:
+            raise QueueFull("too many commits wait already; ask again when some have ended")
+        if request.runs_commands and not self.config.commands:
+            raise InvalidRequest(
+                "this daemon runs no commands for its clients (only_if, on_pivot, a check): set"
+                " commands = true in its configuration to allow it. Nothing was sent"
+            )
+
+    async def _known(self, key: str, fingerprint: str) -> Promise | None:
+        rows = await self.journal.read("SELECT * FROM keys WHERE key = ?", key)
+        if not rows:
+            return None
+        if rows[0]["fingerprint"] != fingerprint:
+            raise KeyReused("this Idempotency-Key was used for another request; use a new one")
+        return await self.commit(rows[0]["commit_id"])
+
+    async def _plan(self, vm: VM, request: CommitRequest) -> Plan:
+        async with self.registry.use(vm, wait=1.0) as session:
+            return await session.plan(
+                request.disk,
+                policy=request.policy,
+                check=False,
+                base=request.base,
+                top=request.top,
+                shallow=request.shallow,
+                bandwidth=request.bandwidth,
+                job_id=request.job_id,
+                stale=_stale(request),
+                on_error=request.on_error,
+                carry_bitmaps=request.carry_bitmaps,
+                keep_relative=request.keep_relative,
+                filter_node_name=request.filter_node_name,
+                backing_mask_protocol=request.backing_mask_protocol,
+            )
+
+    async def commit(self, commit_id: str) -> Promise:
+        """The commit of that id, ended ones included; raises `CommitNotFound`."""
+        promise = self.live.get(commit_id)
+        if promise is not None:
+            return promise
+        rows = await self.journal.read("SELECT * FROM commits WHERE id = ?", commit_id)
+        if not rows:
+            raise CommitNotFound(f"there is no commit '{commit_id}'")
+        return Promise.load(rows[0], self.journal, self.metrics)
+
+    async def decide(self, commit_id: str, action: str) -> Promise:
+        """Carry out a decision, durable before it is answered.
+
+        Raises `NotReady`, `JobConflict` or `CommitNotFound`.
+        """
+        promise = await self.commit(commit_id)
+        where = {"vm": promise.vm, "disk": promise.disk, "job_id": promise.job_id}
+        if promise.state == "queued":
+            if action != "abort":
+                raise NotReady(f"commit {commit_id} waits in the queue still", **where)
+            await self._cancel(promise)
+            return promise
+        job = promise.job
+        if promise.over.is_set() or (job is not None and not job.state.running):
+            raise JobConflict(f"commit {commit_id} has ended already", **where)
+        if job is None and action != "abort":
+            raise NotReady(
+                f"commit {commit_id} can't be decided: the monitor of {promise.vm} is away, or is"
+                " being asked where the job is. It goes on; ask again",
+                **where,
+            )
+        if job is not None:
+            objection = phases.objection(job.state, Choice(action))
+            if objection is not None:
+                self._orders(job)[action]()  # which says why not
+        await promise.decide(action)
+        if job is not None:
+            with suppress(NotReady, JobConflict):  # it has moved on meanwhile
+                self._orders(job)[action]()
+        return promise
+
+    def _orders(self, job: CommitJob) -> dict[str, Callable[[], object]]:
+        return {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}
+
+    async def _cancel(self, promise: Promise) -> None:
+        """A queued one: nothing was sent."""
+        self.scheduler.remove(promise.id)
+        if promise.task is not None:
+            await stop(promise.task)
+        await promise.end("cancelled")
+        self._ended(promise)
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def _entry(self, promise: Promise) -> Entry:
+        rate = promise.request.bandwidth or 0
+        return Entry(promise.id, promise.vm, promise.storage, promise.priority, rate)
+
+    def _launch(self, promise: Promise) -> None:
+        promise.task = asyncio.create_task(self._run(promise), name=f"promise {promise.id}")
+
+    def _schedule(self) -> None:
+        """Start what may run now, and divide the bandwidth anew."""
+        if self.stopping or not self.recovered:
+            return
+        for entry in self.scheduler.start():
+            self.live[entry.id].may_run.set()
+        if self.config.limits.bandwidth:
+            task = asyncio.create_task(self._share(), name="bandwidth shares")
+            self._sharing.add(task)
+            task.add_done_callback(self._sharing.discard)
+
+    async def _share(self) -> None:
+        for commit_id, rate in self.scheduler.shares(self._copying()).items():
+            promise = self.live.get(commit_id)
+            if promise is None or promise.job is None or promise.rate == rate:
+                continue
+            promise.rate = rate
+            with suppress(QmpCommitError):  # it has ended, or its monitor is away
+                await promise.job.set_bandwidth(rate)
+
+    def _copying(self) -> list[str]:
+        copying = ("", Phase.STARTING.value, Phase.COPYING.value)
+        return [i for i in self.scheduler.running if self.live[i].phase in copying]
+
+    async def _run(self, promise: Promise) -> None:
+        """One promise to its end."""
+        await promise.may_run.wait()
+        if promise.state == "queued":
+            await promise.run()
+        begins = 0
+        try:
+            while True:
+                try:
+                    outcome = await self._attempt(promise)
+                except VMGone as error:
+                    if not is_alive(promise.identity):
+                        await self._fail(promise, error)
+                        break
+                    await self._wait_for_vm(promise, error)  # its monitor's socket is gone
+                except _AWAY as error:
+                    await self._wait_for_vm(promise, error)
+                except CommitFailed as error:
+                    begins += 1
+                    if error.facts.get("begun") is not False or begins >= MAX_BEGINS:
+                        await self._fail(promise, error)
+                        break
+                    promise.log.warning("begin_again", why=error.message)
+                    await promise.forget_begin()
+                except QmpCommitError as error:
+                    await self._fail(promise, error)
+                    break
+                else:
+                    await promise.end("done", outcome=outcome)
+                    self._count(promise, outcome)
+                    break
+        except GivenUp as given_up:
+            await self._fail(promise, given_up.error)
+        except Exception as error:  # a bug of ours must not leave a promise without an end
+            promise.log.warning("bug", error=repr(error))
+            await self._fail(promise, QmpCommitError(f"internal error: {error!r}"))
+        self._ended(promise)
+
+    async def _attempt(self, promise: Promise) -> CommitOutcome:
+        """Begin, or go on with, the job on a session, and see its end."""
+        vm = self.registry.vms.get(promise.vm)
+        if vm is None:
+            raise ConnectError(f"no VM is called '{promise.vm}' at the moment", vm=promise.vm)
+        async with self.registry.use(vm) as session:
+            try:
+                if promise.begun:
+                    job = await self._resume(promise, vm, session)
+                else:
+                    job = await self._begin(promise, vm, session)
+                promise.job = job
+                self._schedule()
+                if promise.decision is not None:
+                    self._when_possible(promise, job)
+                return await job.wait()
+            finally:
+                promise.job = None
+
+    async def _begin(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
+        request = promise.request
+        promise.identity = vm.identity
+        timeout = _time_left(promise)
+        rate = self.scheduler.shares(self._copying()).get(promise.id, request.bandwidth or 0)
+        promise.rate = rate
+        return await session.commit(
+            request.disk,
+            policy=promise.decided_policy() if request.policy is not None else None,
+            base=request.base,
+            top=request.top,
+            shallow=request.shallow,
+            bandwidth=rate or None,
+            stale=_stale(request),
+            on_pivot=self._on_pivot(promise),
+            on_error=request.on_error,
+            on_stall=partial(self._on_stall, promise),
+            converge=_converge(request),
+            carry_bitmaps=request.carry_bitmaps,
+            keep_relative=request.keep_relative,
+            filter_node_name=request.filter_node_name,
+            backing_mask_protocol=request.backing_mask_protocol,
+            override=request.override,
+            only_if=request.only_if,
+            timeout=timeout,
+            job_id=promise.job_id,
+            ledger=promise,
+        )
+
+    async def _resume(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
+        plan, noted, files = promise.resumed(vm.identity)
+        if noted.same_vm is not False:
+            await self._repay(promise, session)
+        promise.log.info("resuming", step=promise.noted.get("step"), same_vm=noted.same_vm)
+        return await session.resume(
+            plan,
+            noted,
+            files=files,
+            on_pivot=self._on_pivot(promise),
+            on_stall=partial(self._on_stall, promise),
+            converge=_converge(promise.request),
+            timeout=max(0.0, left) if (left := _seconds_left(promise)) is not None else None,
+            ledger=promise,
+        )
+
+    async def _repay(self, promise: Promise, session: Session) -> None:
+        """What a former process did to the guest and could not undo any more."""
+        repair = promise.noted.get("repair")
+        with suppress(CommandRefused):
+            if repair:
+                await session.execute(repair["execute"], repair.get("arguments"))
+                await promise.note("unthrottle")
+            if promise.noted.get("stopped") and "overlay" not in promise.noted:
+                await session.execute("cont")
+                await promise.note("cont")
+
+    def _when_possible(self, promise: Promise, job: CommitJob) -> None:
+        """A decision that was answered before we restarted, or while the monitor was away."""
+        if promise.decision == "abort":
+            with suppress(JobConflict):
+                job.abort()
+
+    async def _wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
+        """Until the VM answers again; raises `GivenUp` where it is gone for good."""
+        promise.log.info("vm_away", why=error.message)
+        limit = self.config.limits.gone_after
+        begun = time.monotonic()
+        while True:
+            vm = self.registry.vms.get(promise.vm)
+            if vm is not None and vm.connect == "on-demand":
+                with suppress(ConnectError):
+                    await asyncio.sleep(0.5)
+                    async with self.registry.use(vm):
+                        return
+            elif vm is not None and vm.up.is_set():
+                return
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await (vm.up.wait() if vm is not None else asyncio.sleep(1))
+            alive = is_alive(promise.identity)
+            waited = time.monotonic() - begun
+            if promise.identity and not alive and waited > min(2.0, limit):
+                raise GivenUp(self._gone(promise, f"its QEMU (process {promise.identity}) ended"))
+            if not alive and waited > limit:
+                raise GivenUp(self._gone(promise, f"it did not answer for {limit:g} s"))
+
+    def _gone(self, promise: Promise, why: str) -> QmpCommitError:
+        """The error of a VM that does not come back, with what is known of its disk."""
+        where = {"vm": promise.vm, "disk": promise.disk, "job_id": promise.job_id}
+        if not promise.begun:
+            return VMGone(f"{promise.vm} is gone: {why}. Nothing was sent", **where)
+        plan, noted, _ = promise.resumed("")
+        state = noted.state._replace(verdict=Verdict.VM_GONE)
+        if noted.outcome is not None:
+            state = noted.state
+        from qmpcommit.commit.report import error_of
+
+        lost = VMGone(f"{promise.vm} is gone: {why}")
+        return error_of(plan, state, None, lost, None) or lost
+
+    def _on_pivot(self, promise: Promise) -> OnPivot | None:
+        command = promise.request.on_pivot
+        if command is None:
+            return None
+
+        async def persist(outcome: CommitOutcome) -> None:
+            ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
+            active = outcome.active.filename if outcome.active is not None else ""
+            environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
+            status = await run_command(command, environment, HOOK_TIMEOUT)
+            if status != 0:
+                raise CommitFailed(f"{' '.join(command)} ended with status {status}")
+
+        return persist
+
+    async def _on_stall(self, promise: Promise, stall: Stall) -> None:
+        self.journal.write_soon(events=[promise.event(stalled=stall.base.filename)])
+        await asyncio.sleep(STALL_PAUSE)
+
+    # -- ends -------------------------------------------------------------------------------------
+
+    async def _fail(self, promise: Promise, error: QmpCommitError) -> None:
+        error.add(vm=promise.vm, disk=promise.disk, job_id=promise.job_id)
+        promise.log.warning("failed", error=type(error).__name__, why=error.message)
+        self.metrics.failures.labels(type(error).__name__).inc()
+        await promise.end("failed", error=json.loads(json.dumps(error.to_dict(), default=str)))
+
+    def _count(self, promise: Promise, outcome: CommitOutcome) -> None:
+        kind = getattr(promise.request.policy, "kind", "none")
+        self.metrics.commits.labels(outcome.action, kind).inc()
+        self.metrics.bytes.inc(outcome.bytes_committed)
+        if outcome.guest_paused is not None:
+            self.metrics.guest_paused.observe(outcome.guest_paused)
+        times = outcome.timings
+        if times.started and times.ready:
+            seconds = (times.ready - times.started).total_seconds()
+            self.metrics.phase_seconds.labels("copying").observe(max(0.0, seconds))
+        if times.ready and times.ended:
+            seconds = (times.ended - times.ready).total_seconds()
+            self.metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
+
+    def _ended(self, promise: Promise) -> None:
+        self.live.pop(promise.id, None)
+        self.scheduler.remove(promise.id)
+        self._schedule()
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        for follower in list(self.followers):
+            follower(event)
+
+    def _count_batch(self, units: int, seconds: float) -> None:
+        self.metrics.journal_units.inc(units)
+        self.metrics.journal_seconds.observe(seconds)
+
+    def gauge(self) -> None:
+        """Bring the gauges up to date."""
+        self.metrics.jobs.clear()
+        self.metrics.vms.clear()
+        for promise in self.live.values():
+            self.metrics.jobs.labels(promise.phase or promise.state).inc()
+        for vm in self.registry.vms.values():
+            self.metrics.vms.labels(vm.state).inc()
+        self.metrics.journal_full.set(self.journal.full)
+
+    def unready(self) -> list[str]:
+        """Why no commits are taken at the moment; empty when they are."""
+        reasons = []
+        if not self.recovered:
+            reasons.append("the journal is being read")
+        if self.stopping:
+            reasons.append("the daemon is stopping")
+        if self.journal.full:
+            reasons.append("the disk under the journal is full")
+        return reasons
+
+    def position(self, promise: Promise) -> int | None:
+        """Its place in the queue, from 1; None where it does not wait."""
+        if promise.state != "queued":
+            return None
+        waiting = self.scheduler.waiting
+        return waiting.index(promise.id) + 1 if promise.id in waiting else None
+
+    async def adoptable(self, vm_name: str, job_id: str) -> Promise:
+        """The live commit with that job id; raises `JobNotFound`."""
+        for promise in self.live.values():
+            if promise.vm == vm_name and job_id in (promise.job_id, promise.id):
+                return promise
+        raise JobNotFound(
+            f"no commit of {vm_name} that has not ended has the job '{job_id}'",
+            vm=vm_name,
+            job_id=job_id,
+        )
+
+
+class GivenUp(Exception):
+    """A VM does not come back."""
+
+    def __init__(self, error: QmpCommitError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def _stale(request: CommitRequest) -> Any:
+    return request.stale or ("delete" if request.delete else "leave")
+
+
+def _converge(request: CommitRequest) -> Converge | None:
+    return None if request.converge is None else Converge(deadline=request.converge, pause=0.5)
+
+
+def _seconds_left(promise: Promise) -> float | None:
+    if promise.request.timeout is None:
+        return None
+    return promise.created + promise.request.timeout - time.time()
+
+
+def _time_left(promise: Promise) -> float | None:
+    left = _seconds_left(promise)
+    if left is not None and left <= 0:
+        raise DeadlineExceeded(
+            f"the commit of {promise.disk} of {promise.vm} could not begin within"
+            f" {promise.request.timeout:g} s. Nothing was sent",
+            vm=promise.vm,
+            disk=promise.disk,
+        )
+    return left
+
+
+def _storage_of(plan: Plan, vm: VM) -> str:
+    """The device or mount behind the base; empty where it can't be told."""
+    cwd = vm.session.cwd if vm.session is not None else None
+    try:
+        device = os.stat(absolute(plan.base, cwd)).st_dev
+    except (OSError, ValueError):
+        return ""
+    return f"{os.major(device)}:{os.minor(device)}"

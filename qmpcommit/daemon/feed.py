@@ -1,0 +1,80 @@
+"""Server-sent events: every change of state, from the journal on and then live."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.journal import Event
+
+HEARTBEAT = 15.0
+"""Seconds of silence after which a comment tells that the stream is alive."""
+
+_PAGE = 500
+_BEHIND = 10_000
+
+
+class Feed:
+    """One follower; its place is taken when it is made, so that nothing falls between."""
+
+    def __init__(self, engine: Engine, after: int | None, vm: str | None, commit: str | None):
+        self._engine, self._after, self._vm, self._commit = engine, after, vm, commit
+        self._queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
+        self._lost = False
+        engine.followers.add(self._hear)
+
+    def close(self) -> None:
+        """Follow no longer; safe to repeat."""
+        self._engine.followers.discard(self._hear)
+
+    def _hear(self, event: Event) -> None:
+        try:
+            self._queue.put_nowait(event)
+        except asyncio.QueueFull:
+            self._lost = True  # the stream ends; the client resumes from its last event
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The stream's text."""
+        try:
+            yield b": qmpcommit\n\n"
+            last = self._after
+            if last is not None:
+                async for event in self._past(last):
+                    last = event.id
+                    if self._wanted(event):
+                        yield render(event)
+            while not self._engine.stopping and not (self._lost and self._queue.empty()):
+                try:
+                    async with asyncio.timeout(HEARTBEAT):
+                        event = await self._queue.get()
+                except TimeoutError:
+                    yield b": still here\n\n"
+                    continue
+                if (last is None or event.id > last) and self._wanted(event):
+                    yield render(event)
+        finally:
+            self.close()
+
+    async def _past(self, after: int) -> AsyncIterator[Event]:
+        while True:
+            sql = "SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?"
+            rows = await self._engine.journal.read(sql, after, _PAGE)
+            for row in rows:
+                yield Event(**row)
+            if len(rows) < _PAGE:
+                return
+            after = rows[-1]["id"]
+
+    def _wanted(self, event: Event) -> bool:
+        if self._vm is not None and event.vm != self._vm:
+            return False
+        return self._commit is None or event.commit_id == self._commit
+
+
+def render(event: Event) -> bytes:
+    """One event of the stream."""
+    data = json.dumps({"at": event.at, **json.loads(event.data)})
+    return f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()

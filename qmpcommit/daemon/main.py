@@ -1,0 +1,244 @@
+"""``qmpcommitd``: from the command line to a served API, and back to an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+import uvicorn
+
+from qmpcommit import log
+from qmpcommit.daemon import systemd
+from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
+from qmpcommit.daemon.api import create_app
+from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.errors import InvalidRequest
+from qmpcommit.journal import Journal
+from qmpcommit.tasks import stop
+
+PREDECESSOR = 10.0
+"""Seconds that a former daemon, which is being stopped, gets to let go of the state folder."""
+
+GRACE = 0.3
+"""Seconds that open requests get when the daemon stops."""
+
+_TOKEN_BYTES = 4096
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals are the daemon's own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them alone."""
+        yield
+
+
+def serve(config: Config, seconds: float | None = None) -> None:
+    """Run the daemon until SIGTERM or SIGINT, or so many seconds; raises `QmpCommitError`."""
+    configure_log(config)
+    sys.setswitchinterval(0.0005)  # the journal's thread must not wait for a busy loop
+    asyncio.run(_serve(config, seconds))
+
+
+def check(config: Config) -> None:
+    """What can be known of a configuration without serving; raises `QmpCommitError`."""
+    _allowed(config)
+    _token(config)
+    if config.listen.group is not None:
+        group_id(config.listen.group)
+
+
+async def _serve(config: Config, seconds: float | None) -> None:
+    loop = asyncio.get_running_loop()
+    allowed, token = _allowed(config), _token(config)
+    ending = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    if seconds is not None:
+        loop.call_later(seconds, ending.set)
+    lock = await _lock(Path(config.state), ending)
+    metrics = Metrics()
+    journal = await Journal(Path(config.state, "journal.db")).open()
+    engine = Engine(config, journal, metrics)
+    sockets = systemd.listening() or _listen(config)
+    app = create_app(engine)
+    settings = uvicorn.Config(
+        Gate(app, config, allowed, token, metrics),
+        http=PeerProtocol,
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+    )
+    server = _Server(settings)
+    await engine.start()
+    serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
+    others = [
+        asyncio.create_task(systemd.watch(), name="watchdog"),
+        asyncio.create_task(_measure_lag(metrics), name="lag"),
+    ]
+    serving.add_done_callback(lambda task: ending.set())
+    log.Log().info("serving", sockets=[str(sock.getsockname()) for sock in sockets])
+    systemd.notify("READY=1")
+    await ending.wait()
+    systemd.notify("STOPPING=1")
+    log.Log().info("stopping", commits=len(engine.live))
+    await _stop(engine, server, serving)
+    for task in others:
+        await stop(task)
+    lock.close()
+
+
+async def _stop(engine: Engine, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    """The state is flushed first; open requests end with it."""
+    await engine.stop()
+    server.should_exit = True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(GRACE):
+            await asyncio.shield(serving)
+    if not serving.done():
+        server.force_exit = True
+        await stop(serving)
+
+
+async def _measure_lag(metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        before = loop.time()
+        await asyncio.sleep(1.0)
+        metrics.loop_lag.set(max(0.0, loop.time() - before - 1.0))
+
+
+# -- who and where --------------------------------------------------------------------------------
+
+
+def _allowed(config: Config) -> Allowed:
+    listen = config.listen
+    groups = [*listen.groups, *([listen.group] if listen.group is not None else [])]
+    users = [0, os.geteuid(), *map(user_id, listen.users)]
+    return Allowed(users, map(group_id, groups))
+
+
+def _token(config: Config) -> str | None:
+    path = config.listen.token_file
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            token = file.read(_TOKEN_BYTES).decode("ascii").strip()
+            if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
+                raise InvalidRequest(f"others may read the token file {path}: chmod o= {path}")
+    except OSError as error:
+        raise InvalidRequest(f"the token file {path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"the token file {path} has more than ASCII in it") from None
+    if len(token) < 16:
+        raise InvalidRequest(f"the token in {path} is shorter than 16 characters")
+    return token
+
+
+async def _lock(state: Path, ending: asyncio.Event) -> TextIO:
+    """The state folder belongs to one daemon; one that is stopping is waited for."""
+    try:
+        lock = await asyncio.to_thread(_open_lock, state)
+    except OSError as error:
+        raise InvalidRequest(f"the state folder {state} can't be used: {error.strerror}") from None
+    deadline = asyncio.get_running_loop().time() + PREDECESSOR
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if asyncio.get_running_loop().time() > deadline or ending.is_set():
+                lock.close()
+                raise InvalidRequest(
+                    f"another qmpcommitd uses the state folder {state}; stop it first"
+                ) from None
+            await asyncio.sleep(0.05)
+
+
+def _open_lock(state: Path) -> TextIO:
+    state.mkdir(parents=True, exist_ok=True)
+    return (state / "lock").open("a+")
+
+
+def _listen(config: Config) -> list[socket.socket]:
+    """The Unix socket, and the loopback one where it is wanted."""
+    sockets = [_listen_unix(config)]
+    if config.listen.tcp is not None:
+        host, _, port = config.listen.tcp.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host.strip("[]"), int(port)))
+        except (OSError, OverflowError) as error:
+            raise InvalidRequest(f"can't listen on {config.listen.tcp}: {error}") from None
+        sockets.append(sock)
+    for sock in sockets:
+        sock.setblocking(False)
+    return sockets
+
+
+def _listen_unix(config: Config) -> socket.socket:
+    path = config.listen.socket
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise InvalidRequest(f"{path} is there already, and is no socket")
+            os.unlink(path)  # a former daemon's: the state folder is ours
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if config.listen.group is not None:
+            os.chown(path, -1, group_id(config.listen.group))
+        os.chmod(path, int(config.listen.mode, 8))
+    except OSError as error:
+        sock.close()
+        raise InvalidRequest(f"can't listen on {path}: {error.strerror or error}") from None
+    return sock
+
+
+# -- logs -----------------------------------------------------------------------------------------
+
+
+def configure_log(config: Config) -> None:
+    """Logs of the daemon go to standard error, as JSON or for people."""
+    level = getattr(logging, config.log_level.upper())
+    log.threshold = level
+    render: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if config.log == "console":
+        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)

@@ -1,0 +1,60 @@
+"""What the daemon counts and times, for Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import generate_latest
+
+_QUICK = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
+_LONG = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 36000)
+
+
+class Metrics:
+    """All metrics of one daemon, in a registry of their own."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        made: Any = {"registry": self.registry, "namespace": "qmpcommit"}
+        self.commits = Counter(
+            "commits", "Commits that ended, by how and by policy", ("outcome", "policy"), **made
+        )
+        self.failures = Counter("failures", "Commits that failed, by error", ("error",), **made)
+        self.phase_seconds = Histogram(
+            "phase_seconds", "Seconds from start to READY, and from READY to the end",
+            ("phase",), buckets=_LONG, **made,
+        )  # fmt: skip
+        self.reaction = Histogram(
+            "reaction_seconds", "From READY to the decision's command, its record durable",
+            buckets=_QUICK, **made,
+        )  # fmt: skip
+        self.bytes = Counter("committed_bytes", "Bytes that commits have copied", **made)
+        self.guest_paused = Histogram(
+            "guest_paused_seconds", "For how long a guest was paused", buckets=_QUICK, **made
+        )
+        self.jobs = Gauge("jobs", "Commits that have not ended, by phase", ("phase",), **made)
+        self.orphans = Gauge("orphan_jobs", "Jobs of ours that nobody owns", ("vm",), **made)
+        self.vms = Gauge("vms", "VMs, by the state of their connection", ("state",), **made)
+        self.reconnects = Counter("reconnects", "Connections that were lost", **made)
+        self.journal_seconds = Histogram(
+            "journal_write_seconds", "From a record's hand-over until it is durable",
+            buckets=_QUICK, **made,
+        )  # fmt: skip
+        self.journal_units = Counter("journal_records", "Records written", **made)
+        self.journal_full = Gauge("journal_full", "Whether the journal finds no room", **made)
+        self.loop_lag = Gauge("event_loop_lag_seconds", "How late a timer of the loop was", **made)
+        self.requests = Counter(
+            "http_requests", "Requests, by method and status", ("method", "status"), **made
+        )
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self.registry)

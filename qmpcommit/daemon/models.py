@@ -1,0 +1,187 @@
+"""What the API takes and gives, as pydantic models with examples for its OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.plan import check_job_id
+from qmpcommit.commit.policy import Policy
+from qmpcommit.daemon.config import Connect, QMPAddress, Seconds, VMName
+from qmpcommit.units import parse_size
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a NUL byte has no place in a name")
+    return text
+
+
+def _rate(value: Any) -> Any:
+    return None if value is None else parse_size(value, "bandwidth")
+
+
+Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
+Layer = Name | Annotated[int, Field(strict=True, ge=0, le=65536)]
+Command = Annotated[list[Name], Field(min_length=1, max_length=256)]
+Rate = Annotated[int | None, BeforeValidator(_rate), Field(ge=0)]
+
+COMMIT_EXAMPLE: dict[str, Any] = {
+    "disk": "vda",
+    "policy": {"kind": "pivot"},
+    "bandwidth": "50MiB",
+    "delete": True,
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NewVM(_Model):
+    """A VM to add; it is remembered across restarts of the daemon."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"name": "web1", "qmp": "/run/vms/web1/qmp.sock"}]},
+    )
+
+    name: VMName
+    qmp: QMPAddress
+    connect: Connect = "keep"
+
+
+class VMView(_Model):
+    """A VM as the daemon sees it; `error` is why it is not connected."""
+
+    name: str
+    qmp: str
+    connect: Connect
+    origin: Literal["config", "discovered", "api"]
+    state: Literal["connected", "connecting", "away", "idle"]
+    pid: int | None = None
+    error: str | None = None
+
+
+class CommitRequest(_Model):
+    """A commit of one disk, as the library's `Session.commit` takes it.
+
+    `priority` puts it before others in the queue (higher first); `timeout` is in seconds from
+    now; `bandwidth` in bytes per second, as a number or as text like "50MiB".
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [COMMIT_EXAMPLE]}
+    )
+
+    disk: Name
+    policy: Policy | None = None
+    base: Layer | None = None
+    top: Layer | None = None
+    shallow: bool = False
+    bandwidth: Rate = None
+    delete: bool = False
+    stale: Literal["leave", "rename", "delete"] | None = None
+    on_pivot: Command | None = None
+    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
+    converge: Seconds | None = None
+    carry_bitmaps: bool = True
+    keep_relative: bool = False
+    filter_node_name: Name | None = None
+    backing_mask_protocol: bool = False
+    override: list[Name] = Field(default=[], max_length=64)
+    only_if: Command | None = None
+    timeout: Seconds | None = None
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    job_id: Annotated[str, AfterValidator(check_job_id)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CommitRequest:
+        if self.delete and self.stale not in (None, "delete"):
+            raise ValueError(f"delete and stale={self.stale!r} exclude each other")
+        if self.shallow and self.base is not None:
+            raise ValueError("give shallow or a base, not both")
+        return self
+
+    @property
+    def runs_commands(self) -> bool:
+        """Whether the daemon would run a command for its client."""
+        check = getattr(self.policy, "kind", "") == "check"
+        return check or self.only_if is not None or self.on_pivot is not None
+
+
+class Decision(_Model):
+    """What to do with a commit that is READY; `abort` is possible before, too."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [{"action": "pivot"}]}
+    )
+
+    action: Literal["pivot", "keep", "abort"]
+
+
+class Progress(_Model):
+    """How far a copy is: bytes done and to do, and bytes per second."""
+
+    current: int
+    total: int
+    bandwidth: float
+    status: str = ""
+    pace: str = "moving"
+
+
+CommitState = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+class CommitView(_Model):
+    """A commit: `state` tells whether it waits, runs or has ended, `phase` where it is.
+
+    `position` is its place in the queue (1: next). `outcome` is there when it is done, `error`
+    (with `type` and `message`) when it failed. Times are seconds since 1970.
+    """
+
+    id: str
+    vm: str
+    disk: str
+    job_id: str
+    state: CommitState
+    phase: str
+    priority: int
+    created: float
+    position: int | None = None
+    storage: str = ""
+    bandwidth: int | None = None
+    ready: float | None = None
+    ended: float | None = None
+    decision: str | None = None
+    progress: Progress | None = None
+    request: dict[str, Any]
+    outcome: CommitOutcome | None = None
+    error: dict[str, Any] | None = None
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457); `error` has the library's error with its facts."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:qmpcommit:NotReady",
+                    "title": "Not ready",
+                    "status": 409,
+                    "detail": "job qmpcommit-vda-1f2e3d4c on vda of web1 is not READY",
+                }
+            ]
+        },
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: dict[str, Any] | None = None

@@ -1,0 +1,253 @@
+"""One promised commit: what was asked, how far it is, and its way into the journal and back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from qmpcommit.block.files import FileId
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.ledger import dump_state, load_state
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
+from qmpcommit.log import Log
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.job import CommitJob
+    from qmpcommit.daemon.metrics import Metrics
+
+ROOM = 1.0
+"""Seconds between two tries to write a step where the journal has no room."""
+
+_HOLDS_THE_GUEST = {"job-finalize", "thaw", "cont", "unthrottle"}
+"""Steps that let a guest go on: they never wait for room in the journal."""
+
+
+class Promise:
+    """A commit that was answered with 202.
+
+    It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
+    last one, from which another process goes on.
+    """
+
+    def __init__(
+        self,
+        commit_id: str,
+        vm: str,
+        request: CommitRequest,
+        job_id: str,
+        *,
+        journal: Journal,
+        metrics: Metrics,
+    ) -> None:
+        self.id, self.vm, self.request, self.job_id = commit_id, vm, request, job_id
+        self.disk = request.disk
+        self.priority = request.priority
+        self.created = time.time()
+        self.state = "queued"
+        self.phase = ""
+        self.storage = ""
+        self.plan: dict[str, Any] | None = None
+        self.noted: dict[str, Any] = {}
+        self.decision: str | None = None
+        self.ready: float | None = None
+        self.ended: float | None = None
+        self.outcome: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.identity = ""
+        self.rate = 0
+        self.job: CommitJob | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.may_run = asyncio.Event()
+        self.over = asyncio.Event()
+        self._journal, self._metrics = journal, metrics
+        self._ready_at: float | None = None
+        self.log = Log(vm=vm, disk=self.disk, job=job_id, commit=commit_id)
+
+    # -- the journal ------------------------------------------------------------------------------
+
+    def insertion(self) -> Statement:
+        """The row of a new one."""
+        return Statement(
+            "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
+             self.request.model_dump_json(exclude_defaults=True), self.storage),
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, row: Mapping[str, Any], journal: Journal, metrics: Metrics) -> Promise:
+        """One as the journal has it; raises ValueError where it can't be understood."""
+        request = CommitRequest.model_validate_json(row["request"])
+        promise = cls(
+            row["id"], row["vm"], request, row["job_id"], journal=journal, metrics=metrics
+        )
+        promise.state, promise.phase, promise.storage = row["state"], row["phase"], row["storage"]
+        promise.created, promise.ready, promise.ended = row["created"], row["ready"], row["ended"]
+        promise.decision = row["decision"]
+        for name in ("plan", "outcome", "error"):
+            setattr(promise, name, json.loads(row[name]) if row[name] else None)
+        promise.noted = json.loads(row["noted"]) if row["noted"] else {}
+        promise.identity = promise.noted.get("identity", "")
+        if promise.state in ("done", "failed", "cancelled"):
+            promise.over.set()
+        return promise
+
+    def event(self, **more: Any) -> Event:
+        """What is told of it now."""
+        data = {"id": self.id, "vm": self.vm, "disk": self.disk, "state": self.state,
+                "phase": self.phase, **more}  # fmt: skip
+        return event("commit", self.vm, self.id, json.dumps(data))
+
+    async def end(
+        self, state: str, *, outcome: CommitOutcome | None = None, error: Any = None
+    ) -> None:
+        """How it ended, durable before anybody is told."""
+        self.state, self.phase, self.ended = state, "finished", time.time()
+        self.outcome = outcome.model_dump(mode="json") if outcome is not None else None
+        self.error = error
+        values = (state, self.phase, self.ended, _json(self.outcome), _json(error), self.id)
+        await self._write(
+            Statement(
+                "UPDATE commits SET state = ?, phase = ?, ended = ?, outcome = ?, error = ?"
+                " WHERE id = ?",
+                values,
+            ),
+            self.event(outcome=self.outcome, error=error),
+        )
+        self.over.set()
+
+    async def run(self) -> None:
+        """It leaves the queue."""
+        self.state = "running"
+        sql = "UPDATE commits SET state = 'running' WHERE id = ?"
+        await self._write(Statement(sql, (self.id,)), self.event())
+
+    async def decide(self, action: str) -> None:
+        """A decision that was answered is not forgotten; raises `JournalFull`."""
+        sql = "UPDATE commits SET decision = ? WHERE id = ?"
+        await self._journal.write(Statement(sql, (action, self.id)))
+        self.decision = action
+
+    async def forget_begin(self) -> None:
+        """QEMU never knew the job: it may be begun again."""
+        self.noted, self.plan = {}, None
+        sql = "UPDATE commits SET noted = NULL, plan = NULL WHERE id = ?"
+        await self._write(Statement(sql, (self.id,)))
+
+    async def _write(self, statement: Statement, *events: Event) -> None:
+        """Until there is room: what runs goes on as it is meanwhile."""
+        while True:
+            try:
+                await self._journal.write(statement, events=events)
+                return
+            except JournalFull as error:
+                self.log.warning("journal_full", why=error.message)
+                await asyncio.sleep(ROOM)
+
+    # -- the ledger -------------------------------------------------------------------------------
+
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+        """A step that is about to be taken."""
+        noted = {**self.noted, "step": step, "identity": self.identity}
+        if state is not None:
+            noted["state"] = dump_state(state)
+            noted["times"] = {name: at.isoformat() for name, at in facts["times"].items()}
+        columns, values = ["noted = ?"], []
+        match step:
+            case "block-commit":
+                self.plan = facts["plan"].model_dump(mode="json")
+                noted["files"] = facts["files"]
+                columns.append("plan = ?")
+                values.append(_json(self.plan))
+            case "freeze":
+                noted["overlay"] = facts["overlay"]
+            case "stop":
+                noted["stopped"] = True
+            case "cont":
+                noted["stopped"] = False
+            case "throttle":
+                noted["repair"] = facts["repair"]
+            case "unthrottle":
+                noted.pop("repair", None)
+            case "clear-away":
+                noted["outcome"] = facts["outcome"].model_dump(mode="json")
+        self.noted = noted
+        sql = f"UPDATE commits SET {', '.join(columns)} WHERE id = ?"
+        statement = Statement(sql, (_json(noted), *values, self.id))
+        if step in _HOLDS_THE_GUEST or (state is not None and state.status == "pending"):
+            try:
+                await self._journal.write(statement)
+            except JournalFull as error:
+                self.log.warning("journal_full", why=error.message, step=step)
+        else:
+            await self._write(statement)
+        if state is not None and state.phase is Phase.DECIDED and self._ready_at is not None:
+            self._metrics.reaction.observe(asyncio.get_running_loop().time() - self._ready_at)
+            self._ready_at = None
+
+    def moved(self, state: State) -> None:
+        """The machine has reached another phase."""
+        if state.phase.value == self.phase or state.finished:
+            return
+        self.phase = state.phase.value
+        sql = "UPDATE commits SET phase = ? WHERE id = ?"
+        values: list[Any] = [self.phase, self.id]
+        if state.phase is Phase.READY:
+            self.ready = time.time()
+            self._ready_at = asyncio.get_running_loop().time()
+            sql, values = "UPDATE commits SET phase = ?, ready = ? WHERE id = ?", [
+                self.phase, self.ready, self.id]  # fmt: skip
+        self._journal.write_soon(Statement(sql, values), events=[self.event()])
+
+    # -- back from the journal --------------------------------------------------------------------
+
+    @property
+    def begun(self) -> bool:
+        """Whether ``block-commit`` may have been sent."""
+        return "state" in self.noted and self.plan is not None
+
+    def resumed(self, identity: str) -> tuple[Plan, Resumed, dict[str, FileId | None]]:
+        """What to go on with, now that this QEMU answers; raises ValueError."""
+        plan = Plan.model_validate(self.plan)
+        policy = self.decided_policy()
+        object.__setattr__(plan, "policy", policy)
+        state = load_state(self.noted["state"])
+        before = self.identity
+        recycle = self.noted.get("overlay")
+        outcome = self.noted.get("outcome")
+        resumed = Resumed(
+            state=state,
+            same_vm=before == identity if before and identity else None,
+            recycle=Recycle(recycle) if recycle else None,
+            stopped=bool(self.noted.get("stopped")),
+            outcome=CommitOutcome.model_validate(outcome) if outcome else None,
+            times={name: datetime.fromisoformat(at) for name, at in self.noted["times"].items()},
+        )
+        files = {
+            name: FileId(*known) if known else None
+            for name, known in (self.noted.get("files") or {}).items()
+        }
+        return plan, resumed, files
+
+    def decided_policy(self) -> Any:
+        """The policy that counts now: a decision that was promised, or what is left of a hold."""
+        policy = self.request.policy
+        if self.decision is not None:
+            return parse_policy({"kind": self.decision})
+        if isinstance(policy, Hold) and policy.timeout is not None and self.ready is not None:
+            left = max(0.0, self.ready + policy.timeout - time.time())
+            return Hold(timeout=left, otherwise=policy.otherwise)
+        return policy if policy is not None else Pivot()  # an intermediate layer asks none
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)

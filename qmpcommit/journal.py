@@ -1,0 +1,320 @@
+"""What was promised and what was done, on disk before it is done: SQLite, one writer thread.
+
+Units of statements that wait while the thread syncs are written together in one transaction
+(group commit), so that a thousand steps in one second cost a few dozen syncs. WAL with
+``synchronous=FULL``: what `Journal.write` returned for survives a power cut, and a torn write
+loses at most what nobody was told of yet. A journal that SQLite finds damaged is set aside under
+another name, never emptied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from qmpcommit.errors import QmpCommitError
+from qmpcommit.log import Log
+
+_SCHEMA = (
+    """
+    CREATE TABLE commits (
+        id TEXT PRIMARY KEY,
+        vm TEXT NOT NULL,
+        disk TEXT NOT NULL,
+        job_id TEXT NOT NULL,
+        state TEXT NOT NULL,
+        priority INTEGER NOT NULL DEFAULT 0,
+        created REAL NOT NULL,
+        request TEXT NOT NULL,
+        storage TEXT NOT NULL DEFAULT '',
+        phase TEXT NOT NULL DEFAULT '',
+        plan TEXT,
+        noted TEXT,
+        decision TEXT,
+        ready REAL,
+        ended REAL,
+        outcome TEXT,
+        error TEXT
+    );
+    CREATE INDEX commits_by_state ON commits (state);
+    CREATE INDEX commits_by_vm ON commits (vm, created);
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        kind TEXT NOT NULL,
+        vm TEXT NOT NULL,
+        commit_id TEXT,
+        data TEXT NOT NULL
+    );
+    CREATE TABLE keys (
+        key TEXT PRIMARY KEY,
+        fingerprint TEXT NOT NULL,
+        commit_id TEXT NOT NULL,
+        created REAL NOT NULL
+    );
+    CREATE TABLE vms (name TEXT PRIMARY KEY, spec TEXT NOT NULL);
+    """,
+)
+"""How each version of the schema is made from the one before; its number is `user_version`."""
+
+_FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_BATCH = 512
+
+
+class JournalError(QmpCommitError):
+    """The journal can't be used; the message says what to do about it."""
+
+
+class JournalFull(JournalError):
+    """Nothing can be written: the disk under the journal is full, or fails."""
+
+
+class Event(NamedTuple):
+    """One line of what happened, as it is told to whoever follows; `at` in seconds since 1970."""
+
+    id: int
+    at: float
+    kind: str
+    vm: str
+    commit_id: str | None
+    data: str
+
+
+class Statement(NamedTuple):
+    """One SQL statement with its values."""
+
+    sql: str
+    values: Sequence[Any] = ()
+
+
+class _Unit(NamedTuple):
+    statements: Sequence[Statement]
+    events: Sequence[Event]
+    done: asyncio.Future[None] | None
+    queued: float
+
+
+_INSERT_EVENT = "INSERT INTO events (at, kind, vm, commit_id, data) VALUES (?, ?, ?, ?, ?)"
+
+
+def event(kind: str, vm: str, commit_id: str | None, data: str) -> Event:
+    """An event of now, which gets its number when it is written."""
+    return Event(0, time.time(), kind, vm, commit_id, data)
+
+
+class Journal:
+    """The journal of one daemon.
+
+    `on_event` is called in the loop with each event once it is durable, in their order;
+    `on_batch` with the number of units and the seconds of each transaction. `full` tells that
+    the last write found no room.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.full = False
+        self.set_aside: Path | None = None
+        self.on_event: Callable[[Event], object] = lambda event: None
+        self.on_batch: Callable[[int, float], object] = lambda units, seconds: None
+        self._log = Log(journal=str(self.path))
+        self._units: queue.SimpleQueue[_Unit | None] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._reading = threading.Lock()
+        self._reader: sqlite3.Connection | None = None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Open or make it; raises `JournalError` where that can't be done."""
+        self._loop = asyncio.get_running_loop()
+        writer = await asyncio.to_thread(self._prepare)
+        self._thread = threading.Thread(target=self._write_all, args=(writer,), name="journal")
+        self._thread.start()
+        return self
+
+    async def close(self) -> None:
+        """Write what waits, and close; safe to repeat."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._units.put(None)
+            await asyncio.to_thread(thread.join)
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _prepare(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                writer = self._connect()
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
+                    raise
+                self._put_aside(str(error))
+                writer = self._connect()
+            self._reader = self._connection()
+        except (sqlite3.Error, OSError) as error:
+            raise JournalError(
+                f"the journal {self.path} can't be opened: {error}. Give the daemon a state folder"
+                " that it can write to, with room in it"
+            ) from error
+        return writer
+
+    def _connection(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA busy_timeout = 5000")
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = self._connection()
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                error = sqlite3.DatabaseError(found)
+                error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise error
+            self._migrate(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(_SCHEMA):
+            raise JournalError(
+                f"the journal {self.path} was written by a newer qmpcommitd (schema {version}, this"
+                f" one knows {len(_SCHEMA)}): run that one, or give this one another state folder"
+            )
+        for number, script in enumerate(_SCHEMA[version:], version + 1):
+            connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
+
+    def _put_aside(self, why: str) -> None:
+        """Rename a damaged journal with what belongs to it; a person may want to read it."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        aside = self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{os.getpid()}")
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.lexists(f"{self.path}{suffix}"):
+                os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
+        self.set_aside = aside
+        self._log.warning("journal_corrupt", why=why, kept_as=str(aside))
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    async def write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
+        """Write one unit, all of it or nothing; it is durable when this returns.
+
+        Raises `JournalFull` where there is no room, and sqlite3.IntegrityError for what the
+        schema forbids (a key that exists already).
+        """
+        assert self._loop is not None
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._units.put(_Unit(statements, events, done, time.monotonic()))
+        await done
+
+    def write_soon(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
+        """Write one unit that nobody waits for; where there is no room it is dropped."""
+        self._units.put(_Unit(statements, events, None, time.monotonic()))
+
+    def _write_all(self, writer: sqlite3.Connection) -> None:
+        ending = False
+        while not ending:
+            units = [self._units.get()]
+            while len(units) < _BATCH and not self._units.empty():
+                units.append(self._units.get())
+            ending = None in units
+            batch = [unit for unit in units if unit is not None]
+            if batch:
+                self._write_batch(writer, batch)
+        writer.close()
+
+    def _write_batch(self, writer: sqlite3.Connection, batch: list[_Unit]) -> None:
+        """One transaction; where one unit is at fault the others are written without it."""
+        failed: list[tuple[_Unit, Exception]] = []
+        written: list[Event] = []
+        try:
+            written = self._transact(writer, batch)
+            self.full = False
+        except sqlite3.Error as error:
+            if len(batch) > 1 and not _no_room(error):
+                for unit in batch:
+                    self._write_batch(writer, [unit])
+                return
+            failed = [(unit, self._failure(error)) for unit in batch]
+        seconds = time.monotonic() - batch[0].queued
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+            self._loop.call_soon_threadsafe(self._tell, batch, failed, written, seconds)
+
+    def _transact(self, writer: sqlite3.Connection, batch: list[_Unit]) -> list[Event]:
+        written: list[Event] = []
+        try:
+            writer.execute("BEGIN IMMEDIATE")
+            for unit in batch:
+                for statement in unit.statements:
+                    writer.execute(statement.sql, statement.values)
+                for event in unit.events:
+                    row = writer.execute(_INSERT_EVENT, event[1:]).lastrowid
+                    written.append(event._replace(id=row or 0))
+            writer.execute("COMMIT")
+        except BaseException:
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+            raise
+        return written
+
+    def _failure(self, error: sqlite3.Error) -> Exception:
+        if isinstance(error, sqlite3.IntegrityError):
+            return error
+        self.full = True
+        return JournalFull(
+            f"nothing can be written to the journal {self.path}: {error}. Make room on its disk;"
+            " running commits go on, new ones are refused until then"
+        )
+
+    def _tell(
+        self,
+        batch: list[_Unit],
+        failed: list[tuple[_Unit, Exception]],
+        written: list[Event],
+        seconds: float,
+    ) -> None:
+        for unit, error in failed:
+            if unit.done is not None and not unit.done.done():
+                unit.done.set_exception(error)
+        for unit in batch:
+            if unit.done is not None and not unit.done.done():
+                unit.done.set_result(None)
+        for event in written:
+            self.on_event(event)
+        self.on_batch(len(batch), seconds)
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    async def read(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """The rows of a SELECT, as dicts; sees all that was written before."""
+        return await asyncio.to_thread(self._read, sql, values)
+
+    def _read(self, sql: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+        with self._reading:
+            if self._reader is None:
+                raise JournalError(f"the journal {self.path} is closed")
+            cursor = self._reader.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def _no_room(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _FULL
