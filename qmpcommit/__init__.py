@@ -12,14 +12,18 @@ _HOMES = {
     "commit.aftermath": "Stall",
     "commit.converge": "ConvergeReport",
     "commit.pace": "Converge",
+    "commit.group": "GroupCommit GroupMember commit_group",
+    "commit.group_outcome": "GroupOutcome",
+    "commit.group_policy": "GroupReady",
     "commit.job": "CommitJob",
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.plan": "Plan",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
-        " InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost NoSpace NotReady"
-        " OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone VMStateError"
+        " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
+        " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone"
+        " VMStateError"
     ),
     "offline_session": "offline",
     "qmp.events": "Event UnknownEvent",

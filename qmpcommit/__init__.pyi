@@ -4,6 +4,11 @@ from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
 from qmpcommit.commit.aftermath import Stall as Stall
 from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
+from qmpcommit.commit.group import GroupCommit as GroupCommit
+from qmpcommit.commit.group import GroupMember as GroupMember
+from qmpcommit.commit.group import commit_group as commit_group
+from qmpcommit.commit.group_outcome import GroupOutcome as GroupOutcome
+from qmpcommit.commit.group_policy import GroupReady as GroupReady
 from qmpcommit.commit.job import CommitJob as CommitJob
 from qmpcommit.commit.outcome import CommitOutcome as CommitOutcome
 from qmpcommit.commit.outcome import JobProgress as JobProgress
@@ -24,6 +29,8 @@ from qmpcommit.errors import CommitFailed as CommitFailed
 from qmpcommit.errors import ConnectError as ConnectError
 from qmpcommit.errors import DeadlineExceeded as DeadlineExceeded
 from qmpcommit.errors import DiskNotFound as DiskNotFound
+from qmpcommit.errors import GroupFailed as GroupFailed
+from qmpcommit.errors import GroupSplit as GroupSplit
 from qmpcommit.errors import InvalidRequest as InvalidRequest
 from qmpcommit.errors import JobConflict as JobConflict
 from qmpcommit.errors import JobNotFound as JobNotFound

@@ -139,8 +139,36 @@ class NoSpace(QmpCommitError):
 class CommitFailed(QmpCommitError):
     """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one."""
 
-    FACTS = ("vm", "disk", "job_id", "error")
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error")
     error: str | None
+
+
+class GroupFailed(CommitFailed):
+    """A group commit was cancelled: none of its disks was pivoted or kept.
+
+    `outcomes` are the members' ends in their order, as JSON: an outcome each, or an ``error``.
+    """
+
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error", "outcomes")
+    outcomes: list[dict[str, object]]
+
+
+class GroupSplit(GroupFailed):
+    """A group commit ended on both sides, since a QEMU or a monitor was lost after the decision.
+
+    The lists name disks (``DISK of VM``): `pivoted` and `kept` are done, `not_pivoted` and
+    `not_kept` go on with their overlay, of `unknown` it can't be told from here.
+    """
+
+    FACTS = (
+        *("vm", "disk", "job_id", "error", "outcomes"),
+        *("pivoted", "not_pivoted", "kept", "not_kept", "unknown"),
+    )
+    pivoted: list[str]
+    not_pivoted: list[str]
+    kept: list[str]
+    not_kept: list[str]
+    unknown: list[str]
 
 
 class DeadlineExceeded(QmpCommitError, TimeoutError):

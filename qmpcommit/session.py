@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
     from qmpcommit.commit.driver import Resumed
+    from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
 
@@ -202,11 +203,20 @@ class Session(Monitor):
             error.add(vm=self.name, disk=plan.disk.name)
             raise
 
-    async def _plan(self, request: Request, policy: Any) -> tuple[Plan, BlockGraph]:
+    async def look(self) -> tuple[str | None, BlockGraph]:
+        """The run state (None for a storage daemon) and the block graph, for `prepare`.
+
+        Raises `VMStateError` where the VM's disks are not its own to write.
+        """
         status = await self._status()
         if status is not None:
             check_vm_state(self.name, status)
-        graph = await self.graph()
+        return status, await self.graph()
+
+    async def _plan(
+        self, request: Request, policy: Any, seen: tuple[str | None, BlockGraph] | None = None
+    ) -> tuple[Plan, BlockGraph]:
+        status, graph = seen or await self.look()
         disk = find_disk(read_disks(graph), request.disk, vm=self.name, cwd=self.cwd)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
@@ -283,32 +293,69 @@ class Session(Monitor):
             filter_node_name=filter_node_name,
             backing_mask_protocol=backing_mask_protocol,
         )
-        plan, graph = await self._plan(request, policy)
+        around = Around(on_pivot=on_pivot, on_stall=on_stall, converge=converge, ledger=ledger)
+        job = await self.prepare(request, policy, around, override=override)
+        if only_if is not None:
+            await ask_whether(only_if, job.plan)
+        if timeout is not None:
+            job.timeout = max(0.0, timeout - (clock() - begun))
+        return await self.launch(job, override=override)
+
+    async def prepare(
+        self,
+        request: Request,
+        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None,
+        around: Around,
+        *,
+        override: Collection[str] = (),
+        seen: tuple[str | None, BlockGraph] | None = None,
+    ) -> CommitJob:
+        """A checked commit that `launch` can send; nothing was sent yet.
+
+        Raises what `commit` raises before anything is sent. `seen` is what `look` gave, where
+        several are prepared at once.
+        """
+        plan, graph = await self._plan(request, policy, seen)
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
         plan = replace(plan, findings=findings)
-        around = Around(
-            on_pivot=on_pivot,
-            on_stall=on_stall,
-            carrying=carrying_of(graph, plan) if carry_bitmaps else None,
+        around = around._replace(
+            carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
-            converge=converge,
-            ledger=ledger,
         )
-        if around.carrying is not None and around.carrying.names:
+        carries = around.carrying is not None and bool(around.carrying.names)
+        if carries or around.barrier is not None:
             plan.arguments["auto-finalize"] = False
-        if only_if is not None:
-            await ask_whether(only_if, plan)
-        if timeout is not None:
-            timeout = max(0.0, timeout - (clock() - begun))
-        job = CommitJob(self, plan, timeout=timeout, around=around)
+        return CommitJob(self, plan, around=around)
+
+    async def launch(self, job: CommitJob, *, override: Collection[str] = ()) -> CommitJob:
+        """Send a prepared commit and return it once QEMU has taken it; raises `CommitFailed`."""
         try:
             return await self._launch(job)
         except CommitFailed:
             if not job.state.began:  # QEMU refused; perhaps we can say who is in the way
-                self._refuse(plan, await self._check(plan, graph), override)
+                self._refuse(job.plan, await self._check(job.plan, await self.graph()), override)
             raise
+
+    async def commit_group(
+        self,
+        disks: Mapping[str, AnyPolicy | PolicyCall | dict[str, Any] | str] | Iterable[str],
+        **options: Any,
+    ) -> GroupOutcome:
+        """Commit several disks at one instant: all of them or none.
+
+        `disks` gives each its policy, or only names them, with one `policy` for all. The rest is
+        as for `GroupCommit`, whose `run` this is: all jobs become READY, all disks are held for
+        some milliseconds, and all bases show that one instant.
+        """
+        from qmpcommit.commit.group import GroupCommit, GroupMember
+
+        if isinstance(disks, Mapping):
+            members = [GroupMember(self, str(disk), policy) for disk, policy in disks.items()]
+        else:
+            members = [GroupMember(self, str(disk)) for disk in disks]
+        return await GroupCommit(members, **options).run()
 
     @property
     def jobs(self) -> tuple[CommitJob, ...]:
@@ -327,12 +374,15 @@ class Session(Monitor):
         job_id: str,
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str = Hold(),  # noqa: B008  (frozen)
+        pending: Literal["finalize", "cancel"] = "finalize",
         timeout: float | None = None,
     ) -> CommitJob:
         """Take up a commit job that exists already, by its id, whoever started it.
 
-        With `Hold`, the default, it is only followed until something is decided. Raises
-        `JobNotFound`, or `JobConflict` where it is no commit job.
+        With `Hold`, the default, it is only followed until something is decided. One that is
+        PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
+        decided it, or cancelled, which undoes that. Raises `JobNotFound`, or `JobConflict` where
+        it is no commit job.
         """
         from qmpcommit.commit.policy import parse_policy
 
@@ -361,6 +411,7 @@ class Session(Monitor):
             timeout=timeout,
             adopted=True,
             auto_finalize=bool(job.get("auto-finalize", True)),
+            undoes=pending == "cancel",
         )
         following = await self._launch(following)
         await following.seen()

@@ -45,6 +45,9 @@ OnStall: TypeAlias = Callable[[Stall], Awaitable[object]]
 OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
 """Called between the pivot and the deletion, to persist the VM's new disk path."""
 
+Barrier: TypeAlias = Callable[[], Awaitable[str | None]]
+"""Awaited while PENDING holds the disk's I/O: None lets the job end, a reason cancels it."""
+
 F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 
 
@@ -52,7 +55,8 @@ class Around(NamedTuple):
     """What surrounds the two phases: hooks, bitmaps to carry, and which files there were.
 
     `files` are the stale layers' files as they were when the commit was planned, by node-name;
-    `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken.
+    `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken;
+    `barrier` is awaited last before the job's end is made final.
     """
 
     on_pivot: OnPivot | None = None
@@ -62,6 +66,7 @@ class Around(NamedTuple):
     cwd: str | None = None
     converge: Converge | None = None
     ledger: Ledger | None = None
+    barrier: Barrier | None = None
 
 
 def identify(path: str, pid: int | None) -> FileId | None:

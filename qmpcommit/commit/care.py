@@ -40,10 +40,20 @@ class Care:
         """Seconds; None where no guest was paused."""
         return self._overlay.paused if self._overlay is not None else None
 
-    async def prepare(self) -> Fact:
-        """The disk's I/O waits: carry the bitmaps, and let go."""
+    async def prepare(self, *, keeps: bool) -> Fact:
+        """The disk's I/O waits: carry the bitmaps, meet the others at the barrier, and let go."""
+        prepared = facts.Prepared() if keeps else await self._carry()
+        barrier = self._around.barrier
+        if barrier is None or prepared.error is not None:
+            return prepared
+        try:
+            return facts.Prepared(await barrier())
+        except Exception as error:  # the owner's own; the disk must not be held for it
+            return facts.Prepared(f"the barrier failed: {error!r}")
+
+    async def _carry(self) -> facts.Prepared:
         carrying = self._around.carrying
-        if carrying is None:
+        if carrying is None or not carrying.names:
             return facts.Prepared()
         try:
             async with asyncio.timeout(HOLD_LIMIT):

@@ -65,6 +65,7 @@ class Driver:
         *,
         adopted: bool,
         auto_finalize: bool,
+        undoes: bool = False,
         resumed: Resumed | None = None,
     ) -> None:
         self.plan = plan
@@ -85,15 +86,19 @@ class Driver:
             prepares = resumed.state.prepares
             self._take_up(resumed)
         elif adopted:
-            self.state, self._owed = phases.adopt(two_phase=plan.two_phase)
+            self.state, self._owed = phases.adopt(two_phase=plan.two_phase, undoes=undoes)
         else:
             self.state, self._owed = phases.begin(
-                two_phase=plan.two_phase, prepares=prepares, stalls=plan.stalls
+                two_phase=plan.two_phase,
+                prepares=prepares,
+                stalls=plan.stalls,
+                meets=around.barrier is not None,
             )
-        self._auto_finalize = auto_finalize and not prepares
+        self._auto_finalize = auto_finalize and not (prepares or self.state.prepares)
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._consulting: asyncio.Task[Settled] | None = None
         self._stalling: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._policy_error: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
@@ -118,6 +123,14 @@ class Driver:
         """A fact, from whoever knows one."""
         self._facts.put_nowait(fact)
 
+    @property
+    def timings(self) -> Timings:
+        """When what happened, as far as it has."""
+        times = dict(self._hearing.times)
+        if not self.plan.two_phase:
+            times.pop("decided", None)  # it has no second phase
+        return Timings(**times)
+
     async def drive(self) -> None:
         """From the first action to the outcome or the error."""
         hearing = self._hearing
@@ -131,7 +144,7 @@ class Driver:
             await to_the_end(self._let_go())
             raise
         finally:
-            for task in (self._consulting, self._stalling):
+            for task in (self._consulting, self._stalling, self._preparing):
                 if task is not None:
                     await stop(task)
 
@@ -139,7 +152,8 @@ class Driver:
         """Nobody follows the job any more: whatever it holds still is let go."""
         with suppress(QmpCommitError):
             if self.state.status == "pending" and self.state.prepares:
-                await self._monitor.execute("job-cancel", {"id": self.id})
+                order = "job-finalize" if self.state.prepared else "job-cancel"
+                await self._monitor.execute(order, {"id": self.id})
             if self.state.frozen:
                 await self._care.thaw()
 
@@ -191,7 +205,7 @@ class Driver:
             case facts.Duty.RELINK:
                 await self._relink()
             case facts.Duty.PREPARE:
-                await self._try(self._care.prepare())
+                await self._prepare()
             case facts.Duty.STALL:
                 self._stall()
             case facts.Duty.FREEZE:
@@ -207,6 +221,16 @@ class Driver:
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
+
+    async def _prepare(self) -> None:
+        if self._around.barrier is None:
+            await self._try(self._care.prepare(keeps=self.state.keeps))
+            return
+        # Others are waited for, and one of them may be why this one must not be finalized.
+        if self._preparing is not None:
+            await stop(self._preparing)
+        preparing = self._try(self._care.prepare(keeps=self.state.keeps))
+        self._preparing = asyncio.create_task(preparing, name=f"barrier {self.id}")
 
     async def _send(self, command: Command) -> None:
         arguments: Mapping[str, Any] = {"id": self.id}
@@ -387,15 +411,13 @@ class Driver:
 
     async def _outcome(self) -> CommitOutcome:
         state, plan = self.state, self.plan
-        times = dict(self._hearing.times)
-        if not plan.two_phase:
-            times.pop("decided", None)  # it has no second phase
         active = self._active_now()
         if state.verdict is phases.Verdict.RECYCLED:
             with suppress(QmpCommitError):
                 active = await self._care.fresh()
-        outcome = report.outcome_of(plan, state, active, Timings(**times))
-        outcome = replace(outcome, guest_paused=self._care.paused)
+        outcome = report.outcome_of(plan, state, active, self.timings)
+        held = self.timings.held if state.prepares else None
+        outcome = replace(outcome, guest_paused=self._care.paused, held=held)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
         return outcome

@@ -18,10 +18,10 @@ from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Driver, Resumed
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.outcome import CommitOutcome, JobProgress
+from qmpcommit.commit.outcome import CommitOutcome, JobProgress, Timings
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Recycle
+from qmpcommit.commit.policy import Decision, Recycle
 from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop
@@ -48,6 +48,7 @@ class CommitJob:
         timeout: float | None = None,
         adopted: bool = False,
         auto_finalize: bool = True,
+        undoes: bool = False,
         resumed: Resumed | None = None,
         around: Around = Around(),  # noqa: B008  (frozen)
     ) -> None:
@@ -63,6 +64,7 @@ class CommitJob:
             self._wake,
             adopted=adopted,
             auto_finalize=auto_finalize,
+            undoes=undoes,
             resumed=resumed,
         )
         self._driver.timeout = timeout
@@ -80,6 +82,15 @@ class CommitJob:
         return self._driver.state
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds from the start on, after which the job is cancelled; set before it starts."""
+        return self._driver.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._driver.timeout = seconds
+
+    @property
     def phase(self) -> Phase:
         """Where the commit is."""
         return self.state.phase
@@ -88,6 +99,21 @@ class CommitJob:
     def done(self) -> bool:
         """Whether the outcome, or the error, is there."""
         return self._task is None or self._task.done()
+
+    @property
+    def timings(self) -> Timings:
+        """When what happened, as far as it has."""
+        return self._driver.timings
+
+    @property
+    def outcome(self) -> CommitOutcome | None:
+        """The outcome, once there is one; `wait` waits for it."""
+        return self._driver.outcome if self.done and self._driver.error is None else None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What `wait` raises, once that is known."""
+        return self._driver.error if self.done else None
 
     async def started(self) -> None:
         """Wait until QEMU has taken the job; raises what `wait` would if it did not."""
@@ -180,6 +206,12 @@ class CommitJob:
         return self._order(Choice.ABORT)
 
     cancel = abort
+
+    def decide(self, decision: Decision, by: str) -> None:
+        """Decide as a policy does, in the name of `by`; what comes too late does nothing."""
+        if isinstance(decision, Recycle) and self.state.decision is None:
+            self._driver.recycle = decision
+        self._driver.tell(facts.Decided(Choice(decision.kind), by))
 
     # -- what a session does with it --------------------------------------------------------------
 

@@ -25,6 +25,13 @@ class Timings(Record):
     decided: datetime | None = None
     ended: datetime | None = None
 
+    @property
+    def held(self) -> float | None:
+        """Seconds from the last write that got through to the end of a job held in PENDING."""
+        if self.decided is None or self.ended is None:
+            return None
+        return (self.ended - self.decided).total_seconds()
+
 
 @record
 class CommitOutcome(Record):
@@ -34,7 +41,8 @@ class CommitOutcome(Record):
     intermediate layer, which has no second phase); `decided_by` who decided it. `active` is the
     image that the guest writes to now, `invalidated` the files that must never be booted again,
     `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
-    `guest_paused` is for how many seconds a recycle paused the guest; `converge` what was done
+    `guest_paused` is for how many seconds a recycle paused the guest; `held`
+    for how many the disk's own I/O was held in PENDING, on QEMU's clock; `converge` what was done
     to a guest that wrote too fast (the members of a `ConvergeReport`); `hook` how the hook ended
     that persists the VM's new disk path.
     """
@@ -53,6 +61,7 @@ class CommitOutcome(Record):
     bytes_committed: int = 0
     timings: Timings = Timings()
     guest_paused: float | None = None
+    held: float | None = None
     converge: dict[str, Any] | None = None
     hook: Literal["", "done", "failed"] = ""
     warnings: list[str] = field(default_factory=list)

@@ -111,7 +111,9 @@ class State(NamedTuple):
     `auto_finalize` is off), `preparing` and `prepared` where that is. `stalls` tells that a
     storage error makes the job wait, `stalled` that it does. `frozen` is whether the guest is
     paused by us, `overlaid` whether the fresh overlay was tried, `taken_up` whether another
-    process began it, so that even a job never seen may have begun and ended.
+    process began it, so that even a job never seen may have begun and ended. `undoes` tells that
+    an adopted job that is PENDING already is cancelled, and not finalized. `meets` tells that
+    others are waited for in PENDING, whatever was decided.
     """
 
     two_phase: bool
@@ -144,6 +146,13 @@ class State(NamedTuple):
     frozen: bool = False
     overlaid: bool = False
     taken_up: bool = False
+    undoes: bool = False
+    meets: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether QEMU has taken a keep from us: no other client was first with a pivot."""
+        return self.decision is Choice.KEEP and self.accepted
 
     @property
     def finished(self) -> bool:
@@ -159,15 +168,28 @@ class State(NamedTuple):
 Step = tuple[State, list[Action]]
 
 
-def begin(*, two_phase: bool, prepares: bool = False, stalls: bool = False) -> Step:
+def begin(
+    *, two_phase: bool, prepares: bool = False, stalls: bool = False, meets: bool = False
+) -> Step:
     """A new commit: `block-commit` has to be sent."""
-    state = State(two_phase=two_phase, prepares=prepares, stalls=stalls, auto_finalize=not prepares)
+    prepares = prepares or meets
+    state = State(
+        two_phase=two_phase,
+        prepares=prepares,
+        stalls=stalls,
+        meets=meets,
+        auto_finalize=not prepares,
+    )
     return state, [Command.START]
 
 
-def adopt(*, two_phase: bool) -> Step:
-    """A job that exists already: QEMU has to be asked where it is."""
-    return State(two_phase=two_phase, phase=Phase.COPYING, began=True), [Duty.ASK]
+def adopt(*, two_phase: bool, undoes: bool = False) -> Step:
+    """A job that exists already: QEMU has to be asked where it is.
+
+    One that is PENDING was decided before: it is finalized, or cancelled with `undoes`.
+    """
+    state = State(two_phase=two_phase, phase=Phase.COPYING, began=True, undoes=undoes)
+    return state, [Duty.ASK]
 
 
 def resume(state: State, *, same_vm: bool | None) -> Step:
@@ -288,10 +310,11 @@ def _pending(state: State) -> Step:
     """The disk's I/O waits: no longer than what has to be done takes."""
     if state.in_flight or state.preparing:
         return state, []
+    if state.decision is None and state.undoes:
+        return _decided(state, Choice.ABORT, "caller")
     if state.decision is Choice.ABORT:
         return (state, []) if state.accepted else _order(state)
-    keeps = state.decision is Choice.KEEP and state.accepted  # else another client was first
-    if keeps or state.prepared or not state.prepares:
+    if (state.keeps and not state.meets) or state.prepared or not state.prepares:
         return state, [Command.FINALIZE]
     return state._replace(preparing=True), [Duty.PREPARE]
 
@@ -342,7 +365,9 @@ def _decided(state: State, choice: Choice, by: str) -> Step:
         return state, []
     if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
         return state, []  # too early or too late: `objection` tells the caller why
-    state = state._replace(decision=choice, by=by, tries=0, accepted=False, refusal=None)
+    state = state._replace(
+        decision=choice, by=by, tries=0, accepted=False, refusal=None, preparing=False
+    )
     if choice is Choice.RECYCLE:
         return state._replace(phase=Phase.DECIDED, frozen=True, in_flight=True), [Duty.FREEZE]
     if state.phase is Phase.STARTING and not state.began:

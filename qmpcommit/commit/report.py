@@ -162,7 +162,8 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
     if state.decision not in PIVOTS or not plan.two_phase:
         return False
     if state.end is None:
-        return None if state.tries else False
+        finalized = state.prepared or not state.prepares  # held PENDING, nothing is pivoted yet
+        return None if state.tries and finalized else False
     if state.end.cancelled or state.end.error is not None:
         return False
     return None if state.doubt else True

@@ -1,0 +1,444 @@
+"""Many disks, of one VM or of several, committed at one instant: all of them or none.
+
+Each member is a commit of its own whose end QEMU holds back (``auto-finalize`` off). When all are
+READY all are decided; QEMU then brings each to PENDING and holds its disk's I/O. When all are
+held, all are finalized, as close together as can be; if one does not get there, all are cancelled
+and QEMU undoes what was decided. `group_phases` is the machine, this drives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qmpcommit.commit import group_phases
+from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
+from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
+from qmpcommit.commit.group_policy import Deciding
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.plan import JOB_PREFIX, Request
+from qmpcommit.commit.policy import (
+    Abort,
+    AnyPolicy,
+    Decision,
+    Hold,
+    Keep,
+    Pivot,
+    PolicyCall,
+    Recycle,
+    Settled,
+    check_command,
+    parse_policy,
+)
+from qmpcommit.commit.preconditions import ask_whether
+from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
+from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.units import parse_seconds
+
+if TYPE_CHECKING:
+    from qmpcommit.session import Session
+
+HOLD_LIMIT = 2.0
+"""Seconds that disks may be held, if the caller does not say."""
+
+_AROUND = ("on_pivot", "on_stall", "converge", "ledger")
+
+OnDecision = Callable[[Sequence[str]], Awaitable[object]]
+"""Awaited, with the jobs' ids, after all disks are held and before the first is finalized."""
+
+
+class GroupMember(NamedTuple):
+    """One disk of a group: `policy` is its own, `options` are those of `Session.commit`."""
+
+    vm: Session
+    disk: str
+    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None
+    options: Mapping[str, Any] = {}
+
+
+class GroupCommit:
+    """A group commit under way.
+
+    `members` are `GroupMember`s or tuples of their beginning; give each its policy, or one
+    `policy` to all, which is then asked once, when all are READY. Where one comes to `Abort` all
+    are cancelled. `hold_limit` is for how many seconds disks may be held, `timeout` for how many
+    all of it may take before it is cancelled; `only_if` is asked once, before anything is sent.
+    `on_decision` is awaited while all disks are held, before the first job is finalized: what
+    it writes down tells a recovery that they all have to be. `options` are those of
+    `Session.commit`, for all members.
+
+    ``await GroupCommit(...).run()`` is all of it; `start`, `ready`, `wait` are its parts, and
+    `pivot`, `keep` and `abort` decide for a group whose policy is `Hold`.
+    """
+
+    def __init__(
+        self,
+        members: Iterable[GroupMember | tuple[Any, ...]],
+        *,
+        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
+        hold_limit: float = HOLD_LIMIT,
+        timeout: float | None = None,
+        only_if: Sequence[str] | None = None,
+        on_decision: OnDecision | None = None,
+        **options: Any,
+    ) -> None:
+        self.members = [GroupMember(*member) for member in members]
+        self.id = os.urandom(4).hex()
+        self.jobs: tuple[CommitJob, ...] = ()
+        self._policy = None if policy is None else parse_policy(policy)
+        self._policies = [self._policy_of(member) for member in self.members]
+        self._options = options
+        self._only_if = None if only_if is None else check_command(only_if, "only_if")
+        self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
+        self._on_decision = on_decision
+        hold_limit = parse_seconds(hold_limit, "hold limit")
+        self.state = group_phases.begin(len(self.members), hold_limit)
+        self._decisions: dict[int, Settled] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._following: list[asyncio.Task[None]] = []
+        self._recording: asyncio.Task[None] | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._subscriptions: list[Any] = []
+        self._deciding = Deciding(self._policy, self._policies, self._decided, self._policy_failed)
+        self._gate = asyncio.Event()
+        self._refusal: str | None = None
+        self._late = False
+        self._policy_error: Exception | None = None
+        self._by = ""
+        self._check_members()
+
+    def _policy_of(self, member: GroupMember) -> AnyPolicy | PolicyCall:
+        if self._policy is not None and member.policy is not None:
+            raise InvalidRequest(
+                f"give {member.disk} a policy of its own, or the group one for all, not both"
+            )
+        return self._policy or parse_policy(member.policy)
+
+    def _check_members(self) -> None:
+        if not self.members:
+            raise InvalidRequest("a group commit needs at least one disk")
+        if isinstance(self._policy, Recycle) and len(self.members) > 1:
+            raise InvalidRequest("give each disk a Recycle of its own: each needs its own overlay")
+
+    # -- what a caller sees -----------------------------------------------------------------------
+
+    async def run(self) -> GroupOutcome:
+        """From start to end; a cancellation cancels all jobs first. Raises what `wait` raises."""
+        await self.start()
+        try:
+            return await self.wait()
+        except asyncio.CancelledError:
+            await to_the_end(self.abandon("interrupted"))
+            raise
+
+    async def start(self) -> None:
+        """Check all, then send all; if one is refused the others are cancelled.
+
+        Raises what `Session.commit` raises. If this is cancelled, so are the jobs.
+        """
+        if self._timeout is not None:
+            self._call_later(self._timeout, self._time_is_up)
+        try:
+            jobs = await self._prepare()
+            if self._late:
+                raise DeadlineExceeded(f"{self.state.why}, so nothing was sent")
+            self.jobs = jobs
+            await self._launch()
+        except BaseException:
+            await to_the_end(self.abandon("one of its jobs could not be started"))
+            raise
+        if self.state.stage is Stage.CANCELLING:
+            self._cancel(self.state.why)  # those too that were not there before
+
+    async def ready(self) -> None:
+        """Wait until all members are READY; raises what `wait` raises where one gets not there."""
+        for job in self.jobs:
+            try:
+                await job.ready()
+            except QmpCommitError:
+                await self.wait()
+                raise
+
+    async def wait(self) -> GroupOutcome:
+        """The outcome, where all ended as decided.
+
+        Raises `GroupFailed` where all were cancelled because one of them failed or the hold took
+        too long, `DeadlineExceeded` likewise, `GroupSplit` where a QEMU was lost after the
+        decision. Cancelling the wait cancels nothing: see `abandon`.
+        """
+        await asyncio.wait(self._following)
+        await self._clear()
+        finalized = self.state.stage is Stage.OVER and not self.state.why and not self._refusal
+        ends = [self._end(n) for n in range(len(self.jobs))]
+        error = error_of(
+            ends,
+            why=self.state.why or self._refusal or "",
+            culprit=self.state.culprit,
+            finalized=finalized,
+            timeout=self._timeout if self._late else None,
+        )
+        meant = self._meant_to_abort and all(end.outcome is not None for end in ends)
+        if error is not None and (finalized or not meant or not _none_done(ends)):
+            if self._policy_error is not None:
+                error.__cause__ = self._policy_error
+            raise error
+        return outcome_of(self.id, ends, by=self._by)
+
+    def pivot(self) -> None:
+        """Decide for the bases, at once; raises `NotReady` or `JobConflict`, as a job does."""
+        self._call(Pivot())
+
+    def keep(self) -> None:
+        """Decide for the overlays; as `pivot`."""
+        self._call(Keep())
+
+    def abort(self) -> None:
+        """Cancel all jobs by force, unless they are being finalized already."""
+        self._by = self._by or "caller"
+        self._tell(group_phases.Stop("it was aborted"))
+
+    async def abandon(self, why: str) -> None:
+        """Cancel all jobs, unless they are being finalized, and see them end; bounded in time."""
+        self._tell(group_phases.Stop(why))
+        await asyncio.gather(*(job.abandon() for job in self.jobs))
+        if self._following:
+            await asyncio.wait(self._following)
+        await self._clear()
+
+    # -- start ------------------------------------------------------------------------------------
+
+    async def _prepare(self) -> tuple[CommitJob, ...]:
+        """Check all members before anything is sent to any VM."""
+        sessions = list(dict.fromkeys(member.vm for member in self.members))
+        seen = dict(
+            zip(sessions, await asyncio.gather(*(vm.look() for vm in sessions)), strict=True)
+        )
+        jobs = []
+        for number, member in enumerate(self.members):
+            options = {**self._options, **member.options}
+            around = {name: options.pop(name) for name in _AROUND if name in options}
+            override = options.pop("override", ())
+            delete = options.pop("delete", False)
+            if delete:
+                options["stale"] = "delete"
+            try:
+                request = Request(disk=member.disk, job_id=self._job_id(number), **options)
+            except TypeError as error:
+                raise InvalidRequest(f"a group commit takes no such option: {error}") from None
+            around["barrier"] = partial(self._meet, number)
+            job = await member.vm.prepare(
+                request,
+                # While it is READY the group decides; a Recycle is checked for what it needs.
+                policy if isinstance(policy := self._policies[number], Recycle) else Hold(),
+                Around(**around),
+                override=override,
+                seen=seen[member.vm],
+            )
+            object.__setattr__(job.plan, "policy", Hold())
+            if not job.plan.two_phase:
+                raise InvalidRequest(
+                    f"{job.plan.disk} of {member.vm.name}: only active layers can be committed at"
+                    " one instant; commit an intermediate layer by itself. Nothing was sent"
+                )
+            jobs.append(job)
+        self._check_apart(jobs)
+        if self._only_if is not None:
+            await ask_whether(self._only_if, jobs[0].plan)
+        return tuple(jobs)
+
+    def _check_apart(self, jobs: Sequence[CommitJob]) -> None:
+        known: dict[tuple[int, str], str] = {}
+        for member, job in zip(self.members, jobs, strict=True):
+            disk = job.plan.disk
+            before = known.setdefault((id(member.vm), disk.root), member.disk)
+            if before is not member.disk:
+                raise InvalidRequest(
+                    f"{before} and {member.disk} are the same disk of {member.vm.name}; name it"
+                    " once. Nothing was sent"
+                )
+
+    def _job_id(self, number: int) -> str:
+        """An id that tells whose disk it is, which group it belongs to, and how many there are."""
+        name = re.sub(r"[^A-Za-z0-9._-]", "", self.members[number].disk)[-32:] or "disk"
+        return f"{JOB_PREFIX}{name}-{self.id}.{number + 1}of{len(self.members)}"
+
+    async def _launch(self) -> None:
+        for vm in dict.fromkeys(member.vm for member in self.members):
+            link = partial(self._link, vm)
+            self._subscriptions.append(vm.subscribers.add(lambda message: None, link))
+        starting = [
+            asyncio.create_task(member.vm.launch(job, override=self._override(member)))
+            for member, job in zip(self.members, self.jobs, strict=True)
+        ]
+        try:
+            await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                await stop(task)  # which cancels its job
+            raise
+        self._following = [
+            asyncio.create_task(self._follow(number), name=f"member {job.id}")
+            for number, job in enumerate(self.jobs)
+        ]
+        self._asking = asyncio.create_task(self._deciding.ask(self.jobs), name=f"group {self.id}")
+
+    def _override(self, member: GroupMember) -> Any:
+        return member.options.get("override", self._options.get("override", ()))
+
+    # -- the members ------------------------------------------------------------------------------
+
+    async def _follow(self, number: int) -> None:
+        """One member's end."""
+        with suppress(Exception):  # it is kept in the job
+            await self.jobs[number].wait()
+        self._tell(group_phases.Ended(number))
+
+    async def _meet(self, number: int) -> str | None:
+        """The barrier: this member's disk is held; wait for the others."""
+        self._tell(group_phases.Pending(number))
+        await self._gate.wait()
+        return self._refusal
+
+    def _link(self, vm: Session, up: bool) -> None:
+        for number, member in enumerate(self.members):
+            if member.vm is vm:
+                self._tell(group_phases.Back(number) if up else group_phases.Lost(number))
+
+    def _decided(self, number: int, settled: Settled) -> None:
+        self._by = settled.by
+        self._decisions[number] = settled
+        if isinstance(settled.decision, Abort):
+            self._tell(group_phases.Stop("it was aborted"))
+        else:
+            self._tell(group_phases.Ready(number))
+
+    def _policy_failed(self, error: Exception) -> None:
+        self._policy_error = error
+        self._tell(group_phases.Stop(f"the policy failed ({error!r})"))
+
+    def _call(self, decision: Decision) -> None:
+        decided = f"the group commit {self.id} is decided already, or has ended"
+        if self.state.stage is not Stage.GATHERING:
+            raise JobConflict(decided)
+        if not all(job.state.phase.value == "ready" for job in self.jobs):
+            raise NotReady(
+                f"the group commit {self.id} is not READY: not all of its disks are copied yet."
+                " It goes on; decide again when all are"
+            )
+        if not self._deciding.call(decision):
+            raise JobConflict(decided)
+
+    # -- the machine ------------------------------------------------------------------------------
+
+    def _tell(self, fact: GroupFact) -> None:
+        loop = asyncio.get_running_loop()
+        before = self.state
+        self.state, actions = group_phases.step(before, fact, loop.time())
+        if self.state.deadline is not None and before.deadline is None:
+            left = self.state.deadline - loop.time()
+            self._call_later(left, partial(self._tell, group_phases.Tick()))
+        for action in actions:
+            match action:
+                case GroupAction.DECIDE:
+                    for number, job in enumerate(self.jobs):
+                        job.decide(*self._decisions[number])
+                case GroupAction.FINALIZE:
+                    self._finalize()
+                case GroupAction.CANCEL:
+                    self._cancel(self.state.why)
+
+    def _finalize(self) -> None:
+        if self._on_decision is None:
+            self._gate.set()
+        else:
+            self._recording = asyncio.ensure_future(self._record(self._on_decision))
+
+    async def _record(self, on_decision: OnDecision) -> None:
+        """Have the decision written down before the first job is finalized; or cancel all."""
+        try:
+            async with asyncio.timeout(self.state.hold_limit):
+                await on_decision([job.id for job in self.jobs])
+        except Exception as error:
+            self._cancel(f"the decision could not be written down ({error!r})")
+        else:
+            self._gate.set()
+
+    def _cancel(self, why: str) -> None:
+        self._refusal = why
+        by = self._by if self._meant_to_abort else "group"
+        for job in self.jobs:
+            if not job.done:
+                job.decide(Abort(), by)
+        self._gate.set()
+        if self._asking is not None:
+            self._asking.cancel()
+
+    @property
+    def _meant_to_abort(self) -> bool:
+        """Whether a policy or the caller wanted no end."""
+        aborts = any(isinstance(each.decision, Abort) for each in self._decisions.values())
+        return self.state.why == "it was aborted" and (aborts or self._by == "caller")
+
+    def _time_is_up(self) -> None:
+        self._late = True
+        self._tell(group_phases.Stop(f"it did not end within {self._timeout:g} s"))
+
+    def _call_later(self, seconds: float, call: Callable[[], None]) -> None:
+        self._timers.append(asyncio.get_running_loop().call_later(max(0.0, seconds), call))
+
+    async def _clear(self) -> None:
+        """Leave nothing behind."""
+        for timer in self._timers:
+            timer.cancel()
+        for subscription in self._subscriptions:
+            subscription.close()
+        for task in (self._asking, self._recording):
+            if task is not None:
+                await stop(task)
+
+    def _end(self, number: int) -> MemberEnd:
+        job = self.jobs[number]
+        settled = self._decisions.get(number)
+        return MemberEnd(
+            plan=job.plan,
+            state=job.state,
+            timings=job.timings,
+            outcome=job.outcome,
+            error=job.error,
+            choice=Choice(settled.decision.kind) if settled is not None else None,
+        )
+
+
+def _none_done(ends: Sequence[MemberEnd]) -> bool:
+    return all(end.done() is False for end in ends)
+
+
+async def commit_group(
+    members: Iterable[GroupMember | tuple[Any, ...]], **options: Any
+) -> GroupOutcome:
+    """Commit disks of several VMs at one instant: all of them or none.
+
+    `members` are tuples of a session (or a monitor's address, which is connected for it), a disk
+    and, unless one `policy` is given to all, a policy. `options` are those of `GroupCommit`.
+    Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation cancels all.
+    """
+    from qmpcommit.session import Session
+
+    async with AsyncExitStack() as stack:
+        opened: dict[str, Session] = {}
+        named = []
+        for vm, *more in members:
+            if not isinstance(vm, Session):
+                address = os.fspath(vm)
+                if address not in opened:
+                    opened[address] = await stack.enter_async_context(Session.connect(address))
+                vm = opened[address]  # noqa: PLW2901
+            named.append((vm, *more))
+        return await GroupCommit(named, **options).run()

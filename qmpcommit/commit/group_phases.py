@@ -1,0 +1,200 @@
+"""Many commits at one instant as a state machine: facts in, actions out, no I/O.
+
+::
+
+    GATHERING --all READY, all decided--> DECIDED --all PENDING--> FINALIZING --all ended--> OVER
+        |                                    |                                                ^
+        +--one ended, or was decided         +--one ended, one's monitor lost,                |
+           by somebody else, or a stop          too long a hold, or a stop                    |
+                          +------> CANCELLING <------+ ---------------all ended---------------+
+
+PENDING holds a disk's I/O. When all are PENDING no disk is written, so all bases show that one
+instant, and a write that waited for another's completion can't be in one base without the other.
+
+All or none: before FINALIZING anything that goes wrong cancels all, and QEMU undoes what was
+decided. From FINALIZING on nothing is cancelled any more: the decision is made, and a member
+that does not get there is the failure of that member alone.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple, assert_never
+
+
+class Stage(StrEnum):
+    """Where a group is."""
+
+    GATHERING = "gathering"
+    DECIDED = "decided"
+    FINALIZING = "finalizing"
+    CANCELLING = "cancelling"
+    OVER = "over"
+
+
+class Part(NamedTuple):
+    """One member: `ready` is that it is READY and its policy has decided."""
+
+    ready: bool = False
+    linked: bool = True
+    pending: bool = False
+    ended: bool = False
+
+
+class GroupState(NamedTuple):
+    """All that is known about a group.
+
+    `held_since` is when the first member was seen PENDING, on the clock of `step`'s `now`;
+    `why` tells why it was cancelled, `culprit` for which member.
+    """
+
+    parts: tuple[Part, ...]
+    hold_limit: float
+    stage: Stage = Stage.GATHERING
+    held_since: float | None = None
+    why: str = ""
+    culprit: int | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether all members have ended."""
+        return self.stage is Stage.OVER
+
+    @property
+    def deadline(self) -> float | None:
+        """When a `TICK` is due, since the hold ends then; None where there is none."""
+        if self.stage is not Stage.DECIDED or self.held_since is None:
+            return None
+        return self.held_since + self.hold_limit
+
+
+# -- facts ----------------------------------------------------------------------------------------
+
+
+class Ready(NamedTuple):
+    """The member is READY, and its policy has come to a decision other than to abort."""
+
+    member: int
+
+
+class Pending(NamedTuple):
+    """The member's disk is held, and whatever had to be done in that is done."""
+
+    member: int
+
+
+class Lost(NamedTuple):
+    """The monitor of the member's VM went away."""
+
+    member: int
+
+
+class Back(NamedTuple):
+    """The monitor of the member's VM is back."""
+
+    member: int
+
+
+class Ended(NamedTuple):
+    """The member's commit is over, as it was meant or not."""
+
+    member: int
+
+
+class Stop(NamedTuple):
+    """Whoever owns the group, or a policy, wants no end but a cancellation."""
+
+    why: str
+    member: int | None = None
+
+
+class Tick(NamedTuple):
+    """Time has passed."""
+
+
+GroupFact = Ready | Pending | Lost | Back | Ended | Stop | Tick
+
+
+class GroupAction(StrEnum):
+    """What is owed to every member that has not ended."""
+
+    DECIDE = "carry out the decisions, now"
+    FINALIZE = "let all end, now"
+    CANCEL = "cancel all"
+
+
+GroupStep = tuple[GroupState, list[GroupAction]]
+
+
+def begin(members: int, hold_limit: float) -> GroupState:
+    """A group whose members are about to copy; `hold_limit` in seconds."""
+    return GroupState((Part(),) * members, hold_limit)
+
+
+def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
+    """The next state and what has to be done, after one more fact; `now` in seconds."""
+    match fact:
+        case Ready(member):
+            return _go_on(_with(state, member, ready=True), now)
+        case Pending(member):
+            return _pending(_with(state, member, pending=True), member, now)
+        case Back(member):
+            return _go_on(_with(state, member, linked=True), now)
+        case Lost(member):
+            state = _with(state, member, linked=False, pending=False)
+            if state.stage is Stage.DECIDED:
+                return _cancel(state, "its monitor was lost while the disks were held", member)
+            return state, []
+        case Ended(member):
+            return _ended(_with(state, member, ended=True), member)
+        case Stop(why, member):
+            return _cancel(state, why, member)
+        case Tick():
+            if state.deadline is not None and now >= state.deadline:
+                late = [n for n, part in enumerate(state.parts) if not part.pending]
+                why = f"not all disks could be held within {state.hold_limit:g} s"
+                return _cancel(state, why, late[0] if late else None)
+            return state, []
+    assert_never(fact)
+
+
+def _with(state: GroupState, member: int, **change: bool) -> GroupState:
+    parts = list(state.parts)
+    parts[member] = parts[member]._replace(**change)
+    return state._replace(parts=tuple(parts))
+
+
+def _pending(state: GroupState, member: int, now: float) -> GroupStep:
+    if state.held_since is None:
+        state = state._replace(held_since=now)
+    if state.stage is Stage.GATHERING:
+        why = "another client decided it before all disks were ready"
+        return _cancel(state, why, member)
+    return _go_on(state, now)
+
+
+def _go_on(state: GroupState, now: float) -> GroupStep:
+    """Once all are where they have to be, the next stage."""
+    if state.stage is Stage.GATHERING and all(p.ready and p.linked for p in state.parts):
+        return state._replace(stage=Stage.DECIDED), [GroupAction.DECIDE]
+    if state.stage is Stage.DECIDED and all(p.pending and p.linked for p in state.parts):
+        if state.deadline is not None and now > state.deadline:
+            return step(state, Tick(), now)
+        return state._replace(stage=Stage.FINALIZING), [GroupAction.FINALIZE]
+    return state, []
+
+
+def _ended(state: GroupState, member: int) -> GroupStep:
+    actions: list[GroupAction] = []
+    if state.stage in (Stage.GATHERING, Stage.DECIDED):
+        state, actions = _cancel(state, "it ended before all disks were held", member)
+    if all(part.ended for part in state.parts):
+        return state._replace(stage=Stage.OVER), []
+    return state, actions
+
+
+def _cancel(state: GroupState, why: str, member: int | None) -> GroupStep:
+    if state.stage not in (Stage.GATHERING, Stage.DECIDED):
+        return state, []
+    state = state._replace(stage=Stage.CANCELLING, why=why, culprit=member)
+    return state, [GroupAction.CANCEL]
