@@ -24,6 +24,7 @@ _HOMES = {
         " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
         " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone"
         " VMStateError"
+        " CommitNotFound DaemonError DaemonLost DaemonUnreachable KeyReused QueueFull VMNotFound"
     ),
     "offline_session": "offline",
     "qmp.events": "Event UnknownEvent",

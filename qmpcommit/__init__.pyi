@@ -26,7 +26,11 @@ from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.errors import ChainError as ChainError
 from qmpcommit.errors import CommandRefused as CommandRefused
 from qmpcommit.errors import CommitFailed as CommitFailed
+from qmpcommit.errors import CommitNotFound as CommitNotFound
 from qmpcommit.errors import ConnectError as ConnectError
+from qmpcommit.errors import DaemonError as DaemonError
+from qmpcommit.errors import DaemonLost as DaemonLost
+from qmpcommit.errors import DaemonUnreachable as DaemonUnreachable
 from qmpcommit.errors import DeadlineExceeded as DeadlineExceeded
 from qmpcommit.errors import DiskNotFound as DiskNotFound
 from qmpcommit.errors import GroupFailed as GroupFailed
@@ -34,6 +38,7 @@ from qmpcommit.errors import GroupSplit as GroupSplit
 from qmpcommit.errors import InvalidRequest as InvalidRequest
 from qmpcommit.errors import JobConflict as JobConflict
 from qmpcommit.errors import JobNotFound as JobNotFound
+from qmpcommit.errors import KeyReused as KeyReused
 from qmpcommit.errors import MonitorBusy as MonitorBusy
 from qmpcommit.errors import MonitorLost as MonitorLost
 from qmpcommit.errors import NoSpace as NoSpace
@@ -42,7 +47,9 @@ from qmpcommit.errors import OnlyIfFailed as OnlyIfFailed
 from qmpcommit.errors import PolicyRequired as PolicyRequired
 from qmpcommit.errors import ProtocolViolation as ProtocolViolation
 from qmpcommit.errors import QmpCommitError as QmpCommitError
+from qmpcommit.errors import QueueFull as QueueFull
 from qmpcommit.errors import VMGone as VMGone
+from qmpcommit.errors import VMNotFound as VMNotFound
 from qmpcommit.errors import VMStateError as VMStateError
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event

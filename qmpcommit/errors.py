@@ -171,5 +171,43 @@ class GroupSplit(GroupFailed):
     unknown: list[str]
 
 
+class VMNotFound(QmpCommitError):
+    """The daemon knows no VM of that name."""
+
+
+class CommitNotFound(QmpCommitError):
+    """The daemon knows no commit with that id."""
+
+
+class QueueFull(QmpCommitError):
+    """The daemon takes no more commits at the moment."""
+
+
+class KeyReused(QmpCommitError):
+    """The ``Idempotency-Key`` was used for another request before."""
+
+
+class DaemonError(QmpCommitError):
+    """The daemon refuses this client, or what answers is no such daemon.
+
+    `status` is the HTTP status, where there was one.
+    """
+
+    FACTS = ("vm", "disk", "job_id", "address", "status")
+    address: str | None
+    status: int | None
+
+
+class DaemonUnreachable(ConnectError):
+    """No daemon answers at that address; nothing was asked of it."""
+
+
+class DaemonLost(MonitorLost):
+    """The daemon went away and did not come back; what it promised goes on without this client."""
+
+    FACTS = ("vm", "disk", "job_id", "address")
+    address: str | None
+
+
 class DeadlineExceeded(QmpCommitError, TimeoutError):
     """It did not end in time; the message says what state that left behind."""

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Query, Request, Response
@@ -14,13 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import qmpcommit
-from qmpcommit.daemon.engine import (
-    CommitNotFound,
-    Engine,
-    KeyReused,
-    QueueFull,
-    VMNotFound,
-)
+from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.models import (
     CommitRequest,
@@ -37,17 +32,21 @@ from qmpcommit.errors import (
     ChainError,
     CommandRefused,
     CommitFailed,
+    CommitNotFound,
     ConnectError,
     DiskNotFound,
     InvalidRequest,
     JobConflict,
     JobNotFound,
+    KeyReused,
     MonitorLost,
     NoSpace,
     NotReady,
     PolicyRequired,
     QmpCommitError,
+    QueueFull,
     VMGone,
+    VMNotFound,
     VMStateError,
 )
 from qmpcommit.journal import JournalError
@@ -237,6 +236,11 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             response.headers["Idempotent-Replay"] = "true"
         return view_commit(engine, promise)
 
+    @app.post("/v1/vms/{vm}/plans", responses=_problems(404, 409, 422, 502, 507), tags=["commits"])
+    async def plan(vm: VMPath, asked: CommitRequest) -> dict[str, Any]:
+        """What a commit would send, and what its checks find; nothing is sent or promised."""
+        return _dump(await engine.plan(engine.vm(vm), asked, check=True))
+
     @app.get("/v1/commits", responses=_problems(422), tags=["commits"])
     async def list_commits(
         vm: Annotated[str | None, Query(max_length=64)] = None,
@@ -261,15 +265,16 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     async def get_commit(
         commit_id: CommitPath,
         wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
+        phase: Annotated[
+            str | None, Query(max_length=32, description="Wait only until it leaves this phase")
+        ] = None,
     ) -> CommitView:
         """One commit, with its progress while it runs, and its outcome or error in the end."""
         promise = await engine.commit(commit_id)
         if wait and not promise.over.is_set():
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await promise.over.wait()
-            except TimeoutError:
-                pass
+                    await _until(engine, promise, phase)
         return view_commit(engine, promise, await _progress(promise))
 
     @app.delete(
@@ -341,6 +346,17 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
 
 def _dump(value: Record) -> dict[str, Any]:
     return value.model_dump(mode="json")
+
+
+async def _until(engine: Engine, promise: Promise, phase: str | None) -> None:
+    """Wait for its end, or until it has left this phase."""
+    if phase is None:
+        await promise.over.wait()
+        return
+    with engine.news_of(promise.id) as news:
+        while promise.phase == phase and not promise.over.is_set():
+            news.clear()
+            await news.wait()
 
 
 async def _progress(promise: Promise) -> Progress | None:

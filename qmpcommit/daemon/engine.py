@@ -7,8 +7,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -31,15 +31,19 @@ from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
 from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,
+    CommitNotFound,
     ConnectError,
     DeadlineExceeded,
     InvalidRequest,
     JobConflict,
     JobNotFound,
+    KeyReused,
     MonitorLost,
     NotReady,
     QmpCommitError,
+    QueueFull,
     VMGone,
+    VMNotFound,
 )
 from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
@@ -57,22 +61,6 @@ MAX_BEGINS = 3
 _AWAY = (ConnectError, MonitorLost)
 
 
-class VMNotFound(QmpCommitError):
-    """The daemon knows no VM of that name."""
-
-
-class QueueFull(QmpCommitError):
-    """The daemon takes no more commits at the moment."""
-
-
-class KeyReused(QmpCommitError):
-    """The ``Idempotency-Key`` was used for another request before."""
-
-
-class CommitNotFound(QmpCommitError):
-    """The daemon knows no commit with that id."""
-
-
 class Engine:
     """All of the daemon but its API.
 
@@ -84,6 +72,7 @@ class Engine:
         self.metrics = metrics or Metrics()
         self.registry = Registry(config, self._on_up, self._on_change)
         self.followers: set[Callable[[Event], object]] = set()
+        self._news: dict[str, set[asyncio.Event]] = {}
         self.stopping = False
         self.recovered = False
         self.orphans: dict[str, dict[str, str]] = {}
@@ -237,7 +226,7 @@ class Engine:
                 return known, True
         self._check_room(request)
         vm = self.vm(vm_name)
-        plan = await self._plan(vm, request)
+        plan = await self.plan(vm, request)
         self._check_room(request)  # others may have come meanwhile
         job_id = request.job_id or new_job_id(plan.disk)
         if any(p.vm == vm_name and p.job_id == job_id for p in self.live.values()):
@@ -291,12 +280,13 @@ class Engine:
             raise KeyReused("this Idempotency-Key was used for another request; use a new one")
         return await self.commit(rows[0]["commit_id"])
 
-    async def _plan(self, vm: VM, request: CommitRequest) -> Plan:
+    async def plan(self, vm: VM, request: CommitRequest, *, check: bool = False) -> Plan:
+        """What a request comes to, without sending anything; raises what `Session.plan` raises."""
         async with self.registry.use(vm, wait=1.0) as session:
             return await session.plan(
                 request.disk,
                 policy=request.policy,
-                check=False,
+                check=check,
                 base=request.base,
                 top=request.top,
                 shallow=request.shallow,
@@ -604,6 +594,20 @@ class Engine:
     def _tell(self, event: Event) -> None:
         for follower in list(self.followers):
             follower(event)
+        for news in self._news.get(event.commit_id or "", ()):
+            news.set()
+
+    @contextmanager
+    def news_of(self, commit_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever something has changed of this commit."""
+        news = asyncio.Event()
+        self._news.setdefault(commit_id, set()).add(news)
+        try:
+            yield news
+        finally:
+            self._news[commit_id].discard(news)
+            if not self._news[commit_id]:
+                del self._news[commit_id]
 
     def _count_batch(self, units: int, seconds: float) -> None:
         self.metrics.journal_units.inc(units)
