@@ -17,6 +17,7 @@ _HOMES = {
     "commit.group_policy": "GroupReady",
     "commit.job": "CommitJob",
     "commit.outcome": "CommitOutcome JobProgress Timings",
+    "commit.pending": "resolve_pending",
     "commit.plan": "Plan",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (

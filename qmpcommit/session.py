@@ -315,7 +315,12 @@ class Session(Monitor):
         Raises what `commit` raises before anything is sent. `seen` is what `look` gave, where
         several are prepared at once.
         """
-        plan, graph = await self._plan(request, policy, seen)
+        try:
+            plan, graph = await self._plan(request, policy, seen)
+        except JobConflict as conflict:
+            from qmpcommit.commit.pending import name_pending
+
+            raise await name_pending(self, conflict) from None
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
         plan = replace(plan, findings=findings)

@@ -32,10 +32,15 @@ def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
 
 async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.cli.show import disks_dot, disks_text
+    from qmpcommit.commit.pending import held_jobs
 
     async with running.connect(qmp) as vm:
         disks = await vm.disks() if disk is None else [await vm.disk(disk)]
-    data = {"vm": vm.name, "disks": [each.model_dump(mode="json") for each in disks]}
+        held = await held_jobs(vm, qmp) if any(each.jobs for each in disks) else []
+    dumped = [each.model_dump(mode="json") for each in disks]
+    data = {"vm": vm.name, "disks": dumped, "pending": held}
+    for job in held:
+        click.echo(f"qmpcommit: job {job['id']} {job['next']}", err=True)
     if dot:
         return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
     return Answer(

@@ -67,9 +67,10 @@ async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
 
     async with running.connect(qmp) as vm:
         foreground = Foreground(running, vm, qmp, adopted=True)
-        job = await vm.adopt(job_id)
+        job = await vm.adopt(job_id, pending="cancel" if choice == "abort" else "finalize")
         try:
-            {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()
+            if job.state.status != "pending":  # such a one is being ended already
+                {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()
         except JobConflict as conflict:
             if job.state.running:
                 raise

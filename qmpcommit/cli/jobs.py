@@ -75,12 +75,14 @@ def _job(entry: dict[str, Any], disk: str | None, qmp: str) -> dict[str, Any]:
         "disk": disk,
         "ours": name.startswith(JOB_PREFIX),
         "error": entry.get("error"),
-        "next": _next(entry, name, shlex.quote(qmp)),
+        "next": _next(entry, name, qmp),
     }
 
 
 def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
     """What a person should do about a job that goes no further by itself."""
+    from qmpcommit.commit.pending import what_to_do
+
     if entry["io-status"] == "nospace":
         return "stopped: no space left under the base; make room, then resume it (job-resume)"
     if entry["io-status"] == "failed":
@@ -88,12 +90,12 @@ def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
     if entry["type"] != "commit":
         return None
     if entry["status"] in ("ready", "standby"):
-        return f"READY: decide with 'qmpcommit pivot|keep|abort {qmp} {name}'"
+        return f"READY: decide with 'qmpcommit pivot|keep|abort {shlex.quote(qmp)} {name}'"
     if entry["status"] == "pending":
-        return f"holds its disk's I/O until it is finalized: 'qmpcommit pivot {qmp} {name}' does it"
+        return what_to_do(name, qmp)
     if entry["status"] == "concluded":
         return (
-            f"has ended: 'qmpcommit chain {qmp}' shows what its disk uses;"
-            f" 'qmpcommit abort {qmp} {name}' clears it away"
+            f"has ended: 'qmpcommit chain {shlex.quote(qmp)}' shows what its disk uses;"
+            f" 'qmpcommit abort {shlex.quote(qmp)} {name}' clears it away"
         )
     return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -23,7 +22,8 @@ from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, ou
 from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
 from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.plan import JOB_PREFIX, Request
+from qmpcommit.commit.pending import group_job_id
+from qmpcommit.commit.plan import Request
 from qmpcommit.commit.policy import (
     Abort,
     AnyPolicy,
@@ -265,9 +265,8 @@ class GroupCommit:
                 )
 
     def _job_id(self, number: int) -> str:
-        """An id that tells whose disk it is, which group it belongs to, and how many there are."""
-        name = re.sub(r"[^A-Za-z0-9._-]", "", self.members[number].disk)[-32:] or "disk"
-        return f"{JOB_PREFIX}{name}-{self.id}.{number + 1}of{len(self.members)}"
+        disk = self.members[number].disk
+        return group_job_id(disk, self.id, number + 1, len(self.members))
 
     async def _launch(self) -> None:
         for vm in dict.fromkeys(member.vm for member in self.members):

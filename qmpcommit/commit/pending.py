@@ -1,0 +1,136 @@
+"""Jobs of ours that hold a disk's I/O in PENDING with nobody there to end them.
+
+A client that is killed between the decision and the end leaves them, and a guest whose disk
+hangs. Whether they were to be finalized only that client knew, or its journal: cancelling is
+always safe, for it undoes the decision and leaves every overlay active and whole.
+
+Rests on ``query-jobs``, ``job-cancel`` and ``job-finalize``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qmpcommit.commit.plan import JOB_PREFIX
+from qmpcommit.errors import JobConflict, JobNotFound, QmpCommitError
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.job import CommitJob
+    from qmpcommit.commit.outcome import CommitOutcome
+    from qmpcommit.session import Session
+
+_GROUP = re.compile(r"-([0-9a-f]{8})\.(\d+)of(\d+)$")
+
+
+class GroupPlace(NamedTuple):
+    """What a job's id tells of its group: which, and the how manieth of how many it is."""
+
+    group: str
+    number: int
+    members: int
+
+
+def group_job_id(disk: str, group: str, number: int, members: int) -> str:
+    """The id of one job of a group; `group` is eight hexadecimal digits."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "", disk)[-32:] or "disk"
+    return f"{JOB_PREFIX}{name}-{group}.{number}of{members}"
+
+
+def place_of(job_id: str) -> GroupPlace | None:
+    """Where in its group a job is; None for a job that is in none of ours."""
+    found = _GROUP.search(job_id) if job_id.startswith(JOB_PREFIX) else None
+    return GroupPlace(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def what_to_do(job_id: str, qmp: str) -> str:
+    """What a person should know and do about a job found PENDING."""
+    place = place_of(job_id)
+    text = "holds its disk's I/O until it is ended, and the guest's disk hangs meanwhile"
+    if place is not None:
+        text += (
+            f". It is {place.number} of {place.members} of group {place.group}: end all of them"
+            " the same way, or their disks part"
+        )
+    qmp = shlex.quote(qmp)
+    return (
+        f"{text}. If whoever started it is gone: 'qmpcommit abort {qmp} {job_id}' undoes its"
+        " decision, and the overlay stays active and whole;"
+        f" 'qmpcommit pivot {qmp} {job_id}' finalizes it as it was decided"
+    )
+
+
+async def resolve_pending(
+    vm: Session, *, finalize: bool = False, grace: float = 0.5, owned: Collection[str] = ()
+) -> list[CommitOutcome]:
+    """End commits of ours that hold a disk and that nobody follows any more.
+
+    They are cancelled, or with `finalize` ended as they had been decided; so is a job whose
+    group has a job on this VM that was finalized, for that was the group's decision. Jobs of
+    this session and those `owned` are left alone, and so is one that is not PENDING any more
+    after `grace` seconds, since somebody else is at it. Returns their outcomes; raises what
+    `Monitor.execute` raises.
+    """
+    before = _held(await vm.execute("query-jobs"), _owned(vm, owned))
+    if not before:
+        return []
+    if grace:
+        await asyncio.sleep(grace)
+    listed = await vm.execute("query-jobs")
+    held = _held(listed, _owned(vm, owned)) & before
+    ended = _finalized_groups(listed)
+    jobs: list[CommitJob] = []
+    for job_id in sorted(held):
+        place = place_of(job_id)
+        ends = finalize or (place is not None and place.group in ended)
+        with suppress(JobNotFound):
+            jobs.append(await vm.adopt(job_id, pending="finalize" if ends else "cancel"))
+    return [await job.wait() for job in jobs]
+
+
+def _owned(vm: Session, owned: Collection[str]) -> set[str]:
+    return {*owned, *(job.id for job in vm.jobs)}
+
+
+def _held(jobs: Iterable[Mapping[str, Any]], owned: Collection[str]) -> set[str]:
+    return {
+        str(job["id"])
+        for job in jobs
+        if job.get("type") == "commit"
+        and job.get("status") == "pending"
+        and str(job.get("id")).startswith(JOB_PREFIX)
+        and job.get("id") not in owned
+    }
+
+
+def _finalized_groups(jobs: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Groups of which a job has ended without an error: all of them had been held then."""
+    places = [
+        place_of(str(job.get("id")))
+        for job in jobs
+        if job.get("status") == "concluded" and not job.get("error")
+    ]
+    return {place.group for place in places if place is not None}
+
+
+async def held_jobs(vm: Session, qmp: str) -> list[dict[str, str]]:
+    """The jobs of ours that are PENDING, each with what to do about it."""
+    held = _held(await vm.execute("query-jobs"), _owned(vm, ()))
+    return [{"id": job_id, "next": what_to_do(job_id, qmp)} for job_id in sorted(held)]
+
+
+async def name_pending(vm: Session, conflict: JobConflict) -> JobConflict:
+    """The same conflict, or one that says so where the job in the way holds its disk."""
+    job_id = str(conflict.job_id)
+    with suppress(QmpCommitError):
+        if job_id in _held(await vm.execute("query-jobs"), ()):
+            return JobConflict(
+                f"{conflict.disk} of {conflict.vm} has a commit that was left PENDING: job {job_id}"
+                f" {what_to_do(job_id, str(vm.address or 'QMP'))}. Nothing was sent",
+                **conflict.facts,
+            )
+    return conflict
