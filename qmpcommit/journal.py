@@ -67,6 +67,7 @@ _SCHEMA = (
 
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_UNIT_AT_FAULT = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError)
 _BATCH = 512
 
 
@@ -217,7 +218,7 @@ class Journal:
         """Write one unit, all of it or nothing; it is durable when this returns.
 
         Raises `JournalFull` where there is no room, and sqlite3.IntegrityError for what the
-        schema forbids (a key that exists already).
+        schema forbids (a key that exists already). A unit at fault takes no other with it.
         """
         assert self._loop is not None
         done: asyncio.Future[None] = self._loop.create_future()
@@ -247,7 +248,7 @@ class Journal:
         try:
             written = self._transact(writer, batch)
             self.full = False
-        except sqlite3.Error as error:
+        except Exception as error:  # also what sqlite3 can't bind: the thread must live on
             if len(batch) > 1 and not _no_room(error):
                 for unit in batch:
                     self._write_batch(writer, [unit])
@@ -275,8 +276,8 @@ class Journal:
             raise
         return written
 
-    def _failure(self, error: sqlite3.Error) -> Exception:
-        if isinstance(error, sqlite3.IntegrityError):
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, _UNIT_AT_FAULT) or not isinstance(error, sqlite3.Error):
             return error
         self.full = True
         return JournalFull(
@@ -316,5 +317,5 @@ class Journal:
             return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
-def _no_room(error: sqlite3.Error) -> bool:
+def _no_room(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _FULL

@@ -45,6 +45,26 @@ def check_address(address: str) -> str:
     return address
 
 
+def _check_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a NUL byte has no place in a path")
+    return path
+
+
+def _check_glob(pattern: str) -> str:
+    if not pattern.startswith("/"):
+        raise ValueError("give an absolute path: the daemon's working directory is no place")
+    if "*" not in pattern:
+        raise ValueError("a glob has a * that stands for the VM's name, as in /run/vms/*/qmp.sock")
+    return _check_path(pattern)
+
+
+def _check_tcp(address: str) -> str:
+    if not 0 < int(address.rpartition(":")[2]) < 65536:
+        raise ValueError("a port is between 1 and 65535")
+    return address
+
+
 def _size(value: Any) -> int:
     return parse_size(value, "size")
 
@@ -58,6 +78,8 @@ QMPAddress = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator
 Size = Annotated[int, BeforeValidator(_size)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 Connect = Literal["keep", "on-demand"]
+FilePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_path)]
+Number = Annotated[int, Field(strict=True, ge=1)]
 
 
 class _Section(BaseModel):
@@ -72,18 +94,21 @@ class Listen(_Section):
     in `token_file`.
     """
 
-    socket: str = DEFAULT_SOCKET
+    socket: FilePath = DEFAULT_SOCKET
     mode: str = Field(default="0660", pattern=r"^0?[0-7]{3}$")
     group: str | None = None
     users: tuple[str | int, ...] = ()
     groups: tuple[str | int, ...] = ()
-    tcp: str | None = Field(
-        default=None, pattern=r"^(127\.\d+\.\d+\.\d+|\[::1\]|localhost):\d{1,5}$"
-    )
-    token_file: str | None = None
+    tcp: Annotated[
+        str | None,
+        Field(pattern=r"^(127\.\d+\.\d+\.\d+|\[::1\]|localhost):\d{1,5}$"),
+    ] = None
+    token_file: FilePath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Listen:
+        if self.tcp is not None:
+            _check_tcp(self.tcp)
         if self.tcp is not None and self.token_file is None:
             raise ValueError("tcp needs a token_file: whoever can reach a port is not known")
         return self
@@ -97,23 +122,23 @@ class Limits(_Section):
     commits are given up.
     """
 
-    commits: int = Field(default=16, ge=1)
-    per_vm: int = Field(default=2, ge=1)
-    per_storage: int = Field(default=4, ge=1)
+    commits: Number = 16
+    per_vm: Number = 2
+    per_storage: Number = 4
     bandwidth: Size = 0
-    queue: int = Field(default=10_000, ge=0)
-    connects: int = Field(default=32, ge=1)
+    queue: int = Field(default=10_000, strict=True, ge=0)
+    connects: Number = 32
     gone_after: Seconds = 60.0
-    request_size: Size = 65536
-    request_time: Seconds = 30.0
-    requests: int = Field(default=256, ge=1)
-    followers: int = Field(default=64, ge=0)
+    request_size: Size = Field(default=65536, ge=1024)
+    request_time: Seconds = Field(default=30.0, ge=0.1)
+    requests: Number = 256
+    followers: int = Field(default=64, strict=True, ge=0)
 
 
 class Discover(_Section):
-    """VMs found by their monitors' sockets; ``*`` in the last folder's name is the VM's name."""
+    """VMs found by their monitors' sockets; what the first ``*`` stands for is the VM's name."""
 
-    glob: str
+    glob: Annotated[str, Field(max_length=4096), AfterValidator(_check_glob)]
     connect: Connect = "keep"
 
 
@@ -133,12 +158,12 @@ class Config(_Section):
     how long ended commits are kept.
     """
 
-    state: str = "/var/lib/qmpcommit"
+    state: FilePath = "/var/lib/qmpcommit"
     log: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     commands: bool = False
-    retain_days: float = Field(default=30.0, gt=0)
-    discover_every: Seconds = 2.0
+    retain_days: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    discover_every: Seconds = Field(default=2.0, ge=0.05)
     listen: Listen = Listen()
     limits: Limits = Limits()
     discover: tuple[Discover, ...] = ()

@@ -1,8 +1,8 @@
 """The VMs of one host: configured, discovered or added, each with its session.
 
 A VM is kept connected, or connected only while something needs it. Lost connections come back
-with capped, jittered backoff; first attempts and retries go through separate gates, so that
-monitors which hang don't keep those that work waiting.
+with capped, jittered backoff; monitors that hung when they were tried last go through a gate of
+their own, so that they don't keep those that work waiting.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ State = Literal["connected", "connecting", "away", "idle"]
 
 BACKOFF = (0.2, 30.0)
 """Seconds of the first pause before a retry, and of the longest."""
+
+
+SLOW = 1.0
+"""Seconds after which an attempt that has failed is one of a monitor that hangs."""
 
 
 class VM:
@@ -105,9 +109,10 @@ class Registry:
         self._config = config
         self._on_up, self._on_change = on_up, on_change
         connects = config.limits.connects
-        self._first = asyncio.Semaphore(connects)
-        self._again = asyncio.Semaphore(max(1, connects // 4))
+        self._quick = asyncio.Semaphore(connects)
+        self._hung = asyncio.Semaphore(max(1, connects // 4))
         self._finder: asyncio.Task[None] | None = None
+        self._passed_over: set[str] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self.log = Log()
 
@@ -142,10 +147,11 @@ class Registry:
         return vm
 
     async def remove(self, name: str) -> None:
-        """Forget a VM."""
-        vm = self.vms.pop(name)
-        await self._drop(vm)
-        self._on_change(vm, "removed")
+        """Forget a VM, where it is known."""
+        vm = self.vms.pop(name, None)
+        if vm is not None:
+            await self._drop(vm)
+            self._on_change(vm, "removed")
 
     async def _drop(self, vm: VM) -> None:
         if vm.keeper is not None:
@@ -163,10 +169,14 @@ class Registry:
     async def _find(self) -> None:
         while True:
             await asyncio.sleep(self._config.discover_every)
-            self.discover()
+            self._take_up(await asyncio.to_thread(self._look))
 
     def discover(self) -> None:
         """Take up the sockets that have appeared, and let go of those that have vanished."""
+        self._take_up(self._look())
+
+    def _look(self) -> dict[str, tuple[str, Discover]]:
+        """The sockets that are there now, by the names of their VMs."""
         found: dict[str, tuple[str, Discover]] = {}
         for rule in self._config.discover:
             for path in sorted(glob.glob(rule.glob)):
@@ -174,12 +184,19 @@ class Registry:
                 with suppress(ValueError):
                     check_name(name)
                     check_address(path)
-                    found.setdefault(name, (path, rule))
+                    first, _ = found.setdefault(name, (path, rule))
+                    if first != path and path not in self._passed_over:
+                        self._passed_over.add(path)
+                        self.log.warning("name_taken", vm=name, qmp=path, taken_by=first)
+        return found
+
+    def _take_up(self, found: dict[str, tuple[str, Discover]]) -> None:
         for name, (path, rule) in found.items():
             if name not in self.vms:
                 self.add(name, path, rule.connect, "discovered")
         for vm in list(self.vms.values()):
-            if vm.origin == "discovered" and vm.name not in found and not vm.users:
+            there = vm.name in found and found[vm.name][0] == vm.qmp
+            if vm.origin == "discovered" and not there and not vm.users:
                 task = asyncio.create_task(self.remove(vm.name), name=f"farewell to {vm.name}")
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
@@ -189,18 +206,24 @@ class Registry:
     async def _keep(self, vm: VM) -> None:
         """Hold one VM's connection."""
         pause = BACKOFF[0]
-        gate = self._first
+        gate = self._quick
         while True:
+            took = 0.0
             try:
                 async with gate:
-                    await self._open(vm)
+                    began = time.monotonic()
+                    try:
+                        await self._open(vm)
+                    finally:
+                        took = time.monotonic() - began
             except QmpCommitError as error:
                 self._failed(vm, error)
             else:
                 pause = BACKOFF[0]
                 await vm.lost.wait()
                 self._on_change(vm, "lost")
-            gate = self._again
+                took = 0.0
+            gate = self._hung if took > SLOW else self._quick
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, BACKOFF[1])
 

@@ -1,0 +1,138 @@
+"""The daemon's configuration: right, or refused with the member that is wrong."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpcommit.daemon.config import MAX_CONFIG, Config, check_name, load, parse
+from qmpcommit.errors import InvalidRequest
+
+WHOLE = b"""
+state = "/srv/qmpcommit"
+log = "json"
+log_level = "debug"
+commands = true
+retain_days = 1.5
+discover_every = "500ms"
+
+[listen]
+socket = "/run/q.sock"
+mode = "0600"
+group = "kvm"
+users = ["alice", 1000]
+groups = ["vms", 7]
+tcp = "127.0.0.1:8080"
+token_file = "/etc/token"
+
+[limits]
+commits = 3
+per_vm = 1
+per_storage = 2
+bandwidth = "100MiB"
+queue = 5
+gone_after = "2min"
+request_size = "1M"
+
+[[discover]]
+glob = "/run/vms/*/qmp.sock"
+connect = "on-demand"
+
+[[vm]]
+name = "web1"
+qmp = "tcp:127.0.0.1:4444"
+"""
+
+
+def test_every_member_is_read() -> None:
+    config = parse(WHOLE, "x")
+    assert config.discover_every == 0.5
+    assert config.listen.users == ("alice", 1000)
+    assert config.limits.bandwidth == 100 << 20
+    assert config.limits.gone_after == 120
+    assert config.limits.request_size == 1 << 20
+    assert config.discover[0].connect == "on-demand"
+    assert config.vm[0].connect == "keep"
+    assert parse(b"", "x") == Config()
+
+
+WRONG = {
+    "stat = 1": "stat: Extra inputs",
+    "[limits]\ncommit = 1": "limits.commit: Extra",
+    "[limits]\ncommits = 0": "limits.commits: ",
+    "[limits]\ncommits = '3'": "limits.commits: ",
+    "[limits]\nper_vm = true": "limits.per_vm: ",
+    "[limits]\nbandwidth = '5 apples'": "limits.bandwidth: .*'5 apples' is no size",
+    "[limits]\nbandwidth = -1": "limits.bandwidth: ",
+    "[limits]\nrequest_size = 0": "limits.request_size: ",
+    "[limits]\nrequest_time = 0": "limits.request_time: ",
+    "[limits]\ngone_after = inf": "limits.gone_after: ",
+    "retain_days = nan": "retain_days: ",
+    "retain_days = 0": "retain_days: ",
+    "discover_every = 0": "discover_every: ",
+    "log = 'xml'": "log: ",
+    "state = ''": "state: ",
+    "[listen]\nmode = '999'": "listen.mode: ",
+    "[listen]\nsocket = ''": "listen.socket: ",
+    '[listen]\nsocket = "a\\u0000b"': "listen.socket: .*NUL",
+    "[listen]\ntcp = '0.0.0.0:80'\ntoken_file = 'x'": "listen.tcp: ",
+    "[listen]\ntcp = '127.0.0.1:99999'\ntoken_file = 'x'": "listen: .*port",
+    "[listen]\ntcp = '127.0.0.1:80'": "listen: .*needs a token_file",
+    "[[vm]]\nname = 'a'": "vm.0.qmp: Field required",
+    "[[vm]]\nname = 'a/b'\nqmp = '/q'": "vm.0.name: .*letter",
+    "[[vm]]\nname = 'a'\nqmp = 'tcp:x'": "vm.0.qmp: .*HOST:PORT",
+    "[[vm]]\nname = 'a'\nqmp = '/q'\nconnect = 'no'": "vm.0.connect: ",
+    "[[vm]]\nname = 'a'\nqmp = '/q'\n[[vm]]\nname = 'a'\nqmp = '/r'": "top: .*several VMs.*a",
+    "[[discover]]\nglob = '/run/vms/qmp.sock'": "discover.0.glob: .*\\*",
+    "[[discover]]\nglob = 'vms/*/qmp.sock'": "discover.0.glob: .*absolute",
+    "x = [": "is no TOML",
+    "a = 1\na = 2": "is no TOML",
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=lambda text: text.replace("\n", " "))
+def test_what_is_wrong_is_named(text: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"(?s)the configuration x.*" + WRONG[text]):
+        parse(text.encode(), "x")
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_do_more_than_be_refused(raw: bytes) -> None:
+    with suppress(InvalidRequest):
+        parse(raw, "x")
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="is no TOML"):
+        parse(b"x = " + b"[" * 100_000, "x")
+
+
+def test_a_file_that_can_not_be_read_is_named(folder: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"absent\.toml can't be read: No such file"):
+        load(folder / "absent.toml")
+    with pytest.raises(InvalidRequest, match="can't be read: Is a directory"):
+        load(folder)
+    large = folder / "large.toml"
+    large.write_bytes(b"#" * (MAX_CONFIG + 1))
+    with pytest.raises(InvalidRequest, match="larger than"):
+        load(large)
+    large.write_bytes(b"# \xff")
+    with pytest.raises(InvalidRequest, match="not UTF-8"):
+        load(large)
+
+
+@pytest.mark.parametrize("name", ["web1", "A", "0", "a.b-c_d", "x" * 64])
+def test_a_name_for_a_vm(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "a b", "a\n", "-a", "x" * 65, "é", "a\0", "a%2fb", "١"]
+)
+def test_no_name_for_a_vm(name: str) -> None:
+    with pytest.raises(ValueError, match="a VM's name is"):
+        check_name(name)

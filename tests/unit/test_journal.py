@@ -1,0 +1,243 @@
+"""The journal: durable when it says so, and honest about what it can't read or write."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import pytest
+
+from qmpcommit import journal as module
+from qmpcommit.journal import Event, Journal, JournalError, JournalFull, Statement, event
+from tests.ground.small_disk import fill, needs_mounts, small_disk
+
+
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[Journal]:
+    journal = await Journal(path).open()
+    try:
+        yield journal
+    finally:
+        await journal.close()
+
+
+def key(number: int, size: int = 10) -> Statement:
+    sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, '', ?)"
+    return Statement(sql, (f"key{number}", "x" * size, number))
+
+
+async def keys(journal: Journal) -> list[int]:
+    rows = await journal.read("SELECT created FROM keys ORDER BY created")
+    return [int(row["created"]) for row in rows]
+
+
+def on_disk(path: Path) -> int:
+    """How many keys another process would find."""
+    with closing(sqlite3.connect(path)) as other:
+        return int(other.execute("SELECT count(*) FROM keys").fetchone()[0])
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+async def test_what_write_returned_for_is_there_for_others(folder: Path) -> None:
+    async with opened(folder / "state" / "j.db") as journal:
+        for number in range(5):
+            await journal.write(key(number))
+            assert on_disk(journal.path) == number + 1
+        with closing(sqlite3.connect(journal.path)) as other:
+            assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_what_waits_is_written_together_and_told_in_order(folder: Path) -> None:
+    batches: list[int] = []
+    told: list[Event] = []
+    async with opened(folder / "j.db") as journal:
+        journal.on_batch = lambda units, seconds: batches.append(units)
+        journal.on_event = told.append
+        news = [event("commit", "web1", str(number), "{}") for number in range(1000)]
+        await asyncio.gather(
+            *(journal.write(key(number), events=[news[number]]) for number in range(1000))
+        )
+        assert sum(batches) == 1000
+        assert len(batches) < 100, "each record has a transaction of its own"
+        assert await keys(journal) == list(range(1000))
+    assert [seen.commit_id for seen in told] == [str(number) for number in range(1000)]
+    assert [seen.id for seen in told] == list(range(1, 1001))
+
+
+async def test_a_unit_at_fault_takes_no_other_with_it(folder: Path) -> None:
+    async with opened(folder / "j.db") as journal:
+        await journal.write(key(3))
+        bad = Statement("INSERT INTO commits (id) VALUES (?)", ("\ud800",))
+        asked = [journal.write(key(number)) for number in range(6)]
+        asked += [journal.write(bad), journal.write(key(7), key(7)), journal.write(key(8))]
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(each).__name__ for each in said] == [
+            "NoneType", "NoneType", "NoneType", "IntegrityError", "NoneType", "NoneType",
+            "UnicodeEncodeError", "IntegrityError", "NoneType",
+        ]  # fmt: skip
+        assert await keys(journal) == [0, 1, 2, 3, 4, 5, 8]
+        assert not journal.full
+
+
+async def test_what_waits_is_written_when_the_journal_closes(folder: Path) -> None:
+    path = folder / "j.db"
+    async with opened(path) as journal:
+        for number in range(100):
+            journal.write_soon(key(number))
+    assert on_disk(path) == 100
+    await journal.close()  # safe to repeat
+
+
+# -- power cuts -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", ["cut", "zeros", "noise"])
+async def test_a_torn_write_loses_only_what_nobody_was_told_of(folder: Path, tail: str) -> None:
+    """Whatever of the last writes the disk has got: what was acknowledged before is there."""
+    path, copy = folder / "j.db", folder / "copy.db"
+    sizes = [0]
+    chance = random.Random(7)
+    async with opened(path) as journal:
+        wal = Path(f"{path}-wal")
+        begun = wal.stat().st_size
+        for number in range(60):
+            await journal.write(key(number, chance.randrange(6000)))
+            sizes.append(wal.stat().st_size)
+        main, log = path.read_bytes(), wal.read_bytes()
+    assert sizes[-1] == len(log), "the log was started anew: make the test smaller"
+    cuts = {begun, len(log), *sizes[1:], *(size - 1 for size in sizes[1:])}
+    cuts |= {chance.randrange(begun, len(log)) for _ in range(60)}
+    for cut in sorted(cuts):
+        rest = b""
+        if tail != "cut":
+            length = min(len(log) - cut, 9000)
+            rest = bytes(length) if tail == "zeros" else chance.randbytes(length)
+        copy.write_bytes(main)
+        Path(f"{copy}-wal").write_bytes(log[:cut] + rest)
+        async with opened(copy) as journal:
+            assert journal.set_aside is None
+            found = await keys(journal)
+            assert found == list(range(len(found))), "not a prefix"
+            assert len(found) >= sum(size <= cut for size in sizes[1:]), cut
+            await journal.write(key(99))  # and it goes on
+
+
+# -- damage and versions --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["head", "pages", "text", "short"])
+async def test_a_damaged_journal_is_set_aside_and_kept(folder: Path, where: str) -> None:
+    path = folder / "j.db"
+    async with opened(path) as journal:
+        for number in range(200):
+            await journal.write(key(number, 500))
+    whole = path.read_bytes()
+    damaged = {
+        "head": b"\0" * 100 + whole[100:],
+        "pages": whole[:4096] + random.Random(1).randbytes(len(whole) - 4096),
+        "text": b"this is no database, whatever it may be called\n" * 100,
+        "short": whole[: len(whole) // 2],
+    }[where]
+    path.write_bytes(damaged)
+    async with opened(path) as journal:
+        assert journal.set_aside is not None
+        assert journal.set_aside.read_bytes() == damaged
+        assert ".corrupt-" in journal.set_aside.name
+        assert await keys(journal) == []
+        await journal.write(key(1))
+    async with opened(path) as journal:  # said once, and not lost again
+        assert journal.set_aside is None
+        assert await keys(journal) == [1]
+
+
+async def test_a_journal_of_a_newer_daemon_is_refused_and_left_alone(folder: Path) -> None:
+    path = folder / "j.db"
+    async with opened(path) as journal:
+        await journal.write(key(1))
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    with pytest.raises(JournalError, match=r"newer qmpcommitd \(schema 99"):
+        await Journal(path).open()
+    assert path.read_bytes() == before
+    assert not list(folder.glob("*corrupt*"))
+
+
+async def test_an_older_schema_is_migrated_whole_or_not_at_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "j.db"
+    path.touch()  # version 0: empty, as after a crash before the first migration
+    async with opened(path) as journal:
+        await journal.write(key(1))
+    now = module._SCHEMA
+    wrong = "ALTER TABLE keys ADD COLUMN more TEXT; ALTER TABLE absent ADD COLUMN x TEXT"
+    monkeypatch.setattr(module, "_SCHEMA", (*now, wrong))
+    with pytest.raises(JournalError, match="no such table"):
+        await Journal(path).open()
+    right = "ALTER TABLE keys ADD COLUMN more TEXT; CREATE TABLE extra (x TEXT)"
+    monkeypatch.setattr(module, "_SCHEMA", (*now, right))
+    for _ in range(2):
+        async with opened(path) as journal:
+            assert (await journal.read("PRAGMA user_version"))[0]["user_version"] == len(now) + 1
+            assert (await journal.read("SELECT more FROM keys")) == [{"more": None}]
+            assert await keys(journal) == [1]
+
+
+async def test_a_journal_that_can_not_be_made_says_what_to_do(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(JournalError, match="Give the daemon a state folder"):
+        await Journal(folder / "file" / "j.db").open()
+    (folder / "j.db").mkdir()
+    with pytest.raises(JournalError, match="can't be opened"):
+        await Journal(folder / "j.db").open()
+
+
+# -- a full disk ----------------------------------------------------------------------------------
+
+
+@needs_mounts
+async def test_a_full_disk_refuses_and_goes_on_when_there_is_room(folder: Path) -> None:
+    with small_disk(folder / "disk", 512 << 10) as disk:
+        ballast = disk / "ballast"
+        async with opened(disk / "j.db") as journal:
+            await journal.write(key(0))
+            fill(ballast)
+            acknowledged = [0]
+            refused: Exception | None = None
+            for number in range(1, 400):
+                try:
+                    await journal.write(key(number, 4000))
+                except JournalFull as error:
+                    refused = error
+                    break
+                acknowledged.append(number)
+            assert "Make room on its disk" in str(refused)
+            assert journal.full
+            assert await keys(journal) == acknowledged
+            with pytest.raises(JournalFull):
+                await journal.write(key(500, 4000))
+            journal.write_soon(key(501, 4000))  # nobody waits: dropped
+            with pytest.raises(JournalFull):
+                await journal.write(key(502, 4000))
+            ballast.unlink()
+            await journal.write(key(600))
+            assert not journal.full
+            assert await keys(journal) == [*acknowledged, 600]
+        async with opened(disk / "j.db") as journal:
+            assert journal.set_aside is None
+            assert await keys(journal) == [*acknowledged, 600]
+
+
+@needs_mounts
+async def test_no_room_for_a_new_journal_is_said(folder: Path) -> None:
+    with small_disk(folder / "disk", 64 << 10) as disk:
+        fill(disk / "ballast")
+        with pytest.raises(JournalError, match="with room in it"):
+            await Journal(disk / "j.db").open()
