@@ -9,6 +9,10 @@ from typing import Any
 
 _HOMES = {
     "block.chain": "Disk Image",
+    "client.events": "DaemonEvent",
+    "client.host": "Client",
+    "client.job": "RemoteJob",
+    "client.vm": "RemoteVM",
     "commit.aftermath": "Stall",
     "commit.converge": "ConvergeReport",
     "commit.pace": "Converge",

@@ -2,6 +2,10 @@
 
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
+from qmpcommit.client.events import DaemonEvent as DaemonEvent
+from qmpcommit.client.host import Client as Client
+from qmpcommit.client.job import RemoteJob as RemoteJob
+from qmpcommit.client.vm import RemoteVM as RemoteVM
 from qmpcommit.commit.aftermath import Stall as Stall
 from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
 from qmpcommit.commit.group import GroupCommit as GroupCommit

@@ -149,28 +149,21 @@ class CommitJob:
 
     async def progress(self, every: float = 0.5) -> AsyncIterator[JobProgress]:
         """How far it is, now and `every` so many seconds until the end (``query-jobs``)."""
-        from qmpcommit.commit.pace import Sample, StallWatch
+        from qmpcommit.commit.pace import Meter
 
-        watch = StallWatch(speed=int(self.plan.arguments.get("speed") or 0))
+        meter = Meter(speed=int(self.plan.arguments.get("speed") or 0))
         clock = asyncio.get_running_loop().time
-        then, before, rate = clock(), None, 0.0
         seen = facts.JobSeen("")
         while not self.done:
             if self._monitor.connected and self.state.running and self.state.began:
                 with suppress(QmpCommitError):
                     seen = await self._driver.ask() or seen
-            now = clock()
-            if before is not None and now > then:
-                rate = max(0, seen.done - before) / (now - then)
-            then, before = now, seen.done
-            copying = self.phase is Phase.COPYING
-            pace = watch.feed(Sample(now, seen.done, seen.total)) if copying else "moving"
-            yield JobProgress(seen.done, seen.total, rate, self.phase.value, seen.status, pace)
+            yield meter.read(clock(), seen.done, seen.total, self.phase.value, seen.status)
             with suppress(TimeoutError):
                 async with asyncio.timeout(every):
                     await self._until(partial(self._has_left, self.phase))
         state = self.state
-        yield JobProgress(state.done, state.total, rate, state.phase.value, state.status)
+        yield meter.last(state.done, state.total, state.phase.value, state.status)
 
     async def set_bandwidth(self, bandwidth: int | str) -> None:
         """Change the rate at which the job copies, in bytes per second; 0 is no limit.

@@ -11,6 +11,7 @@ from collections import deque
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from qmpcommit.commit.outcome import JobProgress
 from qmpcommit.errors import (
     InvalidRequest,
 )
@@ -113,6 +114,28 @@ class StallWatch:
         rate = (sample.current - first.current) / (sample.at - first.at)
         self._best = max(self._best, rate)
         return "slow" if rate < self._best / 10 else "moving"
+
+
+class Meter:
+    """Makes `JobProgress` of looks at a job: the rate between two of them, and the pace."""
+
+    def __init__(self, *, speed: int = 0) -> None:
+        self._watch = StallWatch(speed=speed)
+        self._before: Sample | None = None
+        self._rate = 0.0
+
+    def read(self, at: float, current: int, total: int, phase: str, status: str) -> JobProgress:
+        """One more look, at a moment of any steady clock."""
+        now, before = Sample(at, current, total), self._before
+        if before is not None and at > before.at:
+            self._rate = max(0, current - before.current) / (at - before.at)
+        self._before = now
+        pace = self._watch.feed(now) if phase == "copying" else "moving"
+        return JobProgress(current, total, self._rate, phase, status, pace)
+
+    def last(self, current: int, total: int, phase: str, status: str) -> JobProgress:
+        """The end, at the rate that it had."""
+        return JobProgress(current, total, self._rate, phase, status)
 
 
 def _slide(samples: deque[Sample], sample: Sample, window: float) -> None:

@@ -148,6 +148,9 @@ class Gate:
             await answer.problem(
                 413, "Too large", f"a request has at most {self._limits.request_size} bytes"
             )
+        except asyncio.CancelledError:
+            # The daemon stops, and this request has waited long enough.
+            await answer.problem(503, "Stopping", "the daemon is stopping; ask the next one")
         except TimeoutError:
             seconds = self._limits.request_time
             await answer.problem(503, "Too slow", f"it could not be answered within {seconds:g} s")

@@ -363,8 +363,10 @@ async def _progress(promise: Promise) -> Progress | None:
     job = promise.job
     if job is None or not job.state.running:
         return None
-    async for seen in job.progress():
-        return Progress.model_validate(
-            {name: value for name, value in seen.model_dump().items() if name != "phase"}
-        )
+    with suppress(TimeoutError):  # a monitor that hangs
+        async with asyncio.timeout(2.0):
+            async for seen in job.progress():
+                return Progress.model_validate(
+                    {name: value for name, value in seen.model_dump().items() if name != "phase"}
+                )
     return None

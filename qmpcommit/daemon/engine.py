@@ -64,7 +64,8 @@ _AWAY = (ConnectError, MonitorLost)
 class Engine:
     """All of the daemon but its API.
 
-    `follow` is called with each journaled event; `stopping` tells that no new work is taken.
+    Each of `followers` is called with each journaled event, and `told` is the last one's number;
+    `stopping` tells that no new work is taken.
     """
 
     def __init__(self, config: Config, journal: Journal, metrics: Metrics | None = None) -> None:
@@ -72,6 +73,7 @@ class Engine:
         self.metrics = metrics or Metrics()
         self.registry = Registry(config, self._on_up, self._on_change)
         self.followers: set[Callable[[Event], object]] = set()
+        self.told = 0
         self._news: dict[str, set[asyncio.Event]] = {}
         self.stopping = False
         self.recovered = False
@@ -95,6 +97,8 @@ class Engine:
             configured = {vm.name for vm in self.config.vm}
             if row["name"] not in configured:
                 self.registry.add(row["name"], spec["qmp"], spec["connect"], "api")
+        for row in await self.journal.read("SELECT max(id) AS last FROM events"):
+            self.told = max(self.told, row["last"] or 0)
         rows = await self.journal.read(
             "SELECT * FROM commits WHERE state IN ('queued', 'running') ORDER BY created, rowid"
         )
@@ -592,6 +596,7 @@ class Engine:
     # -- watching ---------------------------------------------------------------------------------
 
     def _tell(self, event: Event) -> None:
+        self.told = max(self.told, event.id)
         for follower in list(self.followers):
             follower(event)
         for news in self._news.get(event.commit_id or "", ()):

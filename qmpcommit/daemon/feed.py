@@ -23,6 +23,7 @@ class Feed:
         self._engine, self._after, self._vm, self._commit = engine, after, vm, commit
         self._queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
         self._lost = False
+        self._begin = engine.told
         engine.followers.add(self._hear)
 
     def close(self) -> None:
@@ -39,8 +40,9 @@ class Feed:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The stream's text."""
         try:
-            yield b": qmpcommit\n\n"
             last = self._after
+            # Who is cut off before the first event resumes from here all the same.
+            yield f": qmpcommit\nid: {self._begin if last is None else last}\n\n".encode()
             if last is not None:
                 async for event in self._past(last):
                     last = event.id

@@ -26,7 +26,7 @@ def _rate(value: Any) -> Any:
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 Layer = Name | Annotated[int, Field(strict=True, ge=0, le=65536)]
 Command = Annotated[list[Name], Field(min_length=1, max_length=256)]
-Rate = Annotated[int | None, BeforeValidator(_rate), Field(ge=0)]
+Rate = Annotated[int | None, BeforeValidator(_rate)]
 
 COMMIT_EXAMPLE: dict[str, Any] = {
     "disk": "vda",

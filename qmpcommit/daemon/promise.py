@@ -80,7 +80,7 @@ class Promise:
             "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
-             self.request.model_dump_json(exclude_defaults=True), self.storage),
+             self.request.model_dump_json(), self.storage),
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,275 @@
+"""The client of a daemon: its VMs, its commits and its events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import quote, urlencode
+
+from qmpcommit.client.events import Events
+from qmpcommit.client.http import Lost, Reply, Wire
+from qmpcommit.client.problems import problem, transient
+from qmpcommit.errors import (
+    CommitNotFound,
+    DaemonError,
+    DaemonLost,
+    DaemonUnreachable,
+    InvalidRequest,
+    VMNotFound,
+)
+from qmpcommit.qmp.address import Address
+from qmpcommit.units import parse_seconds
+
+if TYPE_CHECKING:
+    from qmpcommit.client.job import RemoteJob
+    from qmpcommit.client.vm import RemoteVM
+    from qmpcommit.daemon.models import CommitView, VMView
+
+DEFAULT_SOCKET = "/run/qmpcommit/qmpcommitd.sock"
+PAUSE = (0.02, 0.5)
+"""Seconds between two tries, at first and at most."""
+
+
+class Client:
+    """A client of ``qmpcommitd``; ``async with Client(...) as host`` connects.
+
+    `socket` is the path of the daemon's socket or ``tcp:HOST:PORT``, which needs the bearer
+    `token`. A request has `timeout` seconds; a daemon that was there and does not answer (it is
+    being restarted) is asked again for `patience` seconds. Every request is made so that asking
+    again has no second effect. Leaving the block ends the waiting, never a commit: the daemon
+    has promised it. Entering raises `DaemonUnreachable`, or `DaemonError` for a refusal.
+    """
+
+    def __init__(
+        self,
+        socket: str | os.PathLike[str] = DEFAULT_SOCKET,
+        *,
+        token: str | None = None,
+        timeout: float = 30.0,
+        patience: float = 30.0,
+    ) -> None:
+        try:
+            address = Address.parse(socket)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"the daemon's address is wrong: {error.message}") from None
+        self.timeout = parse_seconds(timeout, "timeout")
+        self.patience = parse_seconds(patience, "patience")
+        self.wire = Wire(address, token)
+        self.met = False
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """See whether a daemon answers; raises as entering does."""
+        answer = self.parse(await self.ask("GET", "/healthz"))
+        if not isinstance(answer, dict) or answer.get("status") != "ok":
+            raise DaemonError(
+                f"what answers at {self.wire.address} is no qmpcommitd",
+                address=str(self.wire.address),
+            )
+
+    async def close(self) -> None:
+        """Hang up; the daemon's commits go on."""
+        await self.wire.close()
+
+    # -- VMs --------------------------------------------------------------------------------------
+
+    async def vms(self) -> list[VMView]:
+        """The VMs that the daemon knows, by name."""
+        return [vm_view(each) for each in self.parse(await self.ask("GET", "/v1/vms"))]
+
+    def vm(self, name: str) -> RemoteVM:
+        """The VM of that name; nothing is asked yet. Raises `VMNotFound` for what is no name."""
+        from qmpcommit.client.vm import RemoteVM
+        from qmpcommit.daemon.config import check_name
+
+        try:
+            return RemoteVM(self, check_name(str(name)))
+        except ValueError as error:
+            raise VMNotFound(
+                f"'{name}' can't be a VM of the daemon: {error}. Ask the daemon by a VM's name, not"
+                " by its monitor's address",
+                vm=str(name),
+            ) from None
+
+    async def add_vm(
+        self,
+        name: str,
+        qmp: str | os.PathLike[str],
+        *,
+        connect: Literal["keep", "on-demand"] = "keep",
+    ) -> RemoteVM:
+        """Make a VM known by the address of its monitor; it stays known across restarts.
+
+        With "on-demand" the monitor is connected only while it is needed. Adding it again has
+        no effect; raises `JobConflict` where the name means another VM, and `InvalidRequest`.
+        """
+        body = {"name": str(name), "qmp": os.fspath(qmp), "connect": connect}
+        self.parse(await self.ask("POST", "/v1/vms", body))
+        return self.vm(name)
+
+    async def remove_vm(self, name: str) -> None:
+        """Forget a VM; raises `VMNotFound`, or `JobConflict` while it has commits."""
+        vm = self.vm(name)
+        reply = await self.ask("DELETE", vm.path)
+        if not (reply.again and reply.status == 404):  # the first time it was heard
+            self.parse(reply)
+
+    # -- commits ----------------------------------------------------------------------------------
+
+    async def commits(
+        self,
+        *,
+        vm: str | None = None,
+        state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
+        limit: int = 100,
+    ) -> list[RemoteJob]:
+        """Commits, the newest first, those that have ended included; at most `limit` (1000)."""
+        from qmpcommit.client.job import RemoteJob
+
+        asked = {"vm": vm, "state": state, "limit": limit}
+        query = urlencode({name: value for name, value in asked.items() if value is not None})
+        found = self.parse(await self.ask("GET", f"/v1/commits?{query}"))
+        return [RemoteJob(self, commit_view(each)) for each in found]
+
+    async def commit(self, commit_id: str) -> RemoteJob:
+        """The commit with that id, whoever asked for it; raises `CommitNotFound`."""
+        from qmpcommit.client.job import RemoteJob
+
+        if not commit_id or commit_id.strip("0123456789abcdef"):
+            raise CommitNotFound(f"'{commit_id}' is no commit's id")
+        found = self.parse(await self.ask("GET", f"/v1/commits/{quote(commit_id)}"))
+        return RemoteJob(self, commit_view(found))
+
+    def events(
+        self, after: int | None = None, *, vm: str | None = None, commit: str | None = None
+    ) -> Events:
+        """Every change of state from now on, or from behind the event with the number `after`."""
+        return Events(self, after=after, vm=vm, commit=commit)
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def tries(self, what: str) -> Tries:
+        """Counts the failures of one request."""
+        return Tries(self, what)
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        hold: float = 0.0,
+    ) -> Reply:
+        """One request, again while the daemon is away; `hold` is how long it may wait there.
+
+        Asking again must have no second effect; `Reply.again` tells that it may have happened.
+        Raises `DaemonUnreachable` or `DaemonLost`.
+        """
+        raw = None if body is None else json.dumps(body).encode()
+        tries = self.tries("what was asked of it may have been done")
+        again = False
+        while True:
+            try:
+                reply = await self.wire.exchange(
+                    method, path, headers or {}, raw, timeout=self.timeout + hold
+                )
+            except Lost as lost:
+                again = again or lost.connected
+                await tries.failed(lost)
+                continue
+            self.met = True
+            if not transient(reply) or tries.exhausted:
+                return reply._replace(again=again)
+            again = True  # it may have begun before it was too late
+            await tries.failed(Lost("it is too busy", connected=True))
+
+    def parse(self, reply: Reply) -> Any:
+        """What a success says; raises the error that a refusal tells of."""
+        if not 200 <= reply.status < 300:
+            raise problem(reply, self.wire.address)
+        return reply.json
+
+
+class Tries:
+    """How long a daemon that does not answer is asked again."""
+
+    def __init__(self, client: Client, what: str) -> None:
+        self._client, self._what = client, what
+        self._since: float | None = None
+        self._pause = PAUSE[0]
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the client's patience is at its end."""
+        now = asyncio.get_running_loop().time()
+        return self._since is not None and now - self._since >= self._client.patience
+
+    async def failed(self, lost: Lost) -> None:
+        """Wait a little before another try; raises `DaemonUnreachable` or `DaemonLost`."""
+        address = str(self._client.wire.address)
+        if not self._client.met:
+            raise DaemonUnreachable(_unreachable(address, lost), address=address) from None
+        if self._since is None:
+            self._since = asyncio.get_running_loop().time()
+        if self.exhausted:
+            raise DaemonLost(
+                f"the daemon at {address} does not answer any more ({lost}): {self._what}. What it"
+                " has promised it goes on with when it runs again; ask then",
+                address=address,
+            ) from None
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 1.5, PAUSE[1])
+
+
+def _unreachable(address: str, lost: Lost) -> str:
+    if lost.denied:
+        return (
+            f"the daemon's socket {address} may not be used by this user: join the group that it"
+            " belongs to, or ask as another user"
+        )
+    return (
+        f"no daemon answers at {address} ({lost}). Nothing was asked of it; see that qmpcommitd"
+        " runs, and where it listens"
+    )
+
+
+def commit_view(value: object) -> CommitView:
+    """A commit as the daemon shows it; members of a newer daemon are passed over."""
+    from qmpcommit.daemon.models import CommitView
+
+    return _view(CommitView, value)  # type: ignore[no-any-return]
+
+
+def vm_view(value: object) -> VMView:
+    """A VM as the daemon shows it."""
+    from qmpcommit.daemon.models import VMView
+
+    return _view(VMView, value)  # type: ignore[no-any-return]
+
+
+def _view(model: Any, value: object) -> Any:
+    known = model.model_fields
+    try:
+        if isinstance(value, dict):
+            value = {name: member for name, member in value.items() if name in known}
+        return model.model_validate(value)
+    except ValueError as error:
+        raise DaemonError(
+            f"the daemon shows something else than a {model.__name__}: {error}"
+        ) from (None)

@@ -1,0 +1,256 @@
+"""A VM of the daemon: its disks and its commits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from qmpcommit.block.chain import Disk, find_disk
+from qmpcommit.client.job import RemoteJob
+from qmpcommit.commit.plan import Plan, check_job_id
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall, check_command, parse_policy
+from qmpcommit.errors import (
+    DaemonLost,
+    InvalidRequest,
+    JobNotFound,
+    QmpCommitError,
+)
+from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.units import parse_seconds, parse_size
+
+if TYPE_CHECKING:
+    from qmpcommit.client.host import Client
+    from qmpcommit.commit.pace import Converge
+    from qmpcommit.daemon.models import VMView
+
+TAKING_BACK = 5.0
+"""Seconds that a cancelled request gets to be answered and then taken back."""
+
+
+class RemoteVM:
+    """One VM of a daemon, by its name; made by `Client.vm`."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self.client, self.name = client, name
+        self.path = f"/v1/vms/{name}"
+
+    async def info(self) -> VMView:
+        """Where its monitor is, and whether it is connected; raises `VMNotFound`."""
+        from qmpcommit.client.host import vm_view
+
+        return vm_view(self._parse(await self.client.ask("GET", self.path)))
+
+    async def disks(self) -> list[Disk]:
+        """All disks of the VM with their backing chains, active layer first."""
+        found = self._parse(await self.client.ask("GET", f"{self.path}/disks"))
+        return [Disk.model_validate(each) for each in found]
+
+    async def disk(self, name: str) -> Disk:
+        """The disk of that name; raises `DiskNotFound` with the candidates."""
+        return find_disk(await self.disks(), str(name), vm=self.name)
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """The block jobs as QEMU lists them (``query-block-jobs``), each with its ``commit``."""
+        found = self._parse(await self.client.ask("GET", f"{self.path}/jobs"))
+        return list(found)
+
+    async def job(self, name: str) -> RemoteJob:
+        """The commit of this VM with that id or job id; raises `JobNotFound`.
+
+        A job id means a commit that has not ended, as it does in QEMU.
+        """
+        for state in ("running", "queued"):
+            for job in await self.client.commits(vm=self.name, state=state, limit=1000):
+                if name in (job.id, job.job_id):
+                    return job
+        if len(name) == 32:
+            try:
+                found = await self.client.commit(name)
+            except QmpCommitError as error:
+                if type(error).__name__ != "CommitNotFound":
+                    raise
+            else:
+                if found.vm == self.name:
+                    return found
+        raise JobNotFound(
+            f"the daemon has no commit '{name}' of {self.name} that has not ended; a block job that"
+            " is not its own is ended over the VM's monitor",
+            vm=self.name,
+            job_id=name,
+        )
+
+    async def plan(
+        self, disk: str, *, policy: AnyPolicy | dict[str, Any] | str | None = None, **request: Any
+    ) -> Plan:
+        """What a commit would send and what its checks find; as `Session.plan`, nothing is sent."""
+        from qmpcommit.commit.checks import Finding
+
+        body = _request(disk, policy=policy, **request)
+        found = self._parse(await self.client.ask("POST", f"{self.path}/plans", body))
+        plan = Plan.model_validate(found)
+        return replace(
+            plan,
+            policy=parse_policy(plan.policy) if plan.policy is not None else None,
+            findings=[Finding.model_validate(each) for each in plan.findings],
+        )
+
+    async def commit(
+        self,
+        disk: str,
+        *,
+        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
+        base: str | int | None = None,
+        top: str | int | None = None,
+        shallow: bool = False,
+        bandwidth: int | str | None = None,
+        delete: bool = False,
+        stale: Literal["leave", "rename", "delete"] | None = None,
+        on_pivot: Sequence[str] | None = None,
+        on_error: Literal["report", "stop", "ignore", "enospc"] | None = None,
+        converge: float | Converge | None = None,
+        carry_bitmaps: bool = True,
+        keep_relative: bool = False,
+        filter_node_name: str | None = None,
+        backing_mask_protocol: bool = False,
+        override: Collection[str] = (),
+        only_if: Sequence[str] | None = None,
+        timeout: float | None = None,
+        job_id: str | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
+    ) -> RemoteJob:
+        """Have the daemon promise a commit; it is kept even if this client, or the daemon, dies.
+
+        Arguments are those of `Session.commit`. Commands (`only_if`, `on_pivot`, a `Check`) are
+        run by the daemon, where its configuration allows that; `converge` is in seconds;
+        `timeout` counts from the promise. A higher `priority` leaves the queue first. A lost
+        reply is asked for again under `idempotency_key`, one of its own by default, so that
+        there is never a second commit.
+
+        Raises what `Session.commit` raises before anything is sent, `VMNotFound`, `QueueFull`,
+        `KeyReused`, `DaemonUnreachable`, `DaemonLost` or `DaemonError`. If this is cancelled,
+        so is a commit that was promised meanwhile.
+        """
+        body = _request(
+            disk, policy=policy, base=base, top=top, shallow=shallow, bandwidth=bandwidth,
+            delete=delete, stale=stale, on_pivot=on_pivot, on_error=on_error, converge=converge,
+            carry_bitmaps=carry_bitmaps, keep_relative=keep_relative,
+            filter_node_name=filter_node_name, backing_mask_protocol=backing_mask_protocol,
+            override=override, only_if=only_if, timeout=timeout, job_id=job_id, priority=priority,
+        )  # fmt: skip
+        asking = asyncio.create_task(self._promise(body, idempotency_key))
+        try:
+            job, _ = await asyncio.shield(asking)
+            return job
+        except asyncio.CancelledError:
+            doubt = await to_the_end(self._take_back(asking))
+            if doubt is not None:
+                raise asyncio.CancelledError from doubt
+            raise
+
+    async def _promise(self, body: dict[str, Any], key: str | None) -> tuple[RemoteJob, bool]:
+        """The promised commit, and whether it is new."""
+        from qmpcommit.client.host import commit_view
+
+        headers = {"idempotency-key": key or uuid.uuid4().hex}
+        reply = await self.client.ask("POST", f"{self.path}/commits", body, headers=headers)
+        job = RemoteJob(self.client, commit_view(self._parse(reply)))
+        return job, key is None or reply.again or "idempotent-replay" not in reply.headers
+
+    async def _take_back(
+        self, asking: asyncio.Task[tuple[RemoteJob, bool]]
+    ) -> QmpCommitError | None:
+        """Nobody waits for the promise any more; why it may have been given nevertheless."""
+        try:
+            async with asyncio.timeout(TAKING_BACK):
+                await asyncio.wait({asking})
+                job, new = asking.result()
+                if new:
+                    await job.decide("abort")
+        except DaemonLost as doubt:
+            return doubt
+        except QmpCommitError:
+            pass  # it was refused, or has ended already
+        except TimeoutError:
+            await stop(asking)
+            return DaemonLost(
+                f"the daemon did not answer whether it has promised the commit of {self.name};"
+                " perhaps it has. See what it lists",
+                vm=self.name,
+            )
+        return None
+
+    def _parse(self, reply: Any) -> Any:
+        try:
+            return self.client.parse(reply)
+        except QmpCommitError as error:
+            error.add(vm=self.name)
+            raise
+
+
+def _request(
+    disk: str,
+    *,
+    policy: Any,
+    bandwidth: int | str | None = None,
+    delete: bool = False,
+    stale: str | None = None,
+    on_pivot: Any = None,
+    converge: Any = None,
+    override: Collection[str] = (),
+    only_if: Sequence[str] | None = None,
+    timeout: float | None = None,
+    job_id: str | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """The request's body; raises `InvalidRequest` as `Session.commit` does."""
+    if delete and stale not in (None, "delete"):
+        raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
+    if policy is not None:
+        policy = parse_policy(policy)
+        if not isinstance(policy, AnyPolicy):
+            raise InvalidRequest(
+                "a policy of your own lives in this process and can't survive it: give a policy"
+                " that is a value, or Hold() and decide when the job is ready"
+            )
+        policy = policy.model_dump(mode="json")
+    if on_pivot is not None:
+        on_pivot = list(check_command(on_pivot, "on_pivot, asked of the daemon,"))
+    asked = {
+        **{name: value for name, value in others.items() if value not in (None, False, 0)},
+        "disk": str(disk),
+        "policy": policy,
+        "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
+        "stale": "delete" if delete else stale,
+        "on_pivot": on_pivot,
+        "converge": _seconds_to_converge(converge),
+        "override": list(override) or None,
+        "only_if": None if only_if is None else list(check_command(only_if, "only_if")),
+        "timeout": None if timeout is None else parse_seconds(timeout, "timeout"),
+        "job_id": None if job_id is None else check_job_id(job_id),
+    }
+    for name in ("base", "top"):  # 0 is a layer
+        asked[name] = others.get(name)
+    if others.get("carry_bitmaps") is False:
+        asked["carry_bitmaps"] = False
+    for name in ("base", "top", "filter_node_name"):
+        if isinstance(asked.get(name), os.PathLike):
+            asked[name] = os.fspath(asked[name])
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _seconds_to_converge(converge: Any) -> float | None:
+    if converge is None or not hasattr(converge, "deadline"):
+        return None if converge is None else parse_seconds(converge, "time to converge")
+    from qmpcommit.commit.pace import Converge
+
+    if converge != Converge(deadline=converge.deadline, pause=0.5):
+        raise InvalidRequest(
+            "the daemon converges in its own way, with a pause of at most half a second: give the"
+            " seconds alone"
+        )
+    return float(converge.deadline)
