@@ -26,14 +26,24 @@ class Refusal(Exception):
 
 
 class FakeMonitor:
-    """Serves one client after another; `commands` are all that were received."""
+    """Serves one client after another; `commands` are all that were received.
 
-    def __init__(self, handler: Handler | None = None, greeting: bytes | None = None) -> None:
+    With `hangs_up` it accepts, and closes at once.
+    """
+
+    def __init__(
+        self,
+        handler: Handler | None = None,
+        greeting: bytes | None = None,
+        *,
+        hangs_up: bool = False,
+    ) -> None:
         self.path = ""
         self.commands: list[tuple[str, dict[str, Any]]] = []
         self.connected = asyncio.Event()
         self.connections = 0
         self._handler = handler
+        self._hangs_up = hangs_up
         self._greeting = json.dumps(GREETING).encode() + b"\n" if greeting is None else greeting
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -47,6 +57,8 @@ class FakeMonitor:
         self.connections += 1
         self.connected.set()
         try:
+            if self._hangs_up:
+                return
             writer.write(self._greeting)
             async for message, _ in messages(reader):
                 await self._answer(message, writer)
@@ -60,9 +72,12 @@ class FakeMonitor:
                 await writer.wait_closed()
 
     async def _answer(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        command, arguments = message["execute"], message.get("arguments", {})
-        reply: dict[str, Any] = {"id": message.get("id")} if "id" in message else {}
-        if command == "qmp_capabilities":
+        reply: dict[str, Any] = {"id": message["id"]} if "id" in message else {}
+        command, arguments = message.get("execute"), message.get("arguments", {})
+        if not isinstance(command, str):
+            desc = "QMP input lacks member 'execute'"
+            reply["error"] = {"class": "GenericError", "desc": desc}
+        elif command == "qmp_capabilities":
             reply["return"] = {}
         else:
             self.commands.append((command, arguments))
@@ -98,10 +113,14 @@ class FakeMonitor:
 
 @asynccontextmanager
 async def fake_monitor(
-    folder: Path, handler: Handler | None = None, greeting: bytes | None = None
+    folder: Path,
+    handler: Handler | None = None,
+    greeting: bytes | None = None,
+    *,
+    hangs_up: bool = False,
 ) -> AsyncIterator[FakeMonitor]:
     """A fake monitor on a socket in that folder."""
-    fake = FakeMonitor(handler, greeting)
+    fake = FakeMonitor(handler, greeting, hangs_up=hangs_up)
     fake.path = str(folder / "fake")
     server = await asyncio.start_unix_server(fake.serve, fake.path, limit=1 << 24)
     try:

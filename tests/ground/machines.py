@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,9 @@ from tests.ground.images import Chain
 from tests.ground.qemu import QEMU, Qemu
 
 Style = Literal["blockdev", "drive", "implicit"]
+
+_SO_ACCEPTCON = 1 << 16
+"""The kernel's flag of a socket that listens, as ``/proc/net/unix`` shows it."""
 
 
 @dataclass
@@ -35,6 +38,18 @@ class Machine:
         """SIGKILL, SIGSTOP, SIGCONT."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL: it ends where it stands."""
+        self.signal(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """SIGSTOP: it hangs, its connections stay open."""
+        self.signal(signal.SIGSTOP)
+
+    def cont(self) -> None:
+        """SIGCONT: it goes on after `stop`."""
+        self.signal(signal.SIGCONT)
 
     async def quit(self) -> None:
         """End it in an orderly way, over its second monitor, so that its images can be read."""
@@ -101,9 +116,10 @@ async def machine(
     fmt: str = "qcow2",
     extra: Sequence[str] = (),
     tcp: int | None = None,
+    running: bool = False,
     qemu: Qemu = QEMU,
 ) -> AsyncIterator[Machine]:
-    """A ``qemu-system-x86_64`` that has not started its (absent) guest.
+    """A ``qemu-system-x86_64`` that has not started its (absent) guest, or has, if `running`.
 
     Its disks are ``vda``, ``vdb``, ...; `filters` (``throttle``, ``copy-on-read``) lie over the
     first one's active layer. With `style` "drive", each is a ``-drive`` called ``drive0``, ...
@@ -111,7 +127,8 @@ async def machine(
     assert qemu.system, "no qemu-system-x86_64"
     qmp, qmp2 = folder / "qmp", folder / "qmp2"
     first = f"tcp:127.0.0.1:{tcp},server=on,wait=off" if tcp else f"unix:{qmp},server=on,wait=off"
-    command = [qemu.system, "-S", "-display", "none", "-nodefaults", "-machine", "q35,accel=tcg",
+    held = [] if running else ["-S"]
+    command = [qemu.system, *held, "-display", "none", "-nodefaults", "-machine", "q35,accel=tcg",
                "-m", "64", "-qmp", first, "-qmp", f"unix:{qmp2},server=on,wait=off"]  # fmt: skip
     if iothread:
         command += ["-object", "iothread,id=io0"]
@@ -165,6 +182,19 @@ async def storage_daemon(
         yield made
 
 
+def listening(sockets: Iterable[Path]) -> bool:
+    """Whether all of them accept connections; the files are there before that.
+
+    Asked of the kernel: a monitor serves one client at a time, and a test's may be the next.
+    """
+    accepts = set()
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and int(words[3], 16) & _SO_ACCEPTCON:
+            accepts.add(words[7])
+    return all(str(path) in accepts for path in sockets)
+
+
 @asynccontextmanager
 async def _running(command: list[str], folder: Path, sockets: list[Path]) -> AsyncIterator[Machine]:
     stderr = folder / "stderr"
@@ -174,7 +204,7 @@ async def _running(command: list[str], folder: Path, sockets: list[Path]) -> Asy
         )
     try:
         async with asyncio.timeout(30):
-            while not all(path.exists() for path in sockets):
+            while not listening(sockets):
                 if process.returncode is not None:
                     raise AssertionError(f"{command} ended: {stderr.read_text()}")
                 await asyncio.sleep(0.005)  # there is nothing to wait on but the file system

@@ -9,7 +9,10 @@ from typing import Any
 
 
 async def messages(reader: asyncio.StreamReader) -> AsyncIterator[tuple[dict[str, Any], bytes]]:
-    """Each message, and the bytes that it came in, until the end of the stream."""
+    """Each message, and the bytes that it came in, until the end of the stream.
+
+    Raises `ValueError` for JSON that is no object.
+    """
     decoder = json.JSONDecoder()
     waiting = ""
     while data := await reader.read(1 << 20):
@@ -19,5 +22,7 @@ async def messages(reader: asyncio.StreamReader) -> AsyncIterator[tuple[dict[str
                 message, end = decoder.raw_decode(waiting)
             except ValueError:
                 break
+            if not isinstance(message, dict):
+                raise ValueError(f"no QMP message: {waiting[:end]}")
             yield message, waiting[:end].encode("utf-8", "surrogateescape") + b"\r\n"
             waiting = waiting[end:]

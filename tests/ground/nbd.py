@@ -24,6 +24,7 @@ class Nbd:
         self._reader, self._writer = reader, writer
         self._handles = 0
         self._waiting: dict[int, tuple[asyncio.Future[bytes], int]] = {}
+        self._lost: str | None = None
         self._replies = asyncio.create_task(self._read_replies())
         self.size = 0
 
@@ -83,11 +84,14 @@ class Nbd:
                 else:
                     future.set_result(data)
         except (OSError, EOFError) as error:
+            self._lost = str(error) or type(error).__name__
             for future, _ in self._waiting.values():
                 if not future.done():
-                    future.set_exception(ConnectionError(str(error)))
+                    future.set_exception(ConnectionError(self._lost))
 
     async def _request(self, kind: int, offset: int, length: int, data: bytes = b"") -> bytes:
+        if self._lost is not None:
+            raise ConnectionError(f"the NBD server is gone: {self._lost}")
         self._handles += 1
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[self._handles] = (future, length if kind == _READ else 0)

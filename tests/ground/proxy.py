@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 from tests.ground.messages import messages
 
 Hook = Callable[[dict[str, Any]], str]
-"""Sees a message; answers "pass", "drop", "cut" (before it) or "cut after"."""
+"""Sees a message and says what becomes of it:
+
+* "pass", "drop", "twice"
+* "cut" (the connection, before it) or "cut after"
+* "hold": it, and what comes after it in its direction, waits for `Proxy.release`
+* "split": it goes in single bytes (a long one in pieces)
+* "refuse": QEMU never sees this command, and the client gets an error for it
+"""
+
+REFUSAL = "refused by the proxy"
 
 
 def let_pass(message: dict[str, Any]) -> str:
@@ -27,6 +37,9 @@ class Proxy:
         self.to_qemu: Hook = let_pass
         self.to_client: Hook = let_pass
         self.sent: list[str] = []
+        self.held = asyncio.Event()
+        self.errors: list[BaseException] = []
+        self._released = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -45,6 +58,12 @@ class Proxy:
             self._server = None
         Path(self.path).unlink(missing_ok=True)
 
+    def release(self) -> None:
+        """Let go what is held; what is held from now on waits for the next release."""
+        self.held.clear()
+        self._released.set()
+        self._released = asyncio.Event()
+
     async def cut(self) -> None:
         """End all connections."""
         for task in list(self._tasks):
@@ -61,8 +80,8 @@ class Proxy:
         try:
             answers, theirs = await asyncio.open_unix_connection(self.target, limit=1 << 26)
             pumps = [
-                asyncio.create_task(self._pump(reader, theirs, True)),
-                asyncio.create_task(self._pump(answers, writer, False)),
+                asyncio.create_task(self._pump(reader, theirs, writer, True)),
+                asyncio.create_task(self._pump(answers, writer, theirs, False)),
             ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         except OSError:
@@ -72,6 +91,7 @@ class Proxy:
                 pump.cancel()
             if pumps:
                 await asyncio.wait(pumps)
+            self.errors += [e for pump in pumps if not pump.cancelled() and (e := pump.exception())]
             for side in (writer, theirs):
                 if side is not None:
                     side.transport.abort()
@@ -80,29 +100,65 @@ class Proxy:
             self._tasks.discard(task)
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, to_qemu: bool
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        back: asyncio.StreamWriter,
+        to_qemu: bool,
     ) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             async for message, line in messages(source):
                 if to_qemu:
                     self.sent.append(message.get("execute", ""))
                 fate = (self.to_qemu if to_qemu else self.to_client)(message)
-                if fate == "cut":
-                    return
-                if fate != "drop":
-                    sink.write(line)
-                    await sink.drain()
+                match fate:
+                    case "cut":
+                        return
+                    case "drop":
+                        continue
+                    case "hold":
+                        released = self._released
+                        self.held.set()
+                        await released.wait()
+                        sink.write(line)
+                    case "split":
+                        await _in_pieces(line, sink)
+                    case "twice":
+                        sink.write(line + line)
+                    case "refuse":
+                        back.write(_refusal(message))
+                    case "pass" | "cut after":
+                        sink.write(line)
+                    case _:
+                        raise AssertionError(f"no such fate: {fate}")
+                await sink.drain()
                 if fate == "cut after":
                     await asyncio.sleep(0)
                     return
 
 
+async def _in_pieces(line: bytes, sink: asyncio.StreamWriter) -> None:
+    size = max(1, len(line) // 2000)  # a schema has 250 KB
+    for start in range(0, len(line), size):
+        sink.write(line[start : start + size])
+        await sink.drain()
+        await asyncio.sleep(0)
+
+
+def _refusal(message: dict[str, Any]) -> bytes:
+    reply: dict[str, Any] = {"id": message["id"]} if "id" in message else {}
+    reply["error"] = {"class": "GenericError", "desc": REFUSAL}
+    return json.dumps(reply).encode() + b"\r\n"
+
+
 @asynccontextmanager
 async def proxy(folder: Path, target: str) -> AsyncIterator[Proxy]:
-    """A proxy in front of a monitor."""
+    """A proxy in front of a monitor; raises what a hook raised."""
     made = Proxy(str(folder / "proxy"), target)
     await made.open()
     try:
         yield made
     finally:
         await made.refuse()
+        if made.errors:
+            raise made.errors[0]
