@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qmpcommit.daemon.config import Config
@@ -113,8 +114,11 @@ def _members(group: int) -> list[str]:
     return []
 
 
-class TooLarge(Exception):
-    """A request's body is longer than it may be."""
+class TooLarge(HTTPException):
+    """A request's body is longer than it may be; FastAPI answers it where it reads the body."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(413, f"a request has at most {size} bytes")
 
 
 class Gate:
@@ -138,22 +142,24 @@ class Gate:
             await answer.problem(*refusal)
             return
         self._requests += 1
+        body = _Body(receive, self._limits.request_size)
         try:
             if scope["path"] in STREAMS:
                 await self._app(scope, receive, answer)
                 return
             async with asyncio.timeout(self._limits.request_time):
-                await self._app(scope, self._bounded(receive), answer)
-        except TooLarge:
-            await answer.problem(
-                413, "Too large", f"a request has at most {self._limits.request_size} bytes"
-            )
+                await self._app(scope, body, answer)
         except asyncio.CancelledError:
             # The daemon stops, and this request has waited long enough.
             await answer.problem(503, "Stopping", "the daemon is stopping; ask the next one")
         except TimeoutError:
             seconds = self._limits.request_time
-            await answer.problem(503, "Too slow", f"it could not be answered within {seconds:g} s")
+            if body.more:
+                what = f"the request was not sent within {seconds:g} s"
+                await answer.problem(408, "Too slow", what)
+            else:
+                what = f"it could not be answered within {seconds:g} s"
+                await answer.problem(503, "Too slow", what)
         finally:
             self._requests -= 1
 
@@ -176,18 +182,25 @@ class Gate:
         wanted = f"Bearer {self._token}".encode()
         return self._token is not None and hmac.compare_digest(given, wanted)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        left = self._limits.request_size
 
-        async def bounded() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0:
-                raise TooLarge
-            return message
+class _Body:
+    """Receives, no more than so many bytes; `more` tells that the client has not sent it all."""
 
-        return bounded
+    def __init__(self, receive: Receive, size: int) -> None:
+        self._receive, self._size = receive, size
+        self._left = size
+        self._whole = False
+        self.more = False
+
+    async def __call__(self) -> Message:
+        self.more = not self._whole
+        message = await self._receive()
+        self.more = bool(message.get("more_body"))
+        self._whole = not self.more
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise TooLarge(self._size)
+        return message
 
 
 class _Answer:
@@ -220,6 +233,8 @@ class _Answer:
         ]
         if status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        if status == 503:
+            headers.append((b"retry-after", b"2"))
         await self({"type": "http.response.start", "status": status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
+import traceback
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -15,17 +16,20 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 import qmpcommit
+from qmpcommit.block.chain import Disk
+from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.models import (
     CommitRequest,
     CommitView,
     Decision,
+    JobView,
     NewVM,
-    Problem,
     Progress,
     VMView,
 )
+from qmpcommit.daemon.openapi import PROBLEM_TYPE, TITLES, document, problems
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
 from qmpcommit.errors import (
@@ -50,7 +54,7 @@ from qmpcommit.errors import (
     VMStateError,
 )
 from qmpcommit.journal import JournalError
-from qmpcommit.values import Record
+from qmpcommit.log import Log
 
 _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (VMNotFound, 404, "No such VM"),
@@ -73,10 +77,8 @@ _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (CommandRefused, 502, "QEMU refused"),
     (CommitFailed, 409, "It can't be done"),
 )
-_PROBLEM_TYPE = "application/problem+json"
-_TEXT = {400: "Malformed", 401: "The token is missing or wrong", 403: "Not your daemon",
-         404: "Not found", 409: "Not now", 413: "Too large", 422: "Invalid", 502: "QEMU refused",
-         503: "Not available", 507: "No space"}  # fmt: skip
+RETRY_AFTER = 2
+"""Seconds after which what is not available may be asked for again."""
 
 VMPath = Annotated[str, Path(max_length=64, examples=["web1"])]
 CommitPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
@@ -86,22 +88,16 @@ Key = Annotated[
 ]
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {
-        status: {"model": Problem, "description": _TEXT[status]}
-        for status in (400, 401, 403, 413, *statuses, 503)
-    }
-
-
 class ProblemResponse(JSONResponse):
     """A problem document."""
 
-    media_type = _PROBLEM_TYPE
+    media_type = PROBLEM_TYPE
 
 
 def _problem(status: int, kind: str, title: str, detail: str, **more: Any) -> ProblemResponse:
     body = {"type": f"urn:qmpcommit:{kind}", "title": title, "status": status, "detail": detail}
-    return ProblemResponse({**body, **more}, status_code=status)
+    headers = {"Retry-After": str(RETRY_AFTER)} if status == 503 else None
+    return ProblemResponse({**body, **more}, status_code=status, headers=headers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -124,15 +120,24 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     malformed = any(each["type"] == "json_invalid" for each in error.errors())
     detail = "; ".join(f"{each['where']}: {each['what']}" for each in wrong)
     status = 400 if malformed else 422
-    return _problem(status, "InvalidRequest", _TEXT[status], detail[:2000], errors=wrong)
+    return _problem(status, "InvalidRequest", TITLES[status], detail[:2000], errors=wrong)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    title = _TEXT.get(error.status_code, "Not possible")
+    title = TITLES.get(error.status_code, "Not possible")
     answer = _problem(error.status_code, f"http:{error.status_code}", title, str(error.detail))
     answer.headers.update(error.headers or {})
     return answer
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    where = "".join(traceback.format_exception(error))
+    path = request.url.path
+    Log().warning("bug", error=repr(error), method=request.method, path=path, where=where)
+    return _problem(
+        500, "http:500", TITLES[500], "an error of the daemon's own; its log tells more"
+    )
 
 
 def view_vm(vm: VM) -> VMView:
@@ -178,50 +183,60 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         description="Live block commit over QMP, both phases of it, for the VMs of one host.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
     )
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.add_exception_handler(Exception, _on_bug)
     app.add_exception_handler(QmpCommitError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
 
-    @app.get("/v1/vms", responses=_problems(), tags=["vms"])
+    @app.get("/v1/vms", responses=problems(), tags=["vms"])
     async def list_vms() -> list[VMView]:
         """All VMs, by name."""
         return [view_vm(vm) for _, vm in sorted(engine.registry.vms.items())]
 
-    @app.post("/v1/vms", status_code=201, responses=_problems(409, 422), tags=["vms"])
+    @app.post("/v1/vms", status_code=201, responses=problems(409, 422, body=True), tags=["vms"])
     async def add_vm(new: NewVM) -> VMView:
         """Make a VM known; it stays known across restarts."""
         return view_vm(await engine.add_vm(new.name, new.qmp, new.connect))
 
-    @app.get("/v1/vms/{vm}", responses=_problems(404), tags=["vms"])
+    @app.get("/v1/vms/{vm}", responses=problems(404, 422), tags=["vms"])
     async def get_vm(vm: VMPath) -> VMView:
         """One VM."""
         return view_vm(engine.vm(vm))
 
-    @app.delete("/v1/vms/{vm}", status_code=204, responses=_problems(404, 409), tags=["vms"])
+    @app.delete("/v1/vms/{vm}", status_code=204, responses=problems(404, 409, 422), tags=["vms"])
     async def remove_vm(vm: VMPath) -> None:
         """Forget a VM that was added; it must have no commits."""
         await engine.remove_vm(vm)
 
-    @app.get("/v1/vms/{vm}/disks", responses=_problems(404, 502), tags=["vms"])
-    async def list_disks(vm: VMPath) -> list[dict[str, Any]]:
+    @app.get(
+        "/v1/vms/{vm}/disks",
+        responses={**problems(404, 422, 502), 200: {"model": list[Disk]}},
+        tags=["vms"],
+    )
+    async def list_disks(vm: VMPath) -> JSONResponse:
         """The disks of a VM with their backing chains, active layer first."""
         async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
             disks = await session.disks()
-        return [_dump(disk) for disk in disks]
+        return JSONResponse([disk.model_dump(mode="json") for disk in disks])
 
-    @app.get("/v1/vms/{vm}/jobs", responses=_problems(404, 502), tags=["vms"])
-    async def list_jobs(vm: VMPath) -> list[dict[str, Any]]:
+    @app.get("/v1/vms/{vm}/jobs", responses=problems(404, 422, 502), tags=["vms"])
+    async def list_jobs(vm: VMPath) -> list[JobView]:
         """The block jobs of a VM as QEMU lists them, with the commit that owns each."""
         async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
             jobs = await session.execute("query-block-jobs")
         owners = {promise.job_id: promise.id for promise in engine.live.values()}
-        return [{**job, "commit": owners.get(job.get("device"))} for job in jobs]
+        return [
+            JobView.model_validate({**job, "commit": owners.get(job.get("device"))}) for job in jobs
+        ]
 
     @app.post(
         "/v1/vms/{vm}/commits",
         status_code=202,
-        responses=_problems(404, 409, 422, 502, 507),
+        responses=problems(404, 409, 422, 502, 507, body=True),
         tags=["commits"],
     )
     async def commit(
@@ -236,12 +251,17 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             response.headers["Idempotent-Replay"] = "true"
         return view_commit(engine, promise)
 
-    @app.post("/v1/vms/{vm}/plans", responses=_problems(404, 409, 422, 502, 507), tags=["commits"])
-    async def plan(vm: VMPath, asked: CommitRequest) -> dict[str, Any]:
+    @app.post(
+        "/v1/vms/{vm}/plans",
+        responses={**problems(404, 409, 422, 502, 507, body=True), 200: {"model": Plan}},
+        tags=["commits"],
+    )
+    async def plan(vm: VMPath, asked: CommitRequest) -> JSONResponse:
         """What a commit would send, and what its checks find; nothing is sent or promised."""
-        return _dump(await engine.plan(engine.vm(vm), asked, check=True))
+        made = await engine.plan(engine.vm(vm), asked, check=True)
+        return JSONResponse(made.model_dump(mode="json"))
 
-    @app.get("/v1/commits", responses=_problems(422), tags=["commits"])
+    @app.get("/v1/commits", responses=problems(422), tags=["commits"])
     async def list_commits(
         vm: Annotated[str | None, Query(max_length=64)] = None,
         state: Annotated[
@@ -261,7 +281,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         ]
         return [view_commit(engine, promise) for promise in found]
 
-    @app.get("/v1/commits/{commit_id}", responses=_problems(404, 422), tags=["commits"])
+    @app.get("/v1/commits/{commit_id}", responses=problems(404, 422), tags=["commits"])
     async def get_commit(
         commit_id: CommitPath,
         wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
@@ -280,7 +300,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.delete(
         "/v1/commits/{commit_id}",
         status_code=202,
-        responses=_problems(404, 409, 422),
+        responses=problems(404, 409, 422),
         tags=["commits"],
     )
     async def cancel_commit(commit_id: CommitPath) -> CommitView:
@@ -290,7 +310,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.post(
         "/v1/commits/{commit_id}/decision",
         status_code=202,
-        responses=_problems(404, 409, 422),
+        responses=problems(404, 409, 422, body=True),
         tags=["commits"],
     )
     async def decide(commit_id: CommitPath, decision: Decision) -> CommitView:
@@ -300,7 +320,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.get(
         "/v1/events",
         responses={
-            **_problems(422),
+            **problems(422),
             200: {"content": {"text/event-stream": {}}, "description": "Server-sent events"},
         },
         response_class=StreamingResponse,
@@ -320,18 +340,18 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             aiter(feed), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["watching"])
+    @app.get("/metrics", responses=problems(), response_class=PlainTextResponse, tags=["watching"])
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         engine.gauge()
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/healthz", tags=["watching"])
+    @app.get("/healthz", responses=problems(), tags=["watching"])
     async def healthz() -> dict[str, Any]:
         """Whether the daemon is alive."""
         return {"status": "ok", "version": qmpcommit.__version__, "time": time.time()}
 
-    @app.get("/readyz", responses=_problems(), tags=["watching"])
+    @app.get("/readyz", responses=problems(), tags=["watching"])
     async def readyz() -> Response:
         """Whether the daemon takes commits."""
         reasons = engine.unready()
@@ -342,10 +362,6 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         return JSONResponse({"status": "ready", "warnings": warnings})
 
     return app
-
-
-def _dump(value: Record) -> dict[str, Any]:
-    return value.model_dump(mode="json")
 
 
 async def _until(engine: Engine, promise: Promise, phase: str | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from qmpcommit.block.chain import absolute
 from qmpcommit.commit import phases
@@ -55,6 +56,9 @@ STALL_PAUSE = 2.0
 HAND_OVER = 1.2
 """Seconds that a commit which holds its guest gets to let it go before the daemon stops."""
 
+TAKING = 0.5
+"""Seconds that requests which are being promised get when the daemon stops."""
+
 MAX_BEGINS = 3
 """How often a commit is begun that QEMU turns out not to know."""
 
@@ -75,6 +79,8 @@ class Engine:
         self.followers: set[Callable[[Event], object]] = set()
         self.told = 0
         self._news: dict[str, set[asyncio.Event]] = {}
+        self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._taking: set[asyncio.Future[tuple[Promise, bool]]] = set()
         self.stopping = False
         self.recovered = False
         self.orphans: dict[str, dict[str, str]] = {}
@@ -122,6 +128,10 @@ class Engine:
     async def stop(self) -> None:
         """Hand over: no new work, jobs stay in QEMU as they are, and the next daemon goes on."""
         self.stopping = True
+        if self._taking:
+            _, late = await asyncio.wait(self._taking, timeout=TAKING)
+            for taking in late:
+                taking.cancel()
         jobs = [promise.job for promise in self.live.values() if promise.job is not None]
         with suppress(TimeoutError):
             async with asyncio.timeout(HAND_OVER):
@@ -224,10 +234,32 @@ class Engine:
 
         Raises what `Session.plan` raises, `VMNotFound`, `QueueFull`, `KeyReused`, `JournalFull`.
         """
-        if key is not None:
+        taking = asyncio.ensure_future(self._take(vm_name, request, key, fingerprint))
+        self._taking.add(taking)
+        taking.add_done_callback(self._taken)
+        # What the journal may have got already is not half done because its client has gone.
+        return await asyncio.shield(taking)
+
+    def _taken(self, taking: asyncio.Future[tuple[Promise, bool]]) -> None:
+        self._taking.discard(taking)
+        if not taking.cancelled():
+            taking.exception()  # its client was told, or has gone
+
+    async def _take(
+        self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
+    ) -> tuple[Promise, bool]:
+        if key is None:
+            return await self._promise(vm_name, request, None, fingerprint), False
+        lock = self._keys.setdefault(key, asyncio.Lock())
+        async with lock:  # requests with one key at once are one request
             known = await self._known(key, fingerprint)
             if known is not None:
                 return known, True
+            return await self._promise(vm_name, request, key, fingerprint), False
+
+    async def _promise(
+        self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
+    ) -> Promise:
         self._check_room(request)
         vm = self.vm(vm_name)
         plan = await self.plan(vm, request)
@@ -246,17 +278,13 @@ class Engine:
         self.live[promise.id] = promise
         try:
             await self.journal.write(*statements, events=[promise.event()])
-        except BaseException as error:
+        except BaseException:
             del self.live[promise.id]
-            if key is not None and type(error).__name__ == "IntegrityError":
-                known = await self._known(key, fingerprint)
-                if known is not None:
-                    return known, True
             raise
         self.scheduler.add(self._entry(promise))
         self._launch(promise)
         self._schedule()
-        return promise, False
+        return promise
 
     def _check_room(self, request: CommitRequest) -> None:
         if self.stopping:

@@ -80,6 +80,7 @@ async def _serve(config: Config, seconds: float | None) -> None:
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
         http=PeerProtocol,
+        ws="none",
         loop="none",
         lifespan="off",
         log_config=None,

@@ -35,6 +35,21 @@ COMMIT_EXAMPLE: dict[str, Any] = {
     "delete": True,
 }
 
+COMMIT_VIEW_EXAMPLE: dict[str, Any] = {
+    "id": "5f0c1c1e9b6f4d0f8e2a7c3b1d9e8f70",
+    "vm": "web1",
+    "disk": "vda",
+    "job_id": "qmpcommit-vda-1f2e3d4c",
+    "state": "running",
+    "phase": "copying",
+    "priority": 0,
+    "created": 1767225600.0,
+    "storage": "253:3",
+    "bandwidth": 52428800,
+    "progress": {"current": 805306368, "total": 1073741824, "bandwidth": 51380224.0},
+    "request": COMMIT_EXAMPLE,
+}
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +72,23 @@ class NewVM(_Model):
 class VMView(_Model):
     """A VM as the daemon sees it; `error` is why it is not connected."""
 
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "web1",
+                    "qmp": "/run/vms/web1/qmp.sock",
+                    "connect": "keep",
+                    "origin": "discovered",
+                    "state": "connected",
+                    "pid": 4242,
+                }
+            ]
+        },
+    )
+
     name: str
     qmp: str
     connect: Connect
@@ -64,6 +96,38 @@ class VMView(_Model):
     state: Literal["connected", "connecting", "away", "idle"]
     pid: int | None = None
     error: str | None = None
+
+
+class JobView(BaseModel):
+    """A block job as ``query-block-jobs`` gives it; `commit` is the commit that owns it."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "device": "qmpcommit-vda-1f2e3d4c",
+                    "type": "commit",
+                    "len": 1073741824,
+                    "offset": 805306368,
+                    "speed": 52428800,
+                    "status": "running",
+                    "ready": False,
+                    "commit": "5f0c1c1e9b6f4d0f8e2a7c3b1d9e8f70",
+                }
+            ]
+        },
+    )
+
+    device: str
+    type: str
+    len: int = 0
+    offset: int = 0
+    speed: int = 0
+    status: str = ""
+    ready: bool = False
+    commit: str | None = None
 
 
 class CommitRequest(_Model):
@@ -142,6 +206,10 @@ class CommitView(_Model):
     `position` is its place in the queue (1: next). `outcome` is there when it is done, `error`
     (with `type` and `message`) when it failed. Times are seconds since 1970.
     """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [COMMIT_VIEW_EXAMPLE]}
+    )
 
     id: str
     vm: str

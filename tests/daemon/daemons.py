@@ -118,6 +118,27 @@ class Daemon:
         finally:
             connection.close()
 
+    async def raw(self, *parts: bytes) -> Answer:
+        """Send these very bytes, and read what is answered until the daemon hangs up."""
+        return await asyncio.to_thread(self._raw, parts)
+
+    def _raw(self, parts: tuple[bytes, ...]) -> Answer:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(30)
+            sock.connect(self.socket)
+            with suppress(OSError):  # it need not read all that is sent
+                for part in parts:
+                    sock.sendall(part)
+            received = b""
+            with suppress(ConnectionResetError):
+                while data := sock.recv(1 << 16):
+                    received += data
+        head, _, body = received.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        pairs = (line.split(": ", 1) for line in lines)
+        headers = {name.lower(): value for name, value in pairs}
+        return Answer(int(first.split()[1]) if first else 0, headers, body)
+
     async def get(self, path: str) -> Answer:
         return await self.request("GET", path)
 

@@ -134,7 +134,7 @@ async def test_on_demand_is_connected_only_while_it_is_used(folder: Path) -> Non
             assert fake.connections == 2
     assert log.count(("web1", "up")) == 2
     async with registry(config) as known:
-        with pytest.raises(ConnectError, match="no such socket"):
+        with pytest.raises(ConnectError, match="connect to the monitor"):
             async with known.use(known.vms["web1"]):
                 raise AssertionError("nobody is there")
         assert known.vms["web1"].users == 0

@@ -1,0 +1,84 @@
+"""The OpenAPI document: FastAPI's, with the errors as they really are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from qmpcommit.daemon.models import Problem
+
+PROBLEM_TYPE = "application/problem+json"
+
+TITLES = {
+    400: "Malformed", 401: "Unauthorized", 403: "Forbidden", 404: "Not found",
+    405: "Not possible", 408: "Too slow", 409: "Not now", 413: "Too large", 422: "Invalid",
+    500: "Failed", 502: "QEMU refused", 503: "Not available", 507: "No space",
+}  # fmt: skip
+_DETAILS = {
+    400: ("http:400", "There was an error parsing the body"),
+    401: ("http:401", "give the daemon's token: Authorization: Bearer TOKEN"),
+    403: ("http:403", "user 1001 may not use this daemon"),
+    404: ("VMNotFound", "no VM is called 'web9'; GET /v1/vms lists those that are known"),
+    408: ("http:408", "the request was not sent within 30 s"),
+    409: ("NotReady", "job qmpcommit-vda-1f2e3d4c on vda of web1 is not READY"),
+    413: ("http:413", "a request has at most 65536 bytes"),
+    422: ("InvalidRequest", "body.disk: Field required"),
+    500: ("http:500", "an error of the daemon's own; its log tells more"),
+    502: ("CommandRefused", "QEMU refused block-commit: Need a root block node"),
+    503: ("JournalFull", "the disk under the journal is full: no new commit can be promised"),
+    507: ("NoSpace", "the base needs 3 GiB more, and its file system has 1 GiB left"),
+}
+_EVERYWHERE = (401, 403, 500, 503)
+_WITH_BODY = (400, 408, 413)
+
+
+def problems(*statuses: int, body: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route, for its ``responses``: these, and those of all routes."""
+    found = sorted({*statuses, *_EVERYWHERE, *(_WITH_BODY if body else ())})
+    return {status: {"model": Problem, "description": TITLES[status]} for status in found}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The document of an app."""
+    if app.openapi_schema is None:
+        app.openapi_schema = _document(app)
+    return app.openapi_schema
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    found = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    for path in found["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    _problem(int(status), response)
+    schemas = found["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    found["components"]["securitySchemes"] = {
+        "token": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "Over TCP. Over the Unix socket the peer's user and groups count.",
+        }
+    }
+    found["security"] = [{}, {"token": []}]
+    return found
+
+
+def _problem(status: int, response: dict[str, Any]) -> None:
+    kind, detail = _DETAILS[status]
+    example = {"type": f"urn:qmpcommit:{kind}", "title": TITLES[status], "status": status,
+               "detail": detail}  # fmt: skip
+    schema = {"$ref": "#/components/schemas/Problem"}
+    response["description"] = TITLES[status]
+    response["content"] = {PROBLEM_TYPE: {"schema": schema, "example": copy.copy(example)}}
+    if status == 503:
+        response["headers"] = {
+            "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"}
+        }
