@@ -16,14 +16,14 @@ async def many_disks(
     folder: Path,
     *chains: Chain,
     nodes: Sequence[str] = (),
+    late: Sequence[str] = (),
     exports: bool = True,
     qemu: Qemu = QEMU,
 ) -> AsyncIterator[Machine]:
     """A ``qemu-storage-daemon`` whose disks are called as their chains' active layers.
 
     Each is an NBD export of that name at `Machine.nbd`. `nodes` are more ``--blockdev`` options
-    (and ``--object``), before the chains; a chain with a node that is called as one of them uses
-    it: see `node_options`.
+    (and ``--object``) before the chains, `late` are options after the NBD server.
     """
     assert qemu.daemon, "no qemu-storage-daemon"
     folder.mkdir(exist_ok=True)
@@ -42,6 +42,7 @@ async def many_disks(
         for number, chain in enumerate(chains):
             name = chain.top.stem
             command += ["--export", f"nbd,id=export{number},node-name={name},writable=on"]
+        command += late
         sockets.append(nbd)
     async with _running(command, folder, sockets) as made:
         made.qmp2, made.nbd = str(qmp2), str(nbd)
