@@ -109,7 +109,11 @@ class Engine:
             "SELECT * FROM commits WHERE state IN ('queued', 'running') ORDER BY created, rowid"
         )
         for row in rows:
-            promise = Promise.load(row, self.journal, self.metrics)
+            try:
+                promise = Promise.load(row, self.journal, self.metrics)
+            except ValueError as error:  # written by another version: said, and left as it is
+                self.log.warning("promise_unreadable", commit=row["id"], why=str(error))
+                continue
             self.live[promise.id] = promise
             if promise.state == "running":
                 self.scheduler.resume(self._entry(promise))

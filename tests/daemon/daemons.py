@@ -51,6 +51,7 @@ class Daemon:
     folder: Path
     config: str
     environment: dict[str, str] = field(default_factory=dict)
+    module: str = "qmpcommit.cli.main"
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -71,7 +72,7 @@ class Daemon:
         path.write_text(f"{text}{first}\n{tables}\n{where}")
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "qmpcommit.cli.main", "daemon", "--config", str(path),
+                sys.executable, "-m", self.module, "daemon", "--config", str(path),
                 stdout=log, stderr=log, env={**ENVIRONMENT, **self.environment},
             )  # fmt: skip
         return self.process

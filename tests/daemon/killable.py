@@ -1,0 +1,75 @@
+"""The daemon, killed by SIGKILL at its n-th step after the first commit was asked for.
+
+A step is what the journal or QEMU is told, and each file that goes: there is a place to die
+before it and one after it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places
+passed are written to the file ``QMPCOMMIT_PLACES``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import qmpcommit.cli.main
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.journal import Journal
+from qmpcommit.session import Session
+
+DIE_AT = int(os.environ["QMPCOMMIT_DIE_AT"])
+PLACES = os.environ["QMPCOMMIT_PLACES"]
+
+
+class Counter:
+    """How many places were passed; nothing is counted before a commit was asked for."""
+
+    asked = False
+    passed = 0
+
+
+def place(name: str) -> None:
+    """Somewhere to die."""
+    if not Counter.asked:
+        return
+    Counter.passed += 1
+    with open(PLACES, "a") as file:
+        file.write(f"{name}\n")
+    if Counter.passed == DIE_AT:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def around(owner: Any, name: str, label: Callable[..., str]) -> None:
+    """Places before and after each call of a method."""
+    call = getattr(owner, name)
+
+    async def counted(*args: Any, **more: Any) -> Any:
+        what = label(*args)
+        place(f"before {what}")
+        answer = await call(*args, **more)
+        if "query" not in what:  # after a question nothing is different from before the next step
+            place(f"after {what}")
+        return answer
+
+    setattr(owner, name, counted)
+
+
+def unlink(*args: Any, **more: Any) -> None:
+    """``os.unlink`` with places."""
+    place("before unlink")
+    UNLINK(*args, **more)
+    place("after unlink")
+
+
+async def take(*args: Any, **more: Any) -> Any:
+    """`Engine.take`, from which on it counts."""
+    Counter.asked = True
+    return await TAKE(*args, **more)
+
+
+UNLINK, TAKE = os.unlink, Engine.take
+os.unlink = unlink
+Engine.take = take  # type: ignore[method-assign]
+around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
+around(Session, "execute", lambda self, command, *rest: str(command))
+qmpcommit.cli.main.main()
