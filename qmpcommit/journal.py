@@ -69,6 +69,8 @@ _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _UNIT_AT_FAULT = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError)
 _BATCH = 512
+LAZY = 0.02
+"""Seconds that a unit which nobody waits for may wait for company."""
 
 
 class JournalError(QmpCommitError):
@@ -130,6 +132,8 @@ class Journal:
         self._units: queue.SimpleQueue[_Unit | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._lazy: list[_Unit] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._reading = threading.Lock()
         self._reader: sqlite3.Connection | None = None
 
@@ -147,6 +151,7 @@ class Journal:
         """Write what waits, and close; safe to repeat."""
         thread, self._thread = self._thread, None
         if thread is not None:
+            self._flush()
             self._units.put(None)
             await asyncio.to_thread(thread.join)
         if self._reader is not None:
@@ -222,12 +227,28 @@ class Journal:
         """
         assert self._loop is not None
         done: asyncio.Future[None] = self._loop.create_future()
+        self._flush()
         self._units.put(_Unit(statements, events, done, time.monotonic()))
         await done
 
     def write_soon(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
-        """Write one unit that nobody waits for; where there is no room it is dropped."""
-        self._units.put(_Unit(statements, events, None, time.monotonic()))
+        """Write one unit that nobody waits for, within `LAZY` seconds.
+
+        Where there is no room it is dropped.
+        """
+        assert self._loop is not None
+        if not self._lazy:
+            self._timer = self._loop.call_later(LAZY, self._flush)
+        self._lazy.append(_Unit(statements, events, None, time.monotonic()))
+
+    def _flush(self) -> None:
+        """Hand over what nobody waits for: a transaction of its own would keep others waiting."""
+        if self._lazy:
+            assert self._timer is not None
+            self._timer.cancel()
+            for unit in self._lazy:
+                self._units.put(unit)
+            self._lazy.clear()
 
     def _write_all(self, writer: sqlite3.Connection) -> None:
         ending = False

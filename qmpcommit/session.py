@@ -53,13 +53,15 @@ class Session(Monitor):
     connected `qemu.qmp.QMPClient` and leaves it connected. Leaving the block cancels the commits
     that are still running, so that none is left in READY with nobody listening.
 
-    `private` tells that nobody else can reach what this VM exports.
+    `private` tells that nobody else can reach what this VM exports; `gate` bounds how many
+    commits, of many sessions, are cleared up after at once.
     """
 
     def __init__(self, address: str | os.PathLike[str] | None, **options: Any) -> None:
         super().__init__(address, **options)
         self._jobs: set[CommitJob] = set()
         self.private = False
+        self.gate: asyncio.Semaphore | None = None
 
     @classmethod
     def connect(
@@ -328,6 +330,7 @@ class Session(Monitor):
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
+            gate=self.gate,
         )
         carries = around.carrying is not None and bool(around.carrying.names)
         if carries or around.barrier is not None:
@@ -454,6 +457,7 @@ class Session(Monitor):
             cwd=self.cwd,
             converge=converge,
             ledger=ledger,
+            gate=self.gate,
         )
         auto_finalize = bool(plan.arguments.get("auto-finalize", True))
         job = CommitJob(

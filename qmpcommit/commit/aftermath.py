@@ -56,7 +56,8 @@ class Around(NamedTuple):
 
     `files` are the stale layers' files as they were when the commit was planned, by node-name;
     `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken;
-    `barrier` is awaited last before the job's end is made final.
+    `barrier` is awaited last before the job's end is made final; `gate` is passed by what follows
+    the end, so that many jobs that end at once don't keep those that become READY waiting.
     """
 
     on_pivot: OnPivot | None = None
@@ -67,6 +68,7 @@ class Around(NamedTuple):
     converge: Converge | None = None
     ledger: Ledger | None = None
     barrier: Barrier | None = None
+    gate: asyncio.Semaphore | None = None
 
 
 def identify(path: str, pid: int | None) -> FileId | None:

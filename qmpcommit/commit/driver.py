@@ -81,7 +81,7 @@ class Driver:
         prepares = around.carrying is not None and bool(around.carrying.names)
         self._hearing = Hearing(plan.job_id, self.tell)
         self._ledger = around.ledger
-        self._frozen_before = False
+        self._frozen_before = self._inside = False
         if resumed is not None:
             prepares = resumed.state.prepares
             self._take_up(resumed)
@@ -144,6 +144,8 @@ class Driver:
             await to_the_end(self._let_go())
             raise
         finally:
+            if self._inside and self._around.gate is not None:
+                self._around.gate.release()
             for task in (self._consulting, self._stalling, self._preparing):
                 if task is not None:
                     await stop(task)
@@ -164,6 +166,8 @@ class Driver:
     async def _drive(self) -> None:
         while True:
             owed, self._owed = self._owed, []
+            if self.state.end is not None and not self.state.frozen:
+                await self._pass_gate()
             for action in owed:
                 await self._carry_out(action)
             if self.state.finished:
@@ -173,6 +177,13 @@ class Driver:
             except asyncio.QueueEmpty:
                 fact = await self._next_fact()
             self._take(fact)
+
+    async def _pass_gate(self) -> None:
+        """What is left has time: the guest does not wait for it."""
+        gate = self._around.gate
+        if gate is not None and not self._inside:
+            await gate.acquire()
+            self._inside = True
 
     async def _next_fact(self) -> Fact:
         try:

@@ -23,6 +23,7 @@ from qmpcommit.qmp.monitor import Monitor
 
 if TYPE_CHECKING:
     from qmpcommit.commit.ledger import Ledger
+    from qmpcommit.qmp.subscriptions import EventStream
 
 
 class FreshOverlay:
@@ -65,6 +66,8 @@ class FreshOverlay:
         """
         path = os.path.join(self._cwd or os.getcwd(), self.filename)
         if again:
+            for what in ("file", "qcow2"):
+                await self._forget(what)
             await self._discard()
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(os.unlink, path)
@@ -145,18 +148,38 @@ class FreshOverlay:
 
     async def _create(self, what: str, options: Mapping[str, Any]) -> None:
         """One ``blockdev-create`` job, from start to dismissal."""
-        job = f"{self._plan.job_id}-create-{what}"
+        job = self._creation(what)
         with self._monitor.events("JOB_STATUS_CHANGE") as changes:
             await self._monitor.execute("blockdev-create", {"job-id": job, "options": options})
-            async with asyncio.timeout(self._monitor.command_timeout):
-                async for change in changes.raw():
-                    if (change.get("id"), change.get("status")) == (job, "concluded"):
-                        break
-        jobs = {entry["id"]: entry for entry in await self._monitor.execute("query-jobs")}
+            await self._concluded(job, changes)
+        error = (await self._job(job) or {}).get("error")
         await self._monitor.execute("job-dismiss", {"id": job})
-        error = jobs.get(job, {}).get("error")
         if error:
             raise CommitFailed(f"QEMU could not create {self.filename}: {error}", error=error)
+
+    async def _forget(self, what: str) -> None:
+        """See a former process's ``blockdev-create`` job end, and dismiss it."""
+        job = self._creation(what)
+        with self._monitor.events("JOB_STATUS_CHANGE") as changes:
+            found = await self._job(job)
+            if found is None:
+                return
+            if found.get("status") != "concluded":
+                await self._concluded(job, changes)
+        await self._monitor.execute("job-dismiss", {"id": job})
+
+    def _creation(self, what: str) -> str:
+        return f"{self._plan.job_id}-create-{what}"
+
+    async def _job(self, job: str) -> Mapping[str, Any] | None:
+        jobs = await self._monitor.execute("query-jobs")
+        return next((entry for entry in jobs if entry.get("id") == job), None)
+
+    async def _concluded(self, job: str, changes: EventStream) -> None:
+        async with asyncio.timeout(self._monitor.command_timeout):
+            async for change in changes.raw():
+                if (change.get("id"), change.get("status")) == (job, "concluded"):
+                    return
 
     async def _discard(self) -> None:
         for node in (self.node, self._file_node):

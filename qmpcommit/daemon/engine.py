@@ -98,13 +98,9 @@ class Engine:
 
     async def start(self) -> None:
         """Take up what the journal holds, then look for VMs."""
-        for row in await self.journal.read("SELECT * FROM vms"):
-            spec = json.loads(row["spec"])
-            configured = {vm.name for vm in self.config.vm}
-            if row["name"] not in configured:
-                self.registry.add(row["name"], spec["qmp"], spec["connect"], "api")
         for row in await self.journal.read("SELECT max(id) AS last FROM events"):
             self.told = max(self.told, row["last"] or 0)
+        vms = await self.journal.read("SELECT * FROM vms")
         rows = await self.journal.read(
             "SELECT * FROM commits WHERE state IN ('queued', 'running') ORDER BY created, rowid"
         )
@@ -120,6 +116,12 @@ class Engine:
                 promise.may_run.set()
             else:
                 self.scheduler.add(self._entry(promise))
+        # A VM is connected only when all is known that is promised for it.
+        for row in vms:
+            spec = json.loads(row["spec"])
+            configured = {vm.name for vm in self.config.vm}
+            if row["name"] not in configured:
+                self.registry.add(row["name"], spec["qmp"], spec["connect"], "api")
         self.registry.start()
         for promise in list(self.live.values()):
             self._launch(promise)

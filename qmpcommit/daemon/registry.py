@@ -33,6 +33,9 @@ BACKOFF = (0.2, 30.0)
 SLOW = 1.0
 """Seconds after which an attempt that has failed is one of a monitor that hangs."""
 
+CLEARING = 2
+"""How many ended commits are cleared up after at once: those that become READY go first."""
+
 
 class VM:
     """One VM; `session` is there while it is connected, `error` says why it is not."""
@@ -111,6 +114,7 @@ class Registry:
         connects = config.limits.connects
         self._quick = asyncio.Semaphore(connects)
         self._hung = asyncio.Semaphore(max(1, connects // 4))
+        self._gate = asyncio.Semaphore(CLEARING)
         self._finder: asyncio.Task[None] | None = None
         self._passed_over: set[str] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -238,6 +242,7 @@ class Registry:
             session = vm.session
             if session is None:
                 session = vm.session = vm.new_session()
+                session.gate = self._gate
                 session.subscribers.add(lambda message: None, vm.link)
             if not vm.up.is_set() or not session.connected:
                 await session.open()

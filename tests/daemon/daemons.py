@@ -52,6 +52,7 @@ class Daemon:
     config: str
     environment: dict[str, str] = field(default_factory=dict)
     module: str = "qmpcommit.cli.main"
+    log_level: str = "debug"
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -65,7 +66,7 @@ class Daemon:
     async def launch(self) -> asyncio.subprocess.Process:
         """Start the process, and don't wait for it to serve."""
         path = self.folder / "config.toml"
-        text = f'state = "{self.folder}/state"\nlog = "json"\nlog_level = "debug"\n'
+        text = f'state = "{self.folder}/state"\nlog = "json"\nlog_level = "{self.log_level}"\n'
         top, _, listen = self.config.partition("[listen]")
         first, tables = _split(top)
         where = f'[listen]\nsocket = "{self.socket}"\n{listen}'

@@ -51,7 +51,7 @@ class Watch:
             async for event in heard:
                 data: Any = event.get("data", {})
                 is_start = event["event"] == "JOB_STATUS_CHANGE" and data["status"] == "created"
-                self.created += is_start and data["id"].startswith("qmpcommit-disk")
+                self.created += is_start and data["id"] == "qmpcommit-disk"
 
 
 @asynccontextmanager
