@@ -74,17 +74,18 @@ class Care:
         )
         self._overlay.restore(stopped=stopped)
 
-    async def freeze(self, recycle: Recycle, *, again: bool = False) -> Fact:
+    async def freeze(self, recycle: Recycle, *, again: bool = False, stopped: bool = False) -> Fact:
         """Open the fresh overlay and pause the guest, if it runs.
 
-        With `again`, a former process may have done a part of it.
+        With `again`, a former process may have done a part of it, and paused the guest if
+        `stopped`.
         """
         cwd = self._around.cwd
         self._overlay = FreshOverlay(
             self._monitor, self._plan, recycle.overlay, cwd, self._around.ledger
         )
         try:
-            await self._overlay.freeze(again=again)
+            await self._overlay.freeze(again=again, stopped=stopped)
         except (CommandRefused, CommitFailed) as error:
             return facts.Frozen(getattr(error, "desc", error.message))
         return facts.Frozen()

@@ -81,7 +81,7 @@ class Driver:
         prepares = around.carrying is not None and bool(around.carrying.names)
         self._hearing = Hearing(plan.job_id, self.tell)
         self._ledger = around.ledger
-        self._frozen_before = self._inside = False
+        self._frozen_before = self._stopped_before = self._inside = False
         if resumed is not None:
             prepares = resumed.state.prepares
             self._take_up(resumed)
@@ -111,6 +111,7 @@ class Driver:
         self._hearing.times.update(resumed.times)
         if self.recycle is not None:
             self._frozen_before = facts.Duty.FREEZE in self._owed
+            self._stopped_before = resumed.stopped
             if self.state.frozen and not self._frozen_before:
                 self._care.restore(self.recycle, stopped=resumed.stopped)
 
@@ -222,7 +223,9 @@ class Driver:
             case facts.Duty.FREEZE:
                 assert self.recycle is not None
                 await self._note("freeze", overlay=self.recycle.overlay)
-                freezing = self._care.freeze(self.recycle, again=self._frozen_before)
+                freezing = self._care.freeze(
+                    self.recycle, again=self._frozen_before, stopped=self._stopped_before
+                )
                 await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
             case facts.Duty.OVERLAY:
                 await self._note("overlay")

@@ -57,12 +57,12 @@ class FreshOverlay:
         if stopped:
             self._stopped_at = asyncio.get_running_loop().time()
 
-    async def freeze(self, *, again: bool = False) -> None:
+    async def freeze(self, *, again: bool = False, stopped: bool = False) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
 
         Raises `CommitFailed` for a file that is there already: nothing is overwritten. With
         `again`, what is there under the overlay's node-name or its file name is what a former
-        process of ours made and never used: it is made anew.
+        process of ours made and never used: it is made anew. It paused the guest if `stopped`.
         """
         path = os.path.join(self._cwd or os.getcwd(), self.filename)
         if again:
@@ -83,6 +83,8 @@ class FreshOverlay:
                 await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._monitor.execute("stop")
+        elif stopped:
+            self._stopped_at = asyncio.get_running_loop().time()
 
     async def lay(self) -> None:
         """Put it over the base, whose users it takes over.
