@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,16 +27,37 @@ def folder() -> Iterator[Path]:
 
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left_behind(request: pytest.FixtureRequest) -> AsyncIterator[None]:
-    """No task and no socket outlives a test."""
+    """No task and no socket outlives a test, and asyncio has nothing to complain of."""
     before = _sockets()
-    yield
+    with _complaints() as complaints:
+        yield
+        await _end_of_test(before)
+    assert not complaints, f"asyncio complains: {complaints}"
+
+
+async def _end_of_test(before: set[str]) -> None:
     async with asyncio.timeout(10):
         while left := asyncio.all_tasks() - {asyncio.current_task()}:
             done, _ = await asyncio.wait(left, timeout=2)
             assert done, f"tasks left behind: {left}"
     await asyncio.sleep(0)
+    if sys.flags.dev_mode:
+        gc.collect()  # what was forgotten speaks up now
     left_open = _sockets() - before
     assert not left_open, f"sockets left open: {left_open}"
+
+
+@contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """What asyncio only logs: a task destroyed while pending, an exception never retrieved."""
+    heard: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("asyncio").addHandler(handler)
+    try:
+        yield heard
+    finally:
+        logging.getLogger("asyncio").removeHandler(handler)
 
 
 def _sockets() -> set[str]:

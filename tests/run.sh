@@ -2,15 +2,57 @@
 # All tests, with everything that they need: QEMU, Python packages, a virtual environment.
 #
 #   ./tests/run.sh [PYTEST ARGUMENT ...]
+#   ./tests/run.sh --all-qemu [PYTEST ARGUMENT ...]       block jobs on QEMU 5.2 to the newest,
+#                                                         and the README's table of them
+#   ./tests/run.sh --debug-asyncio [PYTEST ARGUMENT ...]  in Python's development mode
+#   ./tests/run.sh --all-python [PYTEST ARGUMENT ...]     unit tests on every Python found
 #
 # On Debian and Ubuntu what is missing is installed with apt-get (by sudo where you are not
 # root); elsewhere it is named. The environment is .venv, or $QMPCOMMIT_VENV; it is filled again
-# when pyproject.toml has changed.
+# when pyproject.toml has changed. Other QEMUs are unpacked into .qemus, or $QMPCOMMIT_QEMUS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/setup.sh
 
+# Each Python from 3.11 on, once a version: "VERSION PATH".
+all_pythons() {
+    local python
+    for python in python3.{11..19} "$HOME"/.pyenv/versions/*/bin/python; do
+        "$python" -c 'import sys; sys.version_info < (3, 11) and sys.exit(1)
+print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null || true
+    done | sort -t . -k 2n -u
+}
+
+on_all_pythons() {
+    local base=$VENV version python failed=0
+    while read -r version python; do
+        say "testing on Python $version ($python)"
+        VENV=$base-$version PYTHON=$python need_venv test
+        "$base-$version/bin/python" -m pytest -q "$@" </dev/null || failed=1
+    done < <(all_pythons)
+    return $failed
+}
+
 need_qemu
+case ${1:-} in
+--all-python)
+    shift
+    [ $# -gt 0 ] || set -- tests/unit
+    on_all_pythons "$@"
+    exit
+    ;;
+--all-qemu)
+    shift
+    need_venv test
+    exec "$VENV/bin/python" -m tests.all_qemu "${QMPCOMMIT_QEMUS:-.qemus}" "$@"
+    ;;
+--debug-asyncio)
+    shift
+    need_venv test
+    [ $# -gt 0 ] || set -- tests/unit tests/real
+    exec "$VENV/bin/python" -X dev -m pytest "$@"
+    ;;
+esac
 need_venv test
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .

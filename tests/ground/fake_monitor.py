@@ -62,8 +62,8 @@ class FakeMonitor:
             writer.write(self._greeting)
             async for message, _ in messages(reader):
                 await self._answer(message, writer)
-        except (OSError, ValueError):
-            pass  # the client hung up, or spoke no JSON
+        except (OSError, ValueError, asyncio.CancelledError):
+            pass  # the client hung up, or spoke no JSON, or we close
         finally:
             self._writers.discard(writer)
             self._tasks.discard(task)

@@ -75,6 +75,13 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        with suppress(asyncio.CancelledError):  # by `cut`; asyncio would complain of it
+            try:
+                await self._carry(reader, writer)
+            finally:
+                self._tasks.discard(task)
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         theirs: asyncio.StreamWriter | None = None
         pumps: list[asyncio.Task[None]] = []
         try:
@@ -92,12 +99,12 @@ class Proxy:
             if pumps:
                 await asyncio.wait(pumps)
             self.errors += [e for pump in pumps if not pump.cancelled() and (e := pump.exception())]
-            for side in (writer, theirs):
-                if side is not None:
-                    side.transport.abort()
-                    with suppress(OSError):
-                        await side.wait_closed()
-            self._tasks.discard(task)
+            sides = [side for side in (writer, theirs) if side is not None]
+            for side in sides:
+                side.transport.abort()
+            for side in sides:
+                with suppress(OSError):
+                    await side.wait_closed()
 
     async def _pump(
         self,

@@ -15,6 +15,7 @@ from tests.ground.daemons import many_disks
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.nbd import Nbd, Writer
+from tests.ground.qemu import QEMU
 
 
 def two_chains(folder: Path, **more: Any) -> tuple[Chain, Chain]:
@@ -100,13 +101,14 @@ async def counted(
             (vms[qemu.qmp], chain.top.stem, chain.base.stem, qemu)
             for qemu, chain in zip(machines, chains, strict=True)
         ]
-        clients = [await Nbd.connect(qemu.nbd, top) for _, top, _, qemu in disks for _ in range(2)]
+        first, second = [await Nbd.connect(qemu.nbd, top) for _, top, _, qemu in disks]
+        clients = [first, second]
+        if QEMU.clients_of_an_export > 1:
+            clients += [await Nbd.connect(qemu.nbd, top) for _, top, _, qemu in disks]
         try:
-            async with (
-                Counter((clients[0], clients[2]), pictures) as counter,
-                Writer(clients[1], pictures[0], start=MIB),
-                Writer(clients[3], pictures[1], start=MIB),
-            ):
+            async with Counter((first, second), pictures) as counter, AsyncExitStack() as load:
+                for client, picture in zip(clients[2:], pictures, strict=False):
+                    await load.enter_async_context(Writer(client, picture, start=MIB))
                 yield disks, counter
         finally:
             for client in clients:

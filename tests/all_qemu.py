@@ -1,0 +1,165 @@
+"""The block-job tests on QEMUs of several ages, and the README's table of what came of it.
+
+``python -m tests.all_qemu FOLDER [PYTEST ARGUMENT ...]`` is what ``tests/run.sh --all-qemu`` runs;
+FOLDER keeps the QEMUs that ``tests/other_qemus.sh`` unpacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.ground.qemu import Qemu
+
+TOP = Path(__file__).parent.parent
+BEGIN, END = "<!-- tested versions: begin -->", "<!-- tested versions: end -->"
+SYSTEM = "system"
+SUITES = {"bullseye": "5.2", "bookworm": "7.2", "trixie": "10.0", "sid": ""}
+"""Debian's suites and their QEMU's version; the last one moves, and has the newest."""
+
+
+@dataclass
+class Tested:
+    """One QEMU, and how the tests ended on it; `missing` says why there were none."""
+
+    name: str
+    version: str = ""
+    missing: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    skips: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    log: str = ""
+
+    def row(self) -> str:
+        """Its line of the table."""
+        if self.missing:
+            return f"| {self.version or '?'} | {self.name} | not tested: {self.missing} | |"
+        result = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+        why = "; ".join(f"{n} × {reason}" for reason, n in self.skips.items())
+        return f"| {self.version} | {self.name} | {result} | {why} |"
+
+
+def version_of(qemu: Qemu) -> str:
+    """``7.2.22``, or nothing where its storage daemon does not run."""
+    if qemu.daemon is None or qemu.system is None:
+        return ""
+    done = subprocess.run([qemu.daemon, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"version (\d+(?:\.\d+)+)", done.stdout)
+    return found[1] if found else ""
+
+
+def bring(folder: Path, suite: str) -> Tested:
+    """Unpack a suite's QEMU."""
+    made = Tested(f"Debian {suite}", SUITES[suite])
+    script = TOP / "tests" / "other_qemus.sh"
+    done = subprocess.run([script, folder, suite], capture_output=True, text=True, check=False)
+    if done.returncode:
+        made.missing = " ".join(done.stderr.split()) or "it could not be unpacked"
+        return made
+    made.version = version_of(Qemu.installed(folder / "bin", f"-{suite}"))
+    if not made.version:
+        made.missing = "its qemu-storage-daemon does not run here"
+    return made
+
+
+def count(made: Tested, report: Path) -> None:
+    """Read pytest's report."""
+    made.counts.update({"passed": 0, "skipped": 0, "failed": 0})
+    for case in ET.parse(report).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            made.counts["failed"] += 1
+            made.failures.append(name)
+        elif skipped is not None:
+            made.counts["skipped"] += 1
+            made.skips[str(skipped.get("message"))] += 1
+        else:
+            made.counts["passed"] += 1
+
+
+async def test(made: Tested, environment: dict[str, str], options: Sequence[str]) -> None:
+    """Run the block-job tests on one QEMU."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "timeout=180",
+            *(options or ["tests/real"]),
+            cwd=TOP, env={**os.environ, **environment},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await process.communicate()
+        made.log = output.decode(errors="replace")
+        if report.exists():
+            count(made, report)
+        if process.returncode and not made.failures:
+            made.failures.append(f"pytest ended with {process.returncode}")
+
+
+async def test_all(folder: Path, options: Sequence[str]) -> list[Tested]:
+    """Every QEMU, as many at once as there are processors; oldest first."""
+    system = Tested("the machine's own", version_of(Qemu.installed()))
+    if not system.version:
+        system.missing = "qemu-system-x86_64 or qemu-storage-daemon is not installed"
+    room = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def one(suite: str) -> Tested:
+        made = system if suite == SYSTEM else await asyncio.to_thread(bring, folder, suite)
+        if made.missing:
+            return made
+        environment = {} if suite == SYSTEM else {
+            "QMPCOMMIT_TEST_QEMU_FOLDER": str(folder / "bin"),
+            "QMPCOMMIT_TEST_QEMU_SUFFIX": f"-{suite}",
+        }  # fmt: skip
+        async with room:
+            print(f"testing on QEMU {made.version} ({made.name})", file=sys.stderr, flush=True)
+            await test(made, environment, options)
+        return made
+
+    own = re.sub(r"^(\d+\.\d+).*", r"\1", system.version)
+    wanted = [SYSTEM, *(suite for suite, version in SUITES.items() if version != own)]
+    tested = await asyncio.gather(*map(one, wanted))
+    return sorted(tested, key=lambda made: [int(part) for part in made.version.split(".") if part])
+
+
+def table(tested: Sequence[Tested]) -> str:
+    """For the README."""
+    head = "| QEMU | from | the block-job tests | skipped, and why |\n|---|---|---|---|"
+    return "\n".join([head, *(made.row() for made in tested)])
+
+
+def write(text: str) -> None:
+    """Put the table between the README's markers."""
+    readme = TOP / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> int:
+    """Exit status 1 where a test failed."""
+    folder, options = Path(sys.argv[1]).absolute(), sys.argv[2:]
+    tested = asyncio.run(test_all(folder, options))
+    failed = [made for made in tested if made.failures]
+    for made in failed:
+        print(made.log)
+    text = table(tested)
+    print(text)
+    for made in failed:
+        print(f"QEMU {made.version} ({made.name}):", *made.failures, sep="\n  ")
+    if not options:
+        write(text)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
