@@ -49,6 +49,20 @@ class CommitCommand(click.Command):
 @click.command(cls=CommitCommand)
 @click.argument("qmp")
 @click.argument("disk", required=False)
+@click.argument("more", metavar="[DISK]...", nargs=-1)
+@click.option(
+    "--and",
+    "others",
+    nargs=2,
+    multiple=True,
+    metavar="QMP DISK",
+    help="A disk of another VM, committed at the same instant. Can be given several times.",
+)
+@click.option(
+    "--hold-limit",
+    metavar="S",
+    help="With several disks: cancel all if they are held for longer than this (2 s).",
+)
 @click.option("--pivot", is_flag=True, help="At READY, make the base the active image.")
 @click.option("--keep-overlay", is_flag=True, help="At READY, go on with the overlay.")
 @click.option("--abort", is_flag=True, help="At READY, cancel by force (a rehearsal).")
@@ -125,7 +139,10 @@ class CommitCommand(click.Command):
 def commit(
     qmp: str,
     disk: str | None,
+    more: tuple[str, ...],
     *,
+    others: tuple[tuple[str, str], ...],
+    hold_limit: str | None,
     only_if: str | None,
     base: str | None,
     top: str | None,
@@ -159,6 +176,10 @@ def commit(
 
     --base and --top take a node-name, a file, or a layer's number (0 is the active layer). CMD
     learns the commit from QMPCOMMIT_VM, _DISK, _JOB, _BASE, _TOP, _BASE_NODE and _TOP_NODE.
+
+    Several DISKs (and those of other VMs, with --and) are committed at one instant: all jobs
+    run to READY, the disks' I/O is held for some milliseconds, and all pivot (or keep), or none
+    does. A --check is asked once then, and its variables have a line for each disk.
     """
     options = Options.of(as_json, quiet, verbose, timeout)
     if shallow and base is not None:
@@ -195,6 +216,18 @@ def commit(
     }
     from qmpcommit.cli.running import run
 
+    if more or others:
+        from qmpcommit.cli import group
+        from qmpcommit.commit.group import HOLD_LIMIT
+        from qmpcommit.units import parse_seconds
+
+        assert disk is not None
+        group.check_group(request, offline=offline, dry_run=dry_run)
+        named = [(qmp, name) for name in (disk, *more)] + list(others)
+        limit = HOLD_LIMIT if hold_limit is None else parse_seconds(hold_limit, "hold limit")
+        return run(options, lambda running: group.commit_group(running, named, request, limit))
+    if hold_limit is not None:
+        raise click.UsageError("--hold-limit is for several disks")
     if dry_run:
         return run(options, lambda running: _plan(running, qmp, request, offline))
     return run(options, lambda running: _commit(running, qmp, request, offline))
