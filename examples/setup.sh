@@ -2,9 +2,11 @@
 #
 #   need_qemu            qemu-system-x86_64, qemu-storage-daemon, qemu-img, qemu-io
 #   need_venv [EXTRA]    a virtual environment with the package (and an extra of it), in $VENV
+#   need_guest           a kernel, busybox and guest agent for a real guest, in $GUEST
 # shellcheck shell=bash
 
 VENV=${QMPCOMMIT_VENV:-$PWD/.venv}
+GUEST=${QMPCOMMIT_GUEST:-$PWD/.guest}
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -75,4 +77,30 @@ need_venv() {
     say "installing the package and what it needs into $VENV"
     "$VENV/bin/python" -m pip install -q -e ".$extra"
     printf '%s\n' "$want" >>"$stamp"
+}
+
+# Unpacks Debian's packages beside the system, so that nothing of them is installed on it.
+# Without them the tests that need a guest are skipped, and say so.
+need_guest() {
+    local fetched kernel deb
+    [ ! -d "$GUEST" ] || return 0
+    if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
+        say "a real guest is unpacked from Debian's packages only; its tests are skipped"
+        return 0
+    fi
+    PATH=$PATH:/usr/sbin:/sbin command -v debugfs >/dev/null || apt_install e2fsprogs
+    say "unpacking a kernel, busybox and the guest agent into $GUEST"
+    (as_root apt-get -q -y update) >/dev/null 2>&1 || true
+    kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null |
+        sed -n 's/^ *Depends: *\(linux-image-.*\)/\1/p' | head -n 1)
+    fetched=$(mktemp -d)
+    if (cd "$fetched" && apt-get -q download "${kernel:-linux-image-cloud-amd64}" \
+        busybox-static qemu-guest-agent) >/dev/null 2>&1; then
+        rm -rf "$GUEST.new"
+        for deb in "$fetched"/*.deb; do dpkg-deb -x "$deb" "$GUEST.new"; done
+        mv "$GUEST.new" "$GUEST"
+    else
+        say "the packages can't be had; the tests of a real guest are skipped"
+    fi
+    rm -rf "$fetched"
 }

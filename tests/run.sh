@@ -9,7 +9,8 @@
 #
 # On Debian and Ubuntu what is missing is installed with apt-get (by sudo where you are not
 # root); elsewhere it is named. The environment is .venv, or $QMPCOMMIT_VENV; it is filled again
-# when pyproject.toml has changed. Other QEMUs are unpacked into .qemus, or $QMPCOMMIT_QEMUS.
+# when pyproject.toml has changed. Other QEMUs are unpacked into .qemus, or $QMPCOMMIT_QEMUS,
+# and what a real guest is made of into .guest, or $QMPCOMMIT_GUEST.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/setup.sh
@@ -54,6 +55,7 @@ case ${1:-} in
     ;;
 esac
 need_venv test
+need_guest
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy" --strict qmpcommit tests examples

@@ -1,0 +1,183 @@
+"""A real guest: Debian's kernel on a tiny initramfs, writing files on its disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ground.images import MIB, Chain, create, run
+from tests.ground.machines import Machine, machine
+from tests.ground.qemu import QEMU
+from tests.guest.initramfs import Parts, initramfs
+
+SLOTS = 256
+INIT = Path(__file__).with_name("init.sh")
+ACCEL = os.environ.get("QMPCOMMIT_TEST_ACCEL", "tcg")
+"""``kvm`` where that works; a device file alone does not show it."""
+
+
+def _missing() -> str | None:
+    if QEMU.system is None:
+        return "no qemu-system-x86_64"
+    for program in ("mke2fs", "e2fsck", "debugfs"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+            return f"no {program} (Debian's e2fsprogs)"
+    parts = Parts.found()
+    return parts if isinstance(parts, str) else None
+
+
+MISSING = _missing()
+needs_guest = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """One of e2fsprogs' programs, which may lie where only root looks."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    program = shutil.which(name, path=path) or name
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def file_system(folder: Path, size: int = 64 * MIB) -> Chain:
+    """``base.qcow2`` with an empty ext4 and an empty overlay ``top.qcow2`` over it."""
+    raw = folder / "fs.raw"
+    with raw.open("wb") as file:
+        file.truncate(size)
+    done = tool("mke2fs", "-q", "-F", "-t", "ext4", raw)
+    assert done.returncode == 0, done.stderr
+    base = folder / "base.qcow2"
+    run(QEMU.img, "convert", "-f", "raw", "-O", "qcow2", raw, base)
+    raw.unlink()
+    return Chain([base, create(folder / "top.qcow2", None, backing=base)], [])
+
+
+@dataclass
+class Guest:
+    """A guest that has mounted its disk; `acked` is what it said of each slot, last word."""
+
+    qemu: Machine
+    agent: str
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    acked: dict[int, tuple[int, str]] = field(default_factory=dict)
+    count: int = 0
+    said: list[str] = field(default_factory=list)
+    _news: asyncio.Condition = field(default_factory=asyncio.Condition)
+    _listening: asyncio.Task[None] | None = None
+
+    async def _listen(self) -> None:
+        while line := await self.reader.readline():
+            match line.decode().split():
+                case ["ack", number, digest]:
+                    assert int(number) == self.count
+                    self.acked[self.count % SLOTS] = self.count, digest
+                    self.count += 1
+                case words:
+                    self.said.append(" ".join(words))
+            async with self._news:
+                self._news.notify_all()
+        async with self._news:
+            self.said.append("gone")
+            self._news.notify_all()
+
+    def order(self, what: str) -> None:
+        """Tell the guest's script: ``write``, ``agent`` or ``stop``."""
+        self.writer.write(f"{what}\n".encode())
+
+    async def says(self, what: str) -> None:
+        """Wait for a line of the guest's."""
+        async with asyncio.timeout(60), self._news:
+            await self._news.wait_for(lambda: what in self.said or self._over())
+        assert what in self.said, f"the guest said {self.said}, not {what}"
+
+    async def more(self, writes: int = 10) -> None:
+        """Wait until it has synced and acknowledged so many more writes."""
+        wanted = self.count + writes
+        async with asyncio.timeout(60), self._news:
+            await self._news.wait_for(lambda: self.count >= wanted or self._over())
+        assert self.count >= wanted, f"the guest wrote {self.count} files and said {self.said}"
+
+    def _over(self) -> bool:
+        return any(word.startswith(("failed", "gone")) for word in self.said)
+
+    async def power_off(self) -> None:
+        """End the writes, unmount and power off; QEMU ends."""
+        self.order("stop")
+        await self.says("unmounted")
+        await self.qemu.ended()
+        await self.says("gone")
+
+
+@asynccontextmanager
+async def guest(folder: Path, chain: Chain, **options: Any) -> AsyncIterator[Guest]:
+    """A guest, booted and writing; `options` are those of `machine`."""
+    parts = Parts.found()
+    assert isinstance(parts, Parts)
+    script, image = INIT.read_text(), folder / "initramfs"
+    image.write_bytes(await asyncio.to_thread(initramfs, parts, script, agent=True))
+    console, agent = folder / "console", folder / "agent"
+    extra = [
+        "-machine", f"accel={ACCEL}", "-m", "256", "-no-reboot",
+        "-kernel", str(parts.kernel), "-initrd", str(image),
+        "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+        "-serial", f"file:{folder / 'kernel.log'}",
+        "-chardev", f"socket,id=console,path={console},server=on,wait=off",
+        "-serial", "chardev:console",
+        "-chardev", f"socket,id=agent,path={agent},server=on,wait=off",
+        "-device", "virtio-serial-pci",
+        "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
+    ]  # fmt: skip
+    async with machine(folder, chain, extra=extra, **options) as qemu:
+        reader, writer = await asyncio.open_unix_connection(str(console))
+        made = Guest(qemu, str(agent), reader, writer)
+        made._listening = asyncio.create_task(made._listen())
+        try:
+            await qemu.execute("cont")
+            await made.says("ready")
+            made.order("write")
+            await made.more(5)
+            yield made
+        except BaseException:
+            log = folder / "kernel.log"
+            print(log.read_text(errors="replace")[-3000:] if log.exists() else "no kernel log")
+            raise
+        finally:
+            made._listening.cancel()
+            await asyncio.wait({made._listening})
+            writer.close()
+
+
+def assert_files(active: Path, made: Guest, *, clean: bool = True) -> None:
+    """The file system of this image checks clean and holds every acknowledged write.
+
+    One that was cut off (not `clean`) replays its journal first; the write that was then under
+    way may be there or not.
+    """
+    folder = active.parent
+    raw, files = folder / "checked.raw", folder / "files"
+    run(QEMU.img, "convert", "-O", "raw", active, raw)
+    if not clean:
+        done = tool("e2fsck", "-p", raw)
+        assert done.returncode in (0, 1), f"the journal is not replayed: {done.stdout}"
+    done = tool("e2fsck", "-fn", raw)
+    assert done.returncode == 0, f"the file system is damaged: {done.stdout}"
+    files.mkdir()
+    tool("debugfs", "-R", f"rdump / {files}", raw)
+    assert made.acked
+    for slot, (number, digest) in made.acked.items():
+        if not clean and slot == made.count % SLOTS:
+            continue  # the next write to this slot was under way
+        found = md5((files / str(slot)).read_bytes()).hexdigest()
+        assert found == digest, f"write {number} was acknowledged and is not in {active.name}"
+    raw.unlink()
+    shutil.rmtree(files)

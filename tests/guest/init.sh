@@ -1,0 +1,50 @@
+#!/bin/busybox sh
+# The guest: mounts its disk and writes files, each synced and then acknowledged on ttyS1.
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+while read -r module; do insmod "$module"; done </modules
+stty -F /dev/ttyS1 raw -echo
+exec </dev/ttyS1 >/dev/ttyS1
+disk=
+until [ -b "$disk" ]; do
+    usleep 10000
+    for disk in /dev/vda /dev/sda; do [ -b "$disk" ] && break; done
+done
+mount -t ext4 "$disk" /mnt || { echo "failed mount"; poweroff -f; }
+
+# Slot n % 256 gets between 4 and 64 KiB of noise; the acknowledgement follows the fsync.
+write_on() {
+    n=0
+    while [ ! -e /stop ]; do
+        file=/mnt/$((n % 256))
+        dd if=/dev/urandom of=/tmp/noise bs=4096 count=$((n * 7 % 16 + 1)) 2>/dev/null
+        sum=$(md5sum </tmp/noise)
+        if ! dd if=/tmp/noise of=$file bs=65536 conv=fsync 2>/dev/null; then
+            echo "failed write $n"
+            return
+        fi
+        echo "ack $n ${sum%% *}"
+        n=$((n + 1))
+    done
+}
+
+echo "ready"
+while read -r order; do
+    case $order in
+    write) write_on & ;;
+    agent)
+        for port in /sys/class/virtio-ports/*; do
+            [ "$(cat "$port/name")" = org.qemu.guest_agent.0 ] || continue
+            qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run >/dev/ttyS0 2>&1 &
+        done
+        ;;
+    stop)
+        touch /stop
+        wait %1
+        umount /mnt && echo "unmounted"
+        poweroff -f
+        ;;
+    esac
+done
