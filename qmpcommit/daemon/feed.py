@@ -24,6 +24,8 @@ class Feed:
         self._queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
         self._lost = False
         self._begin = engine.told
+        if after is not None and after > self._begin:
+            self._after = 0  # of a journal that was set aside: all of this one is news
         engine.followers.add(self._hear)
 
     def close(self) -> None:

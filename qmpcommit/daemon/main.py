@@ -75,7 +75,8 @@ async def _serve(config: Config, seconds: float | None) -> None:
     metrics = Metrics()
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
-    sockets = systemd.listening() or _listen(config)
+    given = systemd.listening()
+    sockets = given or _listen(config)
     app = create_app(engine)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
@@ -106,6 +107,9 @@ async def _serve(config: Config, seconds: float | None) -> None:
     await _stop(engine, server, serving)
     for task in others:
         await stop(task)
+    if not given:
+        with suppress(OSError):
+            os.unlink(config.listen.socket)  # the lock is held: it is nobody else's
     lock.close()
 
 
