@@ -101,7 +101,7 @@ def plan_commit(
     except (ChainError, JobConflict, PolicyRequired) as error:
         error.add(vm=vm, disk=disk.name)
         raise
-    job_id = check_job_id(request.job_id) if request.job_id is not None else new_job_id(disk)
+    job_id = check_job_id(request.job_id) if request.job_id is not None else new_job_id(disk.name)
     chain = disk.chain
     arguments: dict[str, Any] = {
         "job-id": job_id,
@@ -194,9 +194,9 @@ def check_vm_state(vm: str, status: str) -> None:
         )
 
 
-def new_job_id(disk: Disk) -> str:
+def new_job_id(disk: str) -> str:
     """A job id of ours, telling the disk and differing each time."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "", disk.name)[-32:] or "disk"
+    name = re.sub(r"[^A-Za-z0-9._-]", "", disk)[-32:] or "disk"
     return f"{JOB_PREFIX}{name}-{os.urandom(4).hex()}"
 
 

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from qmpcommit.block.chain import absolute
 from qmpcommit.commit import phases
-from qmpcommit.commit.aftermath import OnPivot, Stall
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.pace import Converge
-from qmpcommit.commit.phases import Phase, Verdict
+from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import JOB_PREFIX, Plan, new_job_id
-from qmpcommit.commit.policy import Ready, run_command
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.keeping import Keeper, asked_of
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
-from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
 from qmpcommit.errors import (
     CommandRefused,
-    CommitFailed,
     CommitNotFound,
     ConnectError,
-    DeadlineExceeded,
     InvalidRequest,
     JobConflict,
     JobNotFound,
@@ -43,12 +35,10 @@ from qmpcommit.errors import (
     NotReady,
     QmpCommitError,
     QueueFull,
-    VMGone,
     VMNotFound,
 )
 from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
-from qmpcommit.session import Session
 from qmpcommit.tasks import stop
 
 HOOK_TIMEOUT = 60.0
@@ -89,6 +79,9 @@ class Engine:
             Caps(limits.commits, limits.per_vm, limits.per_storage, limits.bandwidth)
         )
         self.live: dict[str, Promise] = {}
+        self.keeper = Keeper(config, self.registry, journal, self.metrics)
+        self.keeper.rate = self._rate
+        self.keeper.begun = self._schedule
         self.log = Log()
         self._sharing: set[asyncio.Task[None]] = set()
         journal.on_event = self._tell
@@ -268,15 +261,15 @@ class Engine:
     ) -> Promise:
         self._check_room(request)
         vm = self.vm(vm_name)
-        plan = await self.plan(vm, request)
-        self._check_room(request)  # others may have come meanwhile
-        job_id = request.job_id or new_job_id(plan.disk)
+        job_id = request.job_id or new_job_id(request.disk)
         if any(p.vm == vm_name and p.job_id == job_id for p in self.live.values()):
             raise JobConflict(f"a commit with the job id {job_id} has not ended yet", vm=vm_name)
         promise = Promise(
             uuid.uuid4().hex, vm_name, request, job_id, journal=self.journal, metrics=self.metrics
         )
-        promise.storage = await asyncio.to_thread(_storage_of, plan, vm)
+        async with self.registry.use(vm, wait=1.0) as session:
+            await self.keeper.prepare(promise, session)
+        self._check_room(request)  # others may have come meanwhile
         statements = [promise.insertion()]
         if key is not None:
             sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, ?, ?)"
@@ -321,22 +314,7 @@ class Engine:
     async def plan(self, vm: VM, request: CommitRequest, *, check: bool = False) -> Plan:
         """What a request comes to, without sending anything; raises what `Session.plan` raises."""
         async with self.registry.use(vm, wait=1.0) as session:
-            return await session.plan(
-                request.disk,
-                policy=request.policy,
-                check=check,
-                base=request.base,
-                top=request.top,
-                shallow=request.shallow,
-                bandwidth=request.bandwidth,
-                job_id=request.job_id,
-                stale=_stale(request),
-                on_error=request.on_error,
-                carry_bitmaps=request.carry_bitmaps,
-                keep_relative=request.keep_relative,
-                filter_node_name=request.filter_node_name,
-                backing_mask_protocol=request.backing_mask_protocol,
-            )
+            return await session.plan(check=check, **asked_of(request))
 
     async def commit(self, commit_id: str) -> Promise:
         """The commit of that id, ended ones included; raises `CommitNotFound`."""
@@ -419,6 +397,12 @@ class Engine:
             with suppress(QmpCommitError):  # it has ended, or its monitor is away
                 await promise.job.set_bandwidth(rate)
 
+    def _rate(self, promise: Promise) -> int:
+        """The share of one that is about to begin."""
+        return self.scheduler.shares(self._copying()).get(
+            promise.id, promise.request.bandwidth or 0
+        )
+
     def _copying(self) -> list[str]:
         copying = ("", Phase.STARTING.value, Phase.COPYING.value)
         return [i for i in self.scheduler.running if self.live[i].phase in copying]
@@ -426,201 +410,8 @@ class Engine:
     async def _run(self, promise: Promise) -> None:
         """One promise to its end."""
         await promise.may_run.wait()
-        if promise.state == "queued":
-            await promise.run()
-        begins = 0
-        try:
-            while True:
-                try:
-                    outcome = await self._attempt(promise)
-                except VMGone as error:
-                    if not is_alive(promise.identity):
-                        await self._fail(promise, error)
-                        break
-                    await self._wait_for_vm(promise, error)  # its monitor's socket is gone
-                except _AWAY as error:
-                    await self._wait_for_vm(promise, error)
-                except CommitFailed as error:
-                    begins += 1
-                    if error.facts.get("begun") is not False or begins >= MAX_BEGINS:
-                        await self._fail(promise, error)
-                        break
-                    promise.log.warning("begin_again", why=error.message)
-                    await promise.forget_begin()
-                except QmpCommitError as error:
-                    await self._fail(promise, error)
-                    break
-                else:
-                    await promise.end("done", outcome=outcome)
-                    self._count(promise, outcome)
-                    break
-        except GivenUp as given_up:
-            await self._fail(promise, given_up.error)
-        except Exception as error:  # a bug of ours must not leave a promise without an end
-            promise.log.warning("bug", error=repr(error))
-            await self._fail(promise, QmpCommitError(f"internal error: {error!r}"))
+        await self.keeper.keep(promise)
         self._ended(promise)
-
-    async def _attempt(self, promise: Promise) -> CommitOutcome:
-        """Begin, or go on with, the job on a session, and see its end."""
-        vm = self.registry.vms.get(promise.vm)
-        if vm is None:
-            raise ConnectError(f"no VM is called '{promise.vm}' at the moment", vm=promise.vm)
-        async with self.registry.use(vm) as session:
-            try:
-                if promise.begun:
-                    job = await self._resume(promise, vm, session)
-                else:
-                    job = await self._begin(promise, vm, session)
-                promise.job = job
-                self._schedule()
-                if promise.decision is not None:
-                    self._when_possible(promise, job)
-                return await job.wait()
-            finally:
-                promise.job = None
-
-    async def _begin(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
-        request = promise.request
-        promise.identity = vm.identity
-        timeout = _time_left(promise)
-        rate = self.scheduler.shares(self._copying()).get(promise.id, request.bandwidth or 0)
-        promise.rate = rate
-        return await session.commit(
-            request.disk,
-            policy=promise.decided_policy() if request.policy is not None else None,
-            base=request.base,
-            top=request.top,
-            shallow=request.shallow,
-            bandwidth=rate or None,
-            stale=_stale(request),
-            on_pivot=self._on_pivot(promise),
-            on_error=request.on_error,
-            on_stall=partial(self._on_stall, promise),
-            converge=_converge(request),
-            carry_bitmaps=request.carry_bitmaps,
-            keep_relative=request.keep_relative,
-            filter_node_name=request.filter_node_name,
-            backing_mask_protocol=request.backing_mask_protocol,
-            override=request.override,
-            only_if=request.only_if,
-            timeout=timeout,
-            job_id=promise.job_id,
-            ledger=promise,
-        )
-
-    async def _resume(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
-        plan, noted, files = promise.resumed(vm.identity)
-        if noted.same_vm is not False:
-            await self._repay(promise, session)
-        promise.log.info("resuming", step=promise.noted.get("step"), same_vm=noted.same_vm)
-        return await session.resume(
-            plan,
-            noted,
-            files=files,
-            on_pivot=self._on_pivot(promise),
-            on_stall=partial(self._on_stall, promise),
-            converge=_converge(promise.request),
-            timeout=max(0.0, left) if (left := _seconds_left(promise)) is not None else None,
-            ledger=promise,
-        )
-
-    async def _repay(self, promise: Promise, session: Session) -> None:
-        """What a former process did to the guest and could not undo any more."""
-        repair = promise.noted.get("repair")
-        with suppress(CommandRefused):
-            if repair:
-                await session.execute(repair["execute"], repair.get("arguments"))
-                await promise.note("unthrottle")
-            if promise.noted.get("stopped") and "overlay" not in promise.noted:
-                await session.execute("cont")
-                await promise.note("cont")
-
-    def _when_possible(self, promise: Promise, job: CommitJob) -> None:
-        """A decision that was answered before we restarted, or while the monitor was away."""
-        if promise.decision == "abort":
-            with suppress(JobConflict):
-                job.abort()
-
-    async def _wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
-        """Until the VM answers again; raises `GivenUp` where it is gone for good."""
-        promise.log.info("vm_away", why=error.message)
-        limit = self.config.limits.gone_after
-        begun = time.monotonic()
-        while True:
-            vm = self.registry.vms.get(promise.vm)
-            if vm is not None and vm.connect == "on-demand":
-                with suppress(ConnectError):
-                    await asyncio.sleep(0.5)
-                    async with self.registry.use(vm):
-                        return
-            elif vm is not None and vm.up.is_set():
-                return
-            else:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(0.5):
-                        await (vm.up.wait() if vm is not None else asyncio.sleep(1))
-            alive = is_alive(promise.identity)
-            waited = time.monotonic() - begun
-            if promise.identity and not alive and waited > min(2.0, limit):
-                raise GivenUp(self._gone(promise, f"its QEMU (process {promise.identity}) ended"))
-            if not alive and waited > limit:
-                raise GivenUp(self._gone(promise, f"it did not answer for {limit:g} s"))
-
-    def _gone(self, promise: Promise, why: str) -> QmpCommitError:
-        """The error of a VM that does not come back, with what is known of its disk."""
-        where = {"vm": promise.vm, "disk": promise.disk, "job_id": promise.job_id}
-        if not promise.begun:
-            return VMGone(f"{promise.vm} is gone: {why}. Nothing was sent", **where)
-        plan, noted, _ = promise.resumed("")
-        state = noted.state._replace(verdict=Verdict.VM_GONE)
-        if noted.outcome is not None:
-            state = noted.state
-        from qmpcommit.commit.report import error_of
-
-        lost = VMGone(f"{promise.vm} is gone: {why}")
-        return error_of(plan, state, None, lost, None) or lost
-
-    def _on_pivot(self, promise: Promise) -> OnPivot | None:
-        command = promise.request.on_pivot
-        if command is None:
-            return None
-
-        async def persist(outcome: CommitOutcome) -> None:
-            ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
-            active = outcome.active.filename if outcome.active is not None else ""
-            environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
-            status = await run_command(command, environment, HOOK_TIMEOUT)
-            if status != 0:
-                raise CommitFailed(f"{' '.join(command)} ended with status {status}")
-
-        return persist
-
-    async def _on_stall(self, promise: Promise, stall: Stall) -> None:
-        self.journal.write_soon(events=[promise.event(stalled=stall.base.filename)])
-        await asyncio.sleep(STALL_PAUSE)
-
-    # -- ends -------------------------------------------------------------------------------------
-
-    async def _fail(self, promise: Promise, error: QmpCommitError) -> None:
-        error.add(vm=promise.vm, disk=promise.disk, job_id=promise.job_id)
-        promise.log.warning("failed", error=type(error).__name__, why=error.message)
-        self.metrics.failures.labels(type(error).__name__).inc()
-        await promise.end("failed", error=json.loads(json.dumps(error.to_dict(), default=str)))
-
-    def _count(self, promise: Promise, outcome: CommitOutcome) -> None:
-        kind = getattr(promise.request.policy, "kind", "none")
-        self.metrics.commits.labels(outcome.action, kind).inc()
-        self.metrics.bytes.inc(outcome.bytes_committed)
-        if outcome.guest_paused is not None:
-            self.metrics.guest_paused.observe(outcome.guest_paused)
-        times = outcome.timings
-        if times.started and times.ready:
-            seconds = (times.ready - times.started).total_seconds()
-            self.metrics.phase_seconds.labels("copying").observe(max(0.0, seconds))
-        if times.ready and times.ended:
-            seconds = (times.ended - times.ready).total_seconds()
-            self.metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
 
     def _ended(self, promise: Promise) -> None:
         self.live.pop(promise.id, None)
@@ -690,47 +481,3 @@ class Engine:
             vm=vm_name,
             job_id=job_id,
         )
-
-
-class GivenUp(Exception):
-    """A VM does not come back."""
-
-    def __init__(self, error: QmpCommitError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-def _stale(request: CommitRequest) -> Any:
-    return request.stale or ("delete" if request.delete else "leave")
-
-
-def _converge(request: CommitRequest) -> Converge | None:
-    return None if request.converge is None else Converge(deadline=request.converge, pause=0.5)
-
-
-def _seconds_left(promise: Promise) -> float | None:
-    if promise.request.timeout is None:
-        return None
-    return promise.created + promise.request.timeout - time.time()
-
-
-def _time_left(promise: Promise) -> float | None:
-    left = _seconds_left(promise)
-    if left is not None and left <= 0:
-        raise DeadlineExceeded(
-            f"the commit of {promise.disk} of {promise.vm} could not begin within"
-            f" {promise.request.timeout:g} s. Nothing was sent",
-            vm=promise.vm,
-            disk=promise.disk,
-        )
-    return left
-
-
-def _storage_of(plan: Plan, vm: VM) -> str:
-    """The device or mount behind the base; empty where it can't be told."""
-    cwd = vm.session.cwd if vm.session is not None else None
-    try:
-        device = os.stat(absolute(plan.base, cwd)).st_dev
-    except (OSError, ValueError):
-        return ""
-    return f"{os.major(device)}:{os.minor(device)}"

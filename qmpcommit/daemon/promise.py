@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.files import FileId
 from qmpcommit.commit.driver import Resumed
@@ -23,12 +23,28 @@ from qmpcommit.log import Log
 if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.daemon.metrics import Metrics
+    from qmpcommit.session import Session
 
 ROOM = 1.0
 """Seconds between two tries to write a step where the journal has no room."""
 
+FRESH = 1.0
+"""Seconds for which the checks of a commit that is begun at once are not made again."""
+
 _HOLDS_THE_GUEST = {"job-finalize", "thaw", "cont", "unthrottle"}
 """Steps that let a guest go on: they never wait for room in the journal."""
+
+
+class Prepared(NamedTuple):
+    """A commit that was checked a moment ago, on a session that may still be the same."""
+
+    job: CommitJob
+    session: Session
+    at: float
+
+    def serves(self, session: Session) -> bool:
+        """Whether what was seen then is believed still."""
+        return session is self.session and time.monotonic() - self.at < FRESH
 
 
 class Promise:
@@ -66,6 +82,7 @@ class Promise:
         self.rate = 0
         self.job: CommitJob | None = None
         self.task: asyncio.Task[None] | None = None
+        self.prepared: Prepared | None = None
         self.may_run = asyncio.Event()
         self.over = asyncio.Event()
         self._journal, self._metrics = journal, metrics

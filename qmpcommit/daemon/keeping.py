@@ -1,0 +1,320 @@
+"""Keeps one promise: begins or resumes its job, waits for its VM, and journals its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from qmpcommit.block.chain import absolute
+from qmpcommit.commit.aftermath import Around, OnPivot, Stall
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.pace import Converge
+from qmpcommit.commit.phases import Verdict
+from qmpcommit.commit.plan import Plan, Request
+from qmpcommit.commit.policy import Ready, run_command
+from qmpcommit.commit.preconditions import ask_whether
+from qmpcommit.commit.report import error_of
+from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.promise import Prepared, Promise
+from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.errors import (
+    CommandRefused,
+    CommitFailed,
+    ConnectError,
+    DeadlineExceeded,
+    JobConflict,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+)
+from qmpcommit.journal import Journal
+from qmpcommit.session import Session
+
+HOOK_TIMEOUT = 60.0
+STALL_PAUSE = 2.0
+"""Seconds."""
+
+MAX_BEGINS = 3
+"""How often a commit is begun that QEMU turns out not to know."""
+
+_AWAY = (ConnectError, MonitorLost)
+
+
+class Keeper:
+    """Runs promises on the VMs of a registry.
+
+    `rate` tells a promise's bytes per second when it begins, `begun` is called when it has.
+    """
+
+    def __init__(
+        self, config: Config, registry: Registry, journal: Journal, metrics: Metrics
+    ) -> None:
+        self._config, self._registry = config, registry
+        self._journal, self._metrics = journal, metrics
+        self.rate: Callable[[Promise], int] = lambda promise: promise.request.bandwidth or 0
+        self.begun: Callable[[], object] = lambda: None
+
+    async def keep(self, promise: Promise) -> None:
+        """One promise that may run, to its end."""
+        if promise.state == "queued":
+            await promise.run()
+        begins = 0
+        try:
+            while True:
+                try:
+                    outcome = await self._attempt(promise)
+                except VMGone as error:
+                    if not is_alive(promise.identity):
+                        await self._fail(promise, error)
+                        break
+                    await self._wait_for_vm(promise, error)  # its monitor's socket is gone
+                except _AWAY as error:
+                    await self._wait_for_vm(promise, error)
+                except CommitFailed as error:
+                    begins += 1
+                    if error.facts.get("begun") is not False or begins >= MAX_BEGINS:
+                        await self._fail(promise, error)
+                        break
+                    promise.log.warning("begin_again", why=error.message)
+                    await promise.forget_begin()
+                except QmpCommitError as error:
+                    await self._fail(promise, error)
+                    break
+                else:
+                    await promise.end("done", outcome=outcome)
+                    self._count(promise, outcome)
+                    break
+        except GivenUp as given_up:
+            await self._fail(promise, given_up.error)
+        except Exception as error:  # a bug of ours must not leave a promise without an end
+            promise.log.warning("bug", error=repr(error))
+            await self._fail(promise, QmpCommitError(f"internal error: {error!r}"))
+
+    async def _attempt(self, promise: Promise) -> CommitOutcome:
+        """Begin, or go on with, the job on a session, and see its end."""
+        vm = self._registry.vms.get(promise.vm)
+        if vm is None:
+            raise ConnectError(f"no VM is called '{promise.vm}' at the moment", vm=promise.vm)
+        async with self._registry.use(vm) as session:
+            try:
+                if promise.begun:
+                    job = await self._resume(promise, vm, session)
+                else:
+                    job = await self._begin(promise, vm, session)
+                promise.job = job
+                self.begun()
+                if promise.decision is not None:
+                    self._when_possible(promise, job)
+                return await job.wait()
+            finally:
+                promise.job = None
+
+    async def prepare(self, promise: Promise, session: Session) -> None:
+        """Check a commit whose promise is asked for; raises what `Session.commit` would."""
+        promise.prepared = await self._prepare(promise, session)
+        plan = promise.prepared.job.plan
+        promise.storage = await asyncio.to_thread(_storage_of, plan, session.cwd)
+
+    async def _prepare(self, promise: Promise, session: Session) -> Prepared:
+        request = promise.request
+        asked = asked_of(request)
+        policy = asked.pop("policy")
+        around = Around(
+            on_pivot=self._on_pivot(promise),
+            on_stall=partial(self._on_stall, promise),
+            converge=_converge(request),
+            ledger=promise,
+        )
+        job = await session.prepare(
+            Request(**{**asked, "job_id": promise.job_id}),
+            promise.decided_policy() if policy is not None else None,
+            around,
+            override=request.override,
+        )
+        return Prepared(job, session, time.monotonic())
+
+    async def _begin(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
+        request = promise.request
+        promise.identity = vm.identity
+        left = _time_left(promise)
+        prepared, promise.prepared = promise.prepared, None
+        if prepared is None or not prepared.serves(session):
+            prepared = await self._prepare(promise, session)
+        job = prepared.job
+        promise.rate = self.rate(promise)
+        job.plan.arguments.pop("speed", None)
+        if promise.rate:
+            job.plan.arguments["speed"] = promise.rate
+        if request.only_if is not None:
+            await ask_whether(request.only_if, job.plan)
+        job.timeout = left
+        return await session.launch(job, override=request.override)
+
+    async def _resume(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
+        plan, noted, files = promise.resumed(vm.identity)
+        if noted.same_vm is not False:
+            await self._repay(promise, session)
+        promise.log.info("resuming", step=promise.noted.get("step"), same_vm=noted.same_vm)
+        return await session.resume(
+            plan,
+            noted,
+            files=files,
+            on_pivot=self._on_pivot(promise),
+            on_stall=partial(self._on_stall, promise),
+            converge=_converge(promise.request),
+            timeout=max(0.0, left) if (left := _seconds_left(promise)) is not None else None,
+            ledger=promise,
+        )
+
+    async def _repay(self, promise: Promise, session: Session) -> None:
+        """What a former process did to the guest and could not undo any more."""
+        repair = promise.noted.get("repair")
+        with suppress(CommandRefused):
+            if repair:
+                await session.execute(repair["execute"], repair.get("arguments"))
+                await promise.note("unthrottle")
+            if promise.noted.get("stopped") and "overlay" not in promise.noted:
+                await session.execute("cont")
+                await promise.note("cont")
+
+    def _when_possible(self, promise: Promise, job: CommitJob) -> None:
+        """A decision that was answered before we restarted, or while the monitor was away."""
+        if promise.decision == "abort":
+            with suppress(JobConflict):
+                job.abort()
+
+    async def _wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
+        """Until the VM answers again; raises `GivenUp` where it is gone for good."""
+        promise.log.info("vm_away", why=error.message)
+        limit = self._config.limits.gone_after
+        begun = time.monotonic()
+        while True:
+            vm = self._registry.vms.get(promise.vm)
+            if vm is not None and vm.connect == "on-demand":
+                with suppress(ConnectError):
+                    await asyncio.sleep(0.5)
+                    async with self._registry.use(vm):
+                        return
+            elif vm is not None and vm.up.is_set():
+                return
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await (vm.up.wait() if vm is not None else asyncio.sleep(1))
+            alive = is_alive(promise.identity)
+            waited = time.monotonic() - begun
+            if promise.identity and not alive and waited > min(2.0, limit):
+                raise GivenUp(self._gone(promise, f"its QEMU (process {promise.identity}) ended"))
+            if not alive and waited > limit:
+                raise GivenUp(self._gone(promise, f"it did not answer for {limit:g} s"))
+
+    def _gone(self, promise: Promise, why: str) -> QmpCommitError:
+        """The error of a VM that does not come back, with what is known of its disk."""
+        where = {"vm": promise.vm, "disk": promise.disk, "job_id": promise.job_id}
+        if not promise.begun:
+            return VMGone(f"{promise.vm} is gone: {why}. Nothing was sent", **where)
+        plan, noted, _ = promise.resumed("")
+        state = noted.state._replace(verdict=Verdict.VM_GONE)
+        if noted.outcome is not None:
+            state = noted.state
+        lost = VMGone(f"{promise.vm} is gone: {why}")
+        return error_of(plan, state, None, lost, None) or lost
+
+    def _on_pivot(self, promise: Promise) -> OnPivot | None:
+        command = promise.request.on_pivot
+        if command is None:
+            return None
+
+        async def persist(outcome: CommitOutcome) -> None:
+            ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
+            active = outcome.active.filename if outcome.active is not None else ""
+            environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
+            status = await run_command(command, environment, HOOK_TIMEOUT)
+            if status != 0:
+                raise CommitFailed(f"{' '.join(command)} ended with status {status}")
+
+        return persist
+
+    async def _on_stall(self, promise: Promise, stall: Stall) -> None:
+        self._journal.write_soon(events=[promise.event(stalled=stall.base.filename)])
+        await asyncio.sleep(STALL_PAUSE)
+
+    # -- ends -------------------------------------------------------------------------------------
+
+    async def _fail(self, promise: Promise, error: QmpCommitError) -> None:
+        error.add(vm=promise.vm, disk=promise.disk, job_id=promise.job_id)
+        promise.log.warning("failed", error=type(error).__name__, why=error.message)
+        self._metrics.failures.labels(type(error).__name__).inc()
+        await promise.end("failed", error=json.loads(json.dumps(error.to_dict(), default=str)))
+
+    def _count(self, promise: Promise, outcome: CommitOutcome) -> None:
+        kind = getattr(promise.request.policy, "kind", "none")
+        self._metrics.commits.labels(outcome.action, kind).inc()
+        self._metrics.bytes.inc(outcome.bytes_committed)
+        if outcome.guest_paused is not None:
+            self._metrics.guest_paused.observe(outcome.guest_paused)
+        times = outcome.timings
+        if times.started and times.ready:
+            seconds = (times.ready - times.started).total_seconds()
+            self._metrics.phase_seconds.labels("copying").observe(max(0.0, seconds))
+        if times.ready and times.ended:
+            seconds = (times.ended - times.ready).total_seconds()
+            self._metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
+
+
+class GivenUp(Exception):
+    """A VM does not come back."""
+
+    def __init__(self, error: QmpCommitError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def asked_of(request: CommitRequest) -> dict[str, Any]:
+    """What `Session.plan` takes of a request."""
+    names = (
+        "disk", "policy", "base", "top", "shallow", "bandwidth", "job_id", "on_error",
+        "carry_bitmaps", "keep_relative", "filter_node_name", "backing_mask_protocol",
+    )  # fmt: skip
+    asked = {name: getattr(request, name) for name in names}
+    return {**asked, "stale": request.stale or ("delete" if request.delete else "leave")}
+
+
+def _converge(request: CommitRequest) -> Converge | None:
+    return None if request.converge is None else Converge(deadline=request.converge, pause=0.5)
+
+
+def _seconds_left(promise: Promise) -> float | None:
+    if promise.request.timeout is None:
+        return None
+    return promise.created + promise.request.timeout - time.time()
+
+
+def _time_left(promise: Promise) -> float | None:
+    left = _seconds_left(promise)
+    if left is not None and left <= 0:
+        raise DeadlineExceeded(
+            f"the commit of {promise.disk} of {promise.vm} could not begin within"
+            f" {promise.request.timeout:g} s. Nothing was sent",
+            vm=promise.vm,
+            disk=promise.disk,
+        )
+    return left
+
+
+def _storage_of(plan: Plan, cwd: str | None) -> str:
+    """The device or mount behind the base; empty where it can't be told."""
+    try:
+        device = os.stat(absolute(plan.base, cwd)).st_dev
+    except (OSError, ValueError):
+        return ""
+    return f"{os.major(device)}:{os.minor(device)}"
