@@ -36,6 +36,9 @@ PREDECESSOR = 10.0
 GRACE = 0.3
 """Seconds that open requests get when the daemon stops."""
 
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
+
 _TOKEN_BYTES = 4096
 
 
@@ -76,7 +79,7 @@ async def _serve(config: Config, seconds: float | None) -> None:
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
     given = systemd.listening()
-    sockets = given or _listen(config)
+    sockets = _listen(config, given)
     app = create_app(engine)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
@@ -90,6 +93,7 @@ async def _serve(config: Config, seconds: float | None) -> None:
         proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
+        backlog=BACKLOG,
     )
     server = _Server(settings)
     await engine.start()
@@ -186,10 +190,10 @@ def _open_lock(state: Path) -> TextIO:
     return (state / "lock").open("a+")
 
 
-def _listen(config: Config) -> list[socket.socket]:
-    """The Unix socket, and the loopback one where it is wanted."""
-    sockets = [_listen_unix(config)]
-    if config.listen.tcp is not None:
+def _listen(config: Config, given: list[socket.socket]) -> list[socket.socket]:
+    """The Unix socket, where systemd has given none, and the loopback one where it is wanted."""
+    sockets = list(given) or [_listen_unix(config)]
+    if config.listen.tcp is not None and all(s.family == socket.AF_UNIX for s in sockets):
         host, _, port = config.listen.tcp.rpartition(":")
         family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -201,6 +205,7 @@ def _listen(config: Config) -> list[socket.socket]:
         sockets.append(sock)
     for sock in sockets:
         sock.setblocking(False)
+        sock.listen(BACKLOG)  # who comes before the journal is read waits
     return sockets
 
 

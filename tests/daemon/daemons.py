@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,8 @@ class Daemon:
     module: str = "qmpcommit.cli.main"
     log_level: str = "debug"
     process: asyncio.subprocess.Process | None = None
+    through: Sequence[str] = ()
+    fds: Sequence[int] = ()
 
     @property
     def socket(self) -> str:
@@ -73,8 +75,9 @@ class Daemon:
         path.write_text(f"{text}{first}\n{tables}\n{where}")
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", self.module, "daemon", "--config", str(path),
+                *self.through, sys.executable, "-m", self.module, "daemon", "--config", str(path),
                 stdout=log, stderr=log, env={**ENVIRONMENT, **self.environment},
+                pass_fds=self.fds,
             )  # fmt: skip
         return self.process
 
