@@ -14,6 +14,7 @@ from qmpcommit.units import show_size
 
 if TYPE_CHECKING:
     from qmpcommit.cli.options import Options
+    from qmpcommit.client.job import RemoteJob
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import JobProgress
 
@@ -25,7 +26,7 @@ class Bar:
     """Draws a job's progress where somebody can see it; rich is imported when this is made."""
 
     def __init__(self, options: Options, qmp: str) -> None:
-        self._qmp = qmp
+        self._options, self._qmp = options, qmp
         self._drawn: Any = None
         if options.quiet or sys.stderr is None or not sys.stderr.isatty():
             return
@@ -42,12 +43,12 @@ class Bar:
         )
 
     @asynccontextmanager
-    async def of(self, job: CommitJob) -> AsyncIterator[None]:
-        """Draw while in the block."""
+    async def of(self, job: CommitJob | RemoteJob, title: str) -> AsyncIterator[None]:
+        """Draw while in the block, with the disk as the title."""
         if self._drawn is None:
             yield
             return
-        drawing = asyncio.create_task(self._draw(job))
+        drawing = asyncio.create_task(self._draw(job, title))
         try:
             yield
         finally:
@@ -57,11 +58,11 @@ class Bar:
                 drawing.exception()  # a bar that can't be drawn is no reason to fail
             self._drawn.stop()
 
-    async def _draw(self, job: CommitJob) -> None:
+    async def _draw(self, job: CommitJob | RemoteJob, title: str) -> None:
         await asyncio.sleep(EVERY)
         drawn = self._drawn
         drawn.start()
-        task = drawn.add_task(str(job.plan.disk), total=None, facts="")
+        task = drawn.add_task(title, total=None, facts="")
         async for now in job.progress(EVERY):
             # QEMU's total grows while the guest writes, so it is the bytes left that tell.
             drawn.update(
@@ -72,10 +73,12 @@ class Bar:
                 refresh=True,
             )
 
-    def _facts(self, job: CommitJob, now: JobProgress) -> str:
+    def _facts(self, job: CommitJob | RemoteJob, now: JobProgress) -> str:
         left = max(0, now.total - now.current)
         if now.phase == "ready":
-            return f"READY ({take_up(self._qmp, job.id)})"
+            return f"READY ({take_up(self._options, self._qmp, job.id)})"
+        if now.phase == "queued":
+            return "queued"
         facts = f"{show_size(now.current)} of {show_size(now.total)}"
         if now.phase == "copying" and now.bandwidth > 0:
             facts += f", {show_size(now.bandwidth)}/s, {show_seconds(left / now.bandwidth)} to go"

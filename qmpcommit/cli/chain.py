@@ -11,6 +11,7 @@ from qmpcommit.cli.options import Answer, Options, common
 if TYPE_CHECKING:
     from qmpcommit.block.chain import Disk
     from qmpcommit.cli.running import Run
+    from qmpcommit.client.vm import RemoteVM
 
 
 @click.command()
@@ -33,10 +34,13 @@ def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
 async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.cli.show import disks_dot, disks_text
     from qmpcommit.commit.pending import held_jobs
+    from qmpcommit.session import Session
 
-    async with running.connect(qmp) as vm:
+    async with running.vm(qmp) as vm:
         disks = await vm.disks() if disk is None else [await vm.disk(disk)]
-        held = await held_jobs(vm, qmp) if any(each.jobs for each in disks) else []
+        held: list[dict[str, str]] = []
+        if any(each.jobs for each in disks):
+            held = await (held_jobs(vm, qmp) if isinstance(vm, Session) else _held_jobs(vm))
     dumped = [each.model_dump(mode="json") for each in disks]
     data = {"vm": vm.name, "disks": dumped, "pending": held}
     for job in held:
@@ -46,6 +50,21 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     return Answer(
         data, disks_text(disks), quiet=running.options.quiet, draw=lambda: _draw(vm.name, disks)
     )
+
+
+async def _held_jobs(vm: RemoteVM) -> list[dict[str, str]]:
+    """Those that are not the daemon's own: it ends its own, and no others."""
+    from qmpcommit.commit.pending import what_to_do
+    from qmpcommit.commit.plan import JOB_PREFIX
+
+    names = [
+        str(job["device"])
+        for job in await vm.jobs()
+        if job["status"] == "pending" and job["commit"] is None
+    ]
+    ours = sorted(name for name in names if name.startswith(JOB_PREFIX))
+    qmp = (await vm.info()).qmp if ours else ""
+    return [{"id": name, "next": what_to_do(name, qmp)} for name in ours]
 
 
 def _draw(vm: str, disks: list[Disk]) -> None:

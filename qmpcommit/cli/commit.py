@@ -217,6 +217,8 @@ def commit(
     from qmpcommit.cli.running import run
 
     if more or others:
+        if options.daemon is not None:
+            raise click.UsageError("A daemon commits one disk at a time; leave --daemon out")
         from qmpcommit.cli import group
         from qmpcommit.commit.group import HOLD_LIMIT
         from qmpcommit.units import parse_seconds
@@ -228,6 +230,14 @@ def commit(
         return run(options, lambda running: group.commit_group(running, named, request, limit))
     if hold_limit is not None:
         raise click.UsageError("--hold-limit is for several disks")
+    if options.daemon is not None and offline:
+        raise click.UsageError("--offline needs no daemon; leave --daemon out")
+    if options.daemon is not None and not dry_run:
+        from qmpcommit.cli import remote
+
+        request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
+        del request["on_stall"]
+        return run(options, lambda running: remote.commit(running, qmp, request))
     if dry_run:
         return run(options, lambda running: _plan(running, qmp, request, offline))
     return run(options, lambda running: _commit(running, qmp, request, offline))
@@ -285,23 +295,26 @@ async def _persist(command: str, outcome: CommitOutcome) -> None:
         raise CommitFailed(f"{command} {how}")
 
 
+def tell_of_stall(file: str) -> None:
+    """The job waits for its storage."""
+    click.echo(
+        f"qmpcommit: the storage under {file} failed or is full, and the job waits; trying again"
+        f" in {STALL_PAUSE:g} s",
+        err=True,
+    )
+
+
 async def _wait_for_room(silent: bool, stall: Stall) -> None:
     """With ``--on-error stop``: say what is wrong, and try again in a while."""
     import asyncio
 
     if not silent:
-        click.echo(
-            f"qmpcommit: the storage under {stall.base.filename} failed or is full, and the job"
-            f" waits; trying again in {STALL_PAUSE:g} s",
-            err=True,
-        )
+        tell_of_stall(stall.base.filename)
     await asyncio.sleep(STALL_PAUSE)
 
 
-def _open(running: Run, qmp: str, offline: bool) -> AbstractAsyncContextManager[Session]:
-    """A session over the VM's monitor, or over a private daemon that opens its image."""
-    if not offline:
-        return running.connect(qmp)
+def _offline(qmp: str) -> AbstractAsyncContextManager[Session]:
+    """A session over a private storage daemon that opens the image."""
     from qmpcommit.offline_session import offline as open_offline
 
     return open_offline(qmp)
@@ -313,7 +326,7 @@ async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) 
 
     beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
     asked = {name: value for name, value in request.items() if name not in beside}
-    async with _open(running, qmp, offline) as vm:
+    async with _offline(qmp) if offline else running.vm(qmp) as vm:
         plan = await vm.plan(**asked)
     refused = [
         f for f in plan.findings if f.level == "refuse" and f.name not in request["override"]
@@ -329,18 +342,24 @@ async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) 
 async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
     from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
-    from qmpcommit.cli.show import outcome_text
 
     bar = Bar(running.options, qmp)
-    async with _open(running, qmp, offline) as vm:
+    async with _offline(qmp) if offline else running.connect(qmp) as vm:
         foreground = Foreground(running, vm, qmp)
         job = await foreground.start(**request, timeout=running.remaining)
-        async with bar.of(job):
+        async with bar.of(job, str(job.plan.disk)):
             outcome = await foreground.end(job)
+    return committed(running, request["policy"], outcome)
+
+
+def committed(running: Run, policy: AnyPolicy | None, outcome: CommitOutcome) -> Answer:
+    """What is said of the end."""
+    from qmpcommit.cli.show import outcome_text
+
     return Answer(
         outcome.model_dump(mode="json"),
         outcome_text(outcome),
-        status=exit_status(request["policy"], outcome),
+        status=exit_status(policy, outcome),
         quiet=running.options.quiet,
     )
 

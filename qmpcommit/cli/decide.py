@@ -12,6 +12,7 @@ from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.outcome import CommitOutcome
 
 
 @click.command()
@@ -57,12 +58,15 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
+    if options.daemon is not None:
+        from qmpcommit.cli import remote
+
+        return run(options, lambda running: remote.decide(running, choice, qmp, job))
     return run(options, lambda running: _decide(running, choice, qmp, job))
 
 
 async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
     from qmpcommit.cli.following import Foreground
-    from qmpcommit.cli.show import outcome_text
     from qmpcommit.errors import CommitFailed, JobConflict
 
     async with running.connect(qmp) as vm:
@@ -82,6 +86,13 @@ async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
                 **conflict.facts,
             ) from None
         outcome = await foreground.end(job)
+    return decided(running, choice, outcome)
+
+
+def decided(running: Run, choice: str, outcome: CommitOutcome) -> Answer:
+    """What is said of the end."""
+    from qmpcommit.cli.show import outcome_text
+
     return Answer(
         outcome.model_dump(mode="json"),
         outcome_text(outcome),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qmpcommit.cli.options import Interrupted
+from qmpcommit.cli.options import Interrupted, Options
 from qmpcommit.cli.running import Run
 from qmpcommit.cli.show import outcome_text
 from qmpcommit.commit.job import CommitJob
@@ -15,13 +15,86 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.errors import DeadlineExceeded, MonitorLost, QmpCommitError
 from qmpcommit.session import Session
 
+if TYPE_CHECKING:
+    from qmpcommit.client.job import RemoteJob
 
-def take_up(qmp: str, job_id: str) -> str:
+
+def take_up(options: Options, qmp: str, job_id: str) -> str:
     """How to go on with a job, for a person to type."""
-    return f"qmpcommit pivot|keep|abort {shlex.quote(qmp)} {job_id}"
+    return f"{options.program} pivot|keep|abort {shlex.quote(qmp)} {job_id}"
 
 
-class Foreground:
+class Following:
+    """Follows one job to its end, or leaves it; `name` is what a person calls the VM by.
+
+    What a signal and the deadline do is for those to say who know where the job is.
+    """
+
+    def __init__(self, run: Run, name: str, *, adopted: bool) -> None:
+        self._run, self._name, self._adopted = run, name, adopted
+        self._left: str | None = None
+        self._ended = False
+        self._leaving: asyncio.Task[None] | None = None
+        run.on_signal = self._signal
+        run.on_deadline = self._deadline
+
+    def _signal(self, times: int) -> None:
+        raise NotImplementedError
+
+    def _deadline(self) -> None:
+        raise NotImplementedError
+
+    def _goes_on(self, job_id: str) -> str:
+        """Where a job is that goes on without us, and how to take it up."""
+        raise NotImplementedError
+
+    def _leave(self, job: CommitJob | RemoteJob, why: str) -> None:
+        if self._leaving is None:
+            self._left = why
+            self._leaving = asyncio.get_running_loop().create_task(job.detach())
+
+    async def _end(self, job: CommitJob | RemoteJob, disk: str) -> CommitOutcome:
+        """Wait for the outcome; raises what waiting for it raises, and `Interrupted`."""
+        try:
+            outcome = await job.wait()
+        except QmpCommitError as error:
+            self._ended = True
+            if self._left is not None:
+                raise await self._has_left(job.id, disk) from None
+            if self._run.signals:
+                raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
+            raise
+        self._ended = True
+        if self._run.signals:
+            raise self._interrupted(outcome)
+        return outcome
+
+    async def _has_left(self, job_id: str, disk: str) -> QmpCommitError:
+        """The error of a job that goes on without us."""
+        if self._leaving is not None:
+            await self._leaving
+        where = {"vm": self._name, "disk": disk, "job_id": job_id}
+        on = self._goes_on(job_id)
+        if self._left == "deadline":
+            seconds = self._run.options.timeout
+            return DeadlineExceeded(f"the job did not end within {seconds:g} s. {on}", **where)
+        return Interrupted(f"interrupted twice. {on}", **where)
+
+    def _interrupted(self, outcome: CommitOutcome) -> Interrupted:
+        if outcome.action == "abort":
+            said = "interrupted, and the job was cancelled"
+        else:
+            said = "interrupted, but the job had been decided already and has ended"
+        return Interrupted(
+            f"{said}. {outcome_text(outcome)}",
+            vm=outcome.vm,
+            disk=outcome.disk,
+            job_id=outcome.job_id,
+            outcome=outcome.model_dump(mode="json"),
+        )
+
+
+class Foreground(Following):
     """Follows the one job of a session.
 
     A first Ctrl-C cancels the job, or waits for its end where it was decided already; a second
@@ -30,12 +103,8 @@ class Foreground:
     """
 
     def __init__(self, run: Run, vm: Session, qmp: str, *, adopted: bool = False) -> None:
-        self._run, self._vm, self._qmp, self._adopted = run, vm, qmp, adopted
-        self._left: str | None = None
-        self._ended = False
-        self._leaving: asyncio.Task[None] | None = None
-        run.on_signal = self._signal
-        run.on_deadline = self._deadline
+        super().__init__(run, vm.name, adopted=adopted)
+        self._vm, self._qmp = vm, qmp
 
     @property
     def _job(self) -> CommitJob | None:
@@ -64,11 +133,6 @@ class Foreground:
         elif self._adopted:
             self._leave(job, "deadline")
 
-    def _leave(self, job: CommitJob, why: str) -> None:
-        if self._leaving is None:
-            self._left = why
-            self._leaving = asyncio.get_running_loop().create_task(job.detach())
-
     async def start(self, **options: Any) -> CommitJob:
         """Start a commit; raises what `Session.commit` raises, and `Interrupted`."""
         try:
@@ -80,43 +144,11 @@ class Foreground:
 
     async def end(self, job: CommitJob) -> CommitOutcome:
         """Wait for the outcome; raises what `CommitJob.wait` raises, and `Interrupted`."""
-        try:
-            outcome = await job.wait()
-        except QmpCommitError as error:
-            self._ended = True
-            if self._left is not None:
-                raise await self._has_left(job.id, job.plan.disk.name) from None
-            if self._run.signals:
-                raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
-            raise
-        self._ended = True
-        if self._run.signals:
-            raise self._interrupted(outcome)
-        return outcome
+        return await self._end(job, job.plan.disk.name)
 
-    async def _has_left(self, job_id: str, disk: str) -> QmpCommitError:
-        """The error of a job that goes on without us."""
-        if self._leaving is not None:
-            await self._leaving
-        where = {"vm": self._vm.name, "disk": disk, "job_id": job_id}
-        on = (
+    def _goes_on(self, job_id: str) -> str:
+        return (
             f"Job {job_id} is left running in QEMU. Take it up again with"
-            f" '{take_up(self._qmp, job_id)}', and see 'qmpcommit jobs {shlex.quote(self._qmp)}'"
-        )
-        if self._left == "deadline":
-            seconds = self._run.options.timeout
-            return DeadlineExceeded(f"the job did not end within {seconds:g} s. {on}", **where)
-        return Interrupted(f"interrupted twice. {on}", **where)
-
-    def _interrupted(self, outcome: CommitOutcome) -> Interrupted:
-        if outcome.action == "abort":
-            said = "interrupted, and the job was cancelled"
-        else:
-            said = "interrupted, but the job had been decided already and has ended"
-        return Interrupted(
-            f"{said}. {outcome_text(outcome)}",
-            vm=outcome.vm,
-            disk=outcome.disk,
-            job_id=outcome.job_id,
-            outcome=outcome.model_dump(mode="json"),
+            f" '{take_up(self._run.options, self._qmp, job_id)}', and see"
+            f" 'qmpcommit jobs {shlex.quote(self._qmp)}'"
         )

@@ -10,7 +10,6 @@ import click
 from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
-    from qmpcommit.block.graph import BlockGraph
     from qmpcommit.cli.running import Run
 
 
@@ -28,35 +27,26 @@ def jobs(qmp: str, **given: Any) -> Answer:
 async def _jobs(running: Run, qmp: str) -> Answer:
     from qmpcommit.block.chain import read_disks
     from qmpcommit.cli.show import jobs_text
+    from qmpcommit.commit.recycle import interrupted_recycles
+    from qmpcommit.session import Session
 
-    async with running.connect(qmp) as vm:
-        entries = await vm.execute("query-block-jobs")
-        graph = await vm.graph()
-    disks = read_disks(graph)
+    async with running.vm(qmp) as vm:
+        if isinstance(vm, Session):
+            entries = await vm.execute("query-block-jobs")
+            graph = await vm.graph()
+            disks, recycles = read_disks(graph), interrupted_recycles(graph)
+        else:
+            entries, disks, recycles = await vm.jobs(), await vm.disks(), await vm.recycles()
+            qmp = (await vm.info()).qmp
     on = {job: disk.name for disk in disks for job in disk.jobs}
     found = [_job(entry, on.get(str(entry["device"])), qmp) for entry in entries]
-    recycles = _interrupted_recycles(graph)
+    if running.options.daemon is not None:
+        for each, entry in zip(found, entries, strict=True):
+            if entry["commit"] is not None and each["next"] is not None:
+                each["next"] = _next_of_ours(each, running.options, vm.name)
     data = {"vm": vm.name, "jobs": found, "interrupted_recycles": recycles}
     text = "\n".join([jobs_text(found), *(recycle["next"] for recycle in recycles)])  # type: ignore[arg-type]
     return Answer(data, text, quiet=running.options.quiet)
-
-
-def _interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
-    """Fresh overlays of ours that were opened and never laid: whoever did it was killed."""
-    from qmpcommit.commit.plan import JOB_PREFIX
-
-    found = []
-    for name in graph.nodes:
-        ours = name.startswith(JOB_PREFIX) and name.endswith("-top")
-        if ours and "backing" not in graph.nodes[name].children and not graph.parents.get(name):
-            file = graph.leaf(name).raw.get("file")
-            text = (
-                f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
-                " perhaps the guest paused: end its job (abort, or pivot), let the guest go on"
-                f" with 'cont', and close the overlay with 'blockdev-del {name}'"
-            )
-            found.append({"node": name, "overlay": str(file), "next": text})
-    return found
 
 
 def _job(entry: dict[str, Any], disk: str | None, qmp: str) -> dict[str, Any]:
@@ -99,3 +89,12 @@ def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
             f" 'qmpcommit abort {shlex.quote(qmp)} {name}' clears it away"
         )
     return None
+
+
+def _next_of_ours(job: dict[str, Any], options: Options, vm: str) -> str | None:
+    """The same for a commit of the daemon, which resolves by itself what nobody has to decide."""
+    from qmpcommit.cli.following import take_up
+
+    if job["status"] in ("ready", "standby"):
+        return f"READY: decide with '{take_up(options, vm, job['id'])}'"
+    return str(job["next"]) if job["io_status"] != "ok" else None

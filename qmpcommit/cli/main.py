@@ -20,7 +20,9 @@ import click
 
 from qmpcommit import __version__
 from qmpcommit.cli.options import Answer, Interrupted
+from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import (
+    CommitNotFound,
     ConnectError,
     DiskNotFound,
     InvalidRequest,
@@ -30,6 +32,7 @@ from qmpcommit.errors import (
     OnlyIfFailed,
     PolicyRequired,
     QmpCommitError,
+    VMNotFound,
 )
 
 FAILED, USAGE, OTHERWISE, NOT_FOUND, NOT_READY, INTERRUPTED = 1, 2, 3, 4, 5, 130
@@ -43,6 +46,8 @@ _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
     (ConnectError, NOT_FOUND),
     (DiskNotFound, NOT_FOUND),
     (JobNotFound, NOT_FOUND),
+    (VMNotFound, NOT_FOUND),
+    (CommitNotFound, NOT_FOUND),
     (NotReady, NOT_READY),
 )
 
@@ -60,7 +65,22 @@ COMMANDS = {
 
 
 class Commands(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group whose commands are imported when they are called.
+
+    ``--daemon`` gets its optional value only where the next word can be an address.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Join ``--daemon`` with its value."""
+        place = 0
+        while place < len(args) and args[place].startswith("-") and args[place] != "--":
+            if args[place] == "--daemon":
+                after = args[place + 1] if place + 1 < len(args) else ""
+                given = "/" in after or after.startswith("tcp:")
+                args = [*args[:place], f"--daemon={after if given else ''}",
+                        *args[place + 1 + given :]]  # fmt: skip
+            place += 1
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Their names, in the order of a commit's life."""
@@ -102,12 +122,22 @@ Exit status:
     epilog=EPILOG,
 )
 @click.version_option(__version__, prog_name="qmpcommit", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.option(
+    "--daemon",
+    metavar="[SOCKET]",
+    help="Have qmpcommitd do it, and name the VM as it does in the place of QMP. SOCKET is a path"
+    " with a '/' in it, or tcp:HOST:PORT with the token in the file $QMPCOMMIT_TOKEN_FILE; by"
+    f" default $QMPCOMMIT_DAEMON or {DEFAULT_SOCKET}.",
+)
+@click.pass_context
+def cli(ctx: click.Context, daemon: str | None) -> None:
     """Live block commit over QMP, both phases of it.
 
     QMP is the path of a QEMU monitor's socket (-qmp unix:PATH,server=on,wait=off) or
     tcp:HOST:PORT; DISK a qdev id or QOM path, drive alias, node-name or image file.
     """
+    if daemon is not None and ctx.invoked_subcommand in ("daemon", "demo"):
+        raise click.UsageError(f"'{ctx.invoked_subcommand}' is not done through a daemon")
 
 
 def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.units import parse_seconds
 
@@ -32,20 +35,43 @@ class Answer(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options that all commands have; `deadline` is on `time.monotonic`'s clock."""
+    """The options that all commands have; `deadline` is on `time.monotonic`'s clock.
+
+    `daemon` is the address of the daemon that is to do it, None for no daemon.
+    """
 
     as_json: bool
     quiet: bool
     verbose: int
     timeout: float | None
     deadline: float | None
+    daemon: str | None = None
 
     @classmethod
     def of(cls, as_json: bool, quiet: bool, verbose: int, timeout: str | None) -> Options:
         """From the command line; raises `InvalidRequest`."""
         seconds = None if timeout is None else parse_seconds(timeout, "timeout")
         deadline = None if seconds is None else time.monotonic() + seconds
-        return cls(as_json, quiet, verbose, seconds, deadline)
+        return cls(as_json, quiet, verbose, seconds, deadline, _daemon())
+
+    @property
+    def program(self) -> str:
+        """What a person types before a command that is done in the same way."""
+        if self.daemon is None:
+            return "qmpcommit"
+        if self.daemon == _default_daemon():
+            return "qmpcommit --daemon"
+        return f"qmpcommit --daemon={shlex.quote(self.daemon)}"
+
+
+def _daemon() -> str | None:
+    context = click.get_current_context(silent=True)
+    given = context.find_root().params.get("daemon") if context is not None else None
+    return given or _default_daemon() if given is not None else None
+
+
+def _default_daemon() -> str:
+    return os.environ.get("QMPCOMMIT_DAEMON") or DEFAULT_SOCKET
 
 
 _COMMON = (

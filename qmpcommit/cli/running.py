@@ -8,12 +8,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit import log
 from qmpcommit.cli.options import Answer, Interrupted, Options
 from qmpcommit.errors import DeadlineExceeded
 from qmpcommit.session import Session
+
+if TYPE_CHECKING:
+    from qmpcommit.client.vm import RemoteVM
 
 GREETING = 5.0
 """Seconds that a monitor gets to greet, where the deadline is not before."""
@@ -48,6 +52,14 @@ class Run:
         return Session.connect(
             qmp, timeout=GREETING if remaining is None else min(GREETING, remaining)
         )
+
+    def vm(self, name: str) -> AbstractAsyncContextManager[Session | RemoteVM]:
+        """The VM with its monitor at that address, or the one that the daemon calls so."""
+        if self.options.daemon is None:
+            return self.connect(name)
+        from qmpcommit.cli.remote import reach
+
+        return reach(self.options, name)
 
     def cancel(self) -> None:
         """End the command's coroutine."""

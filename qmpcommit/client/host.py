@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, urlencode
 
+from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.client.events import Events
 from qmpcommit.client.http import Lost, Reply, Wire
 from qmpcommit.client.problems import problem, transient
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from qmpcommit.client.vm import RemoteVM
     from qmpcommit.daemon.models import CommitView, VMView
 
-DEFAULT_SOCKET = "/run/qmpcommit/qmpcommitd.sock"
 PAUSE = (0.02, 0.5)
 """Seconds between two tries, at first and at most."""
 

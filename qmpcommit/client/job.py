@@ -118,7 +118,7 @@ class RemoteJob:
     async def decide(self, action: Literal["pivot", "keep", "abort"]) -> None:
         """Decide, and return when the daemon has taken it; raises as `pivot` does."""
         path = f"/v1/commits/{self.id}/decision"
-        reply = await self._client.ask("POST", path, {"action": action})
+        reply = await self._ask("POST", path, {"action": action})
         try:
             self._see(reply)
         except JobConflict:
@@ -147,21 +147,28 @@ class RemoteJob:
         path = f"/v1/commits/{self.id}"
         if hold:
             path += f"?wait={hold:g}" + ("" if phase is None else f"&phase={phase}")
+        try:
+            return self._see(await self._ask("GET", path, hold=hold))
+        except DaemonError as error:
+            if error.status != 503 or not hold:
+                raise
+            return self.view  # it is busy, and it is there
+
+    async def _ask(
+        self, method: str, path: str, body: dict[str, str] | None = None, *, hold: float = 0.0
+    ) -> Reply:
+        """As `Client.ask`, until `detach`."""
         if self._left:
             raise self._gone()
-        task = asyncio.create_task(self._client.ask("GET", path, hold=hold))
+        task = asyncio.create_task(self._client.ask(method, path, body, hold=hold))
         self._asking.add(task)
         try:
-            return self._see(await task)
+            return await task
         except asyncio.CancelledError:
             current = asyncio.current_task()
             if self._left and not (current is not None and current.cancelling()):
                 raise self._gone() from None
             raise
-        except DaemonError as error:
-            if error.status != 503 or not hold:
-                raise
-            return self.view  # it is busy, and it is there
         except DaemonLost as error:
             error.add(**self._where())
             raise

@@ -58,6 +58,11 @@ class RemoteVM:
         found = self._parse(await self.client.ask("GET", f"{self.path}/jobs"))
         return list(found)
 
+    async def recycles(self) -> list[dict[str, str]]:
+        """Overlays that an interrupted recycle left open, each with what to do ``next``."""
+        found = self._parse(await self.client.ask("GET", f"{self.path}/recycles"))
+        return list(found)
+
     async def job(self, name: str) -> RemoteJob:
         """The commit of this VM with that id or job id; raises `JobNotFound`.
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Image, absolute, read_image
-from qmpcommit.block.graph import read_graph
-from qmpcommit.commit.plan import Plan
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 
@@ -187,3 +187,19 @@ class FreshOverlay:
         for node in (self.node, self._file_node):
             with suppress(CommandRefused):  # not opened yet, or in use
                 await self._monitor.execute("blockdev-del", {"node-name": node})
+
+
+def interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
+    """Fresh overlays of ours that were opened and never laid: whoever did it was killed."""
+    found = []
+    for name in graph.nodes:
+        ours = name.startswith(JOB_PREFIX) and name.endswith("-top")
+        if ours and "backing" not in graph.nodes[name].children and not graph.parents.get(name):
+            file = graph.leaf(name).raw.get("file")
+            text = (
+                f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
+                " perhaps the guest paused: end its job (abort, or pivot), let the guest go on"
+                f" with 'cont', and close the overlay with 'blockdev-del {name}'"
+            )
+            found.append({"node": name, "overlay": str(file), "next": text})
+    return found

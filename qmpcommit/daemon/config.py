@@ -18,11 +18,11 @@ from pydantic import (
     model_validator,
 )
 
+from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.qmp.address import Address
 from qmpcommit.units import parse_seconds, parse_size
 
-DEFAULT_SOCKET = "/run/qmpcommit/qmpcommitd.sock"
 MAX_CONFIG = 1 << 20
 """Bytes; a configuration is not larger."""
 
