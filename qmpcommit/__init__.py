@@ -23,12 +23,13 @@ _HOMES = {
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.pending": "resolve_pending",
     "commit.plan": "Plan",
+    "commit.quiesce": "Quiet quiesced thaw",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
         " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
-        " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError VMGone"
-        " VMStateError"
+        " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError"
+        " QuiesceFailed VMGone VMStateError"
         " CommitNotFound DaemonError DaemonLost DaemonUnreachable KeyReused QueueFull VMNotFound"
     ),
     "offline_session": "offline",

@@ -28,6 +28,9 @@ from qmpcommit.commit.policy import Pivot as Pivot
 from qmpcommit.commit.policy import Policy as Policy
 from qmpcommit.commit.policy import Ready as Ready
 from qmpcommit.commit.policy import Recycle as Recycle
+from qmpcommit.commit.quiesce import Quiet as Quiet
+from qmpcommit.commit.quiesce import quiesced as quiesced
+from qmpcommit.commit.quiesce import thaw as thaw
 from qmpcommit.errors import ChainError as ChainError
 from qmpcommit.errors import CommandRefused as CommandRefused
 from qmpcommit.errors import CommitFailed as CommitFailed
@@ -53,6 +56,7 @@ from qmpcommit.errors import PolicyRequired as PolicyRequired
 from qmpcommit.errors import ProtocolViolation as ProtocolViolation
 from qmpcommit.errors import QmpCommitError as QmpCommitError
 from qmpcommit.errors import QueueFull as QueueFull
+from qmpcommit.errors import QuiesceFailed as QuiesceFailed
 from qmpcommit.errors import VMGone as VMGone
 from qmpcommit.errors import VMNotFound as VMNotFound
 from qmpcommit.errors import VMStateError as VMStateError

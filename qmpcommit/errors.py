@@ -124,6 +124,20 @@ class NotReady(QmpCommitError):
     """A pivot or keep was asked before READY; the job goes on unharmed."""
 
 
+class QuiesceFailed(QmpCommitError):
+    """The guest could not be quiesced, or, where `frozen` is True, perhaps not thawed again.
+
+    `how` is "agent" or "pause", `agent` the guest agent's socket, `desc` the agent's own text.
+    """
+
+    FACTS = ("vm", "disk", "job_id", "how", "agent", "command", "desc", "frozen")
+    how: str | None
+    agent: str | None
+    command: str | None
+    desc: str | None
+    frozen: bool | None
+
+
 class JobNotFound(QmpCommitError):
     """QEMU has no block job with that id."""
 

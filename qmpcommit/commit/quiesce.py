@@ -1,0 +1,323 @@
+"""A guest that holds still for a moment, and always goes on.
+
+"agent" has QEMU's guest agent flush and freeze the guest's file systems, so that a disk is
+consistent for what runs in the guest; "pause" stops the vCPUs, so that several disks stand still
+at one instant; without either a disk is what a power cut would leave.
+
+Rests on ``guest-fsfreeze-freeze`` and ``guest-fsfreeze-thaw`` of the agent, and on
+``query-status``, ``stop`` and ``cont`` of QMP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from qmpcommit.errors import (
+    CommandRefused,
+    DeadlineExceeded,
+    InvalidRequest,
+    QmpCommitError,
+    QuiesceFailed,
+    VMGone,
+)
+from qmpcommit.qmp.agent import Agent
+from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.units import parse_seconds
+
+if TYPE_CHECKING:
+    from qmpcommit.qmp.monitor import Monitor
+
+How = Literal["agent", "pause"]
+
+NOTE_LIMIT = 1.0
+"""Seconds that a thaw waits for its note: a guest does not stay frozen for a slow journal."""
+
+THAW_PATIENCE = 30.0
+"""Seconds for which a thaw is tried again."""
+
+
+class Notes(Protocol):
+    """Where the steps are written down before they are taken; a commit's `Ledger` is one."""
+
+    async def note(self, step: str, **facts: Any) -> None:
+        """``freeze`` or ``thaw`` is about to be sent, with the facts ``how`` and ``agent``."""
+
+
+@dataclass
+class Quiet:
+    """What was quiesced: `held` if anything was, `file_systems` how many the agent froze.
+
+    `seconds` is for how long, from sending the freeze to the answer to the thaw; None before.
+    """
+
+    how: How | None
+    held: bool = False
+    file_systems: int | None = None
+    seconds: float | None = None
+
+
+@asynccontextmanager
+async def quiesced(
+    vm: Monitor,
+    how: How | None,
+    *,
+    agent: str | os.PathLike[str] | None = None,
+    limit: float = 10.0,
+    ledger: Notes | None = None,
+) -> AsyncIterator[Quiet]:
+    """Quiesce the guest of `vm` (a `Session`) for the body, for `limit` seconds at most.
+
+    With "agent" the guest's file systems are frozen through the agent's socket `agent`; with
+    "pause" its vCPUs are stopped, if they run; with None nothing is done. The guest goes on when
+    the body ends, however it ends. A body that is not done after `limit` seconds is cancelled
+    and ends in `DeadlineExceeded`, and the guest goes on then, even if the body does not heed
+    that. `ledger` notes each step before it is taken, so that `thaw` can follow in another
+    process.
+
+    Freeze before a disk is held PENDING, never after: a freeze flushes, and a held disk does not.
+
+    Raises `QuiesceFailed` where the guest can't be quiesced (nobody answers, the agent refuses,
+    its file systems are frozen already), then with nothing left frozen; or where it can't be
+    thawed, which it says. `InvalidRequest` for "agent" without a socket.
+    """
+    if how not in ("agent", "pause", None):
+        raise InvalidRequest(f'a guest is quiesced by "agent", "pause" or None, not {how!r}')
+    if how == "agent" and agent is None:
+        raise InvalidRequest(
+            'how="agent" needs the socket of the guest agent (agent="/run/vms/web1/agent.sock")'
+        )
+    limit = parse_seconds(limit, "limit")
+    quiet = Quiet(how)
+    if how is None:
+        yield quiet
+        return
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    hold = _Hold(vm, quiet, how, None if agent is None else os.fspath(agent), ledger)
+    ends = asyncio.get_running_loop().time() + limit
+    try:
+        await hold.freeze(limit)
+    except BaseException as error:
+        await hold.release(error)
+        raise
+    watch = asyncio.create_task(hold.expire(task, ends), name=f"end of a freeze of {vm.name}")
+    try:
+        try:
+            yield quiet
+        except BaseException as error:
+            await hold.release(error, watch)
+            raise
+        await hold.release(None, watch)
+    except asyncio.CancelledError as error:
+        if not hold.expired or task.uncancel() > before:
+            raise
+        raise hold.too_long(limit) from error
+    except BaseException:
+        if hold.expired:
+            task.uncancel()
+        raise
+    if hold.expired:
+        task.uncancel()
+        raise hold.too_long(limit)
+
+
+async def thaw(
+    vm: Monitor,
+    how: How,
+    agent: str | os.PathLike[str] | None = None,
+    *,
+    patience: float = THAW_PATIENCE,
+) -> None:
+    """Let a guest go on that was quiesced so, whoever did it; safe to repeat.
+
+    With "agent" it is tried over new connections until the agent says that nothing is frozen,
+    for `patience` seconds. With "pause" a guest that is paused is continued; one that stands
+    still for another reason (an I/O error, a migration) is not touched. Raises `VMGone` where
+    QEMU has ended, and `QuiesceFailed` where the guest may still be frozen.
+    """
+    if how == "agent" and agent is None:
+        raise InvalidRequest("the socket of the guest agent is needed to thaw the guest")
+    loop = asyncio.get_running_loop()
+    end = loop.time() + patience
+    pause = 0.05
+    while True:
+        try:
+            async with asyncio.timeout_at(max(end, loop.time() + 1.0)):
+                await _thaw_once(vm, how, agent)
+            return
+        except VMGone:
+            raise
+        except (QmpCommitError, TimeoutError) as error:
+            await _ask_whether_gone(vm)
+            if loop.time() >= end:
+                raise _still_frozen(vm, how, agent, error) from error
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 1.0)
+
+
+async def _thaw_once(vm: Monitor, how: How, agent: str | os.PathLike[str] | None) -> None:
+    if how == "pause":
+        if (await vm.execute("query-status")).get("status") == "paused":
+            await vm.execute("cont")
+        return
+    assert agent is not None
+    async with Agent(agent, vm=vm.name) as client:
+        await client.thaw()
+        if await client.status() != "thawed":
+            raise QuiesceFailed(f"the guest of {vm.name} says it is still frozen", vm=vm.name)
+
+
+async def _ask_whether_gone(vm: Monitor) -> None:
+    """Raise `VMGone` where there is no guest any more."""
+    try:
+        async with asyncio.timeout(5.0):
+            await vm.execute("query-status")
+    except VMGone:
+        raise
+    except (QmpCommitError, TimeoutError):
+        pass  # not known; the guest may be there, and frozen
+
+
+def _still_frozen(
+    vm: Monitor, how: How, agent: str | os.PathLike[str] | None, error: BaseException
+) -> QuiesceFailed:
+    if how == "agent":
+        what = (
+            f"the file systems of {vm.name}'s guest may still be frozen, so that its writes hang;"
+            f" send guest-fsfreeze-thaw to the guest agent at {agent}, or reset the VM"
+        )
+    else:
+        what = f"{vm.name} may still be paused; send cont to its monitor"
+    return QuiesceFailed(
+        f"{what}. The disks are not at risk. Last error: {error or type(error).__name__}",
+        vm=vm.name,
+        how=how,
+        agent=None if agent is None else os.fspath(agent),
+        frozen=True,
+    )
+
+
+class _Hold:
+    """One guest that is held still; whoever releases it first does."""
+
+    def __init__(
+        self, vm: Monitor, quiet: Quiet, how: How, agent: str | None, ledger: Notes | None
+    ) -> None:
+        self._vm, self._quiet, self._how = vm, quiet, how
+        self._agent, self._ledger = agent, ledger
+        self._since: float | None = None  # may be frozen since then
+        self.expired = False
+        self.failure: QmpCommitError | None = None
+
+    async def freeze(self, limit: float) -> None:
+        try:
+            async with asyncio.timeout(limit):
+                await (self._freeze(limit) if self._how == "agent" else self._pause())
+        except QuiesceFailed as error:
+            error.add(vm=self._vm.name, how=self._how)
+            raise
+        except TimeoutError as error:
+            if isinstance(error, QmpCommitError):
+                raise
+            raise QuiesceFailed(
+                f"the guest of {self._vm.name} was not quiesced within {limit:g} s; it goes on",
+                vm=self._vm.name,
+                how=self._how,
+                agent=self._agent,
+            ) from error
+
+    async def _freeze(self, limit: float) -> None:
+        assert self._agent is not None
+        async with Agent(self._agent, vm=self._vm.name) as client:
+            if await client.status() != "thawed":
+                raise QuiesceFailed(
+                    f"the file systems of {self._vm.name}'s guest are frozen already, by somebody"
+                    " else or by a run that was killed. Nothing was done; wait for it, or send"
+                    f" guest-fsfreeze-thaw to the guest agent at {self._agent}",
+                    agent=self._agent,
+                )
+            await self._begin()
+            self._quiet.file_systems = await client.freeze(timeout=limit)
+            self._quiet.held = True
+
+    async def _pause(self) -> None:
+        try:
+            if not (await self._vm.execute("query-status")).get("running"):
+                return
+        except CommandRefused:
+            return  # a storage daemon runs no guest
+        await self._begin()
+        await self._vm.execute("stop")
+        self._quiet.held = True
+
+    async def _begin(self) -> None:
+        """From here on something may be frozen."""
+        if self._ledger is not None:
+            await self._ledger.note("freeze", how=self._how, agent=self._agent)
+        self._since = asyncio.get_running_loop().time()
+
+    async def expire(self, task: asyncio.Task[Any], ends: float) -> None:
+        """At that time cancel the body and thaw, in this order and without waiting for it."""
+        await asyncio.sleep(max(0.0, ends - asyncio.get_running_loop().time()))
+        self.expired = True
+        task.cancel()
+        await self._thaw()
+
+    async def release(
+        self, error: BaseException | None, watch: asyncio.Task[None] | None = None
+    ) -> None:
+        """Thaw, unless that is done; what ended the body stays the news where it was cancelled."""
+        try:
+            await to_the_end(self._release(watch))
+        except QmpCommitError as failed:
+            if not isinstance(error, asyncio.CancelledError) or self.expired:
+                raise
+            error.add_note(failed.message)
+
+    async def _release(self, watch: asyncio.Task[None] | None) -> None:
+        if watch is not None and self.expired:
+            await watch
+            return
+        if watch is not None:
+            await stop(watch)
+        await self._thaw()
+
+    async def _thaw(self) -> None:
+        since = self._since
+        if since is None:
+            return
+        await self._note_thaw()
+        try:
+            await thaw(self._vm, self._how, self._agent)
+        except VMGone:
+            self._vm.log.info("quiesced_vm_gone", how=self._how)
+        except QmpCommitError as error:
+            self._vm.log.warning("thaw_failed", how=self._how, error=error.message)
+            self.failure = error
+            raise
+        self._since = None
+        self._quiet.seconds = asyncio.get_running_loop().time() - since
+
+    async def _note_thaw(self) -> None:
+        if self._ledger is None:
+            return
+        try:
+            async with asyncio.timeout(NOTE_LIMIT):
+                await self._ledger.note("thaw", how=self._how, agent=self._agent)
+        except Exception as error:  # a guest does not stay frozen because a disk is full
+            self._vm.log.warning("thaw_not_noted", error=str(error))
+
+    def too_long(self, limit: float) -> QmpCommitError:
+        """What the body's end after the limit is: a thaw that failed is the worse news."""
+        return self.failure or DeadlineExceeded(
+            f"the guest of {self._vm.name} was quiesced for {limit:g} s, its limit, and goes on"
+            " again; what was to be done meanwhile was cancelled. Repeat it with a larger limit,"
+            " or do less while the guest stands still",
+            vm=self._vm.name,
+        )

@@ -1,0 +1,190 @@
+"""Pausing a real machine for a moment: it always goes on, however the moment ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.images import make_chain
+from tests.ground.machines import Machine, machine, storage_daemon
+
+
+async def runs(qemu: Machine) -> bool:
+    return bool((await qemu.execute("query-status"))["running"])
+
+
+class Notebook:
+    """Remembers what was noted, and whether the machine ran then."""
+
+    def __init__(self, qemu: Machine) -> None:
+        self.notes: list[tuple[str, dict[str, Any], bool]] = []
+        self._qemu = qemu
+
+    async def note(self, step: str, **facts: Any) -> None:
+        self.notes.append((step, facts, await runs(self._qemu)))
+
+
+async def test_the_vcpus_stand_still_for_the_body_and_each_step_is_noted_before(
+    folder: Path,
+) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        notes = Notebook(qemu)
+        async with qc.quiesced(vm, "pause", ledger=notes) as quiet:
+            assert not await runs(qemu)
+            assert quiet.held
+            assert quiet.seconds is None
+        assert await runs(qemu)
+        assert quiet.seconds is not None
+        assert quiet.seconds > 0
+        facts = {"how": "pause", "agent": None}
+        assert notes.notes == [("freeze", facts, True), ("thaw", facts, False)]
+
+
+async def test_a_guest_that_was_paused_before_stays_so(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with qc.quiesced(vm, "pause") as quiet:
+            assert not quiet.held
+        assert not await runs(qemu)
+
+
+async def test_a_storage_daemon_has_nothing_to_pause(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with qc.quiesced(vm, "pause") as quiet:
+            assert not quiet.held
+        assert quiet.seconds is None
+
+
+async def test_a_body_that_raises_leaves_the_guest_running(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        with pytest.raises(ZeroDivisionError):
+            async with qc.quiesced(vm, "pause"):
+                raise ZeroDivisionError
+        assert await runs(qemu)
+
+
+async def test_a_body_that_takes_too_long_is_cancelled_and_told(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        with pytest.raises(qc.DeadlineExceeded, match=r"0\.2 s"):
+            async with qc.quiesced(vm, "pause", limit=0.2) as quiet:
+                await asyncio.Event().wait()
+        assert await runs(qemu)
+        assert quiet.seconds is not None
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+
+async def test_the_guest_goes_on_at_the_limit_even_if_the_body_does_not_heed_it(
+    folder: Path,
+) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+
+        async def heedless() -> None:
+            async with qc.quiesced(vm, "pause", limit=0.2):
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    async with asyncio.timeout(20):
+                        async for _ in resumed.raw():
+                            break
+                assert await runs(qemu)
+
+        with vm.events("RESUME") as resumed, pytest.raises(qc.DeadlineExceeded):
+            await heedless()
+
+
+async def test_cancelled_before_or_after_any_command_the_guest_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        execute = vm.execute
+        left = -1
+
+        def pass_by() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                task.cancel()
+
+        async def counted(command: str, *given: Any) -> Any:
+            pass_by()
+            try:
+                return await execute(command, *given)
+            finally:
+                pass_by()
+
+        async def work() -> None:
+            async with qc.quiesced(vm, "pause"):
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(vm, "execute", counted)
+        for point in itertools.count(1):
+            left = point
+            task = asyncio.create_task(work())
+            await asyncio.wait({task})
+            assert await runs(qemu), f"paused for ever when cancelled at point {point}"
+            if not task.cancelled():
+                task.result()
+                break
+        assert point == 9  # query-status, stop, query-status, cont: before and after each
+
+
+async def test_what_a_killed_process_left_paused_is_thawed_and_that_can_be_repeated(
+    folder: Path,
+) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        await qemu.execute("stop")
+        for _ in range(2):
+            await qc.thaw(vm, "pause")
+            assert await runs(qemu)
+
+
+async def test_the_end_of_the_vm_meanwhile_is_the_bodys_to_tell(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        async with qc.quiesced(vm, "pause"):
+            qemu.signal(signal.SIGKILL)
+            await qemu.ended()
+
+
+async def test_a_note_that_fails_prevents_the_freeze_but_not_the_thaw(folder: Path) -> None:
+    class Full:
+        def __init__(self, last: str) -> None:
+            self.last = last
+
+        async def note(self, step: str, **facts: Any) -> None:
+            if step == self.last:
+                raise OSError("no space left on device")
+
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+        async with qc.quiesced(vm, "pause", ledger=Full("thaw")):
+            assert not await runs(qemu)
+        assert await runs(qemu)
+        with pytest.raises(OSError, match="no space"):
+            async with qc.quiesced(vm, "pause", ledger=Full("freeze")):
+                raise AssertionError("not frozen, and begun nevertheless")
+        assert await runs(qemu)
+
+
+async def test_what_has_no_meaning_is_refused(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        for how, options in (("agent", {}), ("freeze", {}), ("pause", {"limit": -1})):
+            with pytest.raises(qc.InvalidRequest):
+                async with qc.quiesced(vm, how, **options):  # type: ignore[arg-type]
+                    pass
+        async with qc.quiesced(vm, None, limit=1) as quiet:
+            assert not quiet.held
