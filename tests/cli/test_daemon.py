@@ -256,6 +256,28 @@ async def test_the_deadline_is_the_daemons_too(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_a_deadline_in_the_queue(folder: Path) -> None:
+    chain = make_chain(folder)
+    other = folder / "other"
+    other.mkdir()
+    second = make_chain(other)
+    config = f'[limits]\ncommits = 1\n[[vm]]\nname = "web2"\nqmp = "{other}/qmp"\n'
+    async with storage_daemon(other, second), host_of(folder, chain, config) as (d, _):
+        await d.connected("web2")
+        first = await d.commit("web1", disk="top", policy={"kind": "hold"})
+        words = ("commit", "web2", "top", "--pivot", "--json", "--timeout", "1")
+        said = await run(through(d), *words)
+        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        assert "Nothing was sent" in said.error["message"]
+        (queued,) = (await d.get("/v1/commits?vm=web2")).json
+        assert queued["state"] == "cancelled"
+        await d.post(f"/v1/commits/{first}/decision", {"action": "abort"})
+        assert (await d.end_of(first))["outcome"]["action"] == "abort"
+    assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(second.base, second.pictures[0])
+    assert_disk(second.top, second.pictures[-1])
+
+
 async def test_a_daemon_that_is_restarted_meanwhile(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with host_of(folder, chain) as (d, qemu):
@@ -298,6 +320,7 @@ async def test_the_bar_on_a_terminal(folder: Path) -> None:
 WRONG = {
     "offline": ["--daemon", "commit", "--offline", "/x.qcow2", "--pivot"],
     "demo": ["--daemon", "demo"],
+    "several disks": ["--daemon", "commit", "web1", "vda", "vdb", "--pivot"],
     "the daemon itself": ["--daemon", "daemon", "--config", "/x"],
     "a bad address": ["--daemon=tcp:nowhere", "chain", "web1"],
     "an empty address": ["--daemon", "tcp:", "chain", "web1"],

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.client.events import Message, Parser
+from tests.cli.command import ENVIRONMENT, ROOT, end
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, storage_daemon
@@ -502,6 +504,33 @@ async def test_what_is_no_daemon(folder: Path) -> None:
         os.chmod(path, 0)
         with pytest.raises(qc.DaemonUnreachable, match="group"):
             await qc.Client(path).open()
+
+
+# -- the example -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["its own", "one that it finds"])
+async def test_the_example(found: bool, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, _, host):
+        if found:
+            job = await host.vm("web1").commit("top", policy=qc.Hold())
+            await job.ready()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(ROOT / "examples" / "daemon_client.py")),
+            *(d.socket, "web1", "top", "keep" if found else "pivot"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
+        said = await end(process)
+        assert (said.status, said.err) == (0, "")
+        assert "top of web1 is READY" in said.out
+        assert ": done finished" in said.out
+        assert f"now writes to {chain.top if found else chain.base}" in said.out
+        (job,) = await host.commits()
+        assert (await job.wait()).action == ("keep" if found else "pivot")
+    assert_disk(chain.base, chain.pictures[-1])
 
 
 # -- without a daemon ------------------------------------------------------------------------------
