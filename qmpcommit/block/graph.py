@@ -155,7 +155,9 @@ async def _nodes(monitor: Monitor) -> Any:
 async def _optional(monitor: Monitor, command: str, otherwise: Any) -> Any:
     try:
         return await monitor.execute(command)
-    except CommandRefused:
+    except CommandRefused as error:
+        if error.error_class != "CommandNotFound":
+            raise  # half a graph would be taken for the whole
         return otherwise
 
 

@@ -8,6 +8,7 @@ the machine waits for; losing the monitor is raised, for the driver to tell.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import Image
@@ -17,7 +18,7 @@ from qmpcommit.commit.facts import Fact
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.errors import CommandRefused, CommitFailed, DeadlineExceeded
+from qmpcommit.errors import CommandRefused, CommitFailed, DeadlineExceeded, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 
 HOLD_LIMIT = 2.0
@@ -104,6 +105,12 @@ class Care:
         if self._overlay is not None:
             await self._overlay.thaw()
         return facts.News.THAWED
+
+    async def undo(self) -> None:
+        """The fresh overlay is not used: nothing is left of it, as far as QEMU can be asked."""
+        if self._overlay is not None:
+            with suppress(QmpCommitError):
+                await self._overlay.undo()
 
     async def fresh(self) -> Image | None:
         """The fresh overlay as QEMU has it; None where there is none."""

@@ -30,7 +30,11 @@ from qmpcommit.tasks import stop, to_the_end
 HEARTBEAT = 10.0
 """Seconds of silence after which QEMU is asked about the job."""
 
+RETRY = 0.25
+"""The same, after QEMU has refused what it was asked."""
+
 _FOREVER_REFUSED = {"CommandNotFound"}
+_NO_UNDOING = (phases.Verdict.RECYCLED, phases.Verdict.VM_GONE, phases.Verdict.MONITOR_LOST)
 
 
 class Resumed(NamedTuple):
@@ -102,6 +106,7 @@ class Driver:
         self._policy_error: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
+        self._refused = 0
 
     def _take_up(self, resumed: Resumed) -> None:
         """Go on where a former process stopped."""
@@ -141,7 +146,7 @@ class Driver:
                     self.tell(facts.News.LINK_LOST)
                 await self._drive()
                 await self._conclude()
-        except asyncio.CancelledError:
+        except BaseException:
             await to_the_end(self._let_go())
             raise
         finally:
@@ -188,7 +193,7 @@ class Driver:
 
     async def _next_fact(self) -> Fact:
         try:
-            async with asyncio.timeout(HEARTBEAT):
+            async with asyncio.timeout(min(RETRY, HEARTBEAT) if self._refused else HEARTBEAT):
                 return await self._facts.get()
         except TimeoutError:
             return facts.News.TICK
@@ -272,10 +277,19 @@ class Driver:
             self.log.info("accepted", command=command.value)
 
     async def _try(self, asking: Awaitable[Fact], lost: Fact | None = None) -> None:
-        """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another."""
+        """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another.
+
+        What it refuses is asked again with the next tick, and raises when that does not help.
+        """
         try:
             self.tell(await asking)
+            self._refused = 0
             return
+        except CommandRefused as error:
+            self._refused += 1
+            self.log.warning("refused", command=error.command, desc=error.desc)
+            if self._refused > phases.MAX_TRIES:
+                raise
         except DeadlineExceeded:
             self._unanswered(None)
         except (MonitorLost, VMGone) as error:
@@ -411,6 +425,8 @@ class Driver:
 
     async def _conclude(self) -> None:
         state, plan = self.state, self.plan
+        if state.verdict not in _NO_UNDOING:
+            await self._care.undo()
         error = report.error_of(plan, state, self.timeout, self._lost, self._policy_error)
         if error is not None:
             self.error = error

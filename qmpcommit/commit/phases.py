@@ -56,6 +56,9 @@ from qmpcommit.commit.facts import (
 MAX_TRIES = 20
 """How often a decision is repeated that QEMU refuses although the job is READY."""
 
+MAX_REFUSALS = 3
+"""How often a dismissal is repeated that QEMU refuses although it lists the job."""
+
 
 ORDERS = {
     Choice.PIVOT: Command.PIVOT,
@@ -113,7 +116,7 @@ class State(NamedTuple):
     paused by us, `overlaid` whether the fresh overlay was tried, `taken_up` whether another
     process began it, so that even a job never seen may have begun and ended. `undoes` tells that
     an adopted job that is PENDING already is cancelled, and not finalized. `meets` tells that
-    others are waited for in PENDING, whatever was decided.
+    others are waited for in PENDING, whatever was decided. `refusals` counts refused dismissals.
     """
 
     two_phase: bool
@@ -148,6 +151,7 @@ class State(NamedTuple):
     taken_up: bool = False
     undoes: bool = False
     meets: bool = False
+    refusals: int = 0
 
     @property
     def keeps(self) -> bool:
@@ -424,13 +428,21 @@ def _refused(state: State, command: Command, error: str, final: bool) -> Step:
     if command is Command.START:
         return _finish(state._replace(verdict=Verdict.REFUSED, error=error))
     if command is Command.DISMISS:
-        return _finish(state)  # somebody else dismissed it
+        return _undismissed(state, error)
     if state.decision is None or command is not ORDERS[state.decision] or not state.running:
         return state, []  # RESUME and FINALIZE: the state has passed already
     state = state._replace(in_flight=False)
     if final:
         return _give_up(state, error)
     return state._replace(refusal=error), [Duty.ASK]
+
+
+def _undismissed(state: State, error: str) -> Step:
+    """Somebody else was first, or QEMU keeps the job, whose id nobody can use meanwhile."""
+    if state.refusals < MAX_REFUSALS:
+        return state._replace(refusals=state.refusals + 1), [Duty.ASK]
+    remark = f"QEMU refused to dismiss the concluded job, and lists it still: {error}"
+    return _finish(state._replace(trail=(*state.trail, remark)))
 
 
 def _seen(state: State, job: JobSeen) -> Step:

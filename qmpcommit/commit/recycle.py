@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from qmpcommit.qmp.subscriptions import EventStream
 
 
+PATIENCE = 0.5
+"""Seconds of silence after which QEMU is asked about the creation of the overlay."""
+
+
 class FreshOverlay:
     """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
 
@@ -47,13 +51,13 @@ class FreshOverlay:
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{plan.job_id}-file"
         self._stopped_at: float | None = None
-        self._tried = False
+        self._begun = self._tried = False
         self._ledger = ledger
         self._stop_noted = False
 
     def restore(self, *, stopped: bool) -> None:
         """Take up what a former process did; it paused the guest if `stopped`."""
-        self._tried = self._stop_noted = True
+        self._begun = self._tried = self._stop_noted = True
         if stopped:
             self._stopped_at = asyncio.get_running_loop().time()
 
@@ -73,11 +77,7 @@ class FreshOverlay:
                 await asyncio.to_thread(os.unlink, path)
         elif await asyncio.to_thread(os.path.lexists, path):
             raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
-        try:
-            await self._open()
-        except BaseException:
-            await self._discard()
-            raise
+        await self._open()
         if await self._guest_runs():
             if self._ledger is not None:
                 await self._ledger.note("stop")
@@ -112,6 +112,22 @@ class FreshOverlay:
             self.paused = asyncio.get_running_loop().time() - self._stopped_at
             self._stopped_at = None
 
+    async def undo(self) -> None:
+        """It was not laid over the base: close it, and unlink what was made of it here."""
+        if not self._begun:
+            return
+        for what in ("file", "qcow2"):
+            await self._forget(what)
+        await self._discard()
+        path = os.path.join(self._cwd or os.getcwd(), self.filename)
+        nodes = (await read_graph(self._monitor)).nodes
+        opened = {str(node.raw.get("file")) for node in nodes.values()}
+        if nodes.keys() & {self.node, self._file_node} or opened & {path, self.filename}:
+            return  # somebody uses it after all
+        if self._monitor.peer_pid is not None:  # QEMU runs on this host
+            with suppress(OSError):
+                await asyncio.to_thread(os.unlink, path)
+
     async def image(self) -> Image:
         """The overlay as QEMU has it."""
         return read_image(await read_graph(self._monitor), self.node)
@@ -127,6 +143,7 @@ class FreshOverlay:
         top = self._plan.top
         size = max(base.virtual_size or 0, top.virtual_size or 0)
         created = {"driver": "file", "filename": self.filename, "size": 0}
+        self._begun = True
         await self._create("file", created)
         node = {"driver": "file", "filename": self.filename, "node-name": self._file_node}
         await self._monitor.execute("blockdev-add", node)
@@ -178,10 +195,24 @@ class FreshOverlay:
         return next((entry for entry in jobs if entry.get("id") == job), None)
 
     async def _concluded(self, job: str, changes: EventStream) -> None:
-        async with asyncio.timeout(self._monitor.command_timeout):
-            async for change in changes.raw():
-                if (change.get("id"), change.get("status")) == (job, "concluded"):
-                    return
+        """Wait for its end; an event that does not come is asked for."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._monitor.command_timeout):
+                while not await self._is_over(job, changes):
+                    pass
+                return
+        raise CommitFailed(
+            f"QEMU did not create {self.filename} within {self._monitor.command_timeout:g} s"
+        )
+
+    async def _is_over(self, job: str, changes: EventStream) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                async for change in changes.raw():
+                    if (change.get("id"), change.get("status")) == (job, "concluded"):
+                        return True
+        found = await self._job(job)
+        return found is None or found.get("status") == "concluded"
 
     async def _discard(self) -> None:
         for node in (self.node, self._file_node):

@@ -483,6 +483,25 @@ def test_a_dismissal_that_was_lost_is_repeated_only_while_the_job_is_listed() ->
     assert state.finished
 
 
+def test_a_refused_dismissal_is_repeated_while_the_job_is_listed() -> None:
+    facts = (Accepted(Command.PIVOT), *COMPLETED, concluded(), GraphRead(Where.BASE))
+    refused = Refused(Command.DISMISS, "not now")
+    state, actions = ready(Choice.PIVOT, *facts, refused, Answered(None))
+    assert actions.count(DISMISS) == 1
+    assert state.finished
+    assert not state.trail
+    state, actions = ready(Choice.PIVOT, *facts)
+    for _ in range(phases.MAX_REFUSALS):
+        state, more = phases.step(state, refused)
+        assert more == [Duty.ASK]
+        state, more = phases.step(state, concluded())
+        assert more == [DISMISS]
+    state, _ = phases.step(state, refused)
+    assert state.finished
+    assert state.verdict is Verdict.PIVOTED
+    assert "not now" in state.trail[-1]
+
+
 def test_the_graph_is_read_again_after_the_link_was_lost() -> None:
     facts = (Accepted(Command.PIVOT), *COMPLETED, concluded(), News.LINK_LOST, LinkBack(True))
     for answer in (concluded(), Answered(None)):

@@ -1,0 +1,371 @@
+"""A fault at every message of a commit, on real QEMUs: it ends, and what it says is true.
+
+A rehearsal counts the messages between session and monitor; then, for each message and each fault
+that can happen to it, the commit runs once with that one fault. Whatever it says at the end is
+compared with what QEMU says over another monitor, and with the disks, byte for byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.faults import FAULTS, Boundary, Fault, Struck, matrix
+from tests.ground.images import MIB, Chain, Picture, Write, create, read, write
+from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.nbd import Nbd
+from tests.ground.proxy import proxy
+
+AT_ONCE = 6
+LIMIT = 60.0
+"""Seconds by which each commit has ended; a generous multiple of what any of them needs."""
+
+SIZE = 4 * MIB
+AREA = range(2 * MIB, 2 * MIB + 16 * 4096)
+"""Where the guest writes while the commit runs."""
+
+
+class Guest:
+    """Writes and flushes one block after another; knows which were acknowledged."""
+
+    def __init__(self, nbd: Nbd, picture: Picture) -> None:
+        self.picture = picture
+        self.unsure: tuple[int, bytes] | None = None
+        self._nbd = nbd
+        self._count = 0
+        self._stop = False
+        self._wrote = asyncio.Event()
+        self._task = asyncio.create_task(self._write())
+
+    async def goes_on(self) -> None:
+        """It can write."""
+        for _ in range(2):
+            self._wrote.clear()
+            await self._wrote.wait()
+
+    async def end(self) -> None:
+        """It writes no more."""
+        self._stop = True
+        await self._task
+        await self._nbd.close()
+
+    async def _write(self) -> None:
+        with suppress(ConnectionError):
+            while not self._stop:
+                self._count += 1
+                offset = AREA.start + self._count % 16 * 4096
+                data = self._count.to_bytes(8, "big") * 512
+                self.unsure = (offset, data)
+                await self._nbd.write(offset, data)
+                await self._nbd.flush()
+                self.picture.write(offset, data)
+                self.unsure = None
+                self._wrote.set()
+                await asyncio.sleep(0.002)  # a guest that leaves time to others
+
+    def pictures(self) -> list[bytes]:
+        """What the disk may show: a write that was not acknowledged may be there or not."""
+        found = [bytes(self.picture.data)]
+        if self.unsure is not None:
+            with_it = self.picture.copy()
+            with_it.write(*self.unsure)
+            found.append(bytes(with_it.data))
+        return found
+
+
+ALL = tuple(fault.name for fault in FAULTS)
+
+
+@dataclass
+class Scene:
+    """What is committed, on what."""
+
+    name: str
+    policy: Any
+    options: dict[str, Any] = field(default_factory=dict)
+    disk: str = "top"
+    guest: bool = True
+    bitmap: bool = False
+    faults: tuple[str, ...] = ("cut before", "drop", "refuse", "kill")
+
+    @asynccontextmanager
+    async def qemu(self, folder: Path, chain: Chain) -> AsyncIterator[Machine]:
+        """The QEMU that it runs on."""
+        if self.guest:
+            async with storage_daemon(folder, chain) as made:
+                yield made
+        else:
+            async with machine(folder, chain, running=True) as made:
+                yield made
+
+
+SCENES = (
+    Scene("pivot and delete", qc.Pivot(), {"delete": True}, faults=ALL),
+    Scene("keep", qc.Keep(), faults=ALL),
+    Scene("pivot with a bitmap", qc.Pivot(), bitmap=True),
+    Scene("recycle", qc.Recycle("fresh.qcow2"), disk="vda", guest=False),
+)
+
+
+def template(folder: Path) -> Chain:
+    """A chain whose names are relative, so that it can be copied."""
+    files = [folder / "base.qcow2", folder / "top.qcow2"]
+    create(files[0], SIZE)
+    create(files[1], SIZE, backing="base.qcow2")
+    layers = ((Write(0, MIB, 0x11),), (Write(MIB // 2, MIB, 0x22), Write(3 * MIB, 65536, 0x23)))
+    picture = Picture(SIZE)
+    chain = Chain(files, [])
+    for path, writes in zip(files, layers, strict=True):
+        write(path, writes)
+        for each in writes:
+            picture.fill(each.offset, each.length, each.pattern)
+        chain.pictures.append(picture.copy())
+    return chain
+
+
+@dataclass
+class Run:
+    """One commit with one fault (or none), and what came of it."""
+
+    scene: Scene
+    folder: Path
+    chain: Chain
+    boundary: Boundary | None = None
+    fault: Fault | None = None
+    outcome: qc.CommitOutcome | None = None
+    error: qc.QmpCommitError | None = None
+    struck: bool = False
+    killed: bool = False
+    in_time: bool = False
+    seen: list[Boundary] = field(default_factory=list)
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    active: str = ""
+    nodes: set[str] = field(default_factory=set)
+    bitmaps: set[str] = field(default_factory=set)
+    paused: bool = False
+    guest: Guest | None = None
+    found: list[str] = field(default_factory=list)
+
+    @property
+    def end(self) -> str:
+        """In one word."""
+        if self.outcome is not None:
+            return self.outcome.action
+        return type(self.error).__name__
+
+    async def run(self, processes: dict[str, int]) -> None:
+        """Commit, and read QEMU back."""
+        scene, chain = self.scene, self.chain
+        async with scene.qemu(self.folder, chain) as qemu, proxy(self.folder, qemu.qmp) as between:
+            processes[between.path] = qemu.pid
+            if scene.bitmap:
+                await qemu.execute("block-dirty-bitmap-add", node="top", name="b", persistent=True)
+            if scene.guest:
+                self.guest = Guest(await Nbd.connect(qemu.nbd, "top"), chain.pictures[-1])
+                await self.guest.goes_on()
+            struck = Struck(between, qemu, self.boundary, self.fault)
+            over = False
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LIMIT):
+                        await self._commit(struck)
+                        self.in_time = True
+                over = True
+            finally:
+                self.struck, self.killed, self.seen = struck.struck, struck.killed, struck.seen
+                await struck.end()
+                if self.guest is not None and (self.killed or not over):
+                    await self.guest.end()
+            if not self.killed:
+                await self._read_back(qemu)
+
+    async def _commit(self, struck: Struck) -> None:
+        session = qc.Session.connect(
+            struck.between.path, timeout=1, command_timeout=1, patience=LIMIT / 2
+        )
+        async with session as vm:
+            struck.begin()
+            try:
+                job = await vm.commit(
+                    self.scene.disk, policy=self.scene.policy, **self.scene.options
+                )
+                self.outcome = await job.wait()
+            except qc.QmpCommitError as error:
+                self.error = error
+
+    async def _read_back(self, qemu: Machine) -> None:
+        """What QEMU says to somebody else."""
+        async with asyncio.timeout(LIMIT), qc.Session.connect(qemu.qmp2) as vm:
+            self.jobs = await vm.execute("query-jobs")
+            disk = await vm.disk(self.scene.disk if not self.scene.guest else "export0")
+            assert disk.active is not None
+            self.active = disk.active.node_name
+            self.bitmaps = set(disk.active.bitmaps)
+            self.nodes = set((await vm.graph()).nodes)
+            if self.guest is not None:
+                await self.guest.goes_on()
+                await self.guest.end()
+            else:
+                self.paused = not (await vm.execute("query-status"))["running"]
+        await qemu.quit()
+
+    # -- the verdict ------------------------------------------------------------------------------
+
+    def shows(self, path: Path, layer: int = -1, *, apart_from_the_guest: bool = False) -> bool:
+        """Whether an image shows what it must."""
+        try:
+            found = read(path)
+        except AssertionError:  # it is not there, or was never finished
+            return False
+        wanted = [bytes(self.chain.pictures[layer].data)]
+        if layer == -1 and self.guest is not None:
+            wanted = self.guest.pictures()
+        if apart_from_the_guest:
+            hole = bytes(len(AREA))
+            found = found[: AREA.start] + hole + found[AREA.stop :]
+            wanted = [each[: AREA.start] + hole + each[AREA.stop :] for each in wanted]
+        return found in wanted
+
+    def problems(self) -> list[str]:
+        """What is not as it must be."""
+        if not self.in_time:
+            return [f"it did not end within {LIMIT:g} s"]
+        if self.killed:
+            return list(self._after_a_kill())
+        return [*self._in_qemu(), *self._as_told()]
+
+    def _in_qemu(self) -> Any:
+        if self.jobs:
+            yield f"jobs are left in QEMU: {self.jobs}"
+        if self.paused:
+            yield "the guest is left paused"
+        base, top = self.chain.base, self.chain.top
+        fresh = self.folder / "fresh.qcow2"
+        image = {"base": base, "top": top}.get(self.active, fresh)
+        if image != fresh and fresh.exists():
+            yield f"{fresh.name} is left and used by nobody"
+        left = {node for node in self.nodes if node.startswith("qmpcommit-")}
+        if image != fresh and left:
+            yield f"nodes are left: {left}"
+        if not self.shows(image):
+            yield f"the active layer {image.name} does not show what the guest wrote"
+
+    def _as_told(self) -> Any:
+        base, top = self.chain.base, self.chain.top
+        match self.end:
+            case "pivot" | "recycle":
+                if (self.active == "base") is not (self.end == "pivot") or self.active == "top":
+                    yield f"told {self.end}, but the active layer is {self.active}"
+                if not self.shows(base):
+                    yield "told that it pivoted, but the base does not hold everything"
+                if self.scene.bitmap and "b" not in self.bitmaps and not self.outcome_warns():
+                    yield f"the bitmap is not in the base: {self.bitmaps}"
+            case "keep":
+                if self.active != "top":
+                    yield f"told keep, but the active layer is {self.active}"
+                if not self.shows(base, apart_from_the_guest=True):
+                    yield "told keep, but the base does not hold what the overlay held"
+            case "abort":
+                yield "nobody has asked for an abort"
+            case _ if "has pivoted" in str(self.error):
+                if self.active != "base":
+                    yield f"told {self.error}, but the active layer is {self.active}"
+            case _:
+                if self.active != "top":
+                    yield f"told {self.error}, but the active layer is {self.active}"
+                if not top.exists():
+                    yield "the overlay is gone"
+        if self.outcome is not None:
+            gone = str(top) in self.outcome.deleted
+            if gone is top.exists():
+                yield f"deleted: {self.outcome.deleted}, but the overlay exists: {top.exists()}"
+            if self.end != "keep" and str(top) not in self.outcome.invalidated:
+                yield "the stale overlay is not named"
+
+    def outcome_warns(self) -> bool:
+        """Whether the outcome says something."""
+        return bool(self.outcome and self.outcome.warnings)
+
+    def _after_a_kill(self) -> Any:
+        """The image that it says is to be booted holds everything."""
+        in_base, in_top = self.shows(self.chain.base), self.shows(self.chain.top)
+        fresh = self.shows(self.folder / "fresh.qcow2")
+        pivoted = self.error.pivoted if isinstance(self.error, qc.VMGone) else False
+        if self.outcome is not None:
+            pivoted = self.outcome.action in ("pivot", "recycle")
+        match pivoted:
+            case True if not in_base and not fresh:
+                yield f"told that the base is to be booted, but it is not whole ({self.error})"
+            case False if not in_top:
+                yield f"told that the overlay is to be booted, but it is not whole ({self.error})"
+            case None if not (in_base or in_top):
+                yield f"neither is whole ({self.error})"
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """By a proxy's path, the process behind it, as a session would see it without the proxy."""
+    found: dict[str, int] = {}
+
+    def peer_pid(sock: socket.socket) -> int | None:
+        return found.get(sock.getpeername())
+
+    monkeypatch.setattr("qmpcommit.qmp.monitor.peer_pid", peer_pid)
+    monkeypatch.setattr("qmpcommit.commit.driver.HEARTBEAT", 0.5)
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+async def test_a_fault_at_every_message(
+    scene: Scene, folder: Path, processes: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = template(folder)
+    room = asyncio.Semaphore(AT_ONCE)
+    numbers = iter(range(10**6))
+
+    async def one(boundary: Boundary | None = None, fault: Fault | None = None) -> Run:
+        place = folder / str(next(numbers))
+        async with room:
+            for _ in range(5):  # an event may come once more, or once less
+                place.mkdir()
+                files = [Path(shutil.copy(path, place)) for path in made.files]
+                chain = Chain(files, [each.copy() for each in made.pictures])
+                run = Run(scene, place, chain, boundary, fault)
+                await run.run(processes)
+                run.found = await asyncio.to_thread(run.problems)
+                shutil.rmtree(place)
+                if run.struck or boundary is None:
+                    break
+        return run
+
+    rehearsal = await one()
+    assert rehearsal.outcome is not None, rehearsal.error
+    assert rehearsal.found == []
+    steps = rehearsal.seen
+    if scene.faults != ALL:  # what is asked before it begins is the same for all
+        steps = steps[steps.index(Boundary(True, "block-commit", 1)) :]
+    cases = [case for case in matrix(steps) if case[1].name in scene.faults]
+    runs = await asyncio.gather(*(one(*case) for case in cases))
+    held = [run for run in runs if run.struck and not run.found]
+    ends = Counter((str(run.fault), run.end) for run in runs)
+    with capsys.disabled():
+        print(f"\n{scene.name}: {len(steps)} steps x faults: {len(runs)} run, {len(held)} held")
+        for (fault, end), count in sorted(ends.items()):
+            print(f"    {fault}: {count} {end}")
+    broken = [
+        f"{run.fault} at {run.boundary}: {run.end}: {run.found or 'was not reached'}"
+        for run in runs
+        if run not in held
+    ]
+    assert not broken, "\n".join(broken)
