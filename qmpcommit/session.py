@@ -136,7 +136,8 @@ class Session(Monitor):
 
     async def graph(self) -> BlockGraph:
         """QEMU's block graph as it is now."""
-        return await read_graph(self)
+        with self.sensible("the queries of its block graph"):
+            return await read_graph(self)
 
     async def disks(self) -> list[Disk]:
         """All disks of the VM with their backing chains, active layer first."""

@@ -39,6 +39,7 @@ from qmpcommit.errors import (
     CommitFailed,
     CommitNotFound,
     ConnectError,
+    DeadlineExceeded,
     DiskNotFound,
     InvalidRequest,
     JobConflict,
@@ -48,6 +49,7 @@ from qmpcommit.errors import (
     NoSpace,
     NotReady,
     PolicyRequired,
+    ProtocolViolation,
     QmpCommitError,
     QueueFull,
     VMGone,
@@ -76,6 +78,8 @@ _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (MonitorLost, 503, "The VM is away"),
     (VMGone, 503, "The VM is gone"),
     (CommandRefused, 502, "QEMU refused"),
+    (ProtocolViolation, 502, "Not what QEMU answers"),
+    (DeadlineExceeded, 504, "QEMU does not answer"),
     (CommitFailed, 409, "It can't be done"),
 )
 RETRY_AFTER = 2
@@ -215,7 +219,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
 
     @app.get(
         "/v1/vms/{vm}/disks",
-        responses={**problems(404, 422, 502), 200: {"model": list[Disk]}},
+        responses={**problems(404, 422, 502, 504), 200: {"model": list[Disk]}},
         tags=["vms"],
     )
     async def list_disks(vm: VMPath) -> JSONResponse:
@@ -224,15 +228,16 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             disks = await session.disks()
         return JSONResponse([disk.model_dump(mode="json") for disk in disks])
 
-    @app.get("/v1/vms/{vm}/jobs", responses=problems(404, 422, 502), tags=["vms"])
+    @app.get("/v1/vms/{vm}/jobs", responses=problems(404, 422, 502, 504), tags=["vms"])
     async def list_jobs(vm: VMPath) -> list[JobView]:
         """The block jobs of a VM as QEMU lists them, with the commit that owns each."""
         async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
             jobs = await session.execute("query-block-jobs")
         owners = {promise.job_id: promise.id for promise in engine.live.values()}
-        return [
-            JobView.model_validate({**job, "commit": owners.get(job.get("device"))}) for job in jobs
-        ]
+        with session.sensible("query-block-jobs"):
+            return [
+                JobView.model_validate({**job, "commit": owners.get(job["device"])}) for job in jobs
+            ]
 
     @app.get("/v1/vms/{vm}/recycles", responses=problems(404, 502), tags=["vms"])
     async def list_recycles(vm: VMPath) -> list[dict[str, str]]:
@@ -245,7 +250,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.post(
         "/v1/vms/{vm}/commits",
         status_code=202,
-        responses=problems(404, 409, 422, 502, 507, body=True),
+        responses=problems(404, 409, 422, 502, 504, 507, body=True),
         tags=["commits"],
     )
     async def commit(
@@ -262,7 +267,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
 
     @app.post(
         "/v1/vms/{vm}/plans",
-        responses={**problems(404, 409, 422, 502, 507, body=True), 200: {"model": Plan}},
+        responses={**problems(404, 409, 422, 502, 504, 507, body=True), 200: {"model": Plan}},
         tags=["commits"],
     )
     async def plan(vm: VMPath, asked: CommitRequest) -> JSONResponse:

@@ -289,8 +289,7 @@ class Engine:
         if self.stopping:
             raise QueueFull("the daemon is stopping; ask the next one")
         if self.journal.full:
-            # Whether there is room again is found by trying, not by refusing for ever.
-            self.journal.write_soon(Statement("DELETE FROM keys WHERE created < 0"))
+            self._look_for_room()
             raise JournalFull(
                 f"the disk under the journal {self.journal.path} is full: no new commit can be"
                 " promised. Make room; running commits go on"
@@ -302,6 +301,10 @@ class Engine:
                 "this daemon runs no commands for its clients (only_if, on_pivot, a check): set"
                 " commands = true in its configuration to allow it. Nothing was sent"
             )
+
+    def _look_for_room(self) -> None:
+        """Whether there is room again is found by trying, not by refusing for ever."""
+        self.journal.write_soon(Statement("DELETE FROM keys WHERE created < 0"))
 
     async def _known(self, key: str, fingerprint: str) -> Promise | None:
         rows = await self.journal.read("SELECT * FROM keys WHERE key = ?", key)
@@ -461,6 +464,7 @@ class Engine:
         if self.stopping:
             reasons.append("the daemon is stopping")
         if self.journal.full:
+            self._look_for_room()
             reasons.append("the disk under the journal is full")
         return reasons
 

@@ -15,7 +15,8 @@ PROBLEM_TYPE = "application/problem+json"
 TITLES = {
     400: "Malformed", 401: "Unauthorized", 403: "Forbidden", 404: "Not found",
     405: "Not possible", 408: "Too slow", 409: "Not now", 413: "Too large", 422: "Invalid",
-    500: "Failed", 502: "QEMU refused", 503: "Not available", 507: "No space",
+    500: "Failed", 502: "QEMU refused", 503: "Not available",
+    504: "QEMU does not answer", 507: "No space",
 }  # fmt: skip
 _DETAILS = {
     400: ("http:400", "There was an error parsing the body"),
@@ -29,6 +30,7 @@ _DETAILS = {
     500: ("http:500", "an error of the daemon's own; its log tells more"),
     502: ("CommandRefused", "QEMU refused block-commit: Need a root block node"),
     503: ("JournalFull", "the disk under the journal is full: no new commit can be promised"),
+    504: ("DeadlineExceeded", "QEMU of web1 did not answer query-block within 30 s"),
     507: ("NoSpace", "the base needs 3 GiB more, and its file system has 1 GiB left"),
 }
 _EVERYWHERE = (401, 403, 500, 503)

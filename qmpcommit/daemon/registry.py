@@ -246,7 +246,8 @@ class Registry:
                 session.subscribers.add(lambda message: None, vm.link)
             if not vm.up.is_set() or not session.connected:
                 await session.open()
-                await self._on_up(vm)
+                with session.sensible("query-jobs"):
+                    await self._on_up(vm)
                 if vm.up.is_set():
                     self._on_change(vm, "connected")
             return session

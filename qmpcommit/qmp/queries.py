@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qmpcommit.errors import ProtocolViolation
+from qmpcommit.errors import ProtocolViolation, QmpCommitError
 
 if TYPE_CHECKING:
     from qmpcommit.qmp import schema
@@ -36,8 +37,25 @@ class Queries(ABC):
         if self._features is None:
             from qmpcommit.qmp.features import Features
 
-            self._features = Features.from_schema(await self.execute("query-qmp-schema"))
+            reply = await self.execute("query-qmp-schema")
+            with self.sensible("query-qmp-schema"):
+                self._features = Features.from_schema(reply)
         return self._features
+
+    @contextmanager
+    def sensible(self, command: str) -> Iterator[None]:
+        """Raise `ProtocolViolation` for what can't be read of a reply within the block."""
+        try:
+            yield
+        except QmpCommitError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ProtocolViolation(
+                f"what {self.name} answered to {command} is not what QEMU's schema says:"
+                f" {error!r}. What answers there is perhaps no QEMU",
+                vm=self.name,
+                command=command,
+            ) from error
 
     async def query_block(self) -> list[schema.BlockInfo]:
         """``query-block``: the guest's devices and their media."""
@@ -93,6 +111,8 @@ class Queries(ABC):
         self, model: type[R], command: str, arguments: Mapping[str, object] | None = None
     ) -> list[R]:
         reply = await self.execute(command, arguments)
+        if not isinstance(reply, list):
+            reply = [reply]  # which is not valid either
         return [self._typed(model, command, item) for item in reply]
 
     def _typed(self, model: type[R], command: str, value: object) -> R:

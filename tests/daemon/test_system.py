@@ -182,7 +182,7 @@ async def test_metrics_and_logs_tell_what_happened(folder: Path) -> None:
         assert await d.stop() == 0
         lines = [json.loads(line) for line in d.log.splitlines()]
         of_job = [line for line in lines if line.get("job") == done["job_id"]]
-        assert {line["event"] for line in of_job} >= {"accepted", "phase", "ready", "ended"}
+        assert {line["event"] for line in of_job} >= {"accepted", "phase", "ended"}
         for line in of_job:
             assert (line["vm"], line["disk"]) == ("web1", "top")
             assert {"timestamp", "level"} <= set(line)
