@@ -72,6 +72,7 @@ class Guest:
     acked: dict[int, tuple[int, str]] = field(default_factory=dict)
     count: int = 0
     said: list[str] = field(default_factory=list)
+    _spins: int = 0
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
     _listening: asyncio.Task[None] | None = None
 
@@ -91,7 +92,7 @@ class Guest:
             self._news.notify_all()
 
     def order(self, what: str) -> None:
-        """Tell the guest's script: ``write``, ``agent`` or ``stop``."""
+        """Tell the guest's script: ``write``, ``agent``, ``spin N`` or ``stop``."""
         self.writer.write(f"{what}\n".encode())
 
     async def says(self, what: str) -> None:
@@ -99,6 +100,12 @@ class Guest:
         async with asyncio.timeout(60), self._news:
             await self._news.wait_for(lambda: what in self.said or self._over())
         assert what in self.said, f"the guest said {self.said}, not {what}"
+
+    async def spin(self) -> None:
+        """Wait while the guest's CPU does as much work as 20 writes, without the disk."""
+        self._spins += 1
+        self.order(f"spin {self._spins}")
+        await self.says(f"spun {self._spins}")
 
     async def more(self, writes: int = 10) -> None:
         """Wait until it has synced and acknowledged so many more writes."""
@@ -181,3 +188,13 @@ def assert_files(active: Path, made: Guest, *, clean: bool = True) -> None:
         assert found == digest, f"write {number} was acknowledged and is not in {active.name}"
     raw.unlink()
     shutil.rmtree(files)
+
+
+def journal_is_empty(active: Path) -> bool:
+    """Whether the file system needs no replay of its journal before it can be trusted."""
+    raw = active.parent / "journal.raw"
+    run(QEMU.img, "convert", "-O", "raw", active, raw)
+    told = tool("debugfs", "-R", "features", raw).stdout
+    raw.unlink()
+    assert "has_journal" in told
+    return "needs_recovery" not in told

@@ -40,6 +40,13 @@ while read -r order; do
             qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run >/dev/ttyS0 2>&1 &
         done
         ;;
+    spin*)  # as much work as 20 writes, on no disk
+        for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+            dd if=/dev/urandom of=/tmp/spin bs=4096 count=16 2>/dev/null
+            md5sum </tmp/spin >/dev/null
+        done
+        echo "spun ${order#spin }"
+        ;;
     stop)
         touch /stop
         wait %1
