@@ -72,6 +72,24 @@ async def test_commit_all_disks(decision: str, folder: Path) -> None:
     assert_disk(alone.base, alone.pictures[-1])
 
 
+@pytest.mark.parametrize("running", [True, False])
+async def test_quiesce(running: bool, folder: Path) -> None:
+    chain = make_chain(folder)
+    overlay, backup = folder / "overlay.qcow2", folder / "backup.qcow2"
+    async with machine(folder, chain) as qemu:
+        if running:
+            await qemu.execute("cont")
+        said = await example("quiesce.py", qemu.qmp, "vda", str(overlay), str(backup))
+        assert (said.status, said.err) == (0, "")
+        assert (" ms" if running else "it did not run") in said.out
+        assert f"vda: writes to {chain.top} again" in said.out
+        assert (await qemu.execute("query-status"))["running"] is running
+        await qemu.quit()
+    assert not overlay.exists()
+    assert_disk(backup, chain.pictures[-1])
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> None:
     first = make_chain(folder)
     second = make_chain(folder, 2, names=("base2", "top2"))
@@ -86,7 +104,9 @@ async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> Non
     assert_disk(first.top, first.pictures[-1])
 
 
-@pytest.mark.parametrize("name", ["embed.py", "custom_policy.py", "commit_all_disks.py"])
+@pytest.mark.parametrize(
+    "name", ["embed.py", "custom_policy.py", "commit_all_disks.py", "quiesce.py"]
+)
 async def test_without_arguments_it_says_how_to_run_it(name: str) -> None:
     said = await example(name)
     assert said.status == 1
