@@ -147,6 +147,7 @@ class Run:
     struck: bool = False
     killed: bool = False
     in_time: bool = False
+    hangs: bool = False
     seen: list[Boundary] = field(default_factory=list)
     jobs: list[dict[str, Any]] = field(default_factory=list)
     active: str = ""
@@ -187,7 +188,13 @@ class Run:
                 if self.guest is not None and (self.killed or not over):
                     await self.guest.end()
             if not self.killed:
-                await self._read_back(qemu)
+                try:
+                    await self._read_back(qemu)
+                except TimeoutError:
+                    self.hangs = True
+                    qemu.kill()
+                    if self.guest is not None:
+                        await self.guest.end()
 
     async def _commit(self, struck: Struck) -> None:
         session = qc.Session.connect(
@@ -205,7 +212,7 @@ class Run:
 
     async def _read_back(self, qemu: Machine) -> None:
         """What QEMU says to somebody else."""
-        async with asyncio.timeout(LIMIT), qc.Session.connect(qemu.qmp2) as vm:
+        async with asyncio.timeout(LIMIT / 3), qc.Session.connect(qemu.qmp2) as vm:
             self.jobs = await vm.execute("query-jobs")
             disk = await vm.disk(self.scene.disk if not self.scene.guest else "export0")
             assert disk.active is not None
@@ -240,6 +247,8 @@ class Run:
         """What is not as it must be."""
         if not self.in_time:
             return [f"it did not end within {LIMIT:g} s"]
+        if self.hangs:
+            return [f"QEMU hangs, or its guest's writes; its jobs: {self.jobs}"]
         if self.killed:
             return list(self._after_a_kill())
         return [*self._in_qemu(), *self._as_told()]
