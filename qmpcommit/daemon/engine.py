@@ -193,6 +193,10 @@ class Engine:
             )
         if vm.origin == "config":
             raise JobConflict(f"{name} is in the configuration; remove it there", vm=name)
+        if vm.origin == "discovered":
+            raise JobConflict(
+                f"{name} was found by its socket {vm.qmp}; it goes when the socket does", vm=name
+            )
         await self.journal.write(Statement("DELETE FROM vms WHERE name = ?", (name,)))
         if name in self.registry.vms:
             await self.registry.remove(name)
@@ -369,6 +373,7 @@ class Engine:
         if promise.task is not None:
             await stop(promise.task)
         await promise.end("cancelled")
+        self.metrics.commits.labels("cancelled", promise.policy_kind).inc()
         self._ended(promise)
 
     # -- running ----------------------------------------------------------------------------------

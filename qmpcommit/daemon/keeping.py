@@ -254,11 +254,11 @@ class Keeper:
         error.add(vm=promise.vm, disk=promise.disk, job_id=promise.job_id)
         promise.log.warning("failed", error=type(error).__name__, why=error.message)
         self._metrics.failures.labels(type(error).__name__).inc()
+        self._metrics.commits.labels("failed", promise.policy_kind).inc()
         await promise.end("failed", error=json.loads(json.dumps(error.to_dict(), default=str)))
 
     def _count(self, promise: Promise, outcome: CommitOutcome) -> None:
-        kind = getattr(promise.request.policy, "kind", "none")
-        self._metrics.commits.labels(outcome.action, kind).inc()
+        self._metrics.commits.labels(outcome.action, promise.policy_kind).inc()
         self._metrics.bytes.inc(outcome.bytes_committed)
         if outcome.guest_paused is not None:
             self._metrics.guest_paused.observe(outcome.guest_paused)

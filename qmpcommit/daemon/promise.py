@@ -89,6 +89,11 @@ class Promise:
         self._ready_at: float | None = None
         self.log = Log(vm=vm, disk=self.disk, job=job_id, commit=commit_id)
 
+    @property
+    def policy_kind(self) -> str:
+        """The policy that was asked for, as metrics call it."""
+        return getattr(self.request.policy, "kind", "none")
+
     # -- the journal ------------------------------------------------------------------------------
 
     def insertion(self) -> Statement:

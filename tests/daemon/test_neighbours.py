@@ -169,6 +169,7 @@ async def test_vms_are_discovered_and_forgotten(folder: Path) -> None:
         async with storage_daemon(folder / "run/web1", chain) as qemu:
             await d.connected("web1")
             assert (await d.get("/v1/vms/web1")).json["origin"] == "discovered"
+            assert (await d.request("DELETE", "/v1/vms/web1")).status == 409
             done = await d.end_of(await d.commit("web1", disk="top", policy={"kind": "pivot"}))
             assert done["outcome"]["action"] == "pivot"
             await qemu.quit()

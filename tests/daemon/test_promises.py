@@ -92,6 +92,34 @@ async def test_a_key_of_what_was_refused_is_not_used_up(folder: Path) -> None:
         await d.end_of(right.json["id"])
 
 
+async def test_a_damaged_journal_is_told_of_and_its_jobs_are_not_hidden(folder: Path) -> None:
+    async with one_disk(folder) as (d, chain):
+        lost = await d.commit("web1", **HOLD)
+        await d.until(lost, "ready")
+        job = (await d.get(f"/v1/commits/{lost}")).json["job_id"]
+        assert await d.stop() == 0
+        journal = folder / "state" / "journal.db"
+        damaged = b"\0" * 100 + journal.read_bytes()[100:]
+        journal.write_bytes(damaged)
+        await d.start()
+        (warning,) = (await d.get("/readyz")).json["warnings"]
+        assert "journal was set aside" in warning
+        aside = journal.parent.glob("*.corrupt-*")
+        (kept,) = (path for path in aside if not path.name.endswith(("-wal", "-shm")))
+        assert str(kept) in warning
+        assert kept.read_bytes() == damaged
+        assert '"journal_corrupt"' in d.log
+        await d.connected("web1")
+        assert (await d.get(f"/v1/commits/{lost}")).status == 404
+        (orphan,) = (await d.get("/v1/vms/web1/jobs")).json
+        assert (orphan["device"], orphan["commit"]) == (job, None)
+        text = (await d.get("/metrics")).body.decode()
+        assert 'qmpcommit_orphan_jobs{vm="web1"} 1.0' in text
+        assert '"orphan_job"' in d.log
+        assert await d.stop() == 0
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 # -- events ---------------------------------------------------------------------------------------
 
 

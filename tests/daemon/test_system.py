@@ -162,6 +162,8 @@ async def test_metrics_and_logs_tell_what_happened(folder: Path) -> None:
         assert 'qmpcommit_vms{state="connected"} 1.0' in during
         await d.post(f"/v1/commits/{held}/decision", {"action": "abort"})
         await d.end_of(held)
+        late = await d.commit("web1", disk="top", policy={"kind": "hold"}, timeout=0)
+        assert (await d.end_of(late))["error"]["type"] == "DeadlineExceeded"
         done = await d.end_of(await d.commit("web1", disk="top", policy={"kind": "pivot"}))
         answer = await d.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -169,6 +171,8 @@ async def test_metrics_and_logs_tell_what_happened(folder: Path) -> None:
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#")
         assert values['qmpcommit_commits_total{outcome="pivot",policy="pivot"}'] == "1.0"
         assert values['qmpcommit_commits_total{outcome="abort",policy="hold"}'] == "1.0"
+        assert values['qmpcommit_commits_total{outcome="failed",policy="hold"}'] == "1.0"
+        assert values['qmpcommit_failures_total{error="DeadlineExceeded"}'] == "1.0"
         assert float(values["qmpcommit_reaction_seconds_count"]) >= 1
         assert float(values['qmpcommit_phase_seconds_count{phase="copying"}']) >= 1
         assert float(values["qmpcommit_committed_bytes_total"]) > 0
@@ -177,7 +181,7 @@ async def test_metrics_and_logs_tell_what_happened(folder: Path) -> None:
         assert values["qmpcommit_journal_full"] == "0.0"
         for name in ("event_loop_lag_seconds", "reconnects_total"):
             assert f"qmpcommit_{name}" in values
-        assert values['qmpcommit_http_requests_total{method="POST",status="202"}'] == "3.0"
+        assert values['qmpcommit_http_requests_total{method="POST",status="202"}'] == "4.0"
         assert "qmpcommit_jobs{" not in text, "a phase that nobody is in any more"
         assert await d.stop() == 0
         lines = [json.loads(line) for line in d.log.splitlines()]
