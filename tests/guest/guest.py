@@ -71,6 +71,7 @@ class Guest:
     writer: asyncio.StreamWriter
     acked: dict[int, tuple[int, str]] = field(default_factory=dict)
     count: int = 0
+    times: list[float] = field(default_factory=list)  # of the acknowledgements, our clock
     said: list[str] = field(default_factory=list)
     _spins: int = 0
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -83,6 +84,7 @@ class Guest:
                     assert int(number) == self.count
                     self.acked[self.count % SLOTS] = self.count, digest
                     self.count += 1
+                    self.times.append(asyncio.get_running_loop().time())
                 case words:
                     self.said.append(" ".join(words))
             async with self._news:
