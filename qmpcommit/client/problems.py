@@ -56,11 +56,15 @@ def problem(reply: Reply, address: Address) -> QmpCommitError:
 
 
 def transient(reply: Reply) -> bool:
-    """Whether the daemon was too busy to look at the request at all, or to answer in time."""
+    """Whether the daemon was too busy to look at the request, or to answer in time, or stops."""
     if reply.status != 503:
         return False
     document = reply.json
-    return isinstance(document, dict) and document.get("type") == f"{_PREFIX}http:503"
+    if not isinstance(document, dict):
+        return False
+    error = document.get("error")
+    stopping = isinstance(error, dict) and bool(error.get("stopping"))
+    return stopping or document.get("type") == f"{_PREFIX}http:503"
 
 
 def _class(name: str) -> type[QmpCommitError]:

@@ -291,7 +291,7 @@ class Engine:
 
     def _check_room(self, request: CommitRequest) -> None:
         if self.stopping:
-            raise QueueFull("the daemon is stopping; ask the next one")
+            raise QueueFull("the daemon is stopping; ask the next one", stopping=True)
         if self.journal.full:
             self._look_for_room()
             raise JournalFull(

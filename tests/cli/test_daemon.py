@@ -6,6 +6,7 @@ import asyncio
 import os
 import pty
 import re
+import shutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,8 +19,19 @@ from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
 from tests.cli.test_commit import job_of
 from tests.cli.test_help import imported
 from tests.daemon.daemons import Daemon, daemon
-from tests.ground.images import MIB, Chain, assert_disk, make_chain, read
+from tests.ground.images import (
+    MIB,
+    Chain,
+    Picture,
+    Write,
+    assert_disk,
+    create,
+    make_chain,
+    read,
+    write,
+)
 from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.small_disk import fill, needs_mounts, small_disk
 
 BULK = 33 * MIB
 SLOW = ("--bandwidth", "1MiB")  # with BULK, READY is half a minute away
@@ -313,6 +325,31 @@ async def test_the_bar_on_a_terminal(folder: Path) -> None:
         assert b"READY (qmpcommit --daemon=" in drawn
     assert_disk(chain.base, chain.pictures[-1])
     assert_disk(chain.top, chain.pictures[-1])
+
+
+@needs_mounts
+async def test_a_full_base_is_told_of_while_it_waits(folder: Path) -> None:
+    with small_disk(folder / "small", 16 * MIB) as small:
+        picture = Picture(64 * MIB)
+        base = create(small / "base.qcow2", picture.size)
+        top = create(folder / "top.qcow2", picture.size, backing=base)
+        write(top, [Write(0, 8 * MIB, 0x21)])
+        picture.fill(0, 8 * MIB, 0x21)
+        fill(small / "filler")
+        chain = Chain([base, top], [Picture(picture.size), picture])
+        async with host_of(folder, chain) as (d, _):
+            words = ("--pivot", "--on-error", "stop", "--override", "free-space")
+            process = await start(through(d), "commit", "web1", "top", *words)
+            assert process.stderr is not None
+            async with asyncio.timeout(60):
+                line = await process.stderr.readline()
+            assert f"the storage under {base} failed or is full".encode() in line
+            (small / "filler").unlink()
+            said = await end(process)
+            assert said.status == 0
+            assert f"now writes to {base}" in said.out
+        copied = shutil.copy(base, folder / "copied.qcow2")  # where there is room to read it
+    assert_disk(Path(copied), picture)
 
 
 # -- usage -----------------------------------------------------------------------------------------

@@ -255,6 +255,25 @@ async def _phases(job: qc.RemoteJob) -> list[str]:
     return [status.phase async for status in job.progress(0.05)]
 
 
+async def test_a_commit_is_asked_for_while_the_daemon_is_replaced(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, qemu, host):
+        vm = host.vm("web1")
+        for asked in range(1, 4):
+            asking = asyncio.create_task(vm.commit("top", policy=qc.Hold()))
+            for _ in range(asked - 1):
+                await asyncio.sleep(0)
+            await d.stop()
+            await d.start()
+            async with asyncio.timeout(60):
+                job = await asking
+                await job.ready()
+                assert [each["id"] for each in await qemu.execute("query-jobs")] == [job.job_id]
+                await job.abort()
+            assert len(await host.commits()) == asked
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_a_daemon_that_stays_away_is_told_of(folder: Path) -> None:
     chain = make_chain(folder)
     async with host_of(folder, chain, patience=0.3) as (d, _, host):
