@@ -60,11 +60,7 @@ def transient(reply: Reply) -> bool:
     if reply.status != 503:
         return False
     document = reply.json
-    if not isinstance(document, dict):
-        return False
-    error = document.get("error")
-    stopping = isinstance(error, dict) and bool(error.get("stopping"))
-    return stopping or document.get("type") == f"{_PREFIX}http:503"
+    return isinstance(document, dict) and document.get("type") == f"{_PREFIX}http:503"
 
 
 def _class(name: str) -> type[QmpCommitError]:

@@ -112,6 +112,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
         if isinstance(error, kind):
             status, title = code, text
             break
+    if status == 503 and request.app.state.engine.stopping:
+        return _problem(503, "http:503", "Stopping", "the daemon is stopping; ask the next one")
     facts = json.loads(json.dumps(error.to_dict(), default=str))
     return _problem(status, type(error).__name__, title, error.message, error=facts)
 
@@ -192,6 +194,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         generate_unique_id_function=lambda route: route.name,
     )
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.state.engine = engine
     app.add_exception_handler(Exception, _on_bug)
     app.add_exception_handler(QmpCommitError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

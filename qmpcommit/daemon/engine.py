@@ -49,6 +49,9 @@ HAND_OVER = 1.2
 TAKING = 0.5
 """Seconds that requests which are being promised get when the daemon stops."""
 
+FINDING = 3.0
+"""Seconds that a decision waits for a READY job to be found again in QEMU."""
+
 MAX_BEGINS = 3
 """How often a commit is begun that QEMU turns out not to know."""
 
@@ -291,7 +294,7 @@ class Engine:
 
     def _check_room(self, request: CommitRequest) -> None:
         if self.stopping:
-            raise QueueFull("the daemon is stopping; ask the next one", stopping=True)
+            raise QueueFull("the daemon is stopping; ask the next one")
         if self.journal.full:
             self._look_for_room()
             raise JournalFull(
@@ -345,6 +348,8 @@ class Engine:
                 raise NotReady(f"commit {commit_id} waits in the queue still", **where)
             await self._cancel(promise)
             return promise
+        if action != "abort" and promise.ready is not None:
+            await self._found_again(promise)
         job = promise.job
         if promise.over.is_set() or (job is not None and not job.state.running):
             raise JobConflict(f"commit {commit_id} has ended already", **where)
@@ -363,6 +368,14 @@ class Engine:
             with suppress(NotReady, JobConflict):  # it has moved on meanwhile
                 self._orders(job)[action]()
         return promise
+
+    async def _found_again(self, promise: Promise) -> None:
+        """One that was READY for a former daemon, or before its monitor was lost, is looked for."""
+        with suppress(TimeoutError, QmpCommitError):
+            async with asyncio.timeout(FINDING):
+                await promise.found.wait()
+                if promise.job is not None:
+                    await promise.job.ready()
 
     def _orders(self, job: CommitJob) -> dict[str, Callable[[], object]]:
         return {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}

@@ -111,12 +111,14 @@ class Keeper:
                 else:
                     job = await self._begin(promise, vm, session)
                 promise.job = job
+                promise.found.set()
                 self.begun()
                 if promise.decision is not None:
                     self._when_possible(promise, job)
                 return await job.wait()
             finally:
                 promise.job = None
+                promise.found.clear()
 
     async def prepare(self, promise: Promise, session: Session) -> None:
         """Check a commit whose promise is asked for; raises what `Session.commit` would."""

@@ -84,6 +84,7 @@ class Promise:
         self.task: asyncio.Task[None] | None = None
         self.prepared: Prepared | None = None
         self.may_run = asyncio.Event()
+        self.found = asyncio.Event()
         self.over = asyncio.Event()
         self._journal, self._metrics = journal, metrics
         self._ready_at: float | None = None
