@@ -10,6 +10,7 @@ another name, never emptied.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import queue
 import sqlite3
@@ -106,7 +107,39 @@ class _Unit(NamedTuple):
     queued: float
 
 
-_INSERT_EVENT = "INSERT INTO events (at, kind, vm, commit_id, data) VALUES (?, ?, ?, ?, ?)"
+NOTE = "UPDATE commits SET noted = ? WHERE id = ?"
+"""The statement that each step of a commit costs; all of a transaction are written as one."""
+
+_NOTES = """
+    UPDATE commits SET noted = json_extract(note.value, '$[0]') FROM json_each(?) AS note
+    WHERE commits.id = json_extract(note.value, '$[1]')
+"""
+_EVENTS = """
+    INSERT INTO events (at, kind, vm, commit_id, data)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+           json_extract(value, '$[3]'), json_extract(value, '$[4]')
+    FROM json_each(?) ORDER BY key
+"""
+
+
+def _calls(batch: Sequence[_Unit]) -> tuple[list[Statement], list[Event]]:
+    """What has to be executed, in as few calls as can be.
+
+    sqlite3 lets go of the interpreter at each call and then waits for it, behind a busy loop.
+    """
+    events = [event for unit in batch for event in unit.events]
+    calls, notes = [], []
+    for unit in batch:
+        for statement in unit.statements:
+            if statement.sql is NOTE:
+                notes.append(statement.values)
+            else:
+                calls.append(statement)
+    if notes:
+        calls.append(Statement(_NOTES, (json.dumps(notes),)))
+    if events:
+        calls.append(Statement(_EVENTS, (json.dumps([event[1:] for event in events]),)))
+    return calls, events
 
 
 def event(kind: str, vm: str, commit_id: str | None, data: str) -> Event:
@@ -227,7 +260,8 @@ class Journal:
         """
         assert self._loop is not None
         done: asyncio.Future[None] = self._loop.create_future()
-        self._flush()
+        if events or any(statement.sql is not NOTE for statement in statements):
+            self._flush()  # what came before is written before; a step waits for nothing
         self._units.put(_Unit(statements, events, done, time.monotonic()))
         await done
 
@@ -281,21 +315,21 @@ class Journal:
             self._loop.call_soon_threadsafe(self._tell, batch, failed, written, seconds)
 
     def _transact(self, writer: sqlite3.Connection, batch: list[_Unit]) -> list[Event]:
-        written: list[Event] = []
-        try:
-            writer.execute("BEGIN IMMEDIATE")
-            for unit in batch:
-                for statement in unit.statements:
-                    writer.execute(statement.sql, statement.values)
-                for event in unit.events:
-                    row = writer.execute(_INSERT_EVENT, event[1:]).lastrowid
-                    written.append(event._replace(id=row or 0))
-            writer.execute("COMMIT")
-        except BaseException:
-            if writer.in_transaction:
-                writer.execute("ROLLBACK")
-            raise
-        return written
+        calls, events = _calls(batch)
+        if len(calls) == 1:
+            last = writer.execute(calls[0].sql, calls[0].values).lastrowid
+        else:
+            try:
+                writer.execute("BEGIN IMMEDIATE")
+                for call in calls:
+                    last = writer.execute(call.sql, call.values).lastrowid
+                writer.execute("COMMIT")
+            except BaseException:
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
+                raise
+        first = (last or 0) - len(events) + 1
+        return [event._replace(id=first + place) for place, event in enumerate(events)]
 
     def _failure(self, error: Exception) -> Exception:
         if isinstance(error, _UNIT_AT_FAULT) or not isinstance(error, sqlite3.Error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
 from qmpcommit.daemon.models import CommitRequest
-from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
+from qmpcommit.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class Promise:
             setattr(promise, name, json.loads(row[name]) if row[name] else None)
         promise.noted = json.loads(row["noted"]) if row["noted"] else {}
         promise.identity = promise.noted.get("identity", "")
+        if promise.ended is None:
+            promise.phase = promise.noted.get("state", {}).get("phase", "")
         if promise.state in ("done", "failed", "cancelled"):
             promise.over.set()
         return promise
@@ -137,14 +139,17 @@ class Promise:
         self.state, self.phase, self.ended = state, "finished", time.time()
         self.outcome = outcome.model_dump(mode="json") if outcome is not None else None
         self.error = error
-        values = (state, self.phase, self.ended, _json(self.outcome), _json(error), self.id)
+        values = (
+            state, self.phase, self.ready, self.ended, _json(self.outcome), _json(error), self.id
+        )  # fmt: skip
         await self._write(
             Statement(
-                "UPDATE commits SET state = ?, phase = ?, ended = ?, outcome = ?, error = ?"
+                "UPDATE commits SET state = ?, phase = ?, ready = ?, ended = ?, outcome = ?,"
+                " error = ?"
                 " WHERE id = ?",
                 values,
             ),
-            self.event(outcome=self.outcome, error=error),
+            events=[self.event(outcome=self.outcome, error=error)],
         )
         self.over.set()
 
@@ -152,7 +157,7 @@ class Promise:
         """It leaves the queue."""
         self.state = "running"
         sql = "UPDATE commits SET state = 'running' WHERE id = ?"
-        await self._write(Statement(sql, (self.id,)), self.event())
+        await self._write(Statement(sql, (self.id,)), events=[self.event()])
 
     async def decide(self, action: str) -> None:
         """A decision that was answered is not forgotten; raises `JournalFull`."""
@@ -166,11 +171,11 @@ class Promise:
         sql = "UPDATE commits SET noted = NULL, plan = NULL WHERE id = ?"
         await self._write(Statement(sql, (self.id,)))
 
-    async def _write(self, statement: Statement, *events: Event) -> None:
+    async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""
         while True:
             try:
-                await self._journal.write(statement, events=events)
+                await self._journal.write(*statements, events=events)
                 return
             except JournalFull as error:
                 self.log.warning("journal_full", why=error.message)
@@ -184,13 +189,13 @@ class Promise:
         if state is not None:
             noted["state"] = dump_state(state)
             noted["times"] = {name: at.isoformat() for name, at in facts["times"].items()}
-        columns, values = ["noted = ?"], []
+        statements = []
         match step:
             case "block-commit":
                 self.plan = facts["plan"].model_dump(mode="json")
                 noted["files"] = facts["files"]
-                columns.append("plan = ?")
-                values.append(_json(self.plan))
+                sql = "UPDATE commits SET plan = ? WHERE id = ?"
+                statements.append(Statement(sql, (_json(self.plan), self.id)))
             case "freeze":
                 noted["overlay"] = facts["overlay"]
             case "stop":
@@ -204,15 +209,14 @@ class Promise:
             case "clear-away":
                 noted["outcome"] = facts["outcome"].model_dump(mode="json")
         self.noted = noted
-        sql = f"UPDATE commits SET {', '.join(columns)} WHERE id = ?"
-        statement = Statement(sql, (_json(noted), *values, self.id))
+        statements.append(Statement(NOTE, (_json(noted), self.id)))
         if step in _HOLDS_THE_GUEST or (state is not None and state.status == "pending"):
             try:
-                await self._journal.write(statement)
+                await self._journal.write(*statements)
             except JournalFull as error:
                 self.log.warning("journal_full", why=error.message, step=step)
         else:
-            await self._write(statement)
+            await self._write(*statements)
         if state is not None and state.phase is Phase.DECIDED and self._ready_at is not None:
             self._metrics.reaction.observe(asyncio.get_running_loop().time() - self._ready_at)
             self._ready_at = None
@@ -222,14 +226,14 @@ class Promise:
         if state.phase.value == self.phase or state.finished:
             return
         self.phase = state.phase.value
-        sql = "UPDATE commits SET phase = ? WHERE id = ?"
-        values: list[Any] = [self.phase, self.id]
+        statements = []
         if state.phase is Phase.READY:
             self.ready = time.time()
             self._ready_at = asyncio.get_running_loop().time()
-            sql, values = "UPDATE commits SET phase = ?, ready = ? WHERE id = ?", [
-                self.phase, self.ready, self.id]  # fmt: skip
-        self._journal.write_soon(Statement(sql, values), events=[self.event()])
+            if isinstance(self.request.policy, Hold):  # whose time goes on over a restart
+                sql = "UPDATE commits SET ready = ? WHERE id = ?"
+                statements.append(Statement(sql, (self.ready, self.id)))
+        self._journal.write_soon(*statements, events=[self.event()])
 
     # -- back from the journal --------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ from tests.cli.command import ENVIRONMENT
 from tests.daemon.daemons import Daemon
 from tests.ground.images import make_chain
 from tests.ground.machines import storage_daemon
+
+HOSTS = 20
+"""Processes that the scripted monitors are parted among."""
 
 IDLE = 10.0
 """Seconds for which idle CPU is measured."""
@@ -62,44 +66,62 @@ async def record(folder: Path) -> None:
 
 
 class Host:
-    """The process of the scripted monitors."""
+    """The processes of the scripted monitors."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
+    def __init__(self, processes: list[asyncio.subprocess.Process]) -> None:
+        self.processes = processes
 
     async def say(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n".encode())
-        await self.process.stdin.drain()
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{line}\n".encode())
+        for process in self.processes:
+            assert process.stdin is not None
+            await process.stdin.drain()
 
     async def report(self) -> Any:
         await self.say("report")
-        assert self.process.stdout is not None
-        return json.loads(await self.process.stdout.readline())
+        reports = []
+        for process in self.processes:
+            assert process.stdout is not None
+            reports.append(json.loads(await process.stdout.readline()))
+        return {
+            "copying": sum(report["copying"] for report in reports),
+            "ended": sum(report["ended"] for report in reports),
+            "reactions": [one for report in reports for one in report["reactions"]],
+            "span": max(r["last"] for r in reports) - min(r["first"] for r in reports),
+        }
 
     async def until(self, name: str, count: int) -> Any:
         async with asyncio.timeout(180):
             while True:
                 figures = await self.report()
-                if (len(figures[name]) if name == "reactions" else figures[name]) >= count:
+                if figures[name] >= count:
                     return figures
                 await asyncio.sleep(0.2)
 
 
 @asynccontextmanager
 async def host(folder: Path, count: int) -> AsyncIterator[Host]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.bench.fake_host", str(folder), str(count),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
-        limit=1 << 24,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert await process.stdout.readline() == b"listening\n"
+    """Monitors in a score of processes, as QEMUs have few open files each."""
+    processes = []
+    for first in range(0, count, count // HOSTS):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.bench.fake_host", str(folder), str(first),
+            str(min(count, first + count // HOSTS)),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
+            limit=1 << 24,
+        )  # fmt: skip
+        processes.append(process)
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"listening\n"
     try:
-        yield Host(process)
+        yield Host(processes)
     finally:
-        process.kill()
-        await process.wait()
+        for process in processes:
+            process.kill()
+            await process.wait()
 
 
 def memory(pid: int) -> int:
@@ -175,11 +197,15 @@ async def measure_daemon_on(folder: Path, fake: Host, count: int) -> None:
         await idle(d, count, empty)
         for what, spread in (("spread over 1 s", 1.0), ("all in one instant", 0.0)):
             await fake.say("reset")
+            begun = time.monotonic()
             await commits(d, count)
             await fake.until("copying", count)
+            asked = time.monotonic() - begun
             await asyncio.sleep(1)
             await fake.say(f"ready {spread}")
             figures = await fake.until("ended", count)
+            ended = time.monotonic() - begun
+            print(f"(asked for in {asked:.1f} s, ended after {ended:.1f} s)", file=sys.stderr)
             row(f"daemon, {what}", figures["reactions"], figures["span"])
             await asyncio.sleep(1)
         text = (await d.get("/metrics")).body.decode()

@@ -38,15 +38,20 @@ class Host:
             loop = asyncio.get_running_loop()
             monitors, self.copying = self.copying, []
             self.reactions, self.ended = [], 0
-            now = self.first = loop.time() + 0.05
+            now = self.first = loop.time() + 0.1
             for monitor in monitors:
                 loop.call_at(now + random.uniform(0, float(rest)), monitor.become_ready)
         elif word == "reset":
             for monitor in self.monitors:
                 monitor.pivoted = False
         elif word == "report":
-            figures = {"copying": len(self.copying), "ended": self.ended,
-                       "reactions": self.reactions, "span": self.last - self.first}  # fmt: skip
+            figures = {
+                "copying": len(self.copying),
+                "ended": self.ended,
+                "reactions": self.reactions,
+                "first": self.first,
+                "last": self.last,
+            }
             sys.stdout.write(json.dumps(figures) + "\n")
             sys.stdout.flush()
 
@@ -144,12 +149,12 @@ class Monitor(asyncio.Protocol):
         return json.dumps({"timestamp": stamp, "event": name, "data": data}).encode() + b"\r\n"
 
 
-async def main(folder: Path, count: int) -> None:
+async def main(folder: Path, first: int, end: int) -> None:
     host = Host(json.loads((folder / "replies.json").read_text()))
     loop = asyncio.get_running_loop()
     servers = [
         await loop.create_unix_server(lambda: Monitor(host), str(folder / f"{number}.sock"))
-        for number in range(count)
+        for number in range(first, end)
     ]
     sys.stdout.write("listening\n")
     sys.stdout.flush()
@@ -162,4 +167,4 @@ async def main(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
