@@ -53,15 +53,17 @@ async def offline(
     folder = tempfile.mkdtemp(prefix="qmpcommit-")  # for us alone (0700), so its sockets are too
     try:
         process = await _start(found, path, folder)
+        told = False
         try:
             async with Session.connect(f"{folder}/qmp", name=f"offline {path.name}") as session:
                 session.private = True
                 try:
                     yield session
                 finally:
+                    told = True
                     await to_the_end(_close(session))
         finally:
-            await to_the_end(_end(process))
+            await to_the_end(_end(process, told=told))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -83,7 +85,7 @@ def _check(image: str | os.PathLike[str]) -> Path:
 
 async def _start(program: str, path: Path, folder: str) -> asyncio.subprocess.Process:
     node = {"driver": "qcow2", "node-name": DISK,
-            "file": {"driver": "file", "filename": str(path)}}  # fmt: skip
+            "file": {"driver": _protocol(path), "filename": str(path)}}  # fmt: skip
     # The export, which nobody can reach, stands for the device: it makes the layer active, and
     # shows in the block graph which image the disk uses.
     command = [program, "--chardev", f"socket,id=qmp,path={folder}/qmp,server=on,wait=off",
@@ -114,6 +116,11 @@ async def _start(program: str, path: Path, folder: str) -> asyncio.subprocess.Pr
             raise ConnectError(text) from None
         raise
     return process
+
+
+def _protocol(path: Path) -> str:
+    """QEMU's driver for it: the one for files refuses a block device."""
+    return "host_device" if path.is_block_device() else "file"
 
 
 def _stderr(folder: str) -> Path:
@@ -158,9 +165,9 @@ async def _close(session: Session) -> None:
         await session.execute("quit")
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Wait for the end, ask for it, force it."""
-    for request in (None, signal.SIGTERM, signal.SIGKILL):
+async def _end(process: asyncio.subprocess.Process, *, told: bool) -> None:
+    """Wait for the end where it was `told` to quit, ask for it, force it."""
+    for request in (*([None] if told else []), signal.SIGTERM, signal.SIGKILL):
         if process.returncode is not None:
             return
         if request is not None:

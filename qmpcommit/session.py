@@ -390,7 +390,8 @@ class Session(Monitor):
 
         With `Hold`, the default, it is only followed until something is decided. One that is
         PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
-        decided it, or cancelled, which undoes that. Raises `JobNotFound`, or `JobConflict` where
+        decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
+        Raises `JobNotFound`, or `JobConflict` where
         it is no commit job.
         """
         from qmpcommit.commit.policy import parse_policy
@@ -423,7 +424,11 @@ class Session(Monitor):
             undoes=pending == "cancel",
         )
         following = await self._launch(following)
-        await following.seen()
+        try:
+            await following.seen()
+        except asyncio.CancelledError:
+            await following.detach()  # nobody has it to detach it
+            raise
         return following
 
     async def resume(

@@ -22,6 +22,7 @@ from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.plan import Request, plan_commit
 from tests.ground.images import MIB, Chain, Write, create, make_chain, run, write
+from tests.ground.loop_device import loop_device
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.qemu import QEMU
 
@@ -74,21 +75,6 @@ def mounted(folder: Path, size: int) -> Iterator[Path]:
         yield place
     finally:
         run("umount", "-l", place)
-
-
-@contextlib.contextmanager
-def loop_device(path: Path, *options: str) -> Iterator[Path]:
-    """A block device over a file."""
-    done = subprocess.run(
-        ["losetup", *options, "--show", "-f", path], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no loop device can be made: {done.stderr.strip()}")
-    device = Path(done.stdout.strip())
-    try:
-        yield device
-    finally:
-        run("losetup", "-d", device)
 
 
 @contextlib.asynccontextmanager

@@ -13,8 +13,9 @@ import pytest
 
 import qmpcommit as qc
 from tests.cli.command import run
-from tests.ground.images import assert_disk, create, make_chain
+from tests.ground.images import MIB, Picture, Write, assert_disk, create, make_chain, write
 from tests.ground.images import run as run_tool
+from tests.ground.loop_device import loop_device
 from tests.ground.machines import machine
 from tests.ground.qemu import QEMU
 
@@ -138,6 +139,28 @@ async def test_no_daemon_outlives_us_when_we_are_killed(folder: Path) -> None:
         while daemons(chain.top):
             await asyncio.sleep(0.01)
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_images_on_block_devices(folder: Path) -> None:
+    files = [folder / "base.disk", folder / "top.disk"]
+    for file in files:
+        file.touch()
+        os.truncate(file, 8 * MIB)
+    picture = Picture(4 * MIB)
+    with loop_device(files[0]) as base, loop_device(files[1]) as top:
+        run_tool(QEMU.img, "create", "-q", "-f", "qcow2", base, str(picture.size))
+        run_tool(QEMU.img, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+        write(top, [Write(MIB, MIB, 0x11)])
+        picture.fill(MIB, MIB, 0x11)
+        kept = await commit(top, policy=qc.Keep())
+        assert kept.action == "keep"
+        pivoted = await commit(top, policy=qc.Pivot(), delete=True)
+        assert (pivoted.action, pivoted.invalidated) == ("pivot", [str(top)])
+        assert top.exists(), "a device is not unlinked"
+        for device in (base, top):
+            shown = run_tool(QEMU.img, "convert", "-f", "qcow2", device, folder / "raw")
+            assert not shown
+            assert (folder / "raw").read_bytes() == bytes(picture.data)
 
 
 async def test_from_the_command_line(folder: Path) -> None:

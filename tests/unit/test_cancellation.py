@@ -1,0 +1,266 @@
+"""Every public coroutine, cancelled at each of its steps in turn, leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import types
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.images import MIB, Chain, Write, create, make_chain, write
+from tests.ground.machines import Machine, storage_daemon
+from tests.ground.qemu import QEMU
+
+STEPS = 2000
+"""More than any of them has."""
+
+Call = Callable[[qc.Session, Machine], Awaitable[Any]]
+
+
+@types.coroutine
+def _cancelled_at(work: Coroutine[Any, Any, Any], step: int) -> Generator[Any, Any, Any]:
+    """Runs it, and cancels its task while it waits for the `step`-th time."""
+    thrown: BaseException | None = None
+    done = 0
+    while True:
+        try:
+            waits = work.send(None) if thrown is None else work.throw(thrown)
+        except StopIteration as stop:
+            return stop.value
+        thrown = None
+        done += 1
+        if done == step:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        try:
+            yield waits
+        except BaseException as error:
+            thrown = error
+
+
+async def ends_before(work: Coroutine[Any, Any, Any], step: int) -> bool:
+    """Whether it ended before it could be cancelled there."""
+
+    async def run() -> None:
+        await _cancelled_at(work, step)
+
+    task = asyncio.create_task(run())
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+    return not task.cancelled()
+
+
+def sockets() -> int:
+    """How many this process has open."""
+    found = 0
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
+    return found
+
+
+def listeners(vm: qc.Session) -> int:
+    """How many subscriptions a session has."""
+    return len(vm.subscribers._subscriptions)
+
+
+async def settle() -> None:
+    """What has been told to end has ended."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def small(folder: Path) -> Chain:
+    """A chain that is committed in no time."""
+    files = [folder / "base.qcow2", folder / "top.qcow2"]
+    create(files[0], 4 * MIB)
+    create(files[1], 4 * MIB, backing=files[0])
+    write(files[1], [Write(0, MIB, 0x11)])
+    return Chain(files, [])
+
+
+@asynccontextmanager
+async def held(vm: qc.Session) -> AsyncIterator[qc.CommitJob]:
+    """A job that is READY and stays so."""
+    job = await vm.commit("export0", policy=qc.Hold())
+    await job.ready()
+    try:
+        yield job
+    finally:
+        await job.abort()
+
+
+async def _progress(job: qc.CommitJob) -> None:
+    steps = job.progress(every=0.01)
+    try:
+        for _ in range(3):
+            await anext(steps)
+    finally:
+        await steps.aclose()  # type: ignore[attr-defined]
+
+
+ASKING: dict[str, Call] = {
+    "disks": lambda vm, _: vm.disks(),
+    "disk": lambda vm, _: vm.disk("export0"),
+    "graph": lambda vm, _: vm.graph(),
+    "plan": lambda vm, _: vm.plan("export0", policy=qc.Pivot()),
+    "execute": lambda vm, _: vm.execute("query-version"),
+    "set_write_threshold": lambda vm, _: vm.set_write_threshold("top", 0),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+async def test_asking(name: str, folder: Path) -> None:
+    async with storage_daemon(folder, small(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+
+        async def work() -> None:
+            await ASKING[name](vm, qemu)
+
+        before = (asyncio.all_tasks(), listeners(vm), sockets())
+        for step in range(1, STEPS):
+            over = await ends_before(work(), step)
+            await settle()
+            assert (asyncio.all_tasks(), listeners(vm), sockets()) == before, step
+            assert (await vm.execute("query-version"))["qemu"]  # and it is of use still
+            if over:
+                break
+        assert step > 1
+
+
+async def _connect(qemu: Machine) -> None:
+    vm = await qc.Session.connect(qemu.qmp)
+    await vm.close()
+
+
+async def _open(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp):
+        pass
+
+
+async def _one_call(qemu: Machine) -> None:
+    await qc.commit(qemu.qmp, "export0", policy=qc.Keep())
+
+
+async def _commit(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Keep())
+        await job.wait()
+
+
+async def _abort(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.ready()
+        await job.abort()
+
+
+async def _group(qemu: Machine) -> None:
+    await qc.commit_group([(qemu.qmp, "export0")], policy=qc.Keep())
+
+
+WHOLE: list[Callable[[Machine], Coroutine[Any, Any, None]]] = [
+    _connect,
+    _open,
+    _one_call,
+    _commit,
+    _abort,
+    _group,
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("work", WHOLE)
+async def test_from_start_to_end(
+    work: Callable[[Machine], Coroutine[Any, Any, None]], folder: Path
+) -> None:
+    daemon = storage_daemon(folder, small(folder))
+    async with daemon as qemu, qc.Session.connect(qemu.qmp2) as other:
+        before = (asyncio.all_tasks(), sockets())
+        for step in range(1, STEPS):
+            over = await ends_before(work(qemu), step)
+            await settle()
+            assert (asyncio.all_tasks(), sockets()) == before, step
+            assert await other.execute("query-jobs") == [], step
+            if over:
+                break
+        assert step > 1
+
+
+IN_A_JOB: dict[str, Callable[[qc.CommitJob], Coroutine[Any, Any, Any]]] = {
+    "ready": lambda job: job.ready(),
+    "wait": lambda job: job.wait(),
+    "progress": _progress,
+    "set_bandwidth": lambda job: job.set_bandwidth("1MiB"),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_JOB)
+async def test_with_a_job(name: str, folder: Path) -> None:
+    async with storage_daemon(folder, small(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        async with held(vm) as job:
+            before = (asyncio.all_tasks(), listeners(vm), sockets(), len(job._waiters))
+            for step in range(1, STEPS):
+                over = await ends_before(IN_A_JOB[name](job), step)
+                await settle()
+                now = (asyncio.all_tasks(), listeners(vm), sockets(), len(job._waiters))
+                assert now == before, step
+                assert job.phase.value == "ready"
+                if over or name == "wait":
+                    break  # it waits for ever
+        assert await vm.execute("query-jobs") == []
+
+
+async def test_adopt(folder: Path) -> None:
+    async with (
+        storage_daemon(folder, small(folder)) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+        qc.Session.connect(qemu.qmp2) as other,
+        held(vm) as job,
+    ):
+        before = (asyncio.all_tasks(), listeners(other), sockets())
+        for step in range(1, STEPS):
+            taken: list[qc.CommitJob] = []
+
+            async def work(taken: list[qc.CommitJob] = taken) -> None:
+                taken.append(await other.adopt(job.id))
+
+            over = await ends_before(work(), step)
+            for each in taken:
+                await each.detach()
+            await settle()
+            assert (asyncio.all_tasks(), listeners(other), sockets()) == before, step
+            (seen,) = await other.execute("query-jobs")
+            assert seen["status"] == "ready"
+            if over:
+                break
+        assert step > 1
+
+
+@pytest.mark.timeout(300)
+async def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that was not told to quit is not waited for."""
+    monkeypatch.setattr("qmpcommit.offline_session.STOP_TIMEOUT", 20.0)
+    chain = make_chain(folder)
+    program = QEMU.daemon or "qemu-storage-daemon"
+
+    async def work() -> None:
+        async with qc.offline(chain.top, program=program) as vm:
+            await vm.disks()
+
+    before = (asyncio.all_tasks(), sockets())
+    for step in range(1, STEPS):
+        async with asyncio.timeout(15):
+            over = await ends_before(work(), step)
+        await settle()
+        assert (asyncio.all_tasks(), sockets()) == before, step
+        if over:
+            break
+    assert step > 1
