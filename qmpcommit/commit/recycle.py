@@ -10,6 +10,7 @@ Rests on ``blockdev-create``, ``blockdev-add``, ``stop``, ``blockdev-snapshot`` 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
 PATIENCE = 0.5
 """Seconds of silence after which QEMU is asked about the creation of the overlay."""
 
+NODE_NAME_LENGTH = 31
+"""Characters that QEMU's node-names have at most."""
+
+
+def node_stem(job_id: str) -> str:
+    """What a job's fresh overlay's node-names begin with: its id, or a short stand-in."""
+    if len(job_id) + len("-file") <= NODE_NAME_LENGTH:
+        return job_id
+    return f"{JOB_PREFIX}{hashlib.sha256(job_id.encode()).hexdigest()[:12]}"
+
 
 class FreshOverlay:
     """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
@@ -46,10 +57,11 @@ class FreshOverlay:
     ) -> None:
         self.filename = filename
         self._cwd = cwd
-        self.node = f"{plan.job_id}-top"
+        stem = node_stem(plan.job_id)
+        self.node = f"{stem}-top"
         self.paused: float | None = None
         self._monitor, self._plan = monitor, plan
-        self._file_node = f"{plan.job_id}-file"
+        self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
         self._begun = self._tried = False
         self._ledger = ledger

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 import qmpcommit
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.recycle import interrupted_recycles
+from qmpcommit.commit.recycle import interrupted_recycles, node_stem
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.models import (
@@ -247,7 +247,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         """Fresh overlays that an interrupted recycle of somebody else left open, and what to do."""
         async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
             found = interrupted_recycles(await session.graph())
-        owned = {f"{p.job_id}-top" for p in engine.live.values() if p.vm == vm}
+        owned = {f"{node_stem(p.job_id)}-top" for p in engine.live.values() if p.vm == vm}
         return [each for each in found if each["node"] not in owned]
 
     @app.post(

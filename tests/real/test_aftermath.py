@@ -467,3 +467,18 @@ async def test_an_overlay_is_deleted_under_a_writer_and_nothing_is_lost(folder: 
         await vm.close()
         await qemu.quit()
     assert_disk(chain.base, picture)
+
+
+async def test_a_recycle_of_a_disk_with_a_long_name(folder: Path) -> None:
+    """QEMU's node-names are short, and a job's id need not be."""
+    chain = make_chain(folder)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Recycle(str(fresh)), job_id="qmpcommit-" + "x" * 40)
+        outcome = await job.wait()
+        assert outcome.action == "recycle"
+        assert outcome.active is not None
+        assert outcome.active.filename == str(fresh)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
