@@ -12,6 +12,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from qmpcommit.commit import group_phases
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
+from qmpcommit.commit.group_pause import Pauses
 from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
 from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.job import CommitJob
@@ -104,6 +106,8 @@ class GroupCommit:
         self._asking: asyncio.Task[None] | None = None
         self._following: list[asyncio.Task[None]] = []
         self._recording: asyncio.Task[None] | None = None
+        self._pauses: Pauses | None = None
+        self._pausing: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._subscriptions: list[Any] = []
         self._deciding = Deciding(self._policy, self._policies, self._decided, self._policy_failed)
@@ -189,7 +193,7 @@ class GroupCommit:
             if self._policy_error is not None:
                 error.__cause__ = self._policy_error
             raise error
-        return outcome_of(self.id, ends, by=self._by)
+        return self._outcome(ends)
 
     def pivot(self) -> None:
         """Decide for the bases, at once; raises `NotReady` or `JobConflict`, as a job does."""
@@ -326,7 +330,7 @@ class GroupCommit:
         decided = f"the group commit {self.id} is decided already, or has ended"
         if self.state.stage is not Stage.GATHERING:
             raise JobConflict(decided)
-        if not all(job.state.phase.value == "ready" for job in self.jobs):
+        if not self.jobs or not all(job.state.phase.value == "ready" for job in self.jobs):
             raise NotReady(
                 f"the group commit {self.id} is not READY: not all of its disks are copied yet."
                 " It goes on; decide again when all are"
@@ -346,12 +350,34 @@ class GroupCommit:
         for action in actions:
             match action:
                 case GroupAction.DECIDE:
-                    for number, job in enumerate(self.jobs):
-                        job.decide(*self._decisions[number])
+                    self._decide()
                 case GroupAction.FINALIZE:
                     self._finalize()
                 case GroupAction.CANCEL:
                     self._cancel(self.state.why)
+
+    def _decide(self) -> None:
+        recycles: dict[Session, list[CommitJob]] = {}
+        for number, settled in self._decisions.items():
+            if isinstance(settled.decision, Recycle):
+                recycles.setdefault(self.members[number].vm, []).append(self.jobs[number])
+        if recycles:
+            self._pauses = Pauses(recycles)
+            self._pausing = asyncio.ensure_future(self._pause_first(self._pauses))
+        else:
+            self._send_decisions()
+
+    async def _pause_first(self, pauses: Pauses) -> None:
+        try:
+            await pauses.pause()
+        except QmpCommitError as error:
+            self._tell(group_phases.Stop(f"a guest could not be paused ({error.message})"))
+        if self.state.stage is Stage.DECIDED:
+            self._send_decisions()
+
+    def _send_decisions(self) -> None:
+        for number, job in enumerate(self.jobs):
+            job.decide(*self._decisions[number])
 
     def _finalize(self) -> None:
         if self._on_decision is None:
@@ -398,9 +424,24 @@ class GroupCommit:
             timer.cancel()
         for subscription in self._subscriptions:
             subscription.close()
-        for task in (self._asking, self._recording):
+        for task in (self._asking, self._recording, self._pausing):
             if task is not None:
                 await stop(task)
+        if self._pauses is not None:
+            await self._pauses.over()
+
+    def _outcome(self, ends: Sequence[MemberEnd]) -> GroupOutcome:
+        if self._pauses is None:
+            return outcome_of(self.id, ends, by=self._by)
+        paused = self._pauses.seconds
+        ends = [
+            end._replace(outcome=replace(end.outcome, guest_paused=paused.get(member.vm)))
+            if end.outcome is not None
+            else end
+            for member, end in zip(self.members, ends, strict=True)
+        ]
+        outcome = outcome_of(self.id, ends, by=self._by)
+        return replace(outcome, warnings=[*self._pauses.problems, *outcome.warnings])
 
     def _end(self, number: int) -> MemberEnd:
         job = self.jobs[number]

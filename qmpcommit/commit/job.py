@@ -147,6 +147,10 @@ class CommitJob:
         assert self._driver.outcome is not None
         return self._driver.outcome
 
+    async def settled(self) -> None:
+        """Wait until QEMU has done its part; stale files may not have been cleared away yet."""
+        await self._until(lambda: self.state.finished)
+
     async def progress(self, every: float = 0.5) -> AsyncIterator[JobProgress]:
         """How far it is, now and `every` so many seconds until the end (``query-jobs``)."""
         from qmpcommit.commit.pace import Meter

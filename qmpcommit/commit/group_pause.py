@@ -1,0 +1,65 @@
+"""The guests of a group's recycles: each is paused once, for all of its disks.
+
+A recycle pauses its own guest, and lets it go on when its fresh overlay lies. With several disks
+of one guest the first would let it write to the bases of the others. So the group pauses each
+guest, and lets it go on when the last of its disks has its overlay.
+
+Rests on ``query-status``, ``stop`` and ``cont``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.errors import CommandRefused, QmpCommitError
+from qmpcommit.tasks import to_the_end
+
+if TYPE_CHECKING:
+    from qmpcommit.session import Session
+
+
+class Pauses:
+    """Pauses guests; `seconds` is for how long each was, `problems` are for people to read."""
+
+    def __init__(self, recycles: Mapping[Session, Sequence[CommitJob]]) -> None:
+        self.seconds: dict[Session, float] = {}
+        self.problems: list[str] = []
+        self._recycles = recycles
+        self._thawing: list[asyncio.Task[None]] = []
+
+    async def pause(self) -> None:
+        """Pause those that run; raises what `Monitor.execute` raises."""
+        for vm, jobs in self._recycles.items():
+            try:
+                running = bool((await vm.execute("query-status")).get("running"))
+            except CommandRefused:
+                continue  # a storage daemon runs no guest
+            if running:
+                # It is let go on even if the reply to the command is lost.
+                self._thawing.append(asyncio.create_task(self._thaw(vm, jobs)))
+                await vm.execute("stop")
+
+    async def over(self) -> None:
+        """Wait until all go on again; their jobs have to have ended."""
+        if self._thawing:
+            await to_the_end(self._wait())
+
+    async def _wait(self) -> None:
+        await asyncio.wait(self._thawing)
+
+    async def _thaw(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
+        clock = asyncio.get_running_loop().time
+        since = clock()
+        for job in jobs:
+            await job.settled()
+        try:
+            await vm.execute("cont")
+        except QmpCommitError as error:
+            self.problems.append(
+                f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
+                " with 'cont'"
+            )
+        self.seconds[vm] = clock() - since

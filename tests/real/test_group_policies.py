@@ -1,0 +1,261 @@
+"""Who decides for a group, and what is carried and refused with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.daemons import many_disks
+from tests.ground.images import MIB, Chain, assert_disk, make_chain
+from tests.ground.machines import machine
+from tests.ground.nbd import Nbd
+
+TWO = ["top", "top2"]
+
+
+@asynccontextmanager
+async def two_disks(folder: Path, *, layers: int = 2) -> AsyncIterator[tuple[qc.Session, Any]]:
+    """A session with a daemon that has two chains; both bases and tops are read at the end."""
+    chains = (
+        make_chain(folder, layers),
+        make_chain(folder, layers, names=("base2", "mid2", "low2", "top2")),
+    )
+    async with many_disks(folder / "a", *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        yield vm, chains
+        assert await vm.execute("query-jobs") == []
+        exports = {e["node-name"] for e in await vm.execute("query-block-exports")}
+        await vm.close()
+        await qemu.quit()
+    for chain in chains:
+        active = chain.base if chain.base.stem in exports else chain.top
+        assert_disk(active, chain.pictures[-1])
+
+
+async def test_a_policy_for_all_is_asked_once_when_all_are_ready(folder: Path) -> None:
+    asked: list[qc.GroupReady] = []
+
+    async def policy(ready: qc.Ready) -> qc.Keep:
+        assert isinstance(ready, qc.GroupReady)
+        asked.append(ready)
+        jobs = await vm.execute("query-jobs")
+        assert [job["status"] for job in jobs] == ["ready", "ready"]
+        return qc.Keep()
+
+    async with two_disks(folder) as (vm, _):
+        outcome = await vm.commit_group(TWO, policy=policy)
+        assert outcome.action == "keep"
+    (ready,) = asked
+    assert [member.disk for member in ready.members] == TWO
+    assert ready.environment()["QMPCOMMIT_DISK"] == "top\ntop2"
+    assert ready.bytes_committed == sum(member.bytes_committed for member in ready.members) > 0
+
+
+async def test_each_disk_may_have_its_own(folder: Path) -> None:
+    async with two_disks(folder) as (vm, chains):
+        outcome = await vm.commit_group({"top": qc.Pivot(), "top2": qc.Keep()})
+        assert (outcome.action, outcome.status) == ("mixed", "completed")
+        assert [each.action for each in outcome.outcomes] == ["pivot", "keep"]
+    assert_disk(chains[1].base, chains[1].pictures[-1])
+
+
+async def test_one_that_aborts_aborts_all(folder: Path) -> None:
+    async with two_disks(folder) as (vm, _):
+        check = qc.Check(["false"], failed=qc.Abort())
+        outcome = await vm.commit_group({"top": qc.Pivot(), "top2": check})
+        assert (outcome.action, outcome.status) == ("abort", "cancelled")
+        assert outcome.decided_by == "check failed"
+        assert [each.action for each in outcome.outcomes] == ["abort", "abort"]
+        rehearsed = await vm.commit_group(TWO, policy=qc.Abort())
+        assert (rehearsed.action, rehearsed.instant) == ("abort", None)
+
+
+@pytest.mark.parametrize("decision", ["pivot", "keep", "abort"])
+async def test_a_hold_is_decided_by_the_caller(decision: str, folder: Path) -> None:
+    async with two_disks(folder) as (vm, _):
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold())
+        await group.start()
+        await group.ready()
+        getattr(group, decision)()
+        outcome = await group.wait()
+        assert (outcome.action, outcome.decided_by) == (decision, "caller")
+        with pytest.raises(qc.JobConflict):
+            group.pivot()
+
+
+async def test_a_decision_before_ready_is_refused_and_harmless(folder: Path) -> None:
+    async with two_disks(folder) as (vm, _):
+        members = [(vm, disk) for disk in TWO]
+        group = qc.GroupCommit(members, policy=qc.Hold(0.0, qc.Keep()))
+        with pytest.raises(qc.NotReady):
+            group.pivot()
+        outcome = await group.run()
+        assert (outcome.action, outcome.decided_by) == ("keep", "hold expired")
+
+
+async def test_a_policy_that_raises_cancels_all(folder: Path) -> None:
+    async def broken(ready: qc.Ready) -> qc.Pivot:
+        raise LookupError("no such ticket")
+
+    async with two_disks(folder) as (vm, _):
+        with pytest.raises(qc.GroupFailed, match="no such ticket") as failed:
+            await vm.commit_group(TWO, policy=broken)
+        assert isinstance(failed.value.__cause__, LookupError)
+
+
+async def test_another_client_that_decides_for_one_of_them(folder: Path) -> None:
+    """It can't be undone by us where it finalizes too, but all others are cancelled."""
+    async with two_disks(folder) as (vm, _):
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold())
+        await group.start()
+        await group.ready()
+        await vm.execute("job-complete", {"id": group.jobs[0].id})
+        with pytest.raises(qc.GroupFailed, match="another client decided"):
+            await group.wait()
+
+
+async def test_bitmaps_are_carried_in_the_hold(folder: Path) -> None:
+    async with two_disks(folder) as (vm, _):
+        for disk in TWO:
+            await vm.execute("block-dirty-bitmap-add", {"node": disk, "name": "b"})
+        await vm.commit_group(TWO, policy=qc.Pivot())
+        nodes = {n["node-name"]: n for n in await vm.execute("query-named-block-nodes")}
+        for base in ("base", "base2"):
+            assert [b["name"] for b in nodes[base]["dirty-bitmaps"]] == ["b"]
+
+
+async def test_a_long_chain_and_a_shallow_commit(folder: Path) -> None:
+    async with two_disks(folder, layers=4) as (vm, chains):
+        outcome = await vm.commit_group(TWO, policy=qc.Keep(), shallow=True)
+        assert [each.base.filename for each in outcome.outcomes] == [
+            str(chain.files[2]) for chain in chains
+        ]
+
+
+async def test_what_a_group_can_not_be(folder: Path) -> None:
+    async with two_disks(folder, layers=3) as (vm, _):
+        for refused, disks, options in (
+            (qc.InvalidRequest, [], {"policy": qc.Pivot()}),
+            (qc.PolicyRequired, TWO, {}),
+            (qc.InvalidRequest, {"top": qc.Pivot()}, {"policy": qc.Pivot()}),
+            (qc.InvalidRequest, ["top", str(folder / "top.qcow2")], {"policy": qc.Pivot()}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "top": 1}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "frobnicate": 1}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "hold_limit": -1}),
+            (qc.ChainError, {"top": qc.Recycle("f"), "top2": qc.Pivot()}, {}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Recycle("f")}),
+            (qc.OnlyIfFailed, TWO, {"policy": qc.Pivot(), "only_if": ["false"]}),
+            (qc.DiskNotFound, ["top", "nothing"], {"policy": qc.Pivot()}),
+        ):
+            with pytest.raises(refused):
+                await vm.commit_group(disks, **options)
+            assert await vm.execute("query-jobs") == []
+
+
+async def test_one_that_qemu_refuses_cancels_the_others(folder: Path) -> None:
+    first = make_chain(folder)
+    second = make_chain(folder, names=("base2", "top2"))
+    extra = ["-blockdev", f"driver=file,node-name=f2,filename={second.base},read-only=on",
+             "-blockdev", "driver=qcow2,node-name=base2,file=f2,read-only=on",
+             "-blockdev", f"driver=qcow2,node-name=top2,file.driver=file,"
+             f"file.filename={second.top},backing=base2",
+             "-device", "virtio-blk-pci,drive=top2,id=vdb"]  # fmt: skip
+    async with machine(folder, first, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.CommitFailed, match="read-only"):
+            await vm.commit_group(["vda", "vdb"], policy=qc.Pivot(), override=["read-only-base"])
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    for chain in (first, second):
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> None:
+    """One pause for all, which ends when the last of the fresh overlays lies."""
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    fresh = [folder / "fresh.qcow2", folder / "fresh2.qcow2"]
+    async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("cont")
+        with vm.events("STOP", "RESUME", "BLOCK_JOB_COMPLETED") as heard:
+            outcome = await vm.commit_group(
+                {"vda": qc.Recycle(str(fresh[0])), "vdb": qc.Recycle(str(fresh[1]))}
+            )
+        assert (outcome.action, outcome.warnings) == ("recycle", [])
+        names = [event.name async for event in heard]
+        assert names == ["STOP", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_COMPLETED", "RESUME"]
+        for each, path in zip(outcome.outcomes, fresh, strict=True):
+            assert each.active is not None
+            assert each.active.filename == str(path)
+            assert each.guest_paused is not None
+            assert each.guest_paused > 0
+        assert (await vm.execute("query-status"))["running"]
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    for chain, path in zip(chains, fresh, strict=True):
+        assert_disk(chain.base, chain.pictures[-1])
+        assert_disk(path, chain.pictures[-1])
+
+
+async def test_a_guest_goes_on_after_a_group_of_recycles_that_failed(folder: Path) -> None:
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("cont")
+
+        async def full(jobs: Any) -> None:
+            raise OSError("the journal is full")
+
+        with pytest.raises(qc.GroupFailed, match="journal is full"):
+            await vm.commit_group(
+                {"vda": qc.Recycle(str(folder / "f1")), "vdb": qc.Recycle(str(folder / "f2"))},
+                on_decision=full,
+            )
+        assert (await vm.execute("query-status"))["running"]
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_deadline_cancels_all(folder: Path) -> None:
+    first = make_chain(folder, bulk=33 * MIB)
+    chains: tuple[Chain, ...] = (first, make_chain(folder, names=("base2", "top2")))
+    async with many_disks(folder / "a", *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.DeadlineExceeded, match="cancelled"):
+            await vm.commit_group(TWO, policy=qc.Pivot(), bandwidth=MIB, timeout=0.5)
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_write_waits_for_the_end_of_the_hold(folder: Path) -> None:
+    """What is written while all are held is in no base, and is on the disk afterwards."""
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    written: list[asyncio.Task[None]] = []
+    async with many_disks(folder / "a", *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        nbd = await Nbd.connect(qemu.nbd, "top")
+
+        async def write(jobs: Any) -> None:
+            written.append(asyncio.create_task(nbd.write(9 * MIB, b"late" * 128)))
+            await vm.execute("query-jobs")
+            assert not written[0].done()
+
+        await vm.commit_group(TWO, policy=qc.Keep(), on_decision=write)
+        await written[0]
+        await nbd.flush()
+        await nbd.close()
+        await vm.close()
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+    chains[0].pictures[-1].write(9 * MIB, b"late" * 128)
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
