@@ -193,6 +193,19 @@ async def test_metrics_and_logs_tell_what_happened(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_each_line_of_the_log_is_json_whoever_writes_it(folder: Path) -> None:
+    async with daemon(folder) as d:
+        _, writer = await asyncio.open_unix_connection(d.socket)
+        writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await d.raw(b"this is no HTTP\r\n\r\n")).status == 400
+        assert await d.stop() == 0
+        writer.close()
+        await writer.wait_closed()
+        lines = [json.loads(line) for line in d.log.splitlines()]
+        assert "uvicorn.error" in {line.get("logger") for line in lines}
+        assert all({"event", "level", "timestamp"} <= set(line) for line in lines)
+
+
 async def test_a_log_for_people(folder: Path) -> None:
     config = folder / "config.toml"
     config.write_text(f'state = "{folder}/state"\n[listen]\nsocket = "{folder}/d.sock"\n')
