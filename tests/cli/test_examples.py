@@ -105,12 +105,28 @@ async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["embed.py", "custom_policy.py", "commit_all_disks.py", "quiesce.py"]
+    "name", ["embed.py", "custom_policy.py", "commit_all_disks.py", "group_commit.py", "quiesce.py"]
 )
 async def test_without_arguments_it_says_how_to_run_it(name: str) -> None:
     said = await example(name)
     assert said.status == 1
     assert f"python examples/{name} QMP" in said.err
+
+
+@pytest.mark.parametrize("decision", ["pivot", "keep"])
+async def test_group_commit(decision: str, folder: Path) -> None:
+    first = make_chain(folder)
+    second = make_chain(folder, 2, names=("base2", "top2"))
+    async with machine(folder, first, second) as qemu:
+        words = ["--keep"] if decision == "keep" else []
+        said = await example("group_commit.py", f"{qemu.qmp}:vda", f"{qemu.qmp}:vdb", *words)
+        assert (said.status, said.err) == (0, "")
+        for name in ("vda", "vdb"):
+            assert f"{name}: {decision}, writes to" in said.out
+        assert "all bases show 20" in said.out
+        await qemu.quit()
+    for chain in (first, second):
+        assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_no_such_vm_is_a_line(folder: Path) -> None:
