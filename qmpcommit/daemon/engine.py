@@ -311,7 +311,9 @@ class Engine:
 
     def _look_for_room(self) -> None:
         """Whether there is room again is found by trying, not by refusing for ever."""
-        self.journal.write_soon(Statement("DELETE FROM keys WHERE created < 0"))
+        sql = "INSERT OR REPLACE INTO keys VALUES ('', '', '', 0)"
+        # Nothing is written for a statement that changes nothing; no client's key is empty.
+        self.journal.write_soon(Statement(sql), Statement("DELETE FROM keys WHERE key = ''"))
 
     async def _known(self, key: str, fingerprint: str) -> Promise | None:
         rows = await self.journal.read("SELECT * FROM keys WHERE key = ?", key)

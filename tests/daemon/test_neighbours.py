@@ -222,6 +222,8 @@ async def test_a_full_disk_under_the_journal_stops_new_work_alone(folder: Path) 
             asked = await d.post("/v1/vms/good/commits", body)
             assert (asked.status, asked.json["type"]) == (503, "urn:qmpcommit:JournalFull")
             assert "Make room" in asked.json["detail"]
+            for _ in range(20):  # asking does not make room
+                assert (await d.get("/readyz")).status == 503
             assert (await d.get(f"/v1/commits/{held}")).json["phase"] == "ready"
             jobs = await qemu.execute("query-jobs")
             assert [job["status"] for job in jobs] == ["ready"]
