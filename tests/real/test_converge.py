@@ -331,12 +331,17 @@ async def test_without_it_a_writing_guest_keeps_the_job_from_ready(folder: Path)
     async with slow_machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await running(vm)
         job = await vm.commit("vda", policy=qc.Hold())
-        with pytest.raises(TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WITHOUT):
                 await job.ready()
-        assert await remaining(vm, job) > 8 * MIB
+        overtaken = job.phase.value == "ready"
+        if not overtaken:
+            assert await remaining(vm, job) > 8 * MIB
         job.cancel()
         await job.wait()
+        if overtaken and QEMU.version >= (11,):
+            pytest.skip("the commit of QEMU 11 overtakes this guest without help")
+        assert not overtaken
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.5])
