@@ -24,12 +24,13 @@ _HOMES = {
     "commit.pending": "resolve_pending",
     "commit.plan": "Plan",
     "commit.quiesce": "Quiet quiesced thaw",
+    "commit.window": "Frozen OpenWindow Window",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
         " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
         " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError"
-        " QuiesceFailed VMGone VMStateError"
+        " QuiesceFailed VMGone VMStateError WindowError"
         " CommitNotFound DaemonError DaemonLost DaemonUnreachable KeyReused QueueFull VMNotFound"
     ),
     "offline_session": "offline",

@@ -31,6 +31,9 @@ from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.commit.quiesce import Quiet as Quiet
 from qmpcommit.commit.quiesce import quiesced as quiesced
 from qmpcommit.commit.quiesce import thaw as thaw
+from qmpcommit.commit.window import Frozen as Frozen
+from qmpcommit.commit.window import OpenWindow as OpenWindow
+from qmpcommit.commit.window import Window as Window
 from qmpcommit.errors import ChainError as ChainError
 from qmpcommit.errors import CommandRefused as CommandRefused
 from qmpcommit.errors import CommitFailed as CommitFailed
@@ -60,6 +63,7 @@ from qmpcommit.errors import QuiesceFailed as QuiesceFailed
 from qmpcommit.errors import VMGone as VMGone
 from qmpcommit.errors import VMNotFound as VMNotFound
 from qmpcommit.errors import VMStateError as VMStateError
+from qmpcommit.errors import WindowError as WindowError
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent

@@ -223,5 +223,12 @@ class DaemonLost(MonitorLost):
     address: str | None
 
 
+class WindowError(QmpCommitError):
+    """A snapshot window can't be opened, or not be closed; `overlays` are those still active."""
+
+    FACTS = ("vm", "disk", "job_id", "overlays", "outcomes")
+    overlays: list[str] | None
+
+
 class DeadlineExceeded(QmpCommitError, TimeoutError):
     """It did not end in time; the message says what state that left behind."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.window import OpenWindow, Window
 
 
 class Session(Monitor):
@@ -365,6 +367,60 @@ class Session(Monitor):
         else:
             members = [GroupMember(self, str(disk)) for disk in disks]
         return await GroupCommit(members, **options).run()
+
+    def snapshot(
+        self,
+        disks: Sequence[str],
+        *,
+        overlay_dir: str | os.PathLike[str] | None = None,
+        freeze: Literal["agent", "pause"] | None = None,
+        agent: str | os.PathLike[str] | None = None,
+        bandwidth: int | str | None = None,
+    ) -> AbstractAsyncContextManager[Window]:
+        """A window in which the disks' files stand still: ``async with vm.snapshot(["vda"])``.
+
+        Fresh overlays, in `overlay_dir` or beside the files, are laid over all disks in one
+        ``transaction``; ``window["vda"].filename`` is then one instant's image, stable with all
+        below it, and readable while the guest runs (where ``-blockdev`` opened the layers below
+        for writing, readers need QEMU's force-share, ``qemu-img convert -U``, which does no harm
+        here). `freeze` quiesces the guest for that
+        instant: its file systems through the guest agent's socket `agent`, or its vCPUs. On
+        leaving, however the body ends, each overlay is committed back with at most `bandwidth`
+        bytes per second, pivoted away and deleted.
+
+        Raises `DiskNotFound`, `JobConflict`, `QuiesceFailed` or `WindowError`; if it does not
+        open nothing is left of it, and if it does not close the error names the overlays that
+        the guest still writes to.
+        """
+        from qmpcommit.commit.window import snapshot
+
+        return snapshot(
+            self, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, bandwidth=bandwidth
+        )
+
+    async def windows(self) -> list[OpenWindow]:
+        """The overlays of snapshot windows that are open, with their age and size."""
+        from qmpcommit.commit.window import windows
+
+        return await windows(self)
+
+    async def close_windows(self, *, bandwidth: int | str | None = None) -> list[CommitOutcome]:
+        """Close the windows that a crash has left open; raises `WindowError` where one stays."""
+        from qmpcommit.commit.window import close_windows
+
+        return await close_windows(self, bandwidth=bandwidth)
+
+    def flatten(
+        self, disk: str, *, keep: int, delete: bool = False, bandwidth: int | str | None = None
+    ) -> AsyncIterator[CommitOutcome]:
+        """Bring a chain down to `keep` layers, from the bottom up: ``async for outcome in ...``.
+
+        Each step leaves a valid chain, so it may be stopped after any. Raises what `commit` and
+        `CommitJob.wait` raise.
+        """
+        from qmpcommit.commit.flatten import flatten
+
+        return flatten(self, disk, keep=keep, delete=delete, bandwidth=bandwidth)
 
     @property
     def jobs(self) -> tuple[CommitJob, ...]:

@@ -58,6 +58,8 @@ COMMANDS = {
     "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
     "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
     "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
+    "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
+    "flatten": ("window:flatten", "Bring a long chain down to few layers."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
 }
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
 
 
 def _call(arguments: list[str]) -> Any:
-    return cli.main(arguments, prog_name="qmpcommit", standalone_mode=False)
+    return cli.main(arguments, prog_name="qmpcommit", standalone_mode=False, obj=arguments)
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

@@ -87,9 +87,7 @@ class FreshOverlay:
             await self._discard()
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(os.unlink, path)
-        elif await asyncio.to_thread(os.path.lexists, path):
-            raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
-        await self._open()
+        await self.open()
         if await self._guest_runs():
             if self._ledger is not None:
                 await self._ledger.note("stop")
@@ -97,6 +95,13 @@ class FreshOverlay:
             await self._monitor.execute("stop")
         elif stopped:
             self._stopped_at = asyncio.get_running_loop().time()
+
+    async def open(self) -> None:
+        """Make and open the overlay; raises `CommitFailed` for a file that is there already."""
+        path = os.path.join(self._cwd or os.getcwd(), self.filename)
+        if await asyncio.to_thread(os.path.lexists, path):
+            raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
+        await self._open()
 
     async def lay(self) -> None:
         """Put it over the base, whose users it takes over.

@@ -1,0 +1,169 @@
+"""``qmpcommit window`` and ``qmpcommit flatten``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpcommit.cli.options import Answer, Options, common
+
+if TYPE_CHECKING:
+    from qmpcommit.cli.running import Run
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("qmp")
+@click.argument("words", nargs=-1, metavar="DISK... -- COMMAND...")
+@click.option("--close", is_flag=True, help="Close the windows that a crash has left open.")
+@click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
+@click.option(
+    "--freeze",
+    type=click.Choice(["agent", "pause"]),
+    help="Quiesce the guest for the instant: its file systems through the guest agent, or its"
+    " vCPUs.",
+)
+@click.option("--agent", metavar="SOCKET", help="The guest agent's socket.")
+@click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
+@common
+def window(
+    qmp: str,
+    words: tuple[str, ...],
+    *,
+    close: bool,
+    overlay_dir: str | None,
+    freeze: Any,
+    agent: str | None,
+    bandwidth: str | None,
+    **given: Any,
+) -> Answer:
+    """Run COMMAND while the disks' files stand still; the guest goes on, on fresh overlays.
+
+    In COMMAND, {DISK} stands for the file of that disk, which is one instant's image of all of
+    them until COMMAND ends, as in: qmpcommit window QMP vda -- cp {vda} /backup/. Then the
+    overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
+    could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it.
+    """
+    options = Options.of(**given)
+    from qmpcommit.cli.running import run
+
+    if close:
+        if words:
+            raise click.UsageError("With --close give QMP alone")
+        return run(options, lambda running: _close(running, qmp, bandwidth))
+    disks, command = _parted(click.get_current_context(), words)
+    request = {
+        "disks": disks,
+        "overlay_dir": overlay_dir,
+        "freeze": freeze,
+        "agent": agent,
+        "bandwidth": bandwidth,
+    }
+    return run(options, lambda running: _window(running, qmp, command, request))
+
+
+def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The disks and the command, which ``--`` parts; click itself has taken that away."""
+    line = list(context.obj or ())
+    if "--" not in line:
+        raise click.UsageError("Give the command after '--', as in: window QMP vda -- cp {vda} /b/")
+    command = line[line.index("--") + 1 :]
+    disks = list(words[: len(words) - len(command)])
+    if not disks or not command:
+        raise click.UsageError("Give at least one DISK, and a COMMAND after '--'")
+    return disks, command
+
+
+async def _window(running: Run, qmp: str, command: list[str], request: dict[str, Any]) -> Answer:
+    async with running.connect(qmp) as vm, vm.snapshot(**request) as window:
+        status = await _run(running, [_filled(word, window) for word in command])
+    data = {
+        "window": window.name,
+        "status": status,
+        "disks": [frozen.model_dump() for frozen in window.values()],
+        "quiesced": window.quiesced,
+        "outcomes": [outcome.model_dump(mode="json") for outcome in window.outcomes],
+    }
+    files = ", ".join(frozen.filename for frozen in window.values())
+    text = f"the window on {files} is closed; the command ended with status {status}"
+    return Answer(data, text, status=status, quiet=running.options.quiet)
+
+
+def _filled(word: str, window: Any) -> str:
+    for disk, frozen in window.items():
+        word = word.replace(f"{{{disk}}}", frozen.filename)
+    return word
+
+
+async def _run(running: Run, command: list[str]) -> int:
+    """The command in the foreground; Ctrl-C and SIGTERM are passed on to it."""
+    import asyncio
+
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=2 if running.options.as_json else None, start_new_session=True
+        )
+    except OSError as error:
+        click.echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+    def end(times: int = 0) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT if times == 1 else signal.SIGTERM)
+
+    running.on_signal, running.on_deadline = end, end
+    status = await process.wait()
+    return status if status >= 0 else 128 - status
+
+
+async def _close(running: Run, qmp: str, bandwidth: str | None) -> Answer:
+    async with running.connect(qmp) as vm:
+        left = await vm.windows()
+        outcomes = await vm.close_windows(bandwidth=bandwidth)
+    data = {
+        "closed": [each.model_dump() for each in left],
+        "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
+    }
+    text = "\n".join(f"closed the window on {each.filename}" for each in left)
+    return Answer(data, text or "no window is open", quiet=running.options.quiet)
+
+
+@click.command()
+@click.argument("qmp")
+@click.argument("disk")
+@click.option("--keep", type=int, required=True, help="How many layers are to be left.")
+@click.option("--delete", is_flag=True, help="Delete the files that were merged away.")
+@click.option("--bandwidth", metavar="RATE", help="Bytes per second at most.")
+@common
+def flatten(
+    qmp: str, disk: str, *, keep: int, delete: bool, bandwidth: str | None, **given: Any
+) -> Answer:
+    """Bring a long chain down to so many layers, from the bottom up, while the guest runs.
+
+    Each step leaves a valid chain: it may be interrupted, and run again.
+    """
+    options = Options.of(**given)
+    from qmpcommit.cli.running import run
+
+    return run(options, lambda running: _flatten(running, qmp, disk, keep, delete, bandwidth))
+
+
+async def _flatten(  # noqa: PLR0917
+    running: Run, qmp: str, disk: str, keep: int, delete: bool, bandwidth: str | None
+) -> Answer:
+    outcomes = []
+    async with running.connect(qmp) as vm:
+        async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
+            outcomes.append(outcome)
+        last = outcomes[-1] if outcomes else None
+        moved = last is not None and last.action == "pivot" and last.active is not None
+        now = await vm.disk(last.active.filename if moved else disk)  # type: ignore[union-attr]
+    data = {
+        "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
+        "chain": [image.model_dump(mode="json") for image in now.chain],
+    }
+    chain = " -> ".join(image.filename for image in reversed(now.chain))
+    return Answer(data, f"{len(outcomes)} layers merged: {chain}", quiet=running.options.quiet)

@@ -1,0 +1,208 @@
+"""Snapshot windows and long chains, on real QEMUs; each ends by reading the disks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import qmpcommit as qc
+from tests.cli.command import run as qmpcommit
+from tests.cli.command import start
+from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read
+from tests.ground.images import run as run_tool
+from tests.ground.machines import machine, storage_daemon
+from tests.ground.nbd import Nbd
+from tests.ground.qemu import QEMU
+
+
+def two_chains(folder: Path) -> tuple[Chain, Chain]:
+    first = make_chain(folder)
+    second = make_chain(folder, names=("low", "mid", "below", "second"))
+    return first, second
+
+
+def overlays(folder: Path) -> list[Path]:
+    return list(folder.glob("*.qmpcommit-window-*"))
+
+
+async def test_two_disks_stand_still_while_the_window_is_open(folder: Path) -> None:
+    first, second = two_chains(folder)
+    async with machine(folder, first, second, style="implicit") as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            async with session.snapshot(["vda", "vdb"]) as window:
+                assert window["vda"].filename == str(first.top)
+                assert_disk(first.top, first.pictures[-1])  # readable, without a forced share
+                assert_disk(second.top, second.pictures[-1])
+                seen = await session.windows()
+                assert [each.disk for each in seen] == ["vda", "vdb"]
+                assert all(each.age is not None and each.age >= 0 for each in seen)
+                assert all(each.size for each in seen)
+                with pytest.raises(qc.WindowError, match="in a window already"):
+                    async with session.snapshot(["vda"]):
+                        pass
+            assert [outcome.action for outcome in window.outcomes] == ["pivot", "pivot"]
+            assert await session.windows() == []
+            assert [len(disk.chain) for disk in await session.disks()] == [2, 2]
+        assert overlays(folder) == []
+        await vm.quit()
+    assert_disk(first.top, first.pictures[-1])
+    assert_disk(second.top, second.pictures[-1])
+
+
+async def test_what_the_guest_writes_meanwhile_is_merged_back(folder: Path) -> None:
+    chain = make_chain(folder)
+    after = chain.pictures[-1].copy()
+    async with (
+        storage_daemon(folder, chain, style="implicit") as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        async with await Nbd.connect(vm.nbd, "top") as guest:
+            async with session.snapshot(["top"], overlay_dir=folder) as window:
+                await guest.write(5 * MIB, b"\xaa" * MIB)
+                after.write(5 * MIB, b"\xaa" * MIB)
+                assert_disk(Path(window["top"].filename), chain.pictures[-1])
+            await guest.write(7 * MIB, b"\xbb" * MIB)
+            after.write(7 * MIB, b"\xbb" * MIB)
+        await vm.quit()
+    assert_disk(chain.top, after)
+    assert overlays(folder) == []
+
+
+class Boom(Exception):
+    pass
+
+
+async def test_a_body_that_raises_or_is_cancelled_closes_the_window(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with (
+        storage_daemon(folder, chain, style="implicit") as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        with pytest.raises(Boom):
+            async with session.snapshot(["top"]):
+                raise Boom
+        assert await session.windows() == []
+        opened = asyncio.Event()
+
+        async def body() -> None:
+            async with session.snapshot(["top"]):
+                opened.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(body())
+        await opened.wait()
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled()
+        assert await session.windows() == []
+        await vm.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_one_disk_that_is_not_fit_leaves_nothing_of_the_others(folder: Path) -> None:
+    first, second = two_chains(folder)
+    async with machine(folder, first, second, style="implicit") as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            for names in (["vda", "nope"], ["vda", "vda"]):
+                with pytest.raises((qc.DiskNotFound, qc.WindowError)):
+                    async with session.snapshot(names):
+                        pass
+            with pytest.raises(qc.QmpCommitError):
+                async with session.snapshot(["vda", "vdb"], overlay_dir=folder / "not there"):
+                    pass
+            assert overlays(folder) == []
+            assert [len(disk.chain) for disk in await session.disks()] == [2, 2]
+            nodes = await session.execute("query-named-block-nodes", {"flat": True})
+            assert not [n for n in nodes if n["node-name"].startswith("qmpcommit-")]
+        await vm.quit()
+    assert_disk(first.top, first.pictures[-1])
+
+
+async def test_a_killed_owner_s_window_is_found_and_closed(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain, style="implicit") as vm:
+        process = await start("window", vm.qmp, "top", "--", "sh", "-c", "echo open; exec sleep 60")
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"open\n"
+        process.kill()
+        await process.wait()
+        async with qc.Session.connect(vm.qmp) as session:
+            (left,) = await session.windows()
+            assert left.filename == str(chain.top)
+        said = await qmpcommit("window", "--close", vm.qmp, "--json")
+        assert said.status == 0
+        assert [each["overlay"] for each in said.json["closed"]] == [left.overlay]
+        await vm.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_the_command_passes_the_status_on(folder: Path) -> None:
+    chain = make_chain(folder)
+    copy = folder / "copy"
+    async with storage_daemon(folder, chain, style="implicit") as vm:
+        words = ("window", vm.qmp, "top", "--json", "--", QEMU.img, "convert", "-O", "raw")
+        said = await qmpcommit(*words, "{top}", copy)
+        assert said.status == 0
+        assert said.json["disks"][0]["filename"] == str(chain.top)
+        said = await qmpcommit("window", vm.qmp, "top", "--", "sh", "-c", "exit 7")
+        assert said.status == 7
+        said = await qmpcommit("window", vm.qmp, "top", "--", "no-such-command")
+        assert said.status == 127
+        assert (await qmpcommit("window", vm.qmp, "top")).status == 2
+        await vm.quit()
+    assert copy.read_bytes() == bytes(chain.pictures[-1].data)
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+async def test_a_long_chain_is_brought_down(folder: Path, keep: int) -> None:
+    chain = make_chain(folder, 4)
+    top = folder / "fifth.qcow2"
+    create(top, None, backing=chain.top)
+    whole = Chain([*chain.files, top], [*chain.pictures, chain.pictures[-1]])
+    async with storage_daemon(folder, whole) as vm, qc.Session.connect(vm.qmp) as session:
+        done = [outcome async for outcome in session.flatten("fifth", keep=keep, delete=True)]
+        assert len(done) == 5 - keep
+        (disk,) = await session.disks()
+        assert len(disk.chain) == keep
+        active = Path(disk.chain[0].filename)
+        await vm.quit()
+    assert_disk(active, whole.pictures[-1])
+    assert active == (chain.base if keep == 1 else top)
+    left = {path for path in folder.glob("*.qcow2")}
+    assert len(left) == keep
+
+
+async def test_flatten_may_stop_after_any_step(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    async with (
+        storage_daemon(folder, chain, style="implicit") as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        async for outcome in session.flatten("top", keep=1):
+            assert outcome.action == "none"
+            break
+        assert len((await session.disk("top")).chain) == 3
+        with pytest.raises(qc.InvalidRequest):
+            async for _ in session.flatten("top", keep=0):
+                pass
+        await vm.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    said = run_tool(QEMU.img, "check", chain.top)
+    assert "No errors" in said
+    assert Picture(len(read(chain.base))).size == chain.pictures[0].size
+
+
+async def test_a_recycle_of_a_disk_with_a_long_name(folder: Path) -> None:
+    chain = make_chain(folder, names=("base", "mid", "low", "a-disk-with-quite-a-long-name"))
+    async with qc.offline(chain.top) as vm:
+        fresh = folder / "fresh.qcow2"
+        job = await vm.commit("disk", policy=qc.Recycle(str(fresh)), job_id="qmpcommit-" + "x" * 40)
+        assert (await job.wait()).action == "recycle"
+    assert_disk(fresh, chain.pictures[-1])
+    assert_disk(chain.base, chain.pictures[-1])
