@@ -94,14 +94,14 @@ class Proxy:
         except OSError:
             pass
         finally:
+            sides = [side for side in (writer, theirs) if side is not None]
+            for side in sides:
+                side.transport.abort()  # before anything is awaited: `cut` may cancel that
             for pump in pumps:
                 pump.cancel()
             if pumps:
                 await asyncio.wait(pumps)
             self.errors += [e for pump in pumps if not pump.cancelled() and (e := pump.exception())]
-            sides = [side for side in (writer, theirs) if side is not None]
-            for side in sides:
-                side.transport.abort()
             for side in sides:
                 with suppress(OSError):
                     await side.wait_closed()
