@@ -317,7 +317,8 @@ def _pending(state: State) -> Step:
     if state.decision is None and state.undoes:
         return _decided(state, Choice.ABORT, "caller")
     if state.decision is Choice.ABORT:
-        return (state, []) if state.accepted else _order(state)
+        # An old QEMU takes a cancellation just before READY for a soft one, and holds the disk.
+        return (state, [Duty.ASK]) if state.accepted else _order(state)
     if (state.keeps and not state.meets) or state.prepared or not state.prepares:
         return state, [Command.FINALIZE]
     return state._replace(preparing=True), [Duty.PREPARE]
@@ -467,6 +468,8 @@ def _seen(state: State, job: JobSeen) -> Step:
             end = end._replace(done=job.done, total=job.total)
             return _ended(state._replace(end=end, listed=True))
         case "pending" if not state.auto_finalize:
+            if state.decision is Choice.ABORT and state.accepted and not state.in_flight:
+                return _order(state)
             return _pending(state)
         case "paused" | "standby" if state.stalls and job.io_status not in ("", "ok"):
             if state.stalled:

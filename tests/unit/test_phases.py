@@ -787,3 +787,18 @@ def check_truth(state: State, world: World, adopted: bool) -> None:
     if verdict is Verdict.CANCELLED:
         assert world.cancelled
     assert world.job is None or not world.alive, "a job was left behind"
+
+
+def test_a_cancellation_that_qemu_took_for_a_soft_one_is_sent_again() -> None:
+    """QEMU 5.2, just before READY: the job ends PENDING, and its disk would stay held."""
+    state, _ = phases.begin(two_phase=True, meets=True)
+    for fact in (*CREATED, Decided(Choice.ABORT, "caller"), Accepted(ABORT)):
+        state, _ = phases.step(state, fact)
+    actions: list[Action] = []
+    for heard in (StatusChanged("ready"), StatusChanged("waiting"), StatusChanged("pending")):
+        state, more = phases.step(state, heard)
+        actions += more
+    assert Duty.ASK in actions or ABORT in actions
+    if ABORT not in actions:
+        state, actions = phases.step(state, Answered(JobSeen("pending", auto_finalize=False)))
+    assert actions[-1] is ABORT
