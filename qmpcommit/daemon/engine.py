@@ -15,7 +15,7 @@ from qmpcommit.commit import phases
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.phases import Phase
-from qmpcommit.commit.plan import JOB_PREFIX, Plan, new_job_id
+from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.keeping import Keeper, asked_of
 from qmpcommit.daemon.metrics import Metrics
@@ -29,7 +29,6 @@ from qmpcommit.errors import (
     ConnectError,
     InvalidRequest,
     JobConflict,
-    JobNotFound,
     KeyReused,
     MonitorLost,
     NotReady,
@@ -268,15 +267,17 @@ class Engine:
     ) -> Promise:
         self._check_room(request)
         vm = self.vm(vm_name)
-        job_id = request.job_id or new_job_id(request.disk)
-        if any(p.vm == vm_name and p.job_id == job_id for p in self.live.values()):
-            raise JobConflict(f"a commit with the job id {job_id} has not ended yet", vm=vm_name)
         promise = Promise(
-            uuid.uuid4().hex, vm_name, request, job_id, journal=self.journal, metrics=self.metrics
-        )
+            uuid.uuid4().hex, vm_name, request, request.job_id or "", journal=self.journal,
+            metrics=self.metrics,
+        )  # fmt: skip
         async with self.registry.use(vm, wait=1.0) as session:
             await self.keeper.prepare(promise, session)
         self._check_room(request)  # others may have come meanwhile
+        if any(p.vm == vm_name and p.job_id == promise.job_id for p in self.live.values()):
+            raise JobConflict(
+                f"a commit with the job id {promise.job_id} has not ended yet", vm=vm_name
+            )
         statements = [promise.insertion()]
         if key is not None:
             sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, ?, ?)"
@@ -494,14 +495,3 @@ class Engine:
             return None
         waiting = self.scheduler.waiting
         return waiting.index(promise.id) + 1 if promise.id in waiting else None
-
-    async def adoptable(self, vm_name: str, job_id: str) -> Promise:
-        """The live commit with that job id; raises `JobNotFound`."""
-        for promise in self.live.values():
-            if promise.vm == vm_name and job_id in (promise.job_id, promise.id):
-                return promise
-        raise JobNotFound(
-            f"no commit of {vm_name} that has not ended has the job '{job_id}'",
-            vm=vm_name,
-            job_id=job_id,
-        )

@@ -124,6 +124,7 @@ class Keeper:
         """Check a commit whose promise is asked for; raises what `Session.commit` would."""
         promise.prepared = await self._prepare(promise, session)
         plan = promise.prepared.job.plan
+        promise.called(plan.job_id)
         promise.storage = await asyncio.to_thread(_storage_of, plan, session.cwd)
 
     async def _prepare(self, promise: Promise, session: Session) -> Prepared:
@@ -137,7 +138,7 @@ class Keeper:
             ledger=promise,
         )
         job = await session.prepare(
-            Request(**{**asked, "job_id": promise.job_id}),
+            Request(**{**asked, "job_id": promise.job_id or None}),
             promise.decided_policy() if policy is not None else None,
             around,
             override=request.override,

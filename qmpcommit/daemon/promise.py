@@ -64,7 +64,7 @@ class Promise:
         journal: Journal,
         metrics: Metrics,
     ) -> None:
-        self.id, self.vm, self.request, self.job_id = commit_id, vm, request, job_id
+        self.id, self.vm, self.request = commit_id, vm, request
         self.disk = request.disk
         self.priority = request.priority
         self.created = time.time()
@@ -88,7 +88,12 @@ class Promise:
         self.over = asyncio.Event()
         self._journal, self._metrics = journal, metrics
         self._ready_at: float | None = None
-        self.log = Log(vm=vm, disk=self.disk, job=job_id, commit=commit_id)
+        self.called(job_id)
+
+    def called(self, job_id: str) -> None:
+        """The id that its job has in QEMU, once it was planned."""
+        self.job_id = job_id
+        self.log = Log(vm=self.vm, disk=self.disk, job=job_id, commit=self.id)
 
     @property
     def policy_kind(self) -> str:
