@@ -14,17 +14,17 @@ from weakref import WeakValueDictionary
 from qmpcommit.commit import phases
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.pending import resolve_pending
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.config import Config
-from qmpcommit.daemon.keeping import Keeper, asked_of
+from qmpcommit.daemon.keeping import Keeper, asked_of, seconds_left
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
 from qmpcommit.errors import (
-    CommandRefused,
     CommitNotFound,
     ConnectError,
     InvalidRequest,
@@ -208,16 +208,17 @@ class Engine:
         session = vm.session
         assert session is not None
         owned = {promise.job_id for promise in self.live.values() if promise.vm == vm.name}
-        orphans: dict[str, str] = {}
-        for job in await session.execute("query-jobs"):
-            name, status = str(job.get("id")), str(job.get("status"))
-            if not name.startswith(JOB_PREFIX) or name in owned or job.get("type") != "commit":
-                continue
-            if status == "pending":
-                self.log.warning("orphan_held_its_disk", vm=vm.name, job=name)
-                with suppress(CommandRefused):
-                    await session.execute("job-cancel", {"id": name})
-            orphans[name] = status
+        for outcome in await resolve_pending(session, owned=owned):
+            self.log.warning(
+                "orphan_held_its_disk", vm=vm.name, job=outcome.job_id, ended=outcome.action
+            )
+        orphans = {
+            str(job["id"]): str(job.get("status"))
+            for job in await session.execute("query-jobs")
+            if str(job.get("id")).startswith(JOB_PREFIX)
+            and job["id"] not in owned
+            and job.get("type") == "commit"
+        }
         self.orphans[vm.name] = orphans
         self.metrics.orphans.labels(vm.name).set(len(orphans))
         for name, status in orphans.items():
@@ -433,7 +434,12 @@ class Engine:
 
     async def _run(self, promise: Promise) -> None:
         """One promise to its end."""
-        await promise.may_run.wait()
+        left = seconds_left(promise) if promise.state == "queued" else None
+        try:
+            async with asyncio.timeout(left):
+                await promise.may_run.wait()
+        except TimeoutError:
+            pass  # the keeper says so, and sends nothing
         await self.keeper.keep(promise)
         self._ended(promise)
 

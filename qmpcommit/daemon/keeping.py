@@ -174,7 +174,7 @@ class Keeper:
             on_pivot=self._on_pivot(promise),
             on_stall=partial(self._on_stall, promise),
             converge=_converge(promise.request),
-            timeout=max(0.0, left) if (left := _seconds_left(promise)) is not None else None,
+            timeout=max(0.0, left) if (left := seconds_left(promise)) is not None else None,
             ledger=promise,
         )
 
@@ -296,14 +296,15 @@ def _converge(request: CommitRequest) -> Converge | None:
     return None if request.converge is None else Converge(deadline=request.converge, pause=0.5)
 
 
-def _seconds_left(promise: Promise) -> float | None:
+def seconds_left(promise: Promise) -> float | None:
+    """Until its deadline; None where it has none."""
     if promise.request.timeout is None:
         return None
     return promise.created + promise.request.timeout - time.time()
 
 
 def _time_left(promise: Promise) -> float | None:
-    left = _seconds_left(promise)
+    left = seconds_left(promise)
     if left is not None and left <= 0:
         raise DeadlineExceeded(
             f"the commit of {promise.disk} of {promise.vm} could not begin within"

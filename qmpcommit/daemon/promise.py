@@ -141,12 +141,12 @@ class Promise:
         self, state: str, *, outcome: CommitOutcome | None = None, error: Any = None
     ) -> None:
         """How it ended, durable before anybody is told."""
-        self.state, self.phase, self.ended = state, "finished", time.time()
-        self.outcome = outcome.model_dump(mode="json") if outcome is not None else None
-        self.error = error
+        ended = time.time()
+        dumped = outcome.model_dump(mode="json") if outcome is not None else None
         values = (
-            state, self.phase, self.ready, self.ended, _json(self.outcome), _json(error), self.id
+            state, "finished", self.ready, ended, _json(dumped), _json(error), self.id
         )  # fmt: skip
+        told = self.event(state=state, phase="finished", outcome=dumped, error=error)
         await self._write(
             Statement(
                 "UPDATE commits SET state = ?, phase = ?, ready = ?, ended = ?, outcome = ?,"
@@ -154,8 +154,10 @@ class Promise:
                 " WHERE id = ?",
                 values,
             ),
-            events=[self.event(outcome=self.outcome, error=error)],
+            events=[told],
         )
+        self.state, self.phase, self.ended = state, "finished", ended
+        self.outcome, self.error = dumped, error
         self.over.set()
 
     async def run(self) -> None:

@@ -188,7 +188,9 @@ async def test_an_orphan_that_holds_its_disk_is_let_go_at_once(folder: Path) -> 
         await until_status(vm, "pending")
         async with daemon(folder, config_of(web=vm)) as d:
             await d.connected("web")
-            await until_status(vm, "concluded")
+            async with asyncio.timeout(20):
+                while await vm.execute("query-jobs"):
+                    await asyncio.sleep(0.01)
         await vm.quit()
     assert_disk(chain.top, chain.pictures[-1])
 
@@ -211,3 +213,23 @@ async def test_a_monitor_that_is_shared_is_free_between_commits(folder: Path) ->
             assert await vm.execute("query-jobs") == []
         await vm.quit()
     assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_deadline_that_comes_in_the_queue_ends_the_commit(folder: Path) -> None:
+    first, second = folder / "1", folder / "2"
+    first.mkdir()
+    second.mkdir()
+    chains = [make_chain(first), make_chain(second)]
+    async with storage_daemon(first, chains[0]) as a, storage_daemon(second, chains[1]) as b:
+        config = "[limits]\ncommits = 1\n" + config_of(a=a, b=b)
+        async with daemon(folder, config) as d:
+            await held(d, "a")
+            await d.connected("b")
+            late = await d.commit("b", disk="top", policy={"kind": "pivot"}, timeout=0.2)
+            end = await d.end_of(late)
+            assert end["state"] == "failed"
+            assert end["error"]["type"] == "DeadlineExceeded"
+            assert "Nothing was sent" in end["error"]["message"]
+            assert await b.execute("query-jobs") == []
+        await b.quit()
+    assert_disk(chains[1].top, chains[1].pictures[-1])
