@@ -133,3 +133,18 @@ async def test_no_such_vm_is_a_line(folder: Path) -> None:
     said = await example("commit_all_disks.py", str(folder / "nothing"))
     assert (said.status, said.out) == (1, "")
     assert said.err.startswith("ConnectError: ")
+
+
+async def test_backup_window(folder: Path) -> None:
+    first = make_chain(folder)
+    second = make_chain(folder, names=("base2", "mid", "low", "top2"))
+    backup = folder / "backup"
+    backup.mkdir()
+    async with machine(folder, first, second) as qemu:
+        said = await example("backup_window.py", qemu.qmp, str(backup), "vda", "vdb")
+        assert (said.status, said.err) == (0, "")
+        assert said.out.count("takes the guest's writes again") == 2
+        await qemu.quit()
+    for disk, chain in (("vda", first), ("vdb", second)):
+        assert_disk(backup / f"{disk}.qcow2", chain.pictures[-1])
+        assert_disk(chain.top, chain.pictures[-1])
