@@ -368,6 +368,7 @@ class Engine:
             if objection is not None:
                 self._orders(job)[action]()  # which says why not
         await promise.decide(action)
+        job = promise.job  # it may have begun while that was written
         if job is not None:
             with suppress(NotReady, JobConflict):  # it has moved on meanwhile
                 self._orders(job)[action]()
