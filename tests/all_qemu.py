@@ -39,6 +39,7 @@ class Tested:
     failures: list[str] = field(default_factory=list)
     log: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    flags: Sequence[str] = ()
     cache: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
     def row(self) -> str:
@@ -93,10 +94,13 @@ async def test(made: Tested, options: Sequence[str]) -> None:
     """Run the block-job tests on one QEMU."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
+        pytest = [
+            *(sys.executable, *made.flags, "-m", "pytest", "-q", f"--junitxml={report}"),
+            *("-o", "timeout=180", "-o", f"cache_dir={made.cache.name}"),
+            *(options or ["tests/real"]),
+        ]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-o", "timeout=180",
-            "-o", f"cache_dir={made.cache.name}", *(options or ["tests/real"]),
-            cwd=TOP, env={**os.environ, **made.environment},
+            *pytest, cwd=TOP, env={**os.environ, **made.environment},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         output, _ = await process.communicate()
@@ -119,7 +123,8 @@ async def test_again(made: Tested, options: Sequence[str]) -> None:
 
 async def test_all(folder: Path, options: Sequence[str]) -> list[Tested]:
     """Every QEMU, as many at once as there are processors; oldest first."""
-    system = Tested("the machine's own", version_of(Qemu.installed()))
+    development = ("-X", "dev")  # asyncio's debug mode, once
+    system = Tested("the machine's own", version_of(Qemu.installed()), flags=development)
     if not system.version:
         system.missing = "qemu-system-x86_64 or qemu-storage-daemon is not installed"
     room = asyncio.Semaphore(os.cpu_count() or 1)
