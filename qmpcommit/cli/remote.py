@@ -23,9 +23,7 @@ from qmpcommit.client.vm import RemoteVM
 from qmpcommit.commit.job import GRACE
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.errors import (
-    CommitFailed,
     DaemonLost,
-    DeadlineExceeded,
     InvalidRequest,
     QmpCommitError,
 )
@@ -116,10 +114,7 @@ class RemoteForeground(Following):
             await self._decide(job, "abort")
 
     async def _too_late(self, job: RemoteJob) -> None:
-        """The daemon has the same deadline, and cancels what runs; one in the queue it does not."""
-        with suppress(QmpCommitError):
-            if (await job.refresh()).state == "queued":
-                await job.decide("abort")
+        """The daemon has the same deadline; where it does not keep it, we leave."""
         await asyncio.sleep(GRACE)
         self._leave(job, "deadline")
 
@@ -166,14 +161,6 @@ class RemoteForeground(Following):
             raise DaemonLost(
                 f"{error.message}. Take it up again with '{self._take_up(job.id)}'", **error.facts
             ) from None
-        except CommitFailed as error:
-            if self._run.timed_out and job.state == "cancelled":
-                raise DeadlineExceeded(
-                    f"it waited in the queue for all of {self._run.options.timeout:g} s, and was"
-                    " cancelled. Nothing was sent",
-                    **error.facts,
-                ) from None
-            raise
         finally:
             for task in list(self._tasks):
                 await stop(task)

@@ -282,7 +282,7 @@ async def test_a_deadline_in_the_queue(folder: Path) -> None:
         assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
         assert "Nothing was sent" in said.error["message"]
         (queued,) = (await d.get("/v1/commits?vm=web2")).json
-        assert queued["state"] == "cancelled"
+        assert (queued["state"], queued["error"]["type"]) == ("failed", "DeadlineExceeded")
         await d.post(f"/v1/commits/{first}/decision", {"action": "abort"})
         assert (await d.end_of(first))["outcome"]["action"] == "abort"
     assert_disk(chain.top, chain.pictures[-1])
