@@ -63,6 +63,22 @@ _SCHEMA = (
     );
     CREATE TABLE vms (name TEXT PRIMARY KEY, spec TEXT NOT NULL);
     """,
+    """
+    CREATE TABLE undertakings (
+        id TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        vm TEXT NOT NULL,
+        state TEXT NOT NULL,
+        created REAL NOT NULL,
+        request TEXT NOT NULL,
+        noted TEXT,
+        expires REAL,
+        ended REAL,
+        outcome TEXT,
+        error TEXT
+    );
+    CREATE INDEX undertakings_by_kind ON undertakings (kind, state);
+    """,
 )
 """How each version of the schema is made from the one before; its number is `user_version`."""
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 import qmpcommit
@@ -260,9 +261,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         vm: VMPath, asked: CommitRequest, response: Response, idempotency_key: Key = None
     ) -> CommitView:
         """Promise a commit. What was answered with 202 is kept, whatever happens to the daemon."""
-        text = json.dumps([vm, asked.model_dump(mode="json")], sort_keys=True)
-        fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        promise, again = await engine.take(vm, asked, idempotency_key, fingerprint)
+        promise, again = await engine.take(vm, asked, idempotency_key, fingerprint(vm, asked))
         response.headers["Location"] = f"/v1/commits/{promise.id}"
         if again:
             response.headers["Idempotent-Replay"] = "true"
@@ -379,6 +378,12 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         return JSONResponse({"status": "ready", "warnings": warnings})
 
     return app
+
+
+def fingerprint(place: str, asked: BaseModel) -> str:
+    """What tells two requests apart that have one ``Idempotency-Key``."""
+    text = json.dumps([place, asked.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 async def _until(engine: Engine, promise: Promise, phase: str | None) -> None:

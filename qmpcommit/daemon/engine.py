@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,6 +24,7 @@ from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
+from qmpcommit.daemon.undertaking import Story
 from qmpcommit.errors import (
     CommitNotFound,
     ConnectError,
@@ -81,6 +82,7 @@ class Engine:
             Caps(limits.commits, limits.per_vm, limits.per_storage, limits.bandwidth)
         )
         self.live: dict[str, Promise] = {}
+        self.stories: tuple[Story, ...] = ()
         self.keeper = Keeper(config, self.registry, journal, self.metrics)
         self.keeper.rate = self._rate
         self.keeper.begun = self._schedule
@@ -111,6 +113,8 @@ class Engine:
                 promise.may_run.set()
             else:
                 self.scheduler.add(self._entry(promise))
+        for story in self.stories:
+            await story.recover()
         # A VM is connected only when all is known that is promised for it.
         for row in vms:
             spec = json.loads(row["spec"])
@@ -122,6 +126,8 @@ class Engine:
             self._launch(promise)
         self.recovered = True
         self._schedule()
+        for story in self.stories:
+            story.start()
         if rows:
             self.log.info("recovered", commits=len(rows))
         await self._prune()
@@ -133,6 +139,8 @@ class Engine:
             _, late = await asyncio.wait(self._taking, timeout=TAKING)
             for taking in late:
                 taking.cancel()
+        for story in self.stories:
+            await story.stop()
         jobs = [promise.job for promise in self.live.values() if promise.job is not None]
         with suppress(TimeoutError):
             async with asyncio.timeout(HAND_OVER):
@@ -154,6 +162,7 @@ class Engine:
         with suppress(JournalFull):
             await self.journal.write(
                 Statement("DELETE FROM commits WHERE ended < ?", (before,)),
+                Statement("DELETE FROM undertakings WHERE ended < ?", (before,)),
                 Statement("DELETE FROM events WHERE at < ?", (before,)),
                 Statement("DELETE FROM keys WHERE created < ?", (before,)),
             )
@@ -187,6 +196,8 @@ class Engine:
         """Forget a VM; raises `VMNotFound`, or `JobConflict` while it has commits."""
         vm = self.vm(name)
         busy = [promise.id for promise in self.live.values() if promise.vm == name]
+        for story in self.stories:
+            busy += story.busy(name)
         if busy:
             raise JobConflict(
                 f"{name} has commits that have not ended ({', '.join(busy)}); wait for them, or"
@@ -208,6 +219,9 @@ class Engine:
         session = vm.session
         assert session is not None
         owned = {promise.job_id for promise in self.live.values() if promise.vm == vm.name}
+        for story in self.stories:
+            await story.on_up(vm)
+            owned |= story.owned(vm.name)
         for outcome in await resolve_pending(session, owned=owned):
             self.log.warning(
                 "orphan_held_its_disk", vm=vm.name, job=outcome.job_id, ended=outcome.action
@@ -254,14 +268,26 @@ class Engine:
     async def _take(
         self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
     ) -> tuple[Promise, bool]:
-        if key is None:
-            return await self._promise(vm_name, request, None, fingerprint), False
-        lock = self._keys.setdefault(key, asyncio.Lock())
-        async with lock:  # requests with one key at once are one request
-            known = await self._known(key, fingerprint)
+        async with self.keyed(key, fingerprint) as known:
             if known is not None:
-                return known, True
+                return await self.commit(known), True
             return await self._promise(vm_name, request, key, fingerprint), False
+
+    @asynccontextmanager
+    async def keyed(self, key: str | None, fingerprint: str) -> AsyncIterator[str | None]:
+        """The id of what was promised under that key before; raises `KeyReused`.
+
+        Requests with one key at once are one request: the others wait for the first.
+        """
+        if key is None:
+            yield None
+            return
+        lock = self._keys.setdefault(key, asyncio.Lock())
+        async with lock:
+            rows = await self.journal.read("SELECT * FROM keys WHERE key = ?", key)
+            if rows and rows[0]["fingerprint"] != fingerprint:
+                raise KeyReused("this Idempotency-Key was used for another request; use a new one")
+            yield rows[0]["commit_id"] if rows else None
 
     async def _promise(
         self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
@@ -279,10 +305,7 @@ class Engine:
             raise JobConflict(
                 f"a commit with the job id {promise.job_id} has not ended yet", vm=vm_name
             )
-        statements = [promise.insertion()]
-        if key is not None:
-            sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, ?, ?)"
-            statements.append(Statement(sql, (key, fingerprint, promise.id, promise.created)))
+        statements = [promise.insertion(), *key_row(key, fingerprint, promise.id)]
         self.live[promise.id] = promise
         try:
             await self.journal.write(*statements, events=[promise.event()])
@@ -295,14 +318,7 @@ class Engine:
         return promise
 
     def _check_room(self, request: CommitRequest) -> None:
-        if self.stopping:
-            raise QueueFull("the daemon is stopping; ask the next one")
-        if self.journal.full:
-            self._look_for_room()
-            raise JournalFull(
-                f"the disk under the journal {self.journal.path} is full: no new commit can be"
-                " promised. Make room; running commits go on"
-            )
+        self.check_room()
         if len(self.live) >= self.config.limits.commits + self.config.limits.queue:
             raise QueueFull("too many commits wait already; ask again when some have ended")
         if request.runs_commands and not self.config.commands:
@@ -311,19 +327,22 @@ class Engine:
                 " commands = true in its configuration to allow it. Nothing was sent"
             )
 
+    def check_room(self) -> None:
+        """Raises `QueueFull` or `JournalFull` where nothing new can be promised."""
+        if self.stopping:
+            raise QueueFull("the daemon is stopping; ask the next one")
+        if self.journal.full:
+            self._look_for_room()
+            raise JournalFull(
+                f"the disk under the journal {self.journal.path} is full: no new commit can be"
+                " promised. Make room; running commits go on"
+            )
+
     def _look_for_room(self) -> None:
         """Whether there is room again is found by trying, not by refusing for ever."""
         sql = "INSERT OR REPLACE INTO keys VALUES ('', '', '', 0)"
         # Nothing is written for a statement that changes nothing; no client's key is empty.
         self.journal.write_soon(Statement(sql), Statement("DELETE FROM keys WHERE key = ''"))
-
-    async def _known(self, key: str, fingerprint: str) -> Promise | None:
-        rows = await self.journal.read("SELECT * FROM keys WHERE key = ?", key)
-        if not rows:
-            return None
-        if rows[0]["fingerprint"] != fingerprint:
-            raise KeyReused("this Idempotency-Key was used for another request; use a new one")
-        return await self.commit(rows[0]["commit_id"])
 
     async def plan(self, vm: VM, request: CommitRequest, *, check: bool = False) -> Plan:
         """What a request comes to, without sending anything; raises what `Session.plan` raises."""
@@ -482,6 +501,8 @@ class Engine:
             self.metrics.jobs.labels(promise.phase or promise.state).inc()
         for vm in self.registry.vms.values():
             self.metrics.vms.labels(vm.state).inc()
+        for story in self.stories:
+            story.gauge()
         self.metrics.journal_full.set(self.journal.full)
 
     def unready(self) -> list[str]:
@@ -502,3 +523,11 @@ class Engine:
             return None
         waiting = self.scheduler.waiting
         return waiting.index(promise.id) + 1 if promise.id in waiting else None
+
+
+def key_row(key: str | None, fingerprint: str, made: str) -> list[Statement]:
+    """What remembers that `made` was promised under that key, to be written with it."""
+    if key is None:
+        return []
+    sql = "INSERT INTO keys (key, fingerprint, commit_id, created) VALUES (?, ?, ?, ?)"
+    return [Statement(sql, (key, fingerprint, made, time.time()))]

@@ -17,6 +17,7 @@ from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
 from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.undertaking import write_when_possible
 from qmpcommit.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.daemon.metrics import Metrics
     from qmpcommit.session import Session
-
-ROOM = 1.0
-"""Seconds between two tries to write a step where the journal has no room."""
 
 FRESH = 1.0
 """Seconds for which the checks of a commit that is begun at once are not made again."""
@@ -180,13 +178,7 @@ class Promise:
 
     async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""
-        while True:
-            try:
-                await self._journal.write(*statements, events=events)
-                return
-            except JournalFull as error:
-                self.log.warning("journal_full", why=error.message)
-                await asyncio.sleep(ROOM)
+        await write_when_possible(self._journal, self.log, *statements, events=events)
 
     # -- the ledger -------------------------------------------------------------------------------
 

@@ -1,0 +1,155 @@
+"""What the daemon has promised beside single commits: its row in the journal, and its life."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+from pydantic import BaseModel
+
+from qmpcommit.daemon.registry import VM
+from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
+from qmpcommit.log import Log
+
+ENDED = ("done", "failed", "cancelled")
+
+ROOM = 1.0
+"""Seconds between two tries to write where the journal has no room."""
+
+R = TypeVar("R", bound=BaseModel)
+
+
+class Story(Protocol):
+    """One kind of undertaking, as the engine sees it."""
+
+    async def recover(self) -> None:
+        """Take up what the journal holds; no VM is connected yet."""
+
+    async def on_up(self, vm: VM) -> None:
+        """`vm` was just connected and nobody uses it yet: let its guest go on, where we held it."""
+
+    def owned(self, vm: str) -> set[str]:
+        """The ids of jobs in that VM's QEMU that are this story's, and not orphans."""
+
+    def busy(self, vm: str) -> list[str]:
+        """The ids of undertakings for which the VM must not be forgotten."""
+
+    def start(self) -> None:
+        """All is recovered and VMs are being connected: go on."""
+
+    async def stop(self) -> None:
+        """Hand over, within a second: end no undertaking, leave no task."""
+
+    def gauge(self) -> None:
+        """Bring the gauges up to date."""
+
+
+class Undertaking(Generic[R]):
+    """Something that was promised, and is in the journal before it is begun.
+
+    `noted` is what another process needs to go on with it: each step is written before it is
+    taken. `over` is set when it has ended and its end is durable.
+    """
+
+    kind: ClassVar[str]
+    asks: ClassVar[type[BaseModel]]
+
+    def __init__(self, vm: str, request: R, journal: Journal, *, known_as: str = "") -> None:
+        self.id = known_as or uuid.uuid4().hex
+        self.vm, self.request = vm, request
+        self.created = time.time()
+        self.state = "new"
+        self.noted: dict[str, Any] = {}
+        self.expires: float | None = None
+        self.ended: float | None = None
+        self.outcome: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.over = asyncio.Event()
+        self.log = Log(vm=vm, **{self.kind: self.id})
+        self._journal = journal
+
+    @classmethod
+    def load(cls, row: Mapping[str, Any], journal: Journal) -> Self:
+        """One as the journal has it; raises ValueError where it can't be understood."""
+        request: Any = cls.asks.model_validate_json(row["request"])
+        made = cls(row["vm"], request, journal, known_as=row["id"])
+        for name in ("created", "state", "expires", "ended"):
+            setattr(made, name, row[name])
+        for name in ("noted", "outcome", "error"):
+            setattr(made, name, json.loads(row[name]) if row[name] else None)
+        made.noted = made.noted or {}
+        if made.state in ENDED:
+            made.over.set()
+        return made
+
+    def insertion(self) -> Statement:
+        """The row of a new one."""
+        return Statement(
+            "INSERT INTO undertakings (id, kind, vm, state, created, request, noted, expires)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (self.id, self.kind, self.vm, self.state, self.created,
+             self.request.model_dump_json(), json.dumps(self.noted), self.expires),
+        )  # fmt: skip
+
+    def event(self, **more: Any) -> Event:
+        """What is told of it now."""
+        data = {"id": self.id, "vm": self.vm, "state": self.state, **more}
+        return event(self.kind, self.vm, self.id, json.dumps(data))
+
+    async def note(self, step: str, **facts: Any) -> None:
+        """A step that is about to be taken, with what a recovery has to know of it (JSON)."""
+        self.noted = {**self.noted, **facts, "step": step}
+        await self._save()
+
+    async def move(self, state: str, **facts: Any) -> None:
+        """It has come to another state, which is told when it is durable."""
+        self.state, self.noted = state, {**self.noted, **facts}
+        await self._save(self.event())
+
+    async def renew(self, expires: float) -> None:
+        """Its lease ends at `expires` (seconds since 1970); raises `JournalFull`."""
+        sql = "UPDATE undertakings SET expires = ? WHERE id = ?"
+        await self._journal.write(Statement(sql, (expires, self.id)))
+        self.expires = expires
+
+    async def end(
+        self,
+        state: str,
+        *,
+        outcome: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> None:
+        """How it ended, durable before anybody is told."""
+        self.state, self.ended, self.outcome, self.error = state, time.time(), outcome, error
+        await self._save(self.event(outcome=outcome, error=error))
+        self.over.set()
+
+    async def _save(self, *events: Event) -> None:
+        values = (
+            self.state, json.dumps(self.noted), self.ended,
+            json.dumps(self.outcome) if self.outcome is not None else None,
+            json.dumps(self.error) if self.error is not None else None, self.id,
+        )  # fmt: skip
+        sql = (
+            "UPDATE undertakings SET state = ?, noted = ?, ended = ?, outcome = ?, error = ?"
+            " WHERE id = ?"
+        )
+        await write_when_possible(self._journal, self.log, Statement(sql, values), events=events)
+
+
+async def write_when_possible(
+    journal: Journal, log: Log, *statements: Statement, events: Sequence[Event] = ()
+) -> None:
+    """Write a unit, waiting for room: what runs goes on as it is meanwhile."""
+    while True:
+        try:
+            await journal.write(*statements, events=events)
+            return
+        except JournalFull as error:
+            log.warning("journal_full", why=error.message)
+            await asyncio.sleep(ROOM)
