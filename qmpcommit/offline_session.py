@@ -20,7 +20,7 @@ from pathlib import Path
 
 from qmpcommit.errors import ChainError, ConnectError, JobConflict, QmpCommitError
 from qmpcommit.session import Session
-from qmpcommit.tasks import to_the_end
+from qmpcommit.tasks import kill, to_the_end
 
 DISK = "disk"
 """What the one disk is called there."""
@@ -108,9 +108,7 @@ async def _start(program: str, path: Path, folder: str) -> asyncio.subprocess.Pr
                     raise _refusal(path, folder)
                 await asyncio.sleep(0.01)  # there is nothing to wait on but the file system
     except BaseException as error:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await to_the_end(process.wait())
+        await kill(process)
         if isinstance(error, TimeoutError):
             text = f"{program} did not open its monitor within {START_TIMEOUT:g} s"
             raise ConnectError(text) from None

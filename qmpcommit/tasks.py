@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,3 +41,12 @@ async def _over(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
+
+
+async def kill(process: asyncio.subprocess.Process, *, group: bool = False) -> None:
+    """Kill a child that has not ended, or its process group, and wait until it has."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            # Process.kill would ask for its status first, and take that from who waits for it.
+            (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
+        await to_the_end(process.wait())

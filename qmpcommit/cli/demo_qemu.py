@@ -6,11 +6,12 @@ import asyncio
 import platform
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.tasks import kill
 
 MIB = 1 << 20
 SIZE = 32 * MIB
@@ -78,8 +79,7 @@ async def run_program(*command: str | Path) -> None:
     try:
         said, _ = await process.communicate()
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
+        await kill(process)
     if process.returncode:
         text = said.decode(errors="replace").strip()
         raise DemoFailed(f"{command[0]} failed with status {process.returncode}: {text}")
@@ -144,9 +144,7 @@ async def qemu(programs: Programs, folder: Path, chain: Chain) -> AsyncIterator[
         async with asyncio.timeout(20):
             await process.wait()
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await kill(process)
 
 
 def _nodes(chain: Chain, option: str) -> list[str]:

@@ -97,6 +97,8 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
     loop = asyncio.get_running_loop()
     running = Run(options)
     if not options.verbose:
+        # Of a child that it kills while it is being started asyncio says that it ended.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         loop.set_exception_handler(lambda loop, context: None)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, running.interrupt)

@@ -11,16 +11,14 @@ import asyncio
 import inspect
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
 from qmpcommit.errors import InvalidRequest, PolicyRequired
-from qmpcommit.tasks import to_the_end
+from qmpcommit.tasks import kill
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
 
@@ -280,7 +278,4 @@ async def run_command(
     except TimeoutError:
         return None
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await to_the_end(process.wait())
+        await kill(process, group=True)
