@@ -65,6 +65,7 @@ class Keeper:
 
     async def keep(self, promise: Promise) -> None:
         """One promise that may run, to its end."""
+        promise.decides = self._registry.clearing.decides
         if promise.state == "queued":
             await promise.run()
         begins = 0

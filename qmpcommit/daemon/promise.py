@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -81,6 +81,7 @@ class Promise:
         self.job: CommitJob | None = None
         self.task: asyncio.Task[None] | None = None
         self.prepared: Prepared | None = None
+        self.decides: Callable[[], object] = lambda: None
         self.may_run = asyncio.Event()
         self.found = asyncio.Event()
         self.over = asyncio.Event()
@@ -217,6 +218,7 @@ class Promise:
         else:
             await self._write(*statements)
         if state is not None and state.phase is Phase.DECIDED and self._ready_at is not None:
+            self.decides()
             self._metrics.reaction.observe(asyncio.get_running_loop().time() - self._ready_at)
             self._ready_at = None
 
@@ -227,6 +229,7 @@ class Promise:
         self.phase = state.phase.value
         statements = []
         if state.phase is Phase.READY:
+            self.decides()
             self.ready = time.time()
             self._ready_at = asyncio.get_running_loop().time()
             if isinstance(self.request.policy, Hold):  # whose time goes on over a restart

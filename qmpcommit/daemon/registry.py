@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
+from qmpcommit.daemon.clearing import Clearing
 from qmpcommit.daemon.config import Config, Connect, Discover, check_address, check_name
 from qmpcommit.errors import ConnectError, QmpCommitError
 from qmpcommit.log import Log
@@ -32,9 +33,6 @@ BACKOFF = (0.2, 30.0)
 
 SLOW = 1.0
 """Seconds after which an attempt that has failed is one of a monitor that hangs."""
-
-CLEARING = 2
-"""How many ended commits are cleared up after at once: those that become READY go first."""
 
 
 class VM:
@@ -114,7 +112,7 @@ class Registry:
         connects = config.limits.connects
         self._quick = asyncio.Semaphore(connects)
         self._hung = asyncio.Semaphore(max(1, connects // 4))
-        self._gate = asyncio.Semaphore(CLEARING)
+        self.clearing = Clearing()
         self._finder: asyncio.Task[None] | None = None
         self._passed_over: set[str] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -242,7 +240,7 @@ class Registry:
             session = vm.session
             if session is None:
                 session = vm.session = vm.new_session()
-                session.gate = self._gate
+                session.gate = self.clearing
                 session.subscribers.add(lambda message: None, vm.link)
             if not vm.up.is_set() or not session.connected:
                 await session.open()
