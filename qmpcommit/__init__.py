@@ -24,7 +24,8 @@ _HOMES = {
     "commit.pending": "resolve_pending",
     "commit.plan": "Plan",
     "commit.quiesce": "Quiet quiesced thaw",
-    "commit.window": "Frozen OpenWindow Window",
+    "commit.window": "close_window new_window_name open_window recover_window",
+    "commit.window_records": "Frozen NotedWindow OpenWindow Window",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"

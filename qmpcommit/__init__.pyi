@@ -31,9 +31,14 @@ from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.commit.quiesce import Quiet as Quiet
 from qmpcommit.commit.quiesce import quiesced as quiesced
 from qmpcommit.commit.quiesce import thaw as thaw
-from qmpcommit.commit.window import Frozen as Frozen
-from qmpcommit.commit.window import OpenWindow as OpenWindow
-from qmpcommit.commit.window import Window as Window
+from qmpcommit.commit.window import close_window as close_window
+from qmpcommit.commit.window import new_window_name as new_window_name
+from qmpcommit.commit.window import open_window as open_window
+from qmpcommit.commit.window import recover_window as recover_window
+from qmpcommit.commit.window_records import Frozen as Frozen
+from qmpcommit.commit.window_records import NotedWindow as NotedWindow
+from qmpcommit.commit.window_records import OpenWindow as OpenWindow
+from qmpcommit.commit.window_records import Window as Window
 from qmpcommit.errors import ChainError as ChainError
 from qmpcommit.errors import CommandRefused as CommandRefused
 from qmpcommit.errors import CommitFailed as CommitFailed

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
-    from qmpcommit.commit.window import OpenWindow, Window
+    from qmpcommit.commit.quiesce import Notes
+    from qmpcommit.commit.window_records import OpenWindow, Window
 
 
 class Session(Monitor):
@@ -376,6 +377,7 @@ class Session(Monitor):
         freeze: Literal["agent", "pause"] | None = None,
         agent: str | os.PathLike[str] | None = None,
         bandwidth: int | str | None = None,
+        ledger: Notes | None = None,
     ) -> AbstractAsyncContextManager[Window]:
         """A window in which the disks' files stand still: ``async with vm.snapshot(["vda"])``.
 
@@ -386,7 +388,9 @@ class Session(Monitor):
         here). `freeze` quiesces the guest for that
         instant: its file systems through the guest agent's socket `agent`, or its vCPUs. On
         leaving, however the body ends, each overlay is committed back with at most `bandwidth`
-        bytes per second, pivoted away and deleted.
+        bytes per second, pivoted away and deleted. `ledger` is told of each step before it is
+        taken; `open_window`, `close_window` and `recover_window` do the same in pieces, which may
+        be done by different processes.
 
         Raises `DiskNotFound`, `JobConflict`, `QuiesceFailed` or `WindowError`; if it does not
         open nothing is left of it, and if it does not close the error names the overlays that
@@ -395,7 +399,13 @@ class Session(Monitor):
         from qmpcommit.commit.window import snapshot
 
         return snapshot(
-            self, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, bandwidth=bandwidth
+            self,
+            disks,
+            overlay_dir=overlay_dir,
+            freeze=freeze,
+            agent=agent,
+            bandwidth=bandwidth,
+            ledger=ledger,
         )
 
     async def windows(self) -> list[OpenWindow]:
@@ -404,11 +414,25 @@ class Session(Monitor):
 
         return await windows(self)
 
-    async def close_windows(self, *, bandwidth: int | str | None = None) -> list[CommitOutcome]:
-        """Close the windows that a crash has left open; raises `WindowError` where one stays."""
+    async def close_windows(
+        self,
+        *,
+        bandwidth: int | str | None = None,
+        agent: str | os.PathLike[str] | None = None,
+        overlay_dir: str | os.PathLike[str] | None = None,
+    ) -> list[CommitOutcome]:
+        """Close the windows that a crash has left on this VM, at whatever step.
+
+        A guest that is still quiesced for one goes on first (`agent` is its guest agent's socket,
+        where it was frozen through that); commits that were begun are taken up. Nodes and files
+        that were made and are not used are removed, the files beside the disks' own and in
+        `overlay_dir`.
+
+        Raises `WindowError` that names what stays and why.
+        """
         from qmpcommit.commit.window import close_windows
 
-        return await close_windows(self, bandwidth=bandwidth)
+        return await close_windows(self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir)
 
     def flatten(
         self, disk: str, *, keep: int, delete: bool = False, bandwidth: int | str | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -22,73 +22,31 @@ from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.quiesce import How, quiesced
+from qmpcommit.commit.quiesce import How, Notes, quiesced, thaw
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.errors import JobConflict, QmpCommitError, WindowError
+from qmpcommit.commit.window_records import (
+    MARK,
+    NAME,
+    STAMP,
+    Frozen,
+    NotedWindow,
+    OpenWindow,
+    Window,
+)
+from qmpcommit.commit.window_remains import clear, disk_over, marked, merge_back, thaw_marked
+from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError, WindowError
 from qmpcommit.tasks import to_the_end
-from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
-
-MARK = ".qmpcommit-window-"
-"""In the name of each overlay of a window, before the window's own number."""
-
-STAMP = "%Y%m%dT%H%M%SZ"
 
 LIMIT = 10.0
 """Seconds for which a guest may be quiesced while the overlays are laid."""
 
 
-@record
-class Frozen(Record):
-    """One disk in a window: `filename` stands still, and so does all below it.
-
-    `overlay` is the file that the guest writes to meanwhile, `node_name` its node.
-    """
-
-    disk: str
-    filename: str
-    overlay: str
-    node_name: str
-
-
-@record
-class OpenWindow(Record):
-    """An overlay of a window that is open: its age in seconds, and its size in bytes.
-
-    Both are None where its file can't be looked at from here.
-    """
-
-    disk: str
-    window: str
-    filename: str
-    overlay: str
-    age: float | None = None
-    size: int | None = None
-
-
-class Window(Mapping[str, Frozen]):
-    """The frozen disks of an open window, by the names that they were asked for by.
-
-    `quiesced` is for how many seconds the guest was frozen or paused; `outcomes` are the commits
-    that closed the window.
-    """
-
-    def __init__(self, name: str, frozen: Mapping[str, Frozen]) -> None:
-        self.name = name
-        self.quiesced: float | None = None
-        self.outcomes: list[CommitOutcome] = []
-        self._frozen = dict(frozen)
-
-    def __getitem__(self, disk: str) -> Frozen:
-        return self._frozen[disk]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._frozen)
-
-    def __len__(self) -> int:
-        return len(self._frozen)
+def new_window_name() -> str:
+    """A name for a window: when it was opened, to the second, and what differs each time."""
+    return f"{datetime.now(UTC).strftime(STAMP)}-{os.urandom(4).hex()}"
 
 
 @asynccontextmanager
@@ -100,13 +58,103 @@ async def snapshot(
     freeze: How | None = None,
     agent: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
+    ledger: Notes | None = None,
 ) -> AsyncIterator[Window]:
     """A window over these disks for the length of the block; see `Session.snapshot`."""
-    window = await _open(vm, disks, overlay_dir, freeze, agent)
+    window = await open_window(
+        vm, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, ledger=ledger
+    )
     try:
         yield window
     finally:
-        window.outcomes = await to_the_end(_close(vm, list(window.values()), bandwidth))
+        await close_window(vm, window, bandwidth=bandwidth, ledger=ledger)
+
+
+async def open_window(
+    vm: Session,
+    disks: Sequence[str],
+    *,
+    overlay_dir: str | os.PathLike[str] | None = None,
+    freeze: How | None = None,
+    agent: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    ledger: Notes | None = None,
+) -> Window:
+    """Open a window that stays open until `close_window`; `Session.snapshot` closes it by itself.
+
+    `name` is one that `new_window_name` made. `ledger` is told of each step before it is taken:
+    ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at last
+    ``open``. From ``create`` on `recover_window` can go on in another process.
+
+    Raises what `Session.snapshot` raises, and then nothing is left of it.
+    """
+    if isinstance(disks, str) or not disks:
+        raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
+    window = new_window_name() if name is None else name
+    if not NAME.fullmatch(window):
+        raise InvalidRequest(f"'{window}' is no name of a window: new_window_name() makes one")
+    _, graph = await vm.look()
+    found = {disk: find_disk(read_disks(graph), disk, vm=vm.name, cwd=vm.cwd) for disk in disks}
+    if len({disk.root for disk in found.values()}) < len(disks):
+        raise WindowError("a disk is named twice", vm=vm.name)
+    overlays: dict[str, FreshOverlay] = {}
+    for number, (asked, disk) in enumerate(found.items()):
+        overlays[asked] = _fresh(vm, disk, window, number, overlay_dir)
+    made = Window(
+        window,
+        {
+            asked: Frozen(disk.name, _active(disk), overlays[asked].filename, overlays[asked].node)
+            for asked, disk in found.items()
+        },
+    )
+    if ledger is not None:
+        socket = None if agent is None else os.fspath(agent)
+        await ledger.note("create", window=NotedWindow(window, dict(made), freeze, socket))
+    try:
+        for overlay in overlays.values():
+            await overlay.open()
+        async with (
+            marked(vm, window, freeze),
+            quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
+        ):
+            if ledger is not None:
+                await ledger.note("lay", name=window)
+            await _lay(vm, [(found[asked], overlays[asked]) for asked in disks])
+        made.quiesced = quiet.seconds
+        if ledger is not None:
+            await ledger.note("open", name=window, quiesced=quiet.seconds)
+    except BaseException as error:
+        await to_the_end(_undo(vm, list(overlays.values())))
+        if isinstance(error, QmpCommitError):
+            error.add(vm=vm.name)
+        raise
+    vm.log.info("window_open", window=window, disks=list(disks))
+    return made
+
+
+async def close_window(
+    vm: Session,
+    window: Window | Iterable[Frozen],
+    *,
+    bandwidth: int | str | None = None,
+    ledger: Notes | None = None,
+) -> list[CommitOutcome]:
+    """Commit the overlays of a window back, pivot, close and delete them.
+
+    `window` is what `open_window` or `recover_window` gave, or the disks that were noted. A
+    commit of an overlay that a killed process left behind is taken up where it is; an overlay
+    that no disk uses any more has no outcome. `ledger` is told ``close``, with the files of the
+    overlays, before the first commit is sent. A cancellation is raised when it has ended.
+
+    Raises `WindowError` that names the overlays that stay.
+    """
+    disks = list(window.values() if isinstance(window, Window) else window)
+    if ledger is not None:
+        await ledger.note("close", overlays=[each.overlay for each in disks])
+    outcomes = await to_the_end(_close(vm, disks, bandwidth))
+    if isinstance(window, Window):
+        window.outcomes = outcomes
+    return outcomes
 
 
 async def windows(vm: Session) -> list[OpenWindow]:
@@ -118,10 +166,49 @@ async def windows(vm: Session) -> list[OpenWindow]:
     ]
 
 
-async def close_windows(vm: Session, *, bandwidth: int | str | None = None) -> list[CommitOutcome]:
-    """Close the windows that somebody left open; raises `WindowError` for those that stay."""
-    left = [Frozen(w.disk, w.filename, w.overlay, "") for w in await windows(vm)]
-    return await to_the_end(_close(vm, left, bandwidth))
+async def close_windows(
+    vm: Session,
+    *,
+    bandwidth: int | str | None = None,
+    agent: str | os.PathLike[str] | None = None,
+    overlay_dir: str | os.PathLike[str] | None = None,
+) -> list[CommitOutcome]:
+    """Close the windows that somebody left open; see `Session.close_windows`."""
+    remains = await thaw_marked(vm, agent)
+    left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
+    outcomes = await to_the_end(_close(vm, left, bandwidth))
+    folders = () if overlay_dir is None else (os.fspath(overlay_dir),)
+    remains += await to_the_end(clear(vm, folders=folders))
+    if remains:
+        raise WindowError(
+            f"on {vm.name} this is left of windows: {'; '.join(each.message for each in remains)}",
+            vm=vm.name,
+            remains=[each.what for each in remains],
+            outcomes=[outcome.model_dump(mode="json") for outcome in outcomes],
+        )
+    return outcomes
+
+
+async def recover_window(vm: Session, noted: NotedWindow) -> Window | None:
+    """Take up a window whose process was killed at any step, from its ``create`` note on.
+
+    The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
+    which the caller may leave open or close (`close_window` takes up commits that were begun);
+    of what was not laid, or was closed already, nothing is left. None where no disk writes to an
+    overlay of it. Safe to repeat.
+
+    Raises `QuiesceFailed` where the guest may still be frozen.
+    """
+    if noted.freeze is not None:
+        await thaw(vm, noted.freeze, noted.agent)
+        await thaw_marked(vm, noted.agent)
+    _, graph = await vm.look()
+    laid = {asked: each for asked, each in noted.disks.items() if disk_over(graph, each.overlay)}
+    rest = [each.overlay for each in noted.disks.values() if each not in laid.values()]
+    if rest:
+        await to_the_end(clear(vm, rest))
+    vm.log.info("window_recovered", window=noted.name, disks=list(laid))
+    return Window(noted.name, laid) if laid else None
 
 
 def _seen(disk: Disk, cwd: str | None) -> OpenWindow:
@@ -132,9 +219,11 @@ def _seen(disk: Disk, cwd: str | None) -> OpenWindow:
     try:
         found = os.stat(absolute(active, cwd))
     except OSError:
-        return OpenWindow(disk.name, window, below, active.filename)
+        return OpenWindow(disk.name, window, below, active.filename, node_name=active.node_name)
     size = found.st_blocks * 512
-    return OpenWindow(disk.name, window, below, active.filename, _age(window), size)
+    return OpenWindow(
+        disk.name, window, below, active.filename, _age(window), size, active.node_name
+    )
 
 
 def _age(window: str) -> float | None:
@@ -144,45 +233,6 @@ def _age(window: str) -> float | None:
     except ValueError:
         return None
     return max(0.0, (datetime.now(UTC) - opened).total_seconds())
-
-
-async def _open(
-    vm: Session,
-    names: Sequence[str],
-    overlay_dir: str | os.PathLike[str] | None,
-    freeze: How | None,
-    agent: str | os.PathLike[str] | None,
-) -> Window:
-    if isinstance(names, str) or not names:
-        raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
-    _, graph = await vm.look()
-    found = {name: find_disk(read_disks(graph), name, vm=vm.name, cwd=vm.cwd) for name in names}
-    if len({disk.root for disk in found.values()}) < len(names):
-        raise WindowError("a disk is named twice", vm=vm.name)
-    window = f"{datetime.now(UTC).strftime(STAMP)}-{os.urandom(4).hex()}"
-    overlays: dict[str, FreshOverlay] = {}
-    for number, (name, disk) in enumerate(found.items()):
-        overlays[name] = _fresh(vm, disk, window, number, overlay_dir)
-    try:
-        for overlay in overlays.values():
-            await overlay.open()
-        async with quiesced(vm, freeze, agent=agent, limit=LIMIT) as quiet:
-            await _lay(vm, [(found[name], overlays[name]) for name in names])
-    except BaseException as error:
-        await to_the_end(_undo(vm, list(overlays.values())))
-        if isinstance(error, QmpCommitError):
-            error.add(vm=vm.name)
-        raise
-    made = Window(
-        window,
-        {
-            name: Frozen(disk.name, _active(disk), overlays[name].filename, overlays[name].node)
-            for name, disk in found.items()
-        },
-    )
-    made.quiesced = quiet.seconds
-    vm.log.info("window_open", window=window, disks=list(names))
-    return made
 
 
 def _active(disk: Disk) -> str:
@@ -259,22 +309,20 @@ async def _undo(vm: Session, overlays: Sequence[FreshOverlay]) -> None:
 
 
 async def _close(
-    vm: Session, frozen: Sequence[Frozen], bandwidth: int | str | None
+    vm: Session, frozen: Collection[Frozen], bandwidth: int | str | None
 ) -> list[CommitOutcome]:
     """Commit all overlays back; raises `WindowError` that names those which stay."""
 
-    async def one(each: Frozen) -> CommitOutcome:
-        job = await vm.commit(
-            each.overlay, policy=Pivot(), shallow=True, delete=True, bandwidth=bandwidth
-        )
-        return await job.wait()
-
-    ends = await asyncio.gather(*(one(each) for each in frozen), return_exceptions=True)
+    merging = (merge_back(vm, each, bandwidth) for each in frozen)
+    ends = await asyncio.gather(*merging, return_exceptions=True)
     outcomes = [end for end in ends if isinstance(end, CommitOutcome)]
-    failed = [(each, end) for each, end in zip(frozen, ends, strict=True) if end not in outcomes]
+    failed = [
+        (each, end)
+        for each, end in zip(frozen, ends, strict=True)
+        if isinstance(end, BaseException)
+    ]
     for _, error in failed:
         if not isinstance(error, QmpCommitError):
-            assert isinstance(error, BaseException)
             raise error
     if failed:
         what = "; ".join(f"{each.overlay}: {error}" for each, error in failed)

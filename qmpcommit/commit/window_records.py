@@ -1,0 +1,87 @@
+"""What is known of a snapshot window: its frozen disks, its overlays, and its name.
+
+The name is in each overlay's file name and node-name, so that a window whose owner was killed is
+found by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.quiesce import How
+from qmpcommit.values import Record, record
+
+MARK = ".qmpcommit-window-"
+"""In the name of each overlay of a window, before the window's own number."""
+
+STAMP = "%Y%m%dT%H%M%SZ"
+
+NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
+
+
+@record
+class Frozen(Record):
+    """One disk in a window: `filename` stands still, and so does all below it.
+
+    `overlay` is the file that the guest writes to meanwhile, `node_name` its node.
+    """
+
+    disk: str
+    filename: str
+    overlay: str
+    node_name: str
+
+
+@record
+class OpenWindow(Record):
+    """An overlay of a window that is open: its age in seconds, and its size in bytes.
+
+    Both are None where its file can't be looked at from here.
+    """
+
+    disk: str
+    window: str
+    filename: str
+    overlay: str
+    age: float | None = None
+    size: int | None = None
+    node_name: str = ""
+
+
+class Window(Mapping[str, Frozen]):
+    """The frozen disks of an open window, by the names that they were asked for by.
+
+    `quiesced` is for how many seconds the guest was frozen or paused; `outcomes` are the commits
+    that closed the window.
+    """
+
+    def __init__(self, name: str, frozen: Mapping[str, Frozen]) -> None:
+        self.name = name
+        self.quiesced: float | None = None
+        self.outcomes: list[CommitOutcome] = []
+        self._frozen = dict(frozen)
+
+    def __getitem__(self, disk: str) -> Frozen:
+        return self._frozen[disk]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._frozen)
+
+    def __len__(self) -> int:
+        return len(self._frozen)
+
+
+@record
+class NotedWindow(Record):
+    """What has to be known of a window to take it up in another process.
+
+    `disks` are by the names that they were asked for by; `freeze` and `agent` tell how its guest
+    was to be quiesced.
+    """
+
+    name: str
+    disks: dict[str, Frozen]
+    freeze: How | None = None
+    agent: str | None = None

@@ -1,0 +1,340 @@
+"""What a killed process leaves of a snapshot window, and how it is cleared away.
+
+A window is found by its overlays' names, which carry `MARK`, by its nodes and jobs, whose names
+begin with ``qmpcommit-w``, and by the marker node that is there while its guest is quiesced.
+What holds no data, or what a pivot has made stale, is removed; anything else stays and is named.
+
+Rests on ``query-jobs``, ``job-dismiss``, ``blockdev-add`` and ``blockdev-del``, and on what a
+commit rests on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import struct
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
+from qmpcommit.block.files import FileId
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.aftermath import close_nodes, identify, remove_file
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.plan import JOB_PREFIX, adopted_plan
+from qmpcommit.commit.policy import Pivot
+from qmpcommit.commit.quiesce import How, thaw
+from qmpcommit.commit.window_records import MARK, NAME, Frozen
+from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed, WindowError
+from qmpcommit.values import Record, record
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.job import CommitJob
+    from qmpcommit.session import Session
+
+ROUNDS = 3
+"""How often an overlay is committed whose former commit ended otherwise than in a pivot."""
+
+_JOB = re.compile(r"qmpcommit-w[0-9a-f]{8}-\d+-(create-file|create-qcow2|[0-9a-f]{8})")
+_MARKER = re.compile(r"qmpcommit-w[0-9a-f]{8}-(paused|frozen)")
+
+
+@record
+class Remains(Record):
+    """What was left of a window and could not be cleared away, and why."""
+
+    what: str
+    message: str
+
+
+# -- a guest that is quiesced ---------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def marked(vm: Session, window: str, how: How | None) -> AsyncIterator[None]:
+    """A node in QEMU tells for as long as this lasts that the guest is quiesced for a window.
+
+    If this process is killed meanwhile, `thaw_marked` finds it. It stays where the guest could
+    not be thawed.
+    """
+    if how is None:
+        yield
+        return
+    name = f"{JOB_PREFIX}w{window[-8:]}-{'paused' if how == 'pause' else 'frozen'}"
+    node = {"driver": "null-co", "node-name": name, "read-only": True}
+    try:
+        await vm.execute("blockdev-add", node)
+    except CommandRefused as error:  # a QEMU built without that driver
+        vm.log.warning("freeze_not_marked", error=error.desc)
+        yield
+        return
+    except BaseException:
+        await _unmark(vm, name)
+        raise
+    try:
+        yield
+    except QuiesceFailed as error:
+        if not error.facts.get("frozen"):
+            await _unmark(vm, name)
+        raise
+    except BaseException:
+        await _unmark(vm, name)
+        raise
+    await _unmark(vm, name)
+
+
+async def _unmark(vm: Session, name: str) -> None:
+    with suppress(QmpCommitError):
+        await vm.execute("blockdev-del", {"node-name": name})
+
+
+async def thaw_marked(vm: Session, agent: str | os.PathLike[str] | None = None) -> list[Remains]:
+    """Let a guest go on that was quiesced for a window whose owner was killed.
+
+    Returns what could not be done: one frozen through its agent needs the agent's socket.
+    """
+    remains = []
+    for name in await _markers(vm):
+        how: How = "pause" if name.endswith("paused") else "agent"
+        if how == "agent" and agent is None:
+            text = (
+                f"the guest of {vm.name} was frozen through its agent for a window, and perhaps"
+                " still is, so that its writes hang: close the window with the agent's socket"
+                " (--agent SOCKET)"
+            )
+            remains.append(Remains(name, text))
+            continue
+        await thaw(vm, how, agent)
+        await vm.execute("blockdev-del", {"node-name": name})
+    return remains
+
+
+async def _markers(vm: Session) -> list[str]:
+    nodes = await vm.execute("query-named-block-nodes", {"flat": True})
+    return [n["node-name"] for n in nodes if _MARKER.fullmatch(n.get("node-name") or "")]
+
+
+# -- an overlay that is in use --------------------------------------------------------------------
+
+
+def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
+    """The disk whose guest writes to this overlay."""
+    disks = read_disks(graph)
+    return next((d for d in disks if d.active and d.active.filename == overlay), None)
+
+
+async def merge_back(
+    vm: Session, each: Frozen, bandwidth: int | str | None
+) -> CommitOutcome | None:
+    """Commit one overlay back and pivot; None where no disk writes to it any more.
+
+    A commit of ours that is there already is taken up where it is.
+    """
+    for _ in range(ROUNDS):
+        _, graph = await vm.look()
+        disk = disk_over(graph, each.overlay)
+        if disk is None or disk.active is None:
+            await clear(vm, [each.overlay])
+            return None
+        ours = [job for job in disk.jobs if job.startswith(JOB_PREFIX)]
+        if ours:
+            job = await _take_up(vm, graph, ours[0])
+        else:
+            node = disk.active.node_name
+            stem = node.removesuffix("-top")
+            job_id = f"{stem}-{os.urandom(4).hex()}" if stem.startswith(JOB_PREFIX) else None
+            job = await vm.commit(
+                each.overlay,
+                policy=Pivot(),
+                shallow=True,
+                delete=True,
+                bandwidth=bandwidth,
+                job_id=job_id,
+            )
+        outcome = await job.wait()
+        if outcome.action == "pivot":
+            return outcome
+    raise WindowError(
+        f"the commit of {each.overlay} ended {ROUNDS} times without a pivot: another client"
+        " decides too. Nothing is lost",
+        vm=vm.name,
+    )
+
+
+async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
+    """Go on with a commit of ours that a killed process left, up to the deletion of its overlay."""
+    for job in vm.jobs:
+        if job.id == job_id:
+            return job
+    plan = replace(adopted_plan(vm.name, graph, job_id, Pivot()), stale="delete")
+    jobs = await vm.execute("query-block-jobs")
+    listed: Mapping[str, Any] = next((job for job in jobs if job.get("device") == job_id), {})
+    finalizes = bool(listed.get("auto-finalize", True))
+    plan.arguments["auto-finalize"] = finalizes
+    state = State(two_phase=True, phase=Phase.COPYING, began=True, prepares=not finalizes)
+    known = await asyncio.to_thread(_identified, vm, plan.top)
+    return await vm.resume(plan, Resumed(state), files={plan.top.node_name: known})
+
+
+def _identified(vm: Session, image: Image) -> FileId | None:
+    return identify(absolute(image, vm.cwd), vm.peer_pid)
+
+
+# -- nodes, jobs and files that nobody uses -------------------------------------------------------
+
+
+async def clear(
+    vm: Session, overlays: Collection[str] | None = None, folders: Collection[str] = ()
+) -> list[Remains]:
+    """Remove what is left of windows and in use by no disk; what stays is returned.
+
+    With `overlays` only what belongs to these files, else all that is found in QEMU, beside the
+    active layers, and in `folders`. Only whom nobody else follows may be cleared away: a window
+    that another process is just opening would fail.
+    """
+    await _end_jobs(vm, overlays)
+    remains = []
+    graph = await read_graph(vm)
+    for name in list(graph.nodes):
+        file = str(graph.leaf(name).raw.get("file") or "")
+        if MARK not in file or (overlays is not None and file not in overlays):
+            continue
+        if graph.parents.get(name) or _active(graph, name):
+            continue
+        remains += await _clear_node(vm, graph, name, file)
+    graph = await read_graph(vm)
+    known = {
+        os.path.join(vm.cwd or os.getcwd(), str(node.raw.get("file") or ""))
+        for node in graph.nodes.values()
+    }
+    if overlays is not None:
+        paths = {os.path.join(vm.cwd or os.getcwd(), each) for each in overlays}
+    else:
+        paths = await asyncio.to_thread(_beside, vm, graph, folders)
+    if vm.peer_pid is not None:  # QEMU runs on this host
+        for path in sorted(paths - known):
+            remains += await asyncio.to_thread(_clear_file, vm, graph, path)
+    for each in remains:
+        vm.log.warning("window_remains", what=each.what, message=each.message)
+    return remains
+
+
+async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
+    """Dismiss the window's jobs that have concluded; a creation concludes by itself."""
+    windows = None if overlays is None else {window_of(each)[-8:] for each in overlays}
+    for _ in range(50):
+        waits = False
+        for job in await vm.execute("query-jobs"):
+            name = str(job.get("id"))
+            if not _JOB.fullmatch(name) or (windows is not None and name[11:19] not in windows):
+                continue
+            if job.get("status") == "concluded":
+                with suppress(CommandRefused):
+                    await vm.execute("job-dismiss", {"id": name})
+            else:
+                waits = waits or "-create-" in name
+        if not waits:
+            return
+        await asyncio.sleep(0.1)
+
+
+def window_of(overlay: str) -> str:
+    """The window that an overlay's name tells."""
+    return overlay.rpartition(MARK)[2].partition(".")[0]
+
+
+def _active(graph: BlockGraph, name: str) -> bool:
+    return any(d.active is not None and d.active.node_name == name for d in read_disks(graph))
+
+
+async def _clear_node(vm: Session, graph: BlockGraph, name: str, file: str) -> list[Remains]:
+    """Close a node that nothing uses, and remove its file if it is safe."""
+    image = replace(read_image(graph, name), filename=file)
+    below = graph.below_filters(graph.nodes[name].children.get("backing"))
+    stale = below is not None and _active(graph, below)
+    if below is not None and not stale:
+        text = (
+            f"{file} is open as node {name}, no disk uses it or what it lies on: it may hold the"
+            " newest data of a disk that was unplugged, and is left alone"
+        )
+        return [Remains(file, text)]
+    known = await asyncio.to_thread(_identified, vm, image)
+    remains = [Remains(file, text) for text in await close_nodes(vm, [name])]
+    if remains:
+        return remains
+    now = await read_graph(vm)
+    path = absolute(image, vm.cwd)
+    if not stale and not await asyncio.to_thread(is_empty, path):
+        return [_unknown(vm, path)]
+    base = read_image(graph, below) if below is not None else Image("", "", "")
+    problem = await asyncio.to_thread(
+        remove_file, image, known, graph=now, base=base, cwd=vm.cwd, rename_to=None
+    )
+    return [] if problem is None else [Remains(path, problem)]
+
+
+def _beside(vm: Session, graph: BlockGraph, folders: Collection[str]) -> set[str]:
+    """Files that are named as overlays of windows of this VM's disks."""
+    found = set()
+    for disk in read_disks(graph):
+        if disk.active is None:
+            continue
+        active = absolute(disk.active, vm.cwd)
+        stem = os.path.basename(active).removesuffix(".qcow2").partition(MARK)[0] + MARK
+        for folder in {os.path.dirname(active), *folders}:
+            with suppress(OSError):
+                for name in os.listdir(folder):
+                    if name.startswith(stem) and NAME.fullmatch(window_of(name)):
+                        found.add(os.path.join(folder, name))
+    return found
+
+
+def _clear_file(vm: Session, graph: BlockGraph, path: str) -> list[Remains]:
+    """Remove a file that this QEMU has not open, if it holds no data."""
+    if not os.path.lexists(path):
+        return []
+    if not is_empty(path):
+        return [_unknown(vm, path)]
+    found = os.lstat(path)
+    problem = remove_file(
+        Image("", path, ""),
+        FileId(found.st_dev, found.st_ino),
+        graph=graph,
+        base=Image("", "", ""),
+        cwd=vm.cwd,
+        rename_to=None,
+    )
+    return [] if problem is None else [Remains(path, problem)]
+
+
+def _unknown(vm: Session, path: str) -> Remains:
+    return Remains(
+        path,
+        f"{path} is an overlay of a window that {vm.name} has not open. If that window was closed"
+        " it is stale and can be deleted; if the VM was started anew without it, it holds the"
+        " newest data: compare it with the disk ('qemu-img compare')",
+    )
+
+
+def is_empty(path: str) -> bool:
+    """Whether a qcow2 file holds nothing of its own: no cluster, no internal snapshot."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(104)
+            if not header:
+                return True
+            if len(header) < 72 or header[:4] != b"QFI\xfb":
+                return not any(header) and os.fstat(file.fileno()).st_blocks == 0
+            entries, where = struct.unpack(">IQ", header[36:48])
+            (snapshots,) = struct.unpack(">I", header[60:64])
+            if snapshots or entries > 1 << 22:
+                return False
+            file.seek(where)
+            return not any(file.read(entries * 8))
+    except OSError:
+        return False
