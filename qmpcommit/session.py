@@ -14,7 +14,7 @@ from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.commit.aftermath import Around, OnPivot, OnStall, identify
+from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify, nobody_met
 from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
@@ -522,13 +522,22 @@ class Session(Monitor):
         converge: Converge | None = None,
         timeout: float | None = None,
         ledger: Ledger | None = None,
+        barrier: Barrier | None = None,
     ) -> CommitJob:
         """Go on with a commit whose process died, from what its `Ledger` holds.
 
         `plan` and `files` are what was noted with ``block-commit``, `noted` is the last state;
         the rest is as for `commit`. Whatever of it QEMU has done meanwhile is found by asking.
+        `barrier` is awaited while PENDING holds the disk, unless what was noted says that it has
+        been passed: it answers None, and the job is finalized, or why it is cancelled. A member
+        of a group without one is cancelled there, for alone it must not be finalized.
         Raises what `Monitor.execute` raises; how the commit itself ends, `CommitJob.wait` tells.
         """
+        if barrier is not None:
+            state = noted.state._replace(meets=True, prepares=True, auto_finalize=False)
+            noted = noted._replace(state=state)
+        elif noted.state.meets:
+            barrier = nobody_met
         carrying = None
         if noted.state.prepares and noted.state.running and noted.same_vm is not False:
             graph = await self.graph()
@@ -543,6 +552,7 @@ class Session(Monitor):
             cwd=self.cwd,
             converge=converge,
             ledger=ledger,
+            barrier=barrier,
             gate=self.gate,
         )
         auto_finalize = bool(plan.arguments.get("auto-finalize", True))

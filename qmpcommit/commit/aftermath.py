@@ -48,6 +48,12 @@ OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
 Barrier: TypeAlias = Callable[[], Awaitable[str | None]]
 """Awaited while PENDING holds the disk's I/O: None lets the job end, a reason cancels it."""
 
+
+async def nobody_met() -> str | None:
+    """The barrier of a group's member that was taken up without its group."""
+    return "it is one of a group, and the others of it were not taken up with it"
+
+
 F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 
 
