@@ -45,7 +45,9 @@ def window(
     In COMMAND, {DISK} stands for the file of that disk, which is one instant's image of all of
     them until COMMAND ends, as in: qmpcommit window QMP vda -- cp {vda} /backup/. Then the
     overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
-    could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it.
+    could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it, lets
+    a guest go on that is still quiesced for it (--agent, if it was frozen so), and removes what
+    was made and not used (--overlay-dir too, if it was given then).
     """
     options = Options.of(**given)
     from qmpcommit.cli.running import run
@@ -53,7 +55,8 @@ def window(
     if close:
         if words:
             raise click.UsageError("With --close give QMP alone")
-        return run(options, lambda running: _close(running, qmp, bandwidth))
+        where = {"bandwidth": bandwidth, "agent": agent, "overlay_dir": overlay_dir}
+        return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
     request = {
         "disks": disks,
@@ -119,10 +122,10 @@ async def _run(running: Run, command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-async def _close(running: Run, qmp: str, bandwidth: str | None) -> Answer:
+async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     async with running.connect(qmp) as vm:
         left = await vm.windows()
-        outcomes = await vm.close_windows(bandwidth=bandwidth)
+        outcomes = await vm.close_windows(**where)
     data = {
         "closed": [each.model_dump() for each in left],
         "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],

@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import struct
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.qcow2 import bitmap_names, holds_data
 from qmpcommit.commit.aftermath import close_nodes, identify, remove_file
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.outcome import CommitOutcome
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 """How often an overlay is committed whose former commit ended otherwise than in a pivot."""
+
+CLOSED = "qmpcommit-window-closed"
+"""A dirty bitmap of this name in an overlay's file says that it was pivoted away from."""
 
 _JOB = re.compile(r"qmpcommit-w[0-9a-f]{8}-\d+-(create-file|create-qcow2|[0-9a-f]{8})")
 _MARKER = re.compile(r"qmpcommit-w[0-9a-f]{8}-(paused|frozen)")
@@ -155,10 +159,11 @@ async def merge_back(
                 delete=True,
                 bandwidth=bandwidth,
                 job_id=job_id,
+                on_pivot=partial(_mark_closed, vm, node),
             )
         outcome = await job.wait()
         if outcome.action == "pivot":
-            return outcome
+            return replace(outcome, hook="")
     raise WindowError(
         f"the commit of {each.overlay} ended {ROUNDS} times without a pivot: another client"
         " decides too. Nothing is lost",
@@ -178,7 +183,27 @@ async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
     plan.arguments["auto-finalize"] = finalizes
     state = State(two_phase=True, phase=Phase.COPYING, began=True, prepares=not finalizes)
     known = await asyncio.to_thread(_identified, vm, plan.top)
-    return await vm.resume(plan, Resumed(state), files={plan.top.node_name: known})
+    return await vm.resume(
+        plan,
+        Resumed(state),
+        files={plan.top.node_name: known},
+        on_pivot=partial(_mark_closed, vm, plan.top.node_name),
+    )
+
+
+async def _mark_closed(vm: Session, node: str, outcome: CommitOutcome | None = None) -> None:
+    """Have the stale overlay itself say that it is stale, once QEMU has closed it.
+
+    So that whoever finds its file may delete it, if this process is killed before it did.
+    """
+    bitmap = {"node": node, "name": CLOSED, "persistent": True}
+    with suppress(QmpCommitError):
+        await vm.execute("block-dirty-bitmap-add", bitmap)
+
+
+def is_void(path: str) -> bool:
+    """Whether a window's overlay holds nothing of its own, or says itself that it is stale."""
+    return not holds_data(path) or CLOSED in bitmap_names(path)
 
 
 def _identified(vm: Session, image: Image) -> FileId | None:
@@ -217,7 +242,7 @@ async def clear(
     else:
         paths = await asyncio.to_thread(_beside, vm, graph, folders)
     if vm.peer_pid is not None:  # QEMU runs on this host
-        for path in sorted(paths - known):
+        for path in sorted(paths - known - {each.what for each in remains}):
             remains += await asyncio.to_thread(_clear_file, vm, graph, path)
     for each in remains:
         vm.log.warning("window_remains", what=each.what, message=each.message)
@@ -264,12 +289,14 @@ async def _clear_node(vm: Session, graph: BlockGraph, name: str, file: str) -> l
         )
         return [Remains(file, text)]
     known = await asyncio.to_thread(_identified, vm, image)
+    if stale:
+        await _mark_closed(vm, name)
     remains = [Remains(file, text) for text in await close_nodes(vm, [name])]
     if remains:
         return remains
     now = await read_graph(vm)
     path = absolute(image, vm.cwd)
-    if not stale and not await asyncio.to_thread(is_empty, path):
+    if not stale and not await asyncio.to_thread(is_void, path):
         return [_unknown(vm, path)]
     base = read_image(graph, below) if below is not None else Image("", "", "")
     problem = await asyncio.to_thread(
@@ -295,10 +322,10 @@ def _beside(vm: Session, graph: BlockGraph, folders: Collection[str]) -> set[str
 
 
 def _clear_file(vm: Session, graph: BlockGraph, path: str) -> list[Remains]:
-    """Remove a file that this QEMU has not open, if it holds no data."""
+    """Remove a file that this QEMU has not open, if nothing is lost with it."""
     if not os.path.lexists(path):
         return []
-    if not is_empty(path):
+    if not is_void(path):
         return [_unknown(vm, path)]
     found = os.lstat(path)
     problem = remove_file(
@@ -319,22 +346,3 @@ def _unknown(vm: Session, path: str) -> Remains:
         " it is stale and can be deleted; if the VM was started anew without it, it holds the"
         " newest data: compare it with the disk ('qemu-img compare')",
     )
-
-
-def is_empty(path: str) -> bool:
-    """Whether a qcow2 file holds nothing of its own: no cluster, no internal snapshot."""
-    try:
-        with open(path, "rb") as file:
-            header = file.read(104)
-            if not header:
-                return True
-            if len(header) < 72 or header[:4] != b"QFI\xfb":
-                return not any(header) and os.fstat(file.fileno()).st_blocks == 0
-            entries, where = struct.unpack(">IQ", header[36:48])
-            (snapshots,) = struct.unpack(">I", header[60:64])
-            if snapshots or entries > 1 << 22:
-                return False
-            file.seek(where)
-            return not any(file.read(entries * 8))
-    except OSError:
-        return False

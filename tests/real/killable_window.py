@@ -1,0 +1,97 @@
+"""A window over two disks, whose process is killed by SIGKILL at its n-th place.
+
+There is a place before and after each QMP command that changes something, each note, and each
+file that goes. Arguments: the monitor, how to freeze ("none", "pause" or the agent's socket), the
+place's number (0: never), the file to which the places are written as they are passed, and
+what the guest writes meanwhile: 64 KiB of which byte, and where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+
+import qmpcommit as qc
+from qmpcommit.qmp.agent import Agent
+from qmpcommit.session import Session
+
+QMP, FREEZE, DIE_AT, PLACES, PATTERN, OFFSET = sys.argv[1:]
+DEVICE = "/machine/peripheral/vd{}/virtio-backend"
+
+
+class Counter:
+    """How many places were passed."""
+
+    passed = 0
+
+
+def place(name: str) -> None:
+    """Somewhere to die."""
+    Counter.passed += 1
+    with open(PLACES, "a") as file:
+        file.write(f"{name}\n")
+    if Counter.passed == int(DIE_AT):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+EXECUTE, UNLINK = Session.execute, os.unlink
+FREEZING, THAWING = Agent.freeze, Agent.thaw
+
+
+async def execute(self: Session, command: str, arguments: Any = None, **more: Any) -> Any:
+    """`Session.execute` with places."""
+    if command.startswith(("query-", "x-debug")):
+        return await EXECUTE(self, command, arguments, **more)
+    place(f"before {command}")
+    answer = await EXECUTE(self, command, arguments, **more)
+    place(f"after {command}")
+    return answer
+
+
+def unlink(*args: Any, **more: Any) -> None:
+    """``os.unlink`` with places."""
+    place("before unlink")
+    UNLINK(*args, **more)
+    place("after unlink")
+
+
+async def freezing(self: Agent, **more: Any) -> Any:
+    """`Agent.freeze` with places."""
+    place("before guest-fsfreeze-freeze")
+    answer = await FREEZING(self, **more)
+    place("after guest-fsfreeze-freeze")
+    return answer
+
+
+async def thawing(self: Agent) -> Any:
+    """`Agent.thaw` with places."""
+    place("before guest-fsfreeze-thaw")
+    answer = await THAWING(self)
+    place("after guest-fsfreeze-thaw")
+    return answer
+
+
+async def main() -> None:
+    """Open, have the guest write, and close."""
+    how: Any = {"none": None, "pause": "pause"}.get(FREEZE, "agent")
+    agent = FREEZE if how == "agent" else None
+    async with Session.connect(QMP) as vm:
+        window = await qc.open_window(vm, ["vda", "vdb"], freeze=how, agent=agent)
+        for number, disk in enumerate(window.values()):
+            bitmap = {"node": disk.node_name, "name": "kept"}
+            if number == 0:  # its commit is held in PENDING, to carry this
+                await EXECUTE(vm, "block-dirty-bitmap-add", bitmap)
+            line = f'qemu-io -d {DEVICE.format("ab"[number])} "write -P {PATTERN} {OFFSET} 64k"'
+            said = await EXECUTE(vm, "human-monitor-command", {"command-line": line})
+            assert not said, said
+            place(f"wrote {number}")
+        await qc.close_window(vm, window)
+
+
+Session.execute = execute  # type: ignore[method-assign, assignment]
+os.unlink = unlink
+Agent.freeze, Agent.thaw = freezing, thawing  # type: ignore[method-assign]
+asyncio.run(main())
