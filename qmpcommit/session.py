@@ -336,8 +336,7 @@ class Session(Monitor):
             cwd=self.cwd,
             gate=self.gate,
         )
-        carries = around.carrying is not None and bool(around.carrying.names)
-        if carries or around.barrier is not None:
+        if around.prepares(plan) or around.barrier is not None:
             plan.arguments["auto-finalize"] = False
         return CommitJob(self, plan, around=around)
 

@@ -76,6 +76,10 @@ class Around(NamedTuple):
     barrier: Barrier | None = None
     gate: asyncio.Semaphore | None = None
 
+    def prepares(self, plan: Plan) -> bool:
+        """Whether something has to be done in PENDING, before the job's end is made final."""
+        return not plan.two_phase or (self.carrying is not None and bool(self.carrying.names))
+
 
 def identify(path: str, pid: int | None) -> FileId | None:
     """The regular file that this path names itself (not through a link); None where none.
@@ -96,7 +100,12 @@ def identify(path: str, pid: int | None) -> FileId | None:
 
 
 async def clear_away(
-    monitor: Monitor, plan: Plan, outcome: CommitOutcome, around: Around
+    monitor: Monitor,
+    plan: Plan,
+    outcome: CommitOutcome,
+    around: Around,
+    *,
+    keep_files: bool = False,
 ) -> CommitOutcome:
     """Hook, nodes, files, in this order; the outcome with what was done and what was not."""
     warnings, deleted = list(outcome.warnings), list(outcome.deleted)
@@ -111,7 +120,7 @@ async def clear_away(
     stale = (plan.top, *plan.between)
     try:
         warnings += await close_nodes(monitor, [image.node_name for image in stale])
-        if plan.stale != "leave" and hook != "failed":
+        if plan.stale != "leave" and hook != "failed" and not keep_files:
             graph = await read_graph(monitor)
             for image in stale:
                 new = f"{image.filename}.stale-{plan.job_id}" if plan.stale == "rename" else None

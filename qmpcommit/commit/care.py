@@ -1,6 +1,7 @@
 """What has to be done around the two phases, at the moments that the machine names.
 
-While PENDING holds the disk's I/O the bitmaps are carried; for a recycle the guest is paused, a
+While the job is PENDING the bitmaps are carried, and an intermediate layer's base is flushed before
+the chain names it; for a recycle the guest is paused, a
 fresh overlay laid over the base, and the guest continued. Each step answers with the fact that
 the machine waits for; losing the monitor is raised, for the driver to tell.
 """
@@ -11,7 +12,8 @@ import asyncio
 from contextlib import suppress
 
 from qmpcommit.block.bitmaps import carry
-from qmpcommit.block.chain import Image
+from qmpcommit.block.chain import Image, absolute
+from qmpcommit.block.flush import flush, sync_file
 from qmpcommit.commit import facts
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
@@ -28,8 +30,11 @@ HOLD_LIMIT = 2.0
 class Care:
     """The duties of one commit beside its commands.
 
-    `paused` is for how many seconds a recycle paused the guest.
+    `paused` is for how many seconds a recycle paused the guest; `unflushed` is why the base of an
+    intermediate layer could not be flushed.
     """
+
+    unflushed: str | None = None
 
     def __init__(self, monitor: Monitor, plan: Plan, around: Around) -> None:
         self._monitor, self._plan, self._around = monitor, plan, around
@@ -42,7 +47,12 @@ class Care:
         return self._overlay.paused if self._overlay is not None else None
 
     async def prepare(self, *, keeps: bool) -> Fact:
-        """The disk's I/O waits: carry the bitmaps, meet the others at the barrier, and let go."""
+        """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.
+
+        An active layer's I/O waits meanwhile, and its base was flushed by QEMU itself.
+        """
+        if not self._plan.two_phase:
+            await self._flush()
         prepared = facts.Prepared() if keeps else await self._carry()
         barrier = self._around.barrier
         if barrier is None or prepared.error is not None:
@@ -51,6 +61,17 @@ class Care:
             return facts.Prepared(await barrier())
         except Exception as error:  # the owner's own; the disk must not be held for it
             return facts.Prepared(f"the barrier failed: {error!r}")
+
+    async def _flush(self) -> None:
+        base = self._plan.base
+        await asyncio.to_thread(sync_file, absolute(base, self._around.cwd))
+        try:
+            await flush(self._monitor, base.node_name)
+            self.unflushed = None
+        except CommandRefused as error:
+            if not base.read_only:  # else QEMU flushes it when it closes it for writing
+                self._log.warning("not_flushed", base=base.filename, why=error.desc)
+                self.unflushed = str(error.desc)
 
     async def _carry(self) -> facts.Prepared:
         carrying = self._around.carrying

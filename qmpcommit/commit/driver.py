@@ -82,7 +82,7 @@ class Driver:
         self.recycle: Recycle | None = None
         self._monitor, self._around, self._moved = monitor, around, moved
         self._care = Care(monitor, plan, around)
-        prepares = around.carrying is not None and bool(around.carrying.names)
+        prepares = not adopted and around.prepares(plan)
         self._hearing = Hearing(plan.job_id, self.tell)
         self._ledger = around.ledger
         self._frozen_before = self._stopped_before = self._inside = False
@@ -242,10 +242,11 @@ class Driver:
                 pass
 
     async def _prepare(self) -> None:
-        if self._around.barrier is None:
+        if self._around.barrier is None and self.plan.two_phase:
             await self._try(self._care.prepare(keeps=self.state.keeps))
             return
-        # Others are waited for, and one of them may be why this one must not be finalized.
+        # Others are waited for, and one of them may be why this one must not be finalized; and
+        # a flush may take long, while no guest waits for it.
         if self._preparing is not None:
             await stop(self._preparing)
         preparing = self._try(self._care.prepare(keeps=self.state.keeps))
@@ -436,7 +437,10 @@ class Driver:
         self.outcome = outcome  # it is true, whatever becomes of the files
         if outcome.invalidated and not self.adopted:
             await self._note("clear-away", outcome=outcome)
-            self.outcome = await clear_away(self._monitor, plan, outcome, self._around)
+            keep_files = self._care.unflushed is not None
+            self.outcome = await clear_away(
+                self._monitor, plan, outcome, self._around, keep_files=keep_files
+            )
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 
     async def _outcome(self) -> CommitOutcome:
@@ -446,10 +450,16 @@ class Driver:
             with suppress(QmpCommitError):
                 active = await self._care.fresh()
         outcome = report.outcome_of(plan, state, active, self.timings)
-        held = self.timings.held if state.prepares else None
+        held = self.timings.held if state.prepares and plan.two_phase else None
         outcome = replace(outcome, guest_paused=self._care.paused, held=held)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
+        if self._care.unflushed is not None:
+            outcome.warnings.append(
+                f"QEMU could not be made to flush {plan.base.filename} ({self._care.unflushed}):"
+                f" keep {', '.join(image.filename for image in (plan.top, *plan.between))} until"
+                " QEMU has ended well, for if it is killed before, what was committed is only there"
+            )
         return outcome
 
     def _active_now(self) -> Image | None:

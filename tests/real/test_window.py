@@ -165,8 +165,8 @@ async def test_a_long_chain_is_brought_down(folder: Path, keep: int) -> None:
     top = folder / "fifth.qcow2"
     create(top, None, backing=chain.top)
     whole = Chain([*chain.files, top], [*chain.pictures, chain.pictures[-1]])
-    async with storage_daemon(folder, whole) as vm, qc.Session.connect(vm.qmp) as session:
-        done = [outcome async for outcome in session.flatten("fifth", keep=keep, delete=True)]
+    async with machine(folder, whole) as vm, qc.Session.connect(vm.qmp) as session:
+        done = [outcome async for outcome in session.flatten("vda", keep=keep, delete=True)]
         assert len(done) == 5 - keep
         (disk,) = await session.disks()
         assert len(disk.chain) == keep
