@@ -3,7 +3,8 @@
 There is a place before and after each QMP command that changes something, each note, and each
 file that goes. Arguments: the monitor, how to freeze ("none", "pause" or the agent's socket), the
 place's number (0: never), the file to which the places are written as they are passed, and
-what the guest writes meanwhile: 64 KiB of which byte, and where.
+what the guest writes meanwhile: 64 KiB of which byte, and where. Last the folder of the overlays,
+or "" for beside the files. The window is noted in the file ``noted`` beside the places.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import asyncio
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import qmpcommit as qc
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 
-QMP, FREEZE, DIE_AT, PLACES, PATTERN, OFFSET = sys.argv[1:]
+QMP, FREEZE, DIE_AT, PLACES, PATTERN, OFFSET, OVERLAY_DIR = sys.argv[1:]
 DEVICE = "/machine/peripheral/vd{}/virtio-backend"
 
 
@@ -74,12 +76,30 @@ async def thawing(self: Agent) -> Any:
     return answer
 
 
+class Notes:
+    """A ledger with places."""
+
+    async def note(self, step: str, **facts: Any) -> None:
+        """Write down what `qmpcommit.recover_window` needs."""
+        place(f"before note {step}")
+        if step == "create":
+            Path(PLACES).with_name("noted").write_text(facts["window"].model_dump_json())
+        place(f"after note {step}")
+
+
 async def main() -> None:
     """Open, have the guest write, and close."""
     how: Any = {"none": None, "pause": "pause"}.get(FREEZE, "agent")
     agent = FREEZE if how == "agent" else None
     async with Session.connect(QMP) as vm:
-        window = await qc.open_window(vm, ["vda", "vdb"], freeze=how, agent=agent)
+        window = await qc.open_window(
+            vm,
+            ["vda", "vdb"],
+            freeze=how,
+            agent=agent,
+            overlay_dir=OVERLAY_DIR or None,
+            ledger=Notes(),
+        )
         for number, disk in enumerate(window.values()):
             bitmap = {"node": disk.node_name, "name": "kept"}
             if number == 0:  # its commit is held in PENDING, to carry this
@@ -88,7 +108,7 @@ async def main() -> None:
             said = await EXECUTE(vm, "human-monitor-command", {"command-line": line})
             assert not said, said
             place(f"wrote {number}")
-        await qc.close_window(vm, window)
+        await qc.close_window(vm, window, ledger=Notes())
 
 
 Session.execute = execute  # type: ignore[method-assign, assignment]

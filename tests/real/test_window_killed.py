@@ -21,11 +21,14 @@ STEP = 64 * 1024
 KILLABLE = [sys.executable, "-m", "tests.real.killable_window"]
 
 
-async def killed(qemu: Machine, freeze: str, place: int, folder: Path) -> tuple[int, list[str]]:
+async def killed(
+    qemu: Machine, freeze: str, place: int, folder: Path, overlay_dir: str = ""
+) -> tuple[int, list[str]]:
     """Run the window's process until it dies at that place: its status, the places it passed."""
     places = folder / "places"
     places.unlink(missing_ok=True)
     words = [qemu.qmp, freeze, str(place), str(places), str(place % 255 + 1), offset(place)]
+    words.append(overlay_dir)
     process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
     status = await asyncio.wait_for(process.wait(), 120)
     return status, places.read_text().splitlines()
@@ -42,7 +45,7 @@ async def assert_nothing_left(vm: qc.Session, folder: Path) -> None:
     nodes = await vm.execute("query-named-block-nodes", {"flat": True})
     assert [n["node-name"] for n in nodes if "qmpcommit" in str(n)] == []
     assert [len(disk.chain) for disk in await vm.disks()] == [2, 2]
-    assert list(folder.glob("*qmpcommit-window*")) == []
+    assert list(folder.glob("**/*qmpcommit-window*")) == []
 
 
 async def close(vm: qc.Session, folder: Path, agent: str | None) -> list[str]:
@@ -110,6 +113,49 @@ async def test_killed_anywhere_the_next_process_closes_it(folder: Path, freeze: 
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
         assert_disk(chain.base, chain.pictures[0])
+
+
+@pytest.mark.parametrize("freeze", ["pause", "agent"])
+async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
+    folder: Path, freeze: str
+) -> None:
+    chains = [make_chain(folder), make_chain(folder, names=("base2", "mid2", "low2", "top2"))]
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    place, status, open_again = 0, -9, 0
+    async with machine(folder, *chains, running=True) as qemu, fake_agent(folder) as agent:
+        how = agent.path if freeze == "agent" else freeze
+        while status == -9:
+            place += 1
+            (folder / "noted").unlink(missing_ok=True)
+            status, places = await killed(qemu, how, place, folder, str(elsewhere))
+            for number, chain in enumerate(chains):
+                if f"wrote {number}" in places:
+                    chain.pictures[-1].fill(int(offset(place)), STEP, place % 255 + 1)
+            async with qc.Session.connect(qemu.qmp) as vm:
+                if (folder / "noted").exists():
+                    noted = qc.NotedWindow.model_validate_json((folder / "noted").read_text())
+                    window = await qc.recover_window(vm, noted)
+                    assert not agent.frozen
+                    assert (await vm.execute("query-status"))["status"] == "running"
+                    seen = await vm.windows()
+                    assert {each.overlay for each in seen} == {
+                        each.overlay for each in (window or {}).values()
+                    }
+                    if window is not None:
+                        open_again += 1
+                        await qc.close_window(vm, window)
+                for disk in await vm.disks():
+                    assert disk.active is not None
+                    remove = {"node": disk.active.node_name, "name": "kept"}
+                    with suppress(qc.CommandRefused):
+                        await vm.execute("block-dirty-bitmap-remove", remove)
+                await assert_nothing_left(vm, folder)
+        await qemu.quit()
+    print(f"killed at {place - 1} places, open again after {open_again}")
+    assert open_again > 20
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_frozen_guest_whose_agent_is_not_known_is_told(folder: Path) -> None:
