@@ -26,6 +26,7 @@ def jobs(qmp: str, **given: Any) -> Answer:
 
 async def _jobs(running: Run, qmp: str) -> Answer:
     from qmpcommit.block.chain import read_disks
+    from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.show import jobs_text
     from qmpcommit.commit.recycle import interrupted_recycles
     from qmpcommit.session import Session
@@ -35,16 +36,18 @@ async def _jobs(running: Run, qmp: str) -> Answer:
             entries = await vm.execute("query-block-jobs")
             graph = await vm.graph()
             disks, recycles = read_disks(graph), interrupted_recycles(graph)
+            windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)
         else:
             entries, disks, recycles = await vm.jobs(), await vm.disks(), await vm.recycles()
             qmp = (await vm.info()).qmp
+            windows = tell_of_windows(disks, qmp)
     on = {job: disk.name for disk in disks for job in disk.jobs}
     found = [_job(entry, on.get(str(entry["device"])), qmp) for entry in entries]
     if running.options.daemon is not None:
         for each, entry in zip(found, entries, strict=True):
             if entry["commit"] is not None and each["next"] is not None:
                 each["next"] = _next_of_ours(each, running.options, vm.name)
-    data = {"vm": vm.name, "jobs": found, "interrupted_recycles": recycles}
+    data = {"vm": vm.name, "jobs": found, "interrupted_recycles": recycles, **windows}
     text = "\n".join([jobs_text(found), *(recycle["next"] for recycle in recycles)])  # type: ignore[arg-type]
     return Answer(data, text, quiet=running.options.quiet)
 

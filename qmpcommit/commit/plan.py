@@ -17,6 +17,9 @@ from qmpcommit.values import Record, record
 JOB_PREFIX = "qmpcommit-"
 """What the ids of our jobs begin with; only such jobs are ever adopted without being named."""
 
+WINDOW_MARK = ".qmpcommit-window-"
+"""In the file name of each overlay of a snapshot window."""
+
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _UNFIT_STATES = {
     "inmigrate": "it waits for an incoming migration, and the source host still owns its disks",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
+from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 
@@ -244,6 +244,8 @@ def interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
         ours = name.startswith(JOB_PREFIX) and name.endswith("-top")
         if ours and "backing" not in graph.nodes[name].children and not graph.parents.get(name):
             file = graph.leaf(name).raw.get("file")
+            if WINDOW_MARK in str(file):
+                continue  # a window's
             text = (
                 f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
                 " perhaps the guest paused: end its job (abort, or pivot), let the guest go on"

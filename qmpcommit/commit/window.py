@@ -159,10 +159,15 @@ async def close_window(
 
 async def windows(vm: Session) -> list[OpenWindow]:
     """The overlays of windows that are open on this VM, whoever opened them."""
+    return await asyncio.to_thread(windows_of, await vm.disks(), vm.cwd)
+
+
+def windows_of(disks: Iterable[Disk], cwd: str | None) -> list[OpenWindow]:
+    """The overlays of windows that these disks write to; looks at their files."""
     return [
-        await asyncio.to_thread(_seen, disk, vm.cwd)
-        for disk in await vm.disks()
-        if disk.active is not None and MARK in disk.active.filename
+        _seen(disk, cwd)
+        for disk in disks
+        if disk.active is not None and MARK in disk.active.filename and len(disk.chain) > 1
     ]
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 
 from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.plan import WINDOW_MARK
 from qmpcommit.commit.quiesce import How
 from qmpcommit.values import Record, record
 
-MARK = ".qmpcommit-window-"
+MARK = WINDOW_MARK
 """In the name of each overlay of a window, before the window's own number."""
 
 STAMP = "%Y%m%dT%H%M%SZ"

@@ -123,13 +123,26 @@ async def _markers(vm: Session) -> list[str]:
     return [n["node-name"] for n in nodes if _MARKER.fullmatch(n.get("node-name") or "")]
 
 
+def remains_of(graph: BlockGraph) -> list[Remains]:
+    """What a killed process left of windows in QEMU, beside the overlays that disks write to."""
+    found = [Remains(name, "a guest was quiesced for a window") for name in graph.nodes
+             if _MARKER.fullmatch(name)]  # fmt: skip
+    for name in graph.nodes:
+        file = str(graph.leaf(name).raw.get("file") or "")
+        if MARK in file and not graph.parents.get(name) and not _laid(graph, name):
+            found.append(Remains(name, f"{file} is open, and no disk uses it"))
+    return found
+
+
 # -- an overlay that is in use --------------------------------------------------------------------
 
 
 def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
-    """The disk whose guest writes to this overlay."""
-    disks = read_disks(graph)
-    return next((d for d in disks if d.active and d.active.filename == overlay), None)
+    """The disk whose guest writes to this overlay; None where it was not laid over anything."""
+    for disk in read_disks(graph):
+        if disk.active and disk.active.filename == overlay and len(disk.chain) > 1:
+            return disk
+    return None
 
 
 async def merge_back(
@@ -229,7 +242,7 @@ async def clear(
         file = str(graph.leaf(name).raw.get("file") or "")
         if MARK not in file or (overlays is not None and file not in overlays):
             continue
-        if graph.parents.get(name) or _active(graph, name):
+        if graph.parents.get(name) or _laid(graph, name):
             continue
         remains += await _clear_node(vm, graph, name, file)
     graph = await read_graph(vm)
@@ -271,6 +284,11 @@ async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
 def window_of(overlay: str) -> str:
     """The window that an overlay's name tells."""
     return overlay.rpartition(MARK)[2].partition(".")[0]
+
+
+def _laid(graph: BlockGraph, name: str) -> bool:
+    """Whether an overlay is over something, and in use; a storage daemon's may be open only."""
+    return "backing" in graph.nodes[name].children and _active(graph, name)
 
 
 def _active(graph: BlockGraph, name: str) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from tests.ground.images import assert_disk, make_chain
+from tests.cli.command import run as qmpcommit
+from tests.ground.images import MIB, Write, assert_disk, create, make_chain, write
 from tests.ground.machines import machine, storage_daemon
 
 
@@ -69,3 +70,83 @@ async def test_a_name_that_is_none_is_refused(folder: Path) -> None:
         with pytest.raises(qc.InvalidRequest):
             await qc.open_window(vm, ["top"], name="../x")
         await qemu.quit()
+
+
+async def test_chain_and_jobs_tell_of_windows_that_are_open(folder: Path) -> None:
+    chains = make_chain(folder), make_chain(folder, names=("base2", "mid2", "low2", "top2"))
+    async with machine(folder, *chains) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            await qc.open_window(vm, ["vdb"])
+            (window,) = await vm.windows()
+        for command in ("chain", "jobs"):
+            said = await qmpcommit(command, qemu.qmp, "--json")
+            (told,) = said.json["windows"]
+            assert told["next"] == f"qmpcommit window --close {qemu.qmp}"
+            for name in ("disk", "overlay", "filename", "window"):
+                assert told[name] == getattr(window, name)
+            assert told["age"] >= 0
+            assert told["size"] > 0
+            assert said.json["window_remains"] == []
+            assert f"vdb is in a window: its guest writes to {window.overlay}, open for" in said.err
+            assert told["next"] in said.err
+        assert (await qmpcommit("chain", qemu.qmp, "vda", "--json")).json["windows"] == []
+        assert (await qmpcommit("window", "--close", qemu.qmp)).status == 0
+        for command in ("chain", "jobs"):
+            said = await qmpcommit(command, qemu.qmp, "--json")
+            assert said.json["windows"] == []
+            assert said.err == ""
+        await qemu.quit()
+    assert_disk(chains[1].top, chains[1].pictures[-1])
+
+
+async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
+    chain = make_chain(folder)
+    name = f"top.qmpcommit-window-{qc.new_window_name()}.qcow2"
+    create(folder / name, 64 * MIB)
+    node = {"driver": "qcow2", "node-name": "qmpcommit-w00000000-0-top", "backing": None}
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            file = {"driver": "file", "filename": str(folder / name)}
+            await vm.execute("blockdev-add", {**node, "file": file})
+            marker = {"driver": "null-co", "node-name": "qmpcommit-w00000000-frozen"}
+            await vm.execute("blockdev-add", marker)
+        for command in ("chain", "jobs"):
+            said = await qmpcommit(command, qemu.qmp, "--json")
+            whats = {each["what"] for each in said.json["window_remains"]}
+            assert whats == {node["node-name"], marker["node-name"]}
+            assert said.err.count("qmpcommit window --close") == 2
+            assert said.json.get("interrupted_recycles", []) == []
+        said = await qmpcommit("window", "--close", qemu.qmp)
+        assert said.status == 1
+        assert "--agent SOCKET" in said.err
+        async with qc.Session.connect(qemu.qmp) as vm:
+            await vm.execute("blockdev-del", {"node-name": marker["node-name"]})
+            assert not (folder / name).exists()
+            create(folder / name, 64 * MIB)
+            await vm.execute("blockdev-add", {**node, "file": file})
+            frozen = qc.Frozen("top", str(chain.top), str(folder / name), str(node["node-name"]))
+            noted = qc.NotedWindow(name[22:-6], {"top": frozen})
+            assert await qc.recover_window(vm, noted) is None
+        assert not (folder / name).exists()
+        assert (await qmpcommit("chain", qemu.qmp)).err == ""
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_file_with_data_that_is_not_open_is_named_and_stays(folder: Path) -> None:
+    chain = make_chain(folder)
+    lost = folder / f"top.qmpcommit-window-{qc.new_window_name()}.qcow2"
+    create(lost, None, backing=chain.top)
+    empty = folder / f"top.qmpcommit-window-{qc.new_window_name()}.qcow2"
+    create(empty, None, backing=chain.top)
+    others = folder / f"other.qmpcommit-window-{qc.new_window_name()}.qcow2"
+    create(others, None, backing=chain.top)
+    write(lost, [Write(0, 512, 7)])
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.WindowError, match="newest data") as failed:
+            await vm.close_windows()
+        assert failed.value.facts["remains"] == [str(lost)]
+        await qemu.quit()
+    assert lost.exists()
+    assert others.exists()
+    assert not empty.exists()
