@@ -8,7 +8,7 @@ complete, so it may be stopped after any of them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
@@ -16,6 +16,23 @@ from qmpcommit.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
+
+
+class Step(NamedTuple):
+    """One commit: the places in the chain (0 = active layer) of its top and its base."""
+
+    top: int
+    base: int
+
+    @property
+    def policy(self) -> Pivot | None:
+        """A pivot where the active layer is what is committed; else none is asked for."""
+        return Pivot() if self.top == 0 else None
+
+
+def next_step(layers: int, keep: int) -> Step | None:
+    """What brings a chain of so many layers nearer to `keep` of them; None where it is there."""
+    return Step(layers - 2, layers - 1) if layers > max(keep, 1) else None
 
 
 async def flatten(
@@ -33,13 +50,15 @@ async def flatten(
     """
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")
-    for layers in range(len((await vm.disk(disk)).chain), keep, -1):
+    layers = len((await vm.disk(disk)).chain)
+    while (step := next_step(layers, keep)) is not None:
         job = await vm.commit(
             disk,
-            top=layers - 2,
-            base=layers - 1,
-            policy=Pivot() if layers == 2 else None,
+            top=step.top,
+            base=step.base,
+            policy=step.policy,
             delete=delete,
             bandwidth=bandwidth,
         )
         yield await job.wait()
+        layers -= 1

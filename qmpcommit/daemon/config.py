@@ -80,6 +80,7 @@ Seconds = Annotated[float, BeforeValidator(_seconds)]
 Connect = Literal["keep", "on-demand"]
 FilePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_path)]
 Number = Annotated[int, Field(strict=True, ge=1)]
+Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class _Section(BaseModel):
@@ -150,6 +151,35 @@ class ConfiguredVM(_Section):
     connect: Connect = "keep"
 
 
+class Flatten(_Section):
+    """A rule: chains that pass a limit are flattened, to `keep` layers.
+
+    `vm` and `disk` are names or patterns (``*``, ``?``, ``[...]``); `depth` is the number of
+    layers, and `overlay_size` the bytes allocated above the bottom layer, up to which a chain is
+    left as it is; `every` is the seconds between two looks, and the first pause after a failure;
+    `bandwidth` is in bytes per second, and `delete` has the files of merged layers deleted.
+    """
+
+    vm: Pattern
+    disk: Pattern = "*"
+    keep: Number
+    depth: Number | None = None
+    overlay_size: Size | None = None
+    every: Seconds = Field(default=60.0, ge=0.05)
+    bandwidth: Size | None = None
+    delete: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Flatten:
+        if self.depth is None and self.overlay_size is None:
+            raise ValueError("give depth, overlay_size or both: a rule needs a limit")
+        if self.depth is not None and self.depth < self.keep:
+            raise ValueError(
+                f"a chain of {self.keep} layers (keep) would pass depth = {self.depth} for ever"
+            )
+        return self
+
+
 class Config(_Section):
     """All of it.
 
@@ -168,6 +198,7 @@ class Config(_Section):
     limits: Limits = Limits()
     discover: tuple[Discover, ...] = ()
     vm: tuple[ConfiguredVM, ...] = ()
+    flatten: tuple[Flatten, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -26,6 +26,7 @@ from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Prepared, Promise
 from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.daemon.steps import STEP_PREFIX, refuse_in_window
 from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,
@@ -151,9 +152,12 @@ class Keeper:
         promise.identity = vm.identity
         left = _time_left(promise)
         prepared, promise.prepared = promise.prepared, None
-        if prepared is None or not prepared.serves(session):
+        unasked = promise.job_id.startswith(STEP_PREFIX)
+        if prepared is None or unasked or not prepared.serves(session):
             prepared = await self._prepare(promise, session)
         job = prepared.job
+        if unasked:  # a window may have been opened while it waited
+            refuse_in_window(job.plan)
         promise.rate = self.rate(promise)
         job.plan.arguments.pop("speed", None)
         if promise.rate:

@@ -20,12 +20,13 @@ import structlog
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import systemd
+from qmpcommit.daemon import rule_api, systemd
 from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.rules import Rules
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.journal import Journal
 from qmpcommit.tasks import stop
@@ -78,9 +79,12 @@ async def _serve(config: Config, seconds: float | None) -> None:
     metrics = Metrics()
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
+    rules = Rules(engine)
+    engine.stories = (*engine.stories, rules)
     given = systemd.listening()
     sockets = _listen(config, given)
     app = create_app(engine)
+    rule_api.routes(app, rules)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
         http=PeerProtocol,

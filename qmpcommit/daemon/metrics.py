@@ -41,6 +41,13 @@ class Metrics:
             "guest_paused_seconds", "For how long a guest was paused", buckets=_QUICK, **made
         )
         self.jobs = Gauge("jobs", "Commits that have not ended, by phase", ("phase",), **made)
+        self.flatten_steps = Counter(
+            "flatten_steps", "Commits that a flatten rule asked for, by how they ended",
+            ("rule", "result"), **made,
+        )  # fmt: skip
+        self.flatten_failing = Gauge(
+            "flatten_failing_disks", "Disks whose last step failed, by rule", ("rule",), **made
+        )
         self.orphans = Gauge("orphan_jobs", "Jobs of ours that nobody owns", ("vm",), **made)
         self.vms = Gauge("vms", "VMs, by the state of their connection", ("state",), **made)
         self.reconnects = Counter("reconnects", "Connections that were lost", **made)

@@ -83,7 +83,13 @@ class Daemon:
 
     async def start(self) -> None:
         """Start it, and wait until it serves."""
-        process = await self.launch()
+        await self.launch()
+        await self.serving()
+
+    async def serving(self) -> None:
+        """Wait until it serves."""
+        process = self.process
+        assert process is not None
         async with asyncio.timeout(30):
             while True:
                 if process.returncode is not None:

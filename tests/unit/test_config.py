@@ -45,6 +45,15 @@ connect = "on-demand"
 [[vm]]
 name = "web1"
 qmp = "tcp:127.0.0.1:4444"
+
+[[flatten]]
+vm = "web*"
+keep = 2
+depth = 8
+overlay_size = "20GiB"
+every = "5min"
+bandwidth = "50MiB"
+delete = true
 """
 
 
@@ -57,6 +66,9 @@ def test_every_member_is_read() -> None:
     assert config.limits.request_size == 1 << 20
     assert config.discover[0].connect == "on-demand"
     assert config.vm[0].connect == "keep"
+    rule = config.flatten[0]
+    assert (rule.disk, rule.keep, rule.depth, rule.overlay_size) == ("*", 2, 8, 20 << 30)
+    assert (rule.every, rule.bandwidth, rule.delete) == (300, 50 << 20, True)
     assert parse(b"", "x") == Config()
 
 
@@ -89,6 +101,14 @@ WRONG = {
     "[[vm]]\nname = 'a'\nqmp = '/q'\n[[vm]]\nname = 'a'\nqmp = '/r'": "top: .*several VMs.*a",
     "[[discover]]\nglob = '/run/vms/qmp.sock'": "discover.0.glob: .*\\*",
     "[[discover]]\nglob = 'vms/*/qmp.sock'": "discover.0.glob: .*absolute",
+    "[[flatten]]\nkeep = 1\ndepth = 2": "flatten.0.vm: Field required",
+    "[[flatten]]\nvm = 'a'\ndepth = 2": "flatten.0.keep: Field required",
+    "[[flatten]]\nvm = 'a'\nkeep = 2": "flatten.0: .*depth, overlay_size or both",
+    "[[flatten]]\nvm = 'a'\nkeep = 0\ndepth = 2": "flatten.0.keep: ",
+    "[[flatten]]\nvm = 'a'\nkeep = 3\ndepth = 2": "flatten.0: .*for ever",
+    "[[flatten]]\nvm = ''\nkeep = 3\ndepth = 3": "flatten.0.vm: ",
+    "[[flatten]]\nvm = 'a'\nkeep = 1\noverlay_size = 'big'": "flatten.0.overlay_size: .*'big'",
+    "[[flatten]]\nvm = 'a'\nkeep = 1\ndepth = 2\nevery = 0": "flatten.0.every: ",
     "x = [": "is no TOML",
     "a = 1\na = 2": "is no TOML",
 }

@@ -1,0 +1,100 @@
+"""What a flatten rule does to a disk, and where it leaves a disk alone: decisions without I/O."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from qmpcommit.block.chain import Disk, Image, qdev_id
+from qmpcommit.commit.flatten import Step, next_step
+from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
+from qmpcommit.daemon.config import Flatten
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.errors import JobConflict
+from qmpcommit.units import show_size
+
+STEP_PREFIX = f"{JOB_PREFIX}flatten-"
+"""How the ids of the jobs of all rules begin."""
+
+PRIORITY = -100
+"""Whatever a client asks for goes first."""
+
+LONGEST = 3600.0
+"""Seconds of the longest pause after failures, where a rule does not look more seldom anyway."""
+
+_LONG_NAME = 4096
+
+
+def is_for(rule: Flatten, disk: Disk) -> bool:
+    """Whether the rule's pattern matches one of the names of this disk."""
+    names = (disk.name, disk.device, disk.qdev, qdev_id(disk.qdev), disk.root, *disk.exports)
+    return any(fnmatchcase(name, rule.disk) for name in names if name)
+
+
+def overlay_size(disk: Disk) -> int:
+    """The bytes allocated by the layers above the bottom one, as far as they are known."""
+    return sum(image.allocated_size or 0 for image in disk.chain[:-1])
+
+
+def passed(rule: Flatten, disk: Disk) -> str:
+    """Which limit of the rule this disk's chain has passed, in words; "" for none."""
+    layers, size = len(disk.chain), overlay_size(disk)
+    if rule.depth is not None and layers > rule.depth:
+        return f"it has {layers} layers, more than {rule.depth}"
+    if rule.overlay_size is not None and size > rule.overlay_size:
+        limit = show_size(rule.overlay_size)
+        return f"its overlays take {show_size(size)}, more than {limit}"
+    return ""
+
+
+def step_of(rule: Flatten, disk: Disk) -> Step | None:
+    """The next step for this disk; None where it has few enough layers."""
+    return next_step(len(disk.chain), rule.keep)
+
+
+def hands_off(disk: Disk, held_by: Iterable[str]) -> str:
+    """Why this disk is left alone, in words; "" where it is not.
+
+    `held_by` are the ids of commits that clients have promised for it.
+    """
+    if any(WINDOW_MARK in image.filename for image in disk.chain):
+        return "it is in a window"
+    if disk.jobs:
+        return f"it has a block job ({', '.join(disk.jobs)})"
+    commits = ", ".join(held_by)
+    return f"it has a commit that has not ended ({commits})" if commits else ""
+
+
+def pause(rule: Flatten, failures: int) -> float:
+    """Seconds until a disk is tried again after so many failures in a row."""
+    return min(rule.every * 2.0 ** min(failures - 1, 60), max(LONGEST, rule.every))
+
+
+def request_of(rule: Flatten, disk: Disk, step: Step) -> CommitRequest:
+    """The commit of one step; its layers are named by their files, for places may shift."""
+    return CommitRequest(
+        disk=disk.name,
+        top=_name(disk.chain[step.top]),
+        base=_name(disk.chain[step.base]),
+        policy=step.policy,
+        bandwidth=rule.bandwidth,
+        delete=rule.delete,
+        priority=PRIORITY,
+        job_id=f"{STEP_PREFIX}{os.urandom(4).hex()}",
+    )
+
+
+def refuse_in_window(plan: Plan) -> None:
+    """Raise `JobConflict` where a window is open on the disk: what it shows must stand still."""
+    if any(WINDOW_MARK in image.filename for image in plan.disk.chain):
+        raise JobConflict(
+            f"{plan.disk} of {plan.vm} is not flattened while it is in a window; it is tried"
+            " again later. Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+
+
+def _name(image: Image) -> str:
+    return image.filename if len(image.filename) <= _LONG_NAME else image.node_name
