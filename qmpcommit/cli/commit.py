@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.aftermath import Stall
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.policy import AnyPolicy
     from qmpcommit.session import Session
 
@@ -179,7 +181,9 @@ def commit(
 
     Several DISKs (and those of other VMs, with --and) are committed at one instant: all jobs
     run to READY, the disks' I/O is held for some milliseconds, and all pivot (or keep), or none
-    does. A --check is asked once then, and its variables have a line for each disk.
+    does. A --check is asked once then, and its variables have a line for each disk. --recycle
+    takes a folder, or a pattern with {disk}, {number} or {time} in it; a --hold is decided on
+    standard input, by 'pivot', 'keep' or 'abort'.
     """
     options = Options.of(as_json, quiet, verbose, timeout)
     if shallow and base is not None:
@@ -224,9 +228,13 @@ def commit(
         from qmpcommit.units import parse_seconds
 
         assert disk is not None
-        group.check_group(request, offline=offline, dry_run=dry_run)
+        group.check_group(request, offline=offline)
         named = [(qmp, name) for name in (disk, *more)] + list(others)
+        assert policy is not None
+        group.policies_of(policy, named)
         limit = HOLD_LIMIT if hold_limit is None else parse_seconds(hold_limit, "hold limit")
+        if dry_run:
+            return run(options, lambda running: group.plan_group(running, named, request))
         return run(options, lambda running: group.commit_group(running, named, request, limit))
     if hold_limit is not None:
         raise click.UsageError("--hold-limit is for several disks")
@@ -324,19 +332,26 @@ async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) 
     """``--dry-run``: the plan and its findings; status 1 where a check refuses."""
     from qmpcommit.cli.show import plan_text
 
-    beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
-    asked = {name: value for name, value in request.items() if name not in beside}
     async with _offline(qmp) if offline else running.vm(qmp) as vm:
-        plan = await vm.plan(**asked)
-    refused = [
-        f for f in plan.findings if f.level == "refuse" and f.name not in request["override"]
-    ]
+        plan = await vm.plan(**plan_request(request))
     return Answer(
         plan.model_dump(mode="json"),
         plan_text(plan),
-        status=1 if refused else 0,
+        status=1 if refused(plan, request) else 0,
         quiet=running.options.quiet,
     )
+
+
+def plan_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a commit's request a plan takes."""
+    beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
+    return {name: value for name, value in request.items() if name not in beside}
+
+
+def refused(plan: Plan, request: Mapping[str, Any]) -> bool:
+    """Whether a check refuses that was not overridden."""
+    overridden = request["override"]
+    return any(f.level == "refuse" and f.name not in overridden for f in plan.findings)
 
 
 async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:

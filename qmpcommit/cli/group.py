@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
+from qmpcommit.errors import InvalidRequest, JobConflict, NotReady
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.group import GroupCommit
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.session import Session
 
 Named = Sequence[tuple[str, str]]
 """Pairs of a monitor and a disk."""
@@ -29,49 +35,164 @@ _ALONE = {
 }
 
 
-def check_group(request: Mapping[str, Any], *, offline: bool, dry_run: bool) -> None:
+def check_group(request: Mapping[str, Any], *, offline: bool) -> None:
     """What several disks can't have; raises `click.UsageError`."""
     wrong = [option for name, option in _ALONE.items() if request[name]]
-    policy = getattr(request["policy"], "kind", "")
-    if policy in ("hold", "recycle"):
-        wrong.append(f"--{policy}")
     wrong += ["--offline"] if offline else []
-    wrong += ["--dry-run"] if dry_run else []
     if wrong:
         raise click.UsageError(f"{wrong[0]} is for one disk, not for several")
+
+
+def policies_of(policy: AnyPolicy, named: Named) -> list[AnyPolicy]:
+    """Each disk's own policy: a `Recycle` needs an overlay of its own for each.
+
+    The overlay that was given is a folder, or a pattern with {disk}, {number} or {time} in it.
+    Raises `click.UsageError` where two disks would get the same file.
+    """
+    from qmpcommit.commit.policy import Recycle
+
+    if not isinstance(policy, Recycle):
+        return [policy] * len(named)
+    given = policy.overlay
+    stems = [re.sub(r"[^A-Za-z0-9._-]+", "_", disk).strip("_.") or "disk" for _, disk in named]
+    if os.path.isdir(given):
+        apart = "{disk}" if len(set(stems)) == len(stems) else "{disk}-{number}"
+        given = os.path.join(given, f"{apart}-{{time}}.qcow2")
+    time = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    files = []
+    for number, stem in enumerate(stems, 1):
+        fields = {"{disk}": stem, "{number}": str(number), "{time}": time}
+        file = given
+        for field, value in fields.items():
+            file = file.replace(field, value)
+        files.append(file)
+    if len(set(files)) < len(files):
+        raise click.UsageError(
+            "Each disk needs a fresh overlay of its own: give --recycle a folder that exists, or"
+            " a pattern with {disk} or {number} in it"
+        )
+    return [Recycle(file) for file in files]
+
+
+async def plan_group(running: Run, named: Named, request: Mapping[str, Any]) -> Answer:
+    """``--dry-run``: each disk's plan and findings; status 1 where a check refuses."""
+    from qmpcommit.cli.commit import plan_request, refused
+    from qmpcommit.cli.show import plan_text
+
+    plans = []
+    policies = policies_of(request["policy"], named)
+    async with AsyncExitStack() as stack:
+        vms = await _connected(running, named, stack)
+        for (qmp, disk), policy in zip(named, policies, strict=True):
+            asked = plan_request({**request, "disk": disk, "policy": policy})
+            plans.append(await vms[qmp].plan(**asked))
+    places = [(qmp, plan.disk.root) for (qmp, _), plan in zip(named, plans, strict=True)]
+    for place in places:
+        if places.count(place) > 1:
+            raise InvalidRequest(f"a disk of {place[0]} is named twice; name it once")
+    return Answer(
+        {"plans": [plan.model_dump(mode="json") for plan in plans]},
+        "\n".join(plan_text(plan) for plan in plans),
+        status=1 if any(refused(plan, request) for plan in plans) else 0,
+        quiet=running.options.quiet,
+    )
+
+
+async def _connected(running: Run, named: Named, stack: AsyncExitStack) -> dict[str, Session]:
+    vms: dict[str, Session] = {}
+    for qmp, _ in named:
+        if qmp not in vms:
+            vms[qmp] = await stack.enter_async_context(running.connect(qmp))
+    return vms
 
 
 async def commit_group(
     running: Run, named: Named, request: Mapping[str, Any], hold_limit: float
 ) -> Answer:
     """Commit them at one instant; Ctrl-C and the deadline cancel all."""
-    from qmpcommit.commit.group import GroupCommit
-    from qmpcommit.session import Session
+    from qmpcommit.commit.group import GroupCommit, GroupMember
 
-    options = {name: value for name, value in request.items() if name not in ("disk", *_ALONE)}
+    apart = ("disk", "policy", *_ALONE)
+    options = {name: value for name, value in request.items() if name not in apart}
+    policy = request["policy"]
+    own: list[AnyPolicy | None] = [None] * len(named)
+    if policy.kind == "recycle":
+        own = [*policies_of(policy, named)]
     async with AsyncExitStack() as stack:
-        vms: dict[str, Session] = {}
-        for qmp, _ in named:
-            if qmp not in vms:
-                vms[qmp] = await stack.enter_async_context(running.connect(qmp))
+        vms = await _connected(running, named, stack)
         group = GroupCommit(
-            [(vms[qmp], disk) for qmp, disk in named],
+            [
+                GroupMember(vms[qmp], disk, each)
+                for (qmp, disk), each in zip(named, own, strict=True)
+            ],
+            policy=None if policy.kind == "recycle" else policy,
             hold_limit=hold_limit,
             timeout=running.remaining,
             **options,
         )
-        outcome = await _run(running, group)
+        asking = Asking(group, policy.timeout) if policy.kind == "hold" else None
+        outcome = await _run(running, group, asking)
     return Answer(
         outcome.model_dump(mode="json"),
         group_text(outcome),
-        status=_status(request["policy"], outcome),
+        status=3 if asking is not None and asking.closed else _status(policy, outcome),
         quiet=running.options.quiet,
     )
 
 
-async def _run(running: Run, group: GroupCommit) -> GroupOutcome:
+class Asking:
+    """``--hold`` of a group: whoever runs the command decides on its standard input.
+
+    Another client can't, for a single one of its jobs that is decided alone parts the disks.
+    `closed` tells that the input was closed before anybody had decided.
+    """
+
+    def __init__(self, group: GroupCommit, timeout: float | None) -> None:
+        self._group, self._timeout = group, timeout
+        self._loop = asyncio.get_running_loop()
+        self.closed = False
+
+    def begin(self) -> None:
+        """Listen in a thread of its own: standard input may be anything."""
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def ready(self) -> None:
+        """All disks are READY."""
+        limit = "" if self._timeout is None else f"; after {show_seconds(self._timeout)}: keep"
+        click.echo(f"qmpcommit: all are READY: type pivot, keep or abort{limit}", err=True)
+
+    def _listen(self) -> None:
+        rest = b""
+        with suppress(RuntimeError):  # the loop is closed: it is over
+            with suppress(OSError):
+                while data := os.read(0, 4096):
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        self._loop.call_soon_threadsafe(self._decide, line.strip().decode("latin"))
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _decide(self, word: str) -> None:
+        calls = {"pivot": self._group.pivot, "keep": self._group.keep, "abort": self._group.abort}
+        if word not in calls:
+            click.echo(f"qmpcommit: type pivot, keep or abort, not '{word}'", err=True)
+            return
+        try:
+            calls[word]()
+        except (NotReady, JobConflict) as error:
+            click.echo(f"qmpcommit: {error.message}", err=True)
+
+    def _end(self) -> None:
+        if self._timeout is None and self._group.state.stage == "gathering":
+            click.echo("qmpcommit: nobody can decide any more, so all are aborted", err=True)
+            self.closed = True
+            self._group.abort()
+
+
+async def _run(running: Run, group: GroupCommit, asking: Asking | None) -> GroupOutcome:
     """The group to its end; it bounds itself in time, so only signals are seen to here."""
-    working = asyncio.create_task(group.run())
+    if asking is not None:
+        asking.begin()
+    working = asyncio.create_task(group.run(asking.ready if asking is not None else None))
     running.on_deadline = lambda: None
     running.on_signal = lambda times: _interrupt(working, times)
     await asyncio.wait({working})
@@ -95,7 +216,7 @@ def _status(policy: AnyPolicy, outcome: GroupOutcome) -> int:
     if outcome.decided_by in ("check failed", "hold expired"):
         return 3
     asked = policy.kind
-    return 3 if asked in ("pivot", "keep", "abort") and outcome.action != asked else 0
+    return 3 if asked in ("pivot", "keep", "abort", "recycle") and outcome.action != asked else 0
 
 
 def group_text(outcome: GroupOutcome) -> str:

@@ -120,7 +120,7 @@ class Driver:
             if self.state.frozen and not self._frozen_before:
                 self._care.restore(self.recycle, stopped=resumed.stopped)
 
-    async def _note(self, step: str, **more: Any) -> None:
+    async def note(self, step: str, **more: Any) -> None:
         """A step is written down before it is taken, where somebody wants that."""
         if self._ledger is not None:
             await self._ledger.note(step, self.state, times=dict(self._hearing.times), **more)
@@ -227,16 +227,16 @@ class Driver:
                 self._stall()
             case facts.Duty.FREEZE:
                 assert self.recycle is not None
-                await self._note("freeze", overlay=self.recycle.overlay)
+                await self.note("freeze", overlay=self.recycle.overlay)
                 freezing = self._care.freeze(
                     self.recycle, again=self._frozen_before, stopped=self._stopped_before
                 )
                 await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
             case facts.Duty.OVERLAY:
-                await self._note("overlay")
+                await self.note("overlay")
                 await self._try(self._care.lay())
             case facts.Duty.THAW:
-                await self._note("thaw")
+                await self.note("thaw")
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
@@ -259,9 +259,9 @@ class Driver:
         elif command is Command.KEEP:
             arguments = {"device": self.id, "force": False}
         if command is Command.START:
-            await self._note(command.value, plan=self.plan, files=self._around.files)
+            await self.note(command.value, plan=self.plan, files=self._around.files)
         else:
-            await self._note(command.value)
+            await self.note(command.value)
         try:
             await self._monitor.execute(command.value, arguments)
         except CommandRefused as error:
@@ -436,7 +436,7 @@ class Driver:
         outcome = self.outcome or await self._outcome()
         self.outcome = outcome  # it is true, whatever becomes of the files
         if outcome.invalidated and not self.adopted:
-            await self._note("clear-away", outcome=outcome)
+            await self.note("clear-away", outcome=outcome)
             keep_files = self._care.unflushed is not None
             self.outcome = await clear_away(
                 self._monitor, plan, outcome, self._around, keep_files=keep_files

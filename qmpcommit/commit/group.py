@@ -133,10 +133,16 @@ class GroupCommit:
 
     # -- what a caller sees -----------------------------------------------------------------------
 
-    async def run(self) -> GroupOutcome:
-        """From start to end; a cancellation cancels all jobs first. Raises what `wait` raises."""
+    async def run(self, at_ready: Callable[[], object] | None = None) -> GroupOutcome:
+        """From start to end; a cancellation cancels all jobs first. Raises what `wait` raises.
+
+        `at_ready` is called when all are READY.
+        """
         await self.start()
         try:
+            if at_ready is not None:
+                await self.ready()
+                at_ready()
             return await self.wait()
         except asyncio.CancelledError:
             await to_the_end(self.abandon("interrupted"))
@@ -370,8 +376,8 @@ class GroupCommit:
     async def _pause_first(self, pauses: Pauses) -> None:
         try:
             await pauses.pause()
-        except QmpCommitError as error:
-            self._tell(group_phases.Stop(f"a guest could not be paused ({error.message})"))
+        except Exception as error:  # a ledger's own too
+            self._tell(group_phases.Stop(f"a guest could not be paused ({error})"))
         if self.state.stage is Stage.DECIDED:
             self._send_decisions()
 

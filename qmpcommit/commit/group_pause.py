@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.quiesce import NOTE_LIMIT
 from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.tasks import to_the_end
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 
 class Pauses:
-    """Pauses guests; `seconds` is for how long each was, `problems` are for people to read."""
+    """Pauses guests; `seconds` is for how long each was, `problems` are for people to read.
+
+    ``stop`` and ``cont`` are noted before in the ledgers of all jobs of a guest, which stays
+    paused until the last of them has settled: whoever takes them up has to do the same.
+    """
 
     def __init__(self, recycles: Mapping[Session, Sequence[CommitJob]]) -> None:
         self.seconds: dict[Session, float] = {}
@@ -38,6 +43,8 @@ class Pauses:
             except CommandRefused:
                 continue  # a storage daemon runs no guest
             if running:
+                for job in jobs:
+                    await job.note("stop")
                 # It is let go on even if the reply to the command is lost.
                 self._thawing.append(asyncio.create_task(self._thaw(vm, jobs)))
                 await vm.execute("stop")
@@ -55,6 +62,12 @@ class Pauses:
         since = clock()
         for job in jobs:
             await job.settled()
+        try:
+            async with asyncio.timeout(NOTE_LIMIT):
+                for job in jobs:
+                    await job.note("cont")
+        except Exception as error:  # a guest does not stay paused because a disk is full
+            vm.log.warning("cont_not_noted", error=repr(error))
         try:
             await vm.execute("cont")
         except QmpCommitError as error:

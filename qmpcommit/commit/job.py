@@ -147,6 +147,10 @@ class CommitJob:
         assert self._driver.outcome is not None
         return self._driver.outcome
 
+    async def note(self, step: str) -> None:
+        """Have its ledger note what is about to be done around it, as for a whole group."""
+        await self._driver.note(step)
+
     async def settled(self) -> None:
         """Wait until QEMU has done its part; stale files may not have been cleared away yet."""
         await self._until(lambda: self.state.finished)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
 
-from tests.cli.command import end, qmpcommit, run, start
+from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
 from tests.ground.daemons import many_disks
 from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.machines import machine
 
 
 def two_chains(folder: Path, bulk: int = 0) -> tuple[Chain, Chain]:
@@ -99,14 +103,101 @@ async def test_the_deadline_cancels_all(folder: Path) -> None:
         assert await qemu.execute("query-jobs") == []
 
 
+@pytest.mark.parametrize("where", ["", "{disk}.fresh", "f{number}-{time}"])
+async def test_each_disk_is_recycled_onto_an_overlay_of_its_own(folder: Path, where: str) -> None:
+    chains = two_chains(folder)
+    into = folder / "fresh"
+    into.mkdir()
+    async with machine(folder, *chains, running=True) as qemu:
+        words = ["commit", qemu.qmp, "vda", "vdb", "--recycle", into / where, "--json"]
+        said = await run(*words)
+        assert (said.status, said.json["action"]) == (0, "recycle")
+        active = [Path(each["active"]["filename"]) for each in said.json["outcomes"]]
+        assert sorted(into.iterdir()) == sorted(active)
+        if where == "{disk}.fresh":
+            assert active == [into / "vda.fresh", into / "vdb.fresh"]
+        await qemu.quit()
+    for chain, path in zip(chains, active, strict=True):
+        assert_disk(path, chain.pictures[-1])
+        assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "action"),
+    [
+        (b"pivot\n", 0, "pivot"),
+        (b"what\nkeep\n", 0, "keep"),
+        (b"abort\n", 0, "abort"),
+        (b"", 3, "abort"),
+    ],
+)
+async def test_a_hold_is_decided_on_standard_input(
+    typed: bytes, status: int, action: str, folder: Path
+) -> None:
+    chains = two_chains(folder)
+    async with many_disks(folder / "a", *chains) as qemu:
+        words = map(str, ["commit", qemu.qmp, "top", "top2", "--hold", "--json"])
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, *words, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=ENVIRONMENT
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            if typed:
+                assert b"all are READY" in await process.stderr.readline()
+                process.stdin.write(typed)
+            else:
+                process.stdin.close()
+            out, err = await process.communicate()
+        assert process.returncode == status, err
+        assert json.loads(out)["action"] == action
+        assert (b"not 'what'" in err) == (b"what" in typed)
+        assert (b"nobody can decide" in err) == (not typed)
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.base if action == "pivot" else chain.top, chain.pictures[-1])
+
+
+async def test_a_hold_that_runs_out_keeps(folder: Path) -> None:
+    chains = two_chains(folder)
+    async with many_disks(folder / "a", *chains) as qemu:
+        said = await run("commit", qemu.qmp, "top", "top2", "--hold", "0.2", "--json")
+        assert (said.status, said.json["action"]) == (3, "keep")
+        await qemu.quit()
+
+
+async def test_a_dry_run_of_several_sends_nothing(folder: Path) -> None:
+    chains = two_chains(folder)
+    async with machine(folder, *chains) as qemu:
+        dry = ["commit", qemu.qmp, "vda", "vdb", "--dry-run"]
+        said = await run(*dry, "--recycle", folder / "{disk}.new", "--json")
+        assert (said.status, said.err) == (0, "")
+        plans = said.json["plans"]
+        assert [plan["disk"]["name"] for plan in plans] == ["vda", "vdb"]
+        fresh = [str(folder / "vda.new"), str(folder / "vdb.new")]
+        assert [plan["policy"]["overlay"] for plan in plans] == fresh
+        assert all(plan["findings"] for plan in plans)
+        (folder / "vdb.new").touch()
+        said = await run(*dry, "--recycle", folder / "{disk}.new")
+        assert said.status == 1
+        said = await run(*dry, "--pivot")
+        assert (said.status, said.out.count("Nothing was sent")) == (0, 2)
+        assert await qemu.execute("query-jobs") == []
+        said = await run("commit", qemu.qmp, "vda", "vda", "--dry-run", "--pivot", "--json")
+        assert (said.status, said.error["type"]) == (2, "InvalidRequest")
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+        assert_disk(chain.base, chain.pictures[0])
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ["/x", "a", "b"],
-        ["/x", "a", "b", "--hold"],
         ["/x", "a", "b", "--recycle", "f"],
         ["/x", "a", "b", "--pivot", "--top", "0"],
-        ["/x", "a", "--and", "/y", "b", "--pivot", "--dry-run"],
+        ["/x", "a", "--and", "/y", "a", "--recycle", "/tmp/{disk}.qcow2"],
         ["/x", "a", "--and", "/y"],
         ["/x", "a", "--pivot", "--hold-limit", "1"],
         ["/x", "a", "b", "--pivot", "--hold-limit", "long"],

@@ -202,6 +202,53 @@ async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> N
         assert_disk(path, chain.pictures[-1])
 
 
+class Notes:
+    """A ledger that remembers when the guest ran."""
+
+    def __init__(self, vm: qc.Session, fails: str = "") -> None:
+        self.steps: list[tuple[str, bool]] = []
+        self._vm, self._fails = vm, fails
+
+    async def note(self, step: str, state: Any = None, **facts: Any) -> None:
+        running = (await self._vm.execute("query-status"))["running"]
+        self.steps.append((step, running))
+        if step == self._fails:
+            raise OSError("the journal is full")
+
+    def moved(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", ["", "stop", "cont"])
+async def test_the_pause_of_recycles_is_noted_for_each_before_it(folder: Path, fails: str) -> None:
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("cont")
+        notes = [Notes(vm), Notes(vm, fails)]
+        group = qc.GroupCommit(
+            (vm, disk, qc.Recycle(str(folder / f"fresh-{disk}")), {"ledger": ledger})
+            for disk, ledger in zip(["vda", "vdb"], notes, strict=True)
+        )
+        if fails == "stop":
+            with pytest.raises(qc.GroupFailed, match="journal is full"):
+                await group.run()
+        else:
+            assert (await group.run()).action == "recycle"
+            for ledger in notes:
+                steps = [step for step, _ in ledger.steps]
+                assert steps.index("stop") < steps.index("freeze") < steps.index("thaw")
+                assert steps.index("thaw") < steps.index("cont")
+                assert ("stop", True) in ledger.steps
+                assert ("cont", False) in ledger.steps
+        assert (await vm.execute("query-status"))["running"]
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    for number, chain in enumerate(chains):
+        fresh = folder / f"fresh-vd{'ab'[number]}"
+        assert_disk(chain.top if fails == "stop" else fresh, chain.pictures[-1])
+
+
 async def test_a_guest_goes_on_after_a_group_of_recycles_that_failed(folder: Path) -> None:
     chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
