@@ -79,6 +79,7 @@ _SCHEMA = (
     );
     CREATE INDEX undertakings_by_kind ON undertakings (kind, state);
     """,
+    "ALTER TABLE commits ADD COLUMN in_group TEXT NOT NULL DEFAULT ''",
 )
 """How each version of the schema is made from the one before; its number is `user_version`."""
 

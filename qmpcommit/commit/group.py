@@ -73,8 +73,9 @@ class GroupCommit:
     are cancelled. `hold_limit` is for how many seconds disks may be held, `timeout` for how many
     all of it may take before it is cancelled; `only_if` is asked once, before anything is sent.
     `on_decision` is awaited while all disks are held, before the first job is finalized: what
-    it writes down tells a recovery that they all have to be. `options` are those of
-    `Session.commit`, for all members.
+    it writes down tells a recovery that they all have to be. `known_as` is the group's id (eight
+    hexadecimal digits), by default a random one. `options` are those of `Session.commit`, for
+    all members.
 
     ``await GroupCommit(...).run()`` is all of it; `start`, `ready`, `wait` are its parts, and
     `pivot`, `keep` and `abort` decide for a group whose policy is `Hold`.
@@ -89,10 +90,11 @@ class GroupCommit:
         timeout: float | None = None,
         only_if: Sequence[str] | None = None,
         on_decision: OnDecision | None = None,
+        known_as: str | None = None,
         **options: Any,
     ) -> None:
         self.members = [GroupMember(*member) for member in members]
-        self.id = os.urandom(4).hex()
+        self.id = known_as or os.urandom(4).hex()
         self.jobs: tuple[CommitJob, ...] = ()
         self._policy = None if policy is None else parse_policy(policy)
         self._policies = [self._policy_of(member) for member in self.members]
@@ -156,7 +158,9 @@ class GroupCommit:
         if self._timeout is not None:
             self._call_later(self._timeout, self._time_is_up)
         try:
-            jobs = await self._prepare()
+            jobs = await self.prepare()
+            if self._only_if is not None:
+                await ask_whether(self._only_if, jobs[0].plan)
             if self._late:
                 raise DeadlineExceeded(f"{self.state.why}, so nothing was sent")
             self.jobs = jobs
@@ -186,7 +190,7 @@ class GroupCommit:
         await asyncio.wait(self._following)
         await self._clear()
         finalized = self.state.stage is Stage.OVER and not self.state.why and not self._refusal
-        ends = [self._end(n) for n in range(len(self.jobs))]
+        ends = self.ends
         error = error_of(
             ends,
             why=self.state.why or self._refusal or "",
@@ -224,8 +228,8 @@ class GroupCommit:
 
     # -- start ------------------------------------------------------------------------------------
 
-    async def _prepare(self) -> tuple[CommitJob, ...]:
-        """Check all members before anything is sent to any VM."""
+    async def prepare(self) -> tuple[CommitJob, ...]:
+        """Check all members, and send nothing; raises what `start` raises before that."""
         sessions = list(dict.fromkeys(member.vm for member in self.members))
         seen = dict(
             zip(sessions, await asyncio.gather(*(vm.look() for vm in sessions)), strict=True)
@@ -259,8 +263,6 @@ class GroupCommit:
                 )
             jobs.append(job)
         self._check_apart(jobs)
-        if self._only_if is not None:
-            await ask_whether(self._only_if, jobs[0].plan)
         return tuple(jobs)
 
     def _check_apart(self, jobs: Sequence[CommitJob]) -> None:
@@ -279,9 +281,7 @@ class GroupCommit:
         return group_job_id(disk, self.id, number + 1, len(self.members))
 
     async def _launch(self) -> None:
-        for vm in dict.fromkeys(member.vm for member in self.members):
-            link = partial(self._link, vm)
-            self._subscriptions.append(vm.subscribers.add(lambda message: None, link))
+        self._watch_links()
         starting = [
             asyncio.create_task(member.vm.launch(job, override=self._override(member)))
             for member, job in zip(self.members, self.jobs, strict=True)
@@ -292,6 +292,14 @@ class GroupCommit:
             for task in starting:
                 await stop(task)  # which cancels its job
             raise
+        self._follow_all()
+
+    def _watch_links(self) -> None:
+        for vm in dict.fromkeys(member.vm for member in self.members):
+            link = partial(self._link, vm)
+            self._subscriptions.append(vm.subscribers.add(lambda message: None, link))
+
+    def _follow_all(self) -> None:
         self._following = [
             asyncio.create_task(self._follow(number), name=f"member {job.id}")
             for number, job in enumerate(self.jobs)
@@ -332,17 +340,23 @@ class GroupCommit:
         self._policy_error = error
         self._tell(group_phases.Stop(f"the policy failed ({error!r})"))
 
-    def _call(self, decision: Decision) -> None:
-        decided = f"the group commit {self.id} is decided already, or has ended"
-        if self.state.stage is not Stage.GATHERING:
-            raise JobConflict(decided)
+    def check_ready(self) -> None:
+        """Raises `NotReady` or `JobConflict` where nothing can be decided now."""
+        if self.state.stage is not Stage.GATHERING or self._deciding.called:
+            raise self._decided_already()
         if not self.jobs or not all(job.state.phase.value == "ready" for job in self.jobs):
             raise NotReady(
                 f"the group commit {self.id} is not READY: not all of its disks are copied yet."
                 " It goes on; decide again when all are"
             )
+
+    def _call(self, decision: Decision) -> None:
+        self.check_ready()
         if not self._deciding.call(decision):
-            raise JobConflict(decided)
+            raise self._decided_already()
+
+    def _decided_already(self) -> JobConflict:
+        return JobConflict(f"the group commit {self.id} is decided already, or has ended")
 
     # -- the machine ------------------------------------------------------------------------------
 
@@ -448,6 +462,11 @@ class GroupCommit:
         ]
         outcome = outcome_of(self.id, ends, by=self._by)
         return replace(outcome, warnings=[*self._pauses.problems, *outcome.warnings])
+
+    @property
+    def ends(self) -> list[MemberEnd]:
+        """How each member has ended, as far as it has."""
+        return [self._end(number) for number in range(len(self.jobs))]
 
     def _end(self, number: int) -> MemberEnd:
         job = self.jobs[number]

@@ -70,6 +70,11 @@ class Deciding:
             for task in asking:
                 await stop(task)
 
+    @property
+    def called(self) -> bool:
+        """Whether somebody has decided in the place of a policy."""
+        return self._called is not None and self._called.done()
+
     def call(self, decision: Decision) -> bool:
         """Decide for all in the place of a policy; False where that has been done."""
         if self._called is None or self._called.done():

@@ -122,6 +122,7 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
             return CommitFailed(
                 f"{subject}: the job is gone from QEMU and how it ended is unknown."
                 f" {_still_active(plan)}; the base can't be called complete. Commit again",
+                vanished=True,
             )
         case Verdict.VM_GONE:
             return _gone(plan, state, lost)

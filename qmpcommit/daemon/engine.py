@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from weakref import WeakValueDictionary
@@ -85,7 +85,7 @@ class Engine:
         self.stories: tuple[Story, ...] = ()
         self.keeper = Keeper(config, self.registry, journal, self.metrics)
         self.keeper.rate = self._rate
-        self.keeper.begun = self._schedule
+        self.keeper.begun = self.schedule
         self.log = Log()
         self._sharing: set[asyncio.Task[None]] = set()
         journal.on_event = self._tell
@@ -108,11 +108,13 @@ class Engine:
                 self.log.warning("promise_unreadable", commit=row["id"], why=str(error))
                 continue
             self.live[promise.id] = promise
+            if promise.group:
+                continue  # its group sees to it
             if promise.state == "running":
-                self.scheduler.resume(self._entry(promise))
+                self.scheduler.resume(self.entry(promise))
                 promise.may_run.set()
             else:
-                self.scheduler.add(self._entry(promise))
+                self.scheduler.add(self.entry(promise))
         for story in self.stories:
             await story.recover()
         # A VM is connected only when all is known that is promised for it.
@@ -123,9 +125,10 @@ class Engine:
                 self.registry.add(row["name"], spec["qmp"], spec["connect"], "api")
         self.registry.start()
         for promise in list(self.live.values()):
-            self._launch(promise)
+            if not promise.group:
+                self._launch(promise)
         self.recovered = True
-        self._schedule()
+        self.schedule()
         for story in self.stories:
             story.start()
         if rows:
@@ -312,16 +315,20 @@ class Engine:
         except BaseException:
             del self.live[promise.id]
             raise
-        self.scheduler.add(self._entry(promise))
+        self.scheduler.add(self.entry(promise))
         self._launch(promise)
-        self._schedule()
+        self.schedule()
         return promise
 
     def _check_room(self, request: CommitRequest) -> None:
+        self.check_room_for([request])
+
+    def check_room_for(self, requests: Sequence[CommitRequest]) -> None:
+        """Raises `QueueFull`, `JournalFull` or `InvalidRequest` where these can't be promised."""
         self.check_room()
-        if len(self.live) >= self.config.limits.commits + self.config.limits.queue:
+        if len(self.live) + len(requests) > self.config.limits.commits + self.config.limits.queue:
             raise QueueFull("too many commits wait already; ask again when some have ended")
-        if request.runs_commands and not self.config.commands:
+        if any(request.runs_commands for request in requests) and not self.config.commands:
             raise InvalidRequest(
                 "this daemon runs no commands for its clients (only_if, on_pivot, a check): set"
                 " commands = true in its configuration to allow it. Nothing was sent"
@@ -366,6 +373,12 @@ class Engine:
         """
         promise = await self.commit(commit_id)
         where = {"vm": promise.vm, "disk": promise.disk, "job_id": promise.job_id}
+        if promise.group:
+            raise JobConflict(
+                f"commit {commit_id} is a member of the group {promise.group}, whose disks are"
+                f" decided together: see /v1/groups/{promise.group}",
+                **where,
+            )
         if promise.state == "queued":
             if action != "abort":
                 raise NotReady(f"commit {commit_id} waits in the queue still", **where)
@@ -411,18 +424,19 @@ class Engine:
             await stop(promise.task)
         await promise.end("cancelled")
         self.metrics.commits.labels("cancelled", promise.policy_kind).inc()
-        self._ended(promise)
+        self.ended(promise)
 
     # -- running ----------------------------------------------------------------------------------
 
-    def _entry(self, promise: Promise) -> Entry:
+    def entry(self, promise: Promise) -> Entry:
+        """A promise as the scheduler sees it."""
         rate = promise.request.bandwidth or 0
         return Entry(promise.id, promise.vm, promise.storage, promise.priority, rate)
 
     def _launch(self, promise: Promise) -> None:
         promise.task = asyncio.create_task(self._run(promise), name=f"promise {promise.id}")
 
-    def _schedule(self) -> None:
+    def schedule(self) -> None:
         """Start what may run now, and divide the bandwidth anew."""
         if self.stopping or not self.recovered:
             return
@@ -461,12 +475,14 @@ class Engine:
         except TimeoutError:
             pass  # the keeper says so, and sends nothing
         await self.keeper.keep(promise)
-        self._ended(promise)
+        self.ended(promise)
 
-    def _ended(self, promise: Promise) -> None:
-        self.live.pop(promise.id, None)
-        self.scheduler.remove(promise.id)
-        self._schedule()
+    def ended(self, *promises: Promise) -> None:
+        """Their ends are durable: others may run."""
+        for promise in promises:
+            self.live.pop(promise.id, None)
+            self.scheduler.remove(promise.id)
+        self.schedule()
 
     # -- watching ---------------------------------------------------------------------------------
 

@@ -69,37 +69,36 @@ class Keeper:
         promise.decides = self._registry.clearing.decides
         if promise.state == "queued":
             await promise.run()
-        begins = 0
         try:
-            while True:
-                try:
-                    outcome = await self._attempt(promise)
-                except VMGone as error:
-                    if not is_alive(promise.identity):
-                        await self._fail(promise, error)
-                        break
-                    await self._wait_for_vm(promise, error)  # its monitor's socket is gone
-                except _AWAY as error:
-                    await self._wait_for_vm(promise, error)
-                except CommitFailed as error:
-                    begins += 1
-                    if error.facts.get("begun") is not False or begins >= MAX_BEGINS:
-                        await self._fail(promise, error)
-                        break
-                    promise.log.warning("begin_again", why=error.message)
-                    await promise.forget_begin()
-                except QmpCommitError as error:
-                    await self._fail(promise, error)
-                    break
-                else:
-                    await promise.end("done", outcome=outcome)
-                    self._count(promise, outcome)
-                    break
-        except GivenUp as given_up:
-            await self._fail(promise, given_up.error)
+            outcome = await self.outcome_of(promise)
+        except QmpCommitError as error:
+            await self._fail(promise, error)
         except Exception as error:  # a bug of ours must not leave a promise without an end
             promise.log.warning("bug", error=repr(error))
             await self._fail(promise, QmpCommitError(f"internal error: {error!r}"))
+        else:
+            await promise.end("done", outcome=outcome)
+            self.count(promise, outcome)
+
+    async def outcome_of(self, promise: Promise) -> CommitOutcome:
+        """Begin it or go on with it, over losses of its VM; raises the error that it ends with."""
+        begins = 0
+        while True:
+            try:
+                return await self._attempt(promise)
+            except VMGone as error:
+                if not is_alive(promise.identity):
+                    raise
+                await self.wait_for_vm(promise, error)  # its monitor's socket is gone
+            except _AWAY as error:
+                await self.wait_for_vm(promise, error)
+            except CommitFailed as error:
+                begins += 1
+                begun = error.facts.get("begun") is not False
+                if begun or begins >= MAX_BEGINS or promise.group:
+                    raise
+                promise.log.warning("begin_again", why=error.message)
+                await promise.forget_begin()
 
     async def _attempt(self, promise: Promise) -> CommitOutcome:
         """Begin, or go on with, the job on a session, and see its end."""
@@ -127,18 +126,13 @@ class Keeper:
         promise.prepared = await self._prepare(promise, session)
         plan = promise.prepared.job.plan
         promise.called(plan.job_id)
-        promise.storage = await asyncio.to_thread(_storage_of, plan, session.cwd)
+        promise.storage = await asyncio.to_thread(storage_of, plan, session.cwd)
 
     async def _prepare(self, promise: Promise, session: Session) -> Prepared:
         request = promise.request
         asked = asked_of(request)
         policy = asked.pop("policy")
-        around = Around(
-            on_pivot=self._on_pivot(promise),
-            on_stall=partial(self._on_stall, promise),
-            converge=_converge(request),
-            ledger=promise,
-        )
+        around = Around(**self.around(promise))
         job = await session.prepare(
             Request(**{**asked, "job_id": promise.job_id or None}),
             promise.decided_policy() if policy is not None else None,
@@ -176,12 +170,19 @@ class Keeper:
             plan,
             noted,
             files=files,
-            on_pivot=self._on_pivot(promise),
-            on_stall=partial(self._on_stall, promise),
-            converge=_converge(promise.request),
             timeout=max(0.0, left) if (left := seconds_left(promise)) is not None else None,
-            ledger=promise,
+            barrier=promise.barrier,
+            **self.around(promise),
         )
+
+    def around(self, promise: Promise) -> dict[str, Any]:
+        """What goes around a commit, as `Session.commit` and `Session.resume` take it."""
+        return {
+            "on_pivot": self._on_pivot(promise),
+            "on_stall": partial(self._on_stall, promise),
+            "converge": _converge(promise.request),
+            "ledger": promise,
+        }
 
     async def _repay(self, promise: Promise, session: Session) -> None:
         """What a former process did to the guest and could not undo any more."""
@@ -200,8 +201,8 @@ class Keeper:
             with suppress(JobConflict):
                 job.abort()
 
-    async def _wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
-        """Until the VM answers again; raises `GivenUp` where it is gone for good."""
+    async def wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
+        """Until the VM answers again; raises the promise's end where it is gone for good."""
         promise.log.info("vm_away", why=error.message)
         limit = self._config.limits.gone_after
         begun = time.monotonic()
@@ -221,9 +222,9 @@ class Keeper:
             alive = is_alive(promise.identity)
             waited = time.monotonic() - begun
             if promise.identity and not alive and waited > min(2.0, limit):
-                raise GivenUp(self._gone(promise, f"its QEMU (process {promise.identity}) ended"))
+                raise self._gone(promise, f"its QEMU (process {promise.identity}) ended")
             if not alive and waited > limit:
-                raise GivenUp(self._gone(promise, f"it did not answer for {limit:g} s"))
+                raise self._gone(promise, f"it did not answer for {limit:g} s")
 
     def _gone(self, promise: Promise, why: str) -> QmpCommitError:
         """The error of a VM that does not come back, with what is known of its disk."""
@@ -259,13 +260,18 @@ class Keeper:
     # -- ends -------------------------------------------------------------------------------------
 
     async def _fail(self, promise: Promise, error: QmpCommitError) -> None:
+        self.count_failure(promise, error)
+        await promise.end("failed", error=error_dict(error))
+
+    def count_failure(self, promise: Promise, error: QmpCommitError) -> None:
+        """For the metrics and the log: one has failed so."""
         error.add(vm=promise.vm, disk=promise.disk, job_id=promise.job_id)
         promise.log.warning("failed", error=type(error).__name__, why=error.message)
         self._metrics.failures.labels(type(error).__name__).inc()
         self._metrics.commits.labels("failed", promise.policy_kind).inc()
-        await promise.end("failed", error=json.loads(json.dumps(error.to_dict(), default=str)))
 
-    def _count(self, promise: Promise, outcome: CommitOutcome) -> None:
+    def count(self, promise: Promise, outcome: CommitOutcome) -> None:
+        """For the metrics: one has ended so."""
         self._metrics.commits.labels(outcome.action, promise.policy_kind).inc()
         self._metrics.bytes.inc(outcome.bytes_committed)
         if outcome.guest_paused is not None:
@@ -279,12 +285,10 @@ class Keeper:
             self._metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
 
 
-class GivenUp(Exception):
-    """A VM does not come back."""
-
-    def __init__(self, error: QmpCommitError) -> None:
-        super().__init__(error.message)
-        self.error = error
+def error_dict(error: QmpCommitError) -> dict[str, Any]:
+    """An error as the journal and the API have it."""
+    described: dict[str, Any] = json.loads(json.dumps(error.to_dict(), default=str))
+    return described
 
 
 def asked_of(request: CommitRequest) -> dict[str, Any]:
@@ -320,7 +324,7 @@ def _time_left(promise: Promise) -> float | None:
     return left
 
 
-def _storage_of(plan: Plan, cwd: str | None) -> str:
+def storage_of(plan: Plan, cwd: str | None) -> str:
     """The device or mount behind the base; empty where it can't be told."""
     try:
         device = os.stat(absolute(plan.base, cwd)).st_dev

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.files import FileId
+from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.outcome import CommitOutcome
@@ -45,11 +46,23 @@ class Prepared(NamedTuple):
         return session is self.session and time.monotonic() - self.at < FRESH
 
 
+class Ending(NamedTuple):
+    """How a promise ends, and what writes and tells it."""
+
+    state: str
+    ended: float
+    outcome: dict[str, Any] | None
+    error: Any
+    statement: Statement
+    event: Event
+
+
 class Promise:
     """A commit that was answered with 202.
 
     It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
-    last one, from which another process goes on.
+    last one, from which another process goes on. `group` is the id of the group that it is a
+    member of, and `barrier` what is then awaited while its disk is held.
     """
 
     def __init__(
@@ -61,8 +74,9 @@ class Promise:
         *,
         journal: Journal,
         metrics: Metrics,
+        group: str = "",
     ) -> None:
-        self.id, self.vm, self.request = commit_id, vm, request
+        self.id, self.vm, self.request, self.group = commit_id, vm, request, group
         self.disk = request.disk
         self.priority = request.priority
         self.created = time.time()
@@ -82,6 +96,7 @@ class Promise:
         self.task: asyncio.Task[None] | None = None
         self.prepared: Prepared | None = None
         self.decides: Callable[[], object] = lambda: None
+        self.barrier: Barrier | None = None
         self.may_run = asyncio.Event()
         self.found = asyncio.Event()
         self.over = asyncio.Event()
@@ -104,10 +119,10 @@ class Promise:
     def insertion(self) -> Statement:
         """The row of a new one."""
         return Statement(
-            "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage,"
+            " in_group) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
-             self.request.model_dump_json(), self.storage),
+             self.request.model_dump_json(), self.storage, self.group),
         )  # fmt: skip
 
     @classmethod
@@ -115,8 +130,9 @@ class Promise:
         """One as the journal has it; raises ValueError where it can't be understood."""
         request = CommitRequest.model_validate_json(row["request"])
         promise = cls(
-            row["id"], row["vm"], request, row["job_id"], journal=journal, metrics=metrics
-        )
+            row["id"], row["vm"], request, row["job_id"], journal=journal, metrics=metrics,
+            group=row["in_group"],
+        )  # fmt: skip
         promise.state, promise.phase, promise.storage = row["state"], row["phase"], row["storage"]
         promise.created, promise.ready, promise.ended = row["created"], row["ready"], row["ended"]
         promise.decision = row["decision"]
@@ -140,30 +156,39 @@ class Promise:
         self, state: str, *, outcome: CommitOutcome | None = None, error: Any = None
     ) -> None:
         """How it ended, durable before anybody is told."""
+        end = self.ending(state, outcome, error)
+        await self._write(end.statement, events=[end.event])
+        self.ended_as(end)
+
+    def ending(self, state: str, outcome: CommitOutcome | None, error: Any) -> Ending:
+        """Its end, to be written and then told with `ended_as`."""
         ended = time.time()
         dumped = outcome.model_dump(mode="json") if outcome is not None else None
         values = (
             state, "finished", self.ready, ended, _json(dumped), _json(error), self.id
         )  # fmt: skip
-        told = self.event(state=state, phase="finished", outcome=dumped, error=error)
-        await self._write(
-            Statement(
-                "UPDATE commits SET state = ?, phase = ?, ready = ?, ended = ?, outcome = ?,"
-                " error = ?"
-                " WHERE id = ?",
-                values,
-            ),
-            events=[told],
+        sql = (
+            "UPDATE commits SET state = ?, phase = ?, ready = ?, ended = ?, outcome = ?, error = ?"
+            " WHERE id = ?"
         )
-        self.state, self.phase, self.ended = state, "finished", ended
-        self.outcome, self.error = dumped, error
+        told = self.event(state=state, phase="finished", outcome=dumped, error=error)
+        return Ending(state, ended, dumped, error, Statement(sql, values), told)
+
+    def ended_as(self, end: Ending) -> None:
+        """Its end is durable."""
+        self.state, self.phase, self.ended = end.state, "finished", end.ended
+        self.outcome, self.error = end.outcome, end.error
         self.over.set()
 
     async def run(self) -> None:
         """It leaves the queue."""
+        leaving = self.leaving()
+        await self._write(leaving, events=[self.event()])
+
+    def leaving(self) -> Statement:
+        """It leaves the queue with this statement."""
         self.state = "running"
-        sql = "UPDATE commits SET state = 'running' WHERE id = ?"
-        await self._write(Statement(sql, (self.id,)), events=[self.event()])
+        return Statement("UPDATE commits SET state = 'running' WHERE id = ?", (self.id,))
 
     async def decide(self, action: str) -> None:
         """A decision that was answered is not forgotten; raises `JournalFull`."""
@@ -173,9 +198,13 @@ class Promise:
 
     async def forget_begin(self) -> None:
         """QEMU never knew the job: it may be begun again."""
+        await self._write(self.forgetting())
+
+    def forgetting(self) -> Statement:
+        """What was begun is forgotten with this statement."""
         self.noted, self.plan = {}, None
         sql = "UPDATE commits SET noted = NULL, plan = NULL WHERE id = ?"
-        await self._write(Statement(sql, (self.id,)))
+        return Statement(sql, (self.id,))
 
     async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""

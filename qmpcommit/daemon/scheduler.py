@@ -1,14 +1,16 @@
 """Which commits run at once, and how they share the bandwidth: pure, without I/O.
 
 Commits wait in the order of their priority (higher first), then in that in which they came. One
-that its VM or its storage holds up does not hold up those behind it. Those that run share the
-budget evenly; what one that asks for less leaves over goes to the others.
+that its VM or its storage holds up does not hold up those behind it. The members of a group start
+together or not at all; what is free for them is kept for them, or others would go past them for
+ever. Those that run share the budget evenly; what one that asks for less leaves over goes to the
+others.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -38,12 +40,29 @@ class Scheduler:
     def __init__(self, caps: Caps) -> None:
         self.caps = caps
         self.running: dict[str, Entry] = {}
-        self._waiting: dict[str, tuple[tuple[int, int], Entry]] = {}
+        self._waiting: dict[str, tuple[tuple[int, int], tuple[Entry, ...]]] = {}
         self._order = count()
 
-    def add(self, entry: Entry) -> None:
-        """Queue one."""
-        self._waiting[entry.id] = ((-entry.priority, next(self._order)), entry)
+    def add(self, *entries: Entry) -> None:
+        """Queue one, or the members of a group."""
+        waiting = ((-entries[0].priority, next(self._order)), entries)
+        self._waiting.update((entry.id, waiting) for entry in entries)
+
+    def impossible(self, entries: Sequence[Entry]) -> str | None:
+        """Which limit keeps so many from ever running together; None where none does."""
+        if len(entries) > self.caps.commits:
+            return f"{self.caps.commits} commits at once (limits.commits)"
+        vm, many = Counter(entry.vm for entry in entries).most_common(1)[0]
+        if many > self.caps.per_vm:
+            return f"{self.caps.per_vm} at once on a VM (limits.per_vm), and {many} are of {vm}"
+        storages = Counter(entry.storage for entry in entries if entry.storage)
+        most = max(storages.values(), default=0)
+        if most > self.caps.per_storage:
+            return (
+                f"{self.caps.per_storage} at once on a storage (limits.per_storage), and {most}"
+                " bases lie on one"
+            )
+        return None
 
     def resume(self, entry: Entry) -> None:
         """One that runs already, whatever the limits say."""
@@ -57,27 +76,37 @@ class Scheduler:
     @property
     def waiting(self) -> list[str]:
         """The queue, first to run first."""
-        return [entry.id for _, entry in sorted(self._waiting.values())]
+        return [entry.id for unit in self._units() for entry in unit]
+
+    def _units(self) -> list[tuple[Entry, ...]]:
+        """What starts together, in the order of the queue."""
+        return [entries for _, entries in sorted(set(self._waiting.values()))]
 
     def start(self) -> list[Entry]:
         """Move what may run now from the queue, in its order."""
         vms = Counter(entry.vm for entry in self.running.values())
         storages = Counter(entry.storage for entry in self.running.values())
-        started = []
-        if len(self.running) >= self.caps.commits:
-            return []
-        for _, entry in sorted(self._waiting.values()):
-            if len(self.running) >= self.caps.commits:
+        taken = len(self.running)
+        started: list[Entry] = []
+        for unit in self._units():
+            if taken >= self.caps.commits:
                 break
-            if vms[entry.vm] >= self.caps.per_vm:
-                continue
-            if entry.storage and storages[entry.storage] >= self.caps.per_storage:
-                continue
-            del self._waiting[entry.id]
-            self.running[entry.id] = entry
-            vms[entry.vm] += 1
-            storages[entry.storage] += 1
-            started.append(entry)
+            their_vms = Counter(entry.vm for entry in unit)
+            theirs = Counter(entry.storage for entry in unit if entry.storage)
+            fits = (
+                taken + len(unit) <= self.caps.commits
+                and all(vms[vm] + many <= self.caps.per_vm for vm, many in their_vms.items())
+                and all(storages[s] + many <= self.caps.per_storage for s, many in theirs.items())
+            )
+            if fits:
+                for entry in unit:
+                    del self._waiting[entry.id]
+                    self.running[entry.id] = entry
+                started += unit
+            if fits or len(unit) > 1:
+                taken += len(unit)
+                vms += their_vms
+                storages += theirs
         return started
 
     def shares(self, copying: Iterable[str]) -> Mapping[str, int]:

@@ -106,10 +106,20 @@ class Undertaking(Generic[R]):
         self.noted = {**self.noted, **facts, "step": step}
         await self._save()
 
-    async def move(self, state: str, **facts: Any) -> None:
-        """It has come to another state, which is told when it is durable."""
+    async def move(
+        self,
+        state: str,
+        *,
+        beside: Sequence[Statement] = (),
+        events: Sequence[Event] = (),
+        **facts: Any,
+    ) -> None:
+        """It has come to another state, which is told when it is durable.
+
+        `beside` is written, and `events` are told, with it or not at all.
+        """
         self.state, self.noted = state, {**self.noted, **facts}
-        await self._save(self.event())
+        await self._save(self.event(), *events, beside=beside)
 
     async def renew(self, expires: float) -> None:
         """Its lease ends at `expires` (seconds since 1970); raises `JournalFull`."""
@@ -123,13 +133,20 @@ class Undertaking(Generic[R]):
         *,
         outcome: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
+        beside: Sequence[Statement] = (),
+        events: Sequence[Event] = (),
     ) -> None:
-        """How it ended, durable before anybody is told."""
+        """How it ended, durable before anybody is told; the rest is as for `move`."""
         self.state, self.ended, self.outcome, self.error = state, time.time(), outcome, error
-        await self._save(self.event(outcome=outcome, error=error))
+        await self._save(self.event(outcome=outcome, error=error), *events, beside=beside)
         self.over.set()
 
-    async def _save(self, *events: Event) -> None:
+    async def _save(self, *events: Event, beside: Sequence[Statement] = ()) -> None:
+        written = (self.row(), *beside)
+        await write_when_possible(self._journal, self.log, *written, events=events)
+
+    def row(self) -> Statement:
+        """What brings its row up to date."""
         values = (
             self.state, json.dumps(self.noted), self.ended,
             json.dumps(self.outcome) if self.outcome is not None else None,
@@ -139,7 +156,7 @@ class Undertaking(Generic[R]):
             "UPDATE undertakings SET state = ?, noted = ?, ended = ?, outcome = ?, error = ?"
             " WHERE id = ?"
         )
-        await write_when_possible(self._journal, self.log, Statement(sql, values), events=events)
+        return Statement(sql, values)
 
 
 async def write_when_possible(
