@@ -73,7 +73,11 @@ def _seconds(value: Any) -> float:
     return parse_seconds(value, "time")
 
 
-VMName = Annotated[str, AfterValidator(check_name)]
+VMName = Annotated[
+    str,
+    Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"}),
+    AfterValidator(check_name),
+]
 QMPAddress = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_address)]
 Size = Annotated[int, BeforeValidator(_size)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
