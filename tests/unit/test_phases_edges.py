@@ -1,0 +1,526 @@
+"""The state machine, one edge at a time: what each fact leads to, and what it must not lead to."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmpcommit.commit import phases
+from qmpcommit.commit.facts import (
+    Accepted,
+    Action,
+    Answered,
+    BecameReady,
+    Choice,
+    Command,
+    Decided,
+    Duty,
+    Ended,
+    Fact,
+    Frozen,
+    GraphRead,
+    JobSeen,
+    LinkBack,
+    LinkDead,
+    News,
+    Overlaid,
+    Prepared,
+    Refused,
+    StatusChanged,
+    Unanswered,
+    Where,
+)
+from qmpcommit.commit.phases import Phase, State, Step, Verdict
+
+PENDING = StatusChanged("pending")
+HELD = Answered(JobSeen("pending", auto_finalize=False))
+RUNNING = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
+ONE = phases.begin(two_phase=True)
+LAYER = phases.begin(two_phase=False)
+PREPARES = phases.begin(two_phase=True, prepares=True)
+MEETS = phases.begin(two_phase=True, meets=True)
+STALLS = phases.begin(two_phase=True, stalls=True)
+
+
+def after(start: Step, *facts: Fact) -> Step:
+    """The state after the facts, and what the last of them asked for."""
+    state, actions = start
+    for fact in facts:
+        state, actions = phases.step(state, fact)
+    return state, actions
+
+
+def decided(choice: Choice, start: Step = ONE) -> Step:
+    """READY, and that decision made: its reply is due."""
+    return after(start, *RUNNING, BecameReady(), Decided(choice, "policy"))
+
+
+def taken(choice: Choice, start: Step = ONE) -> Step:
+    """READY, decided, and accepted."""
+    return after(decided(choice, start), Accepted(phases.ORDERS[choice]))
+
+
+def concluded(error: str | None = None, done: int = 10) -> Answered:
+    return Answered(JobSeen("concluded", done, 10, error))
+
+
+# -- the beginning --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["created", "running", "paused"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_that_is_there_has_begun(status: str, asked: bool) -> None:
+    fact = Answered(JobSeen(status)) if asked else StatusChanged(status)
+    state, actions = after(ONE, fact)
+    assert (state.phase, state.began, actions) == (Phase.COPYING, True, [])
+
+
+def test_an_accepted_start_has_begun() -> None:
+    state, actions = after(ONE, Accepted(Command.START))
+    assert (state.phase, state.began, actions) == (Phase.COPYING, True, [])
+
+
+@pytest.mark.parametrize("fact", [StatusChanged("ready"), BecameReady(), Ended(False)])
+def test_what_is_heard_of_a_job_tells_that_it_began(fact: Fact) -> None:
+    assert after(ONE, fact)[0].began
+
+
+def test_ready_tells_how_much_was_copied() -> None:
+    state, _ = after(ONE, *RUNNING, BecameReady(7, 9))
+    assert (state.done, state.total) == (7, 9)
+
+
+@pytest.mark.parametrize("status", ["concluded", "null"])
+def test_the_end_of_a_job_is_asked_for_if_it_began(status: str) -> None:
+    assert after(ONE, *RUNNING, StatusChanged(status))[1] == [Duty.ASK]
+    assert after(ONE, StatusChanged(status))[1] == []
+    ended = after(ONE, *RUNNING, concluded())
+    assert after(ended, StatusChanged(status))[1] == []
+
+
+def test_a_status_after_the_beginning_does_not_lead_back() -> None:
+    assert after(decided(Choice.PIVOT), StatusChanged("running"))[0].phase is Phase.DECIDED
+
+
+def test_an_abort_waits_for_a_job_that_was_not_seen() -> None:
+    abort = Decided(Choice.ABORT, "caller")
+    state, actions = after(ONE, abort)
+    assert (state.phase, actions) == (Phase.STARTING, [])
+    assert after(ONE, Ended(False), abort)[1] == [Command.ABORT]
+
+
+@pytest.mark.parametrize("status", ["running", "ready"])
+def test_an_abort_is_sent_to_a_job_that_is_found_after_a_lost_reply(status: str) -> None:
+    lost = after(ONE, Decided(Choice.ABORT, "caller"), Unanswered(Command.START), LinkBack(True))
+    assert after(lost, Answered(JobSeen(status)))[1] == [Command.ABORT]
+
+
+def test_an_adopted_job_is_there_and_has_not_been_decided() -> None:
+    state, actions = phases.adopt(two_phase=True)
+    assert (state.phase, actions) == (Phase.COPYING, [Duty.ASK])
+    assert phases.objection(state, Choice.PIVOT) == "not ready"
+    assert after((state, []), Answered(None))[1] == [Duty.READ_GRAPH]
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+def test_a_decision_is_made_once() -> None:
+    for choice in (Choice.PIVOT, Choice.KEEP, Choice.ABORT):
+        assert after(decided(choice), Decided(choice, "caller"))[1] == []
+    state, actions = after(ONE, *RUNNING, concluded(), Decided(Choice.ABORT, "caller"))
+    assert (state.decision, actions) == (None, [])
+
+
+def test_who_decided_is_remembered() -> None:
+    assert decided(Choice.KEEP)[0].by == "policy"
+    assert after(decided(Choice.KEEP), Decided(Choice.ABORT, "deadline"))[0].by == "deadline"
+    assert after(LAYER, *RUNNING, BecameReady())[0].by == "qmpcommit"
+    refused = Refused(Command.PIVOT, "no such command", final=True)
+    state, _ = after(decided(Choice.PIVOT), refused)
+    assert (state.decision, state.by) == (Choice.ABORT, "policy")
+
+
+def test_an_abort_after_another_decision_begins_anew() -> None:
+    abort = Decided(Choice.ABORT, "caller")
+    state, _ = after(taken(Choice.PIVOT), abort)
+    assert (state.accepted, state.tries) == (False, 1)
+    refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "not now"))
+    assert refused[0].refusal == "not now"
+    state, actions = after(refused, abort)
+    assert (state.refusal, actions) == (None, [Command.ABORT])
+
+
+def test_a_refused_decision_is_sent_again_at_the_next_ready_and_only_once() -> None:
+    refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "not now"))
+    again = after(refused, StatusChanged("ready"))
+    assert again[1] == [Command.PIVOT]
+    assert after(again, BecameReady())[1] == []
+    assert after(refused, StatusChanged("standby"))[1] == []
+
+
+def test_a_decision_that_never_got_a_reply_ends_in_an_abort() -> None:
+    state, actions = decided(Choice.KEEP)
+    sent = 1
+    while state.decision is Choice.KEEP and sent <= phases.MAX_TRIES:
+        lost = after((state, actions), Unanswered(Command.KEEP), LinkBack(True))
+        state, actions = after(lost, Answered(JobSeen("ready")))
+        sent += actions.count(Command.KEEP)
+    assert (sent, actions) == (phases.MAX_TRIES, [Command.ABORT])
+    assert state.error == "QEMU refused to keep: "
+
+
+def test_a_refused_abort_is_told_and_asked_about_at_each_tick() -> None:
+    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    state, actions = after(start, Refused(Command.ABORT, "disabled", final=True))
+    assert (state.refusal, actions) == ("disabled", [])
+    assert state.trail == (state.error,) == ("QEMU refused to abort: disabled",)
+    assert phases.step(state, News.TICK)[1] == [Duty.ASK]
+
+
+def test_an_abort_is_repeated_only_while_nothing_tells_that_it_was_taken() -> None:
+    running = Answered(JobSeen("running"))
+    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    assert after(start, running)[1] == []
+    assert after(start, Accepted(Command.ABORT), running)[1] == []
+    lost = after(start, Unanswered(Command.ABORT), LinkBack(True))
+    for status in ("created", "running", "paused"):
+        assert after(lost, Answered(JobSeen(status)))[1] == [Command.ABORT]
+
+
+def test_a_paused_job_whose_decision_was_lost_gets_it_again_once_it_is_resumed() -> None:
+    lost = after(decided(Choice.PIVOT), Unanswered(Command.PIVOT), LinkBack(True))
+    resumed = after(lost, Answered(JobSeen("standby")))
+    assert (resumed[0].refusal, resumed[1]) == ("the job is paused", [Command.RESUME])
+    assert after(resumed, StatusChanged("ready"))[1] == [Command.PIVOT]
+    refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "it is paused"))
+    assert after(refused, Answered(JobSeen("standby")))[0].refusal == "it is paused"
+
+
+def test_a_paused_job_that_took_its_decision_does_not_get_it_again() -> None:
+    resumed = after(taken(Choice.PIVOT), Answered(JobSeen("standby")))
+    assert (resumed[0].refusal, resumed[1]) == (None, [Command.RESUME])
+    assert after(resumed, StatusChanged("ready"))[1] == []
+
+
+# -- held in PENDING ------------------------------------------------------------------------------
+
+
+def test_what_has_to_be_done_is_done_once_and_then_the_job_is_finalized() -> None:
+    first = after(taken(Choice.PIVOT, PREPARES), PENDING)
+    assert first[1] == [Duty.PREPARE]
+    assert after(first, PENDING)[1] == []
+    done = after(first, Prepared())
+    assert (done[0].prepared, done[1]) == (True, [Command.FINALIZE])
+    assert after(done, PENDING)[1] == [Command.FINALIZE]
+    assert after(done, Prepared())[1] == []
+
+
+def test_pending_before_the_reply_to_the_decision() -> None:
+    early = after(decided(Choice.PIVOT, PREPARES), PENDING)
+    assert early[1] == []
+    assert after(early, Accepted(Command.PIVOT))[1] == [Duty.PREPARE]
+    assert after(decided(Choice.PIVOT), PENDING, Accepted(Command.PIVOT))[1] == []
+
+
+def test_a_job_that_finalizes_itself_is_not_finalized() -> None:
+    assert after(taken(Choice.PIVOT), PENDING)[1] == []
+
+
+def test_a_keep_has_nothing_to_prepare_unless_others_are_waited_for() -> None:
+    assert after(taken(Choice.KEEP, PREPARES), PENDING)[1] == [Command.FINALIZE]
+    assert after(taken(Choice.KEEP, MEETS), PENDING)[1] == [Duty.PREPARE]
+
+
+def test_a_pivot_with_nothing_to_prepare_is_finalized() -> None:
+    ready = after(phases.adopt(two_phase=True), Answered(JobSeen("ready", auto_finalize=False)))
+    pivoted = after(ready, Decided(Choice.PIVOT, "caller"), Accepted(Command.PIVOT))
+    assert after(pivoted, PENDING)[1] == [Command.FINALIZE]
+
+
+def test_what_can_not_be_prepared_aborts_the_commit() -> None:
+    state, actions = after(taken(Choice.PIVOT, PREPARES), PENDING, Prepared("a bitmap is busy"))
+    assert actions == [Command.ABORT]
+    assert (state.error, state.by) == ("a bitmap is busy", "qmpcommit")
+
+
+def test_an_abort_overtakes_what_is_being_prepared() -> None:
+    held = after(taken(Choice.PIVOT, PREPARES), PENDING)
+    aborted = after(held, Decided(Choice.ABORT, "caller"))
+    assert aborted[1] == [Command.ABORT]
+    assert after(aborted, Prepared())[1] == []
+    taken_ = after(aborted, Accepted(Command.ABORT))
+    assert taken_[1] == [Duty.ASK]
+    assert after(taken_, HELD)[1] == [Command.ABORT]
+
+
+def test_an_abort_that_was_refused_is_sent_again_to_a_held_job() -> None:
+    held = after(taken(Choice.PIVOT, PREPARES), PENDING, Decided(Choice.ABORT, "caller"))
+    refused = after(held, Refused(Command.ABORT, "not now"))
+    assert after(refused, PENDING)[1] == [Command.ABORT]
+
+
+def test_an_adopted_job_that_is_pending_is_finalized_or_undone() -> None:
+    assert after(phases.adopt(two_phase=True), HELD)[1] == [Command.FINALIZE]
+    state, actions = after(phases.adopt(two_phase=True, undoes=True), HELD)
+    assert (actions, state.by) == ([Command.ABORT], "caller")
+
+
+def test_a_job_adopted_to_be_undone_is_still_ours_to_decide_at_ready() -> None:
+    ready = Answered(JobSeen("ready", auto_finalize=False))
+    start = after(phases.adopt(two_phase=True, undoes=True), ready)
+    pivoted = after(start, Decided(Choice.PIVOT, "caller"), Accepted(Command.PIVOT))
+    assert after(pivoted, PENDING)[1] == [Command.FINALIZE]
+
+
+def test_a_lost_monitor_while_preparing_has_it_prepared_again() -> None:
+    lost = after(taken(Choice.PIVOT, PREPARES), PENDING, News.LINK_LOST, LinkBack(True))
+    assert after(lost, HELD)[1] == [Duty.PREPARE]
+
+
+def test_a_lost_monitor_while_a_decision_is_in_flight() -> None:
+    lost = after(decided(Choice.PIVOT), News.LINK_LOST)
+    assert lost[1] == [Duty.RELINK]
+    assert after(lost, News.LINK_LOST)[1] == []
+    assert after(lost, LinkBack(True), Answered(JobSeen("ready")))[1] == [Command.PIVOT]
+
+
+# -- a job that waits on storage errors -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["paused", "standby"])
+def test_a_halted_job_is_asked_why_if_errors_halt_it(status: str) -> None:
+    halted = StatusChanged(status)
+    assert Duty.ASK in after(STALLS, *RUNNING, halted)[1]
+    assert Duty.ASK not in after(ONE, *RUNNING, halted)[1]
+    full = Answered(JobSeen(status, io_status="nospace"))
+    stalled = after(STALLS, *RUNNING, full)
+    assert (stalled[0].stalled, stalled[1]) == (True, [Duty.STALL])
+    assert after(stalled, full)[1] == []
+    assert Duty.ASK not in after(stalled, halted)[1]
+    assert after(ONE, *RUNNING, full)[1] != [Duty.STALL]
+    for well in ("ok", ""):
+        assert Duty.STALL not in after(STALLS, *RUNNING, Answered(JobSeen(status)))[1]
+        fine = Answered(JobSeen(status, io_status=well))
+        assert Duty.STALL not in after(STALLS, *RUNNING, fine)[1]
+
+
+@pytest.mark.parametrize("status", ["running", "ready"])
+def test_a_job_that_moves_again_does_not_stall(status: str) -> None:
+    full = Answered(JobSeen("paused", io_status="nospace"))
+    state, actions = after(STALLS, *RUNNING, full, StatusChanged(status))
+    assert not state.stalled
+    assert Duty.ASK not in actions
+
+
+def test_a_stalled_job_is_resumed_when_there_is_room_again() -> None:
+    full = Answered(JobSeen("paused", io_status="nospace"))
+    stalled = after(STALLS, *RUNNING, full)
+    relieved = after(stalled, News.RELIEVED)
+    assert (relieved[0].stalled, relieved[1]) == (False, [Command.RESUME])
+    assert after(relieved, News.RELIEVED)[1] == []
+    assert after(relieved, Accepted(Command.RESUME))[0].trail == ()
+    ended = after(stalled, concluded("No space left on device"))
+    assert after(ended, News.RELIEVED)[1] == []
+
+
+# -- recycling ------------------------------------------------------------------------------------
+
+
+def test_a_recycle_freezes_the_guest_before_the_pivot() -> None:
+    freezing = decided(Choice.RECYCLE)
+    assert (freezing[0].phase, freezing[0].frozen, freezing[1]) == (
+        Phase.DECIDED,
+        True,
+        [Duty.FREEZE],
+    )
+    assert after(freezing, Answered(JobSeen("ready")))[1] == []
+    assert after(freezing, Frozen())[1] == [Command.PIVOT]
+
+
+def test_a_guest_that_can_not_be_frozen_aborts_the_recycle() -> None:
+    state, actions = after(decided(Choice.RECYCLE), Frozen("the guest does not stop"))
+    assert actions == [Command.ABORT]
+    assert (state.error, state.by) == ("the guest does not stop", "qmpcommit")
+
+
+def test_a_frozen_guest_is_nothing_to_any_other_decision() -> None:
+    assert after(decided(Choice.PIVOT), Frozen())[1] == []
+    assert after(decided(Choice.RECYCLE), Decided(Choice.ABORT, "caller"), Frozen())[1] == []
+
+
+def recycled() -> Step:
+    pivoted = after(decided(Choice.RECYCLE), Frozen(), Accepted(Command.PIVOT), Ended(False))
+    return after(pivoted, concluded(), GraphRead(Where.BASE))
+
+
+def test_a_fresh_overlay_is_laid_then_the_guest_goes_on_then_the_job_is_dismissed() -> None:
+    assert recycled()[1] == [Duty.OVERLAY]
+    laid = after(recycled(), Overlaid())
+    assert (laid[0].verdict, laid[0].error, laid[1]) == (Verdict.RECYCLED, None, [Duty.THAW])
+    assert after(laid, Overlaid())[1] == []
+    thawed = after(laid, News.THAWED)
+    assert (thawed[0].frozen, thawed[1]) == (False, [Command.DISMISS])
+
+
+def test_an_overlay_that_can_not_be_laid_is_a_pivot_with_an_error() -> None:
+    state, actions = after(recycled(), Overlaid("no room"))
+    assert (state.verdict, state.error, actions) == (Verdict.PIVOTED, "no room", [Duty.THAW])
+
+
+def test_an_overlay_comes_only_after_the_pivot_was_confirmed() -> None:
+    state, actions = after(decided(Choice.RECYCLE), Overlaid())
+    assert (state.overlaid, actions) == (False, [])
+    state, actions = after(decided(Choice.RECYCLE), News.THAWED)
+    assert (state.phase, state.frozen, actions) == (Phase.DECIDED, False, [])
+
+
+# -- the end --------------------------------------------------------------------------------------
+
+
+def test_a_dismissed_job_is_not_dismissed_again() -> None:
+    vanished = after(taken(Choice.PIVOT), Answered(None), GraphRead(Where.BASE))
+    assert vanished[1] == [Duty.FINISH]
+    confirmed = after(taken(Choice.PIVOT), concluded(), GraphRead(Where.BASE))
+    assert confirmed[1] == [Command.DISMISS]
+    assert after(confirmed, Answered(JobSeen("null")))[1] == []
+
+
+def test_who_dismissed_it_is_said_only_where_somebody_did() -> None:
+    ended = (Ended(False, None, 10, 10), concluded())
+    for start, where, verdict in (
+        (taken(Choice.PIVOT), Where.BASE, Verdict.PIVOTED),
+        (after(LAYER, *RUNNING), Where.MERGED, Verdict.MERGED),
+    ):
+        state, _ = after(start, Answered(None), GraphRead(where))
+        assert state.verdict is verdict
+        assert "another client" in state.trail[0]
+        state, _ = after(start, *ended, GraphRead(where))
+        assert (state.verdict, state.trail) == (verdict, ())
+
+
+def test_a_layer_whose_end_is_unknown_has_vanished() -> None:
+    gone = after(LAYER, *RUNNING, Answered(None))
+    assert after(gone, GraphRead(Where.OTHER))[0].verdict is Verdict.VANISHED
+    assert after(gone, GraphRead(Where.UNUSED))[0].verdict is Verdict.MERGED
+
+
+def test_a_disk_that_nobody_uses_says_why_its_pivot_is_believed() -> None:
+    state, _ = after(taken(Choice.PIVOT), concluded(), GraphRead(Where.UNUSED))
+    assert "no device" in state.trail[0]
+    ready = after(ONE, *RUNNING, BecameReady())
+    state, _ = after(ready, concluded(), GraphRead(Where.UNUSED))
+    assert state.verdict is Verdict.FAILED
+    assert "can't be seen" in str(state.error)
+
+
+def test_a_short_keep_says_how_short() -> None:
+    state, _ = after(taken(Choice.KEEP), concluded(done=9), GraphRead(Where.TOP))
+    assert "9 of 10" in str(state.error)
+
+
+def test_the_end_is_told_by_its_event_and_by_the_job() -> None:
+    event, asked = Ended(False, None, 0, 0), concluded("Input/output error", done=4)
+    end = after(taken(Choice.KEEP), event, asked)[0].end
+    assert end == Ended(False, "Input/output error", 4, 10)
+    end = after(taken(Choice.KEEP), asked)[0].end
+    assert end == Ended(False, "Input/output error", 4, 10)
+    first = Ended(False, "the first error", 1, 2)
+    assert after(taken(Choice.KEEP), first, asked)[0].end == first._replace(done=4, total=10)
+    cancelled = Ended(True)
+    assert after(taken(Choice.KEEP), cancelled, asked)[0].end == Ended(True, None, 4, 10)
+    well = after(taken(Choice.KEEP), Ended(False), concluded())[0].end
+    assert well == Ended(False, None, 10, 10)
+
+
+def test_an_error_after_an_abort_that_was_taken_is_its_cancellation() -> None:
+    error = concluded("the job was stopped")
+    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    assert after(start, Accepted(Command.ABORT), error)[0].end == Ended(True, None, 10, 10)
+    for other in (start, taken(Choice.PIVOT)):
+        assert after(other, error)[0].end == Ended(False, "the job was stopped", 10, 10)
+
+
+def test_a_monitor_that_dies_after_the_end_leaves_the_verdict() -> None:
+    confirmed = after(taken(Choice.PIVOT), concluded(), GraphRead(Where.BASE), News.LINK_LOST)
+    assert after(confirmed, LinkDead(True))[0].verdict is Verdict.PIVOTED
+    frozen = after(recycled(), News.LINK_LOST, LinkDead(True))
+    assert frozen[0].verdict is Verdict.VM_GONE
+
+
+# -- another process goes on ----------------------------------------------------------------------
+
+
+def test_whoever_takes_over_believes_nothing_that_was_under_way() -> None:
+    state = State(
+        two_phase=True,
+        phase=Phase.COPYING,
+        linked=False,
+        in_flight=True,
+        preparing=True,
+        resumed=True,
+        stalled=True,
+        other_vm=True,
+    )
+    resumed, actions = phases.resume(state, same_vm=True)
+    assert actions == [Duty.ASK]
+    assert resumed == State(two_phase=True, phase=Phase.COPYING, taken_up=True)
+    assert phases.resume(state, same_vm=None)[0] == resumed
+
+
+def test_a_job_that_was_never_seen_may_have_begun_and_ended() -> None:
+    start = phases.resume(ONE[0], same_vm=True)
+    gone = after(start, Answered(None))
+    assert gone[1] == [Duty.READ_GRAPH]
+    assert after(gone, GraphRead(Where.TOP))[0].verdict is Verdict.NEVER_BEGAN
+    assert after(gone, GraphRead(Where.OTHER))[0].verdict is Verdict.NEVER_BEGAN
+    assert after(gone, GraphRead(Where.BASE))[0].verdict is Verdict.PIVOTED
+    layer = after(phases.resume(LAYER[0], same_vm=True), Answered(None))
+    assert after(layer, GraphRead(Where.MERGED))[0].verdict is Verdict.MERGED
+    ended = after(start, Ended(False, None, 10, 10), Answered(None), GraphRead(Where.TOP))
+    assert ended[0].verdict is Verdict.KEPT
+
+
+def test_a_finished_commit_is_finished() -> None:
+    state, _ = after(ONE, Refused(Command.START, "no"))
+    assert phases.resume(state, same_vm=True)[1] == [Duty.FINISH]
+
+
+def test_what_was_left_to_do_after_the_end_is_done() -> None:
+    state, _ = after(taken(Choice.PIVOT), concluded(), GraphRead(Where.BASE))
+    assert phases.resume(state, same_vm=True)[1] == [Command.DISMISS]
+    state, _ = after(recycled(), Overlaid())
+    assert phases.resume(state, same_vm=None)[1] == [Duty.THAW]
+
+
+def test_another_qemu_has_no_job_of_ours_and_no_guest_to_thaw() -> None:
+    confirmed, _ = after(recycled(), Overlaid())
+    state, actions = phases.resume(confirmed._replace(trail=("first",)), same_vm=False)
+    assert (state.verdict, state.frozen, actions) == (Verdict.RECYCLED, False, [Duty.FINISH])
+    assert state.trail[0] == "first"
+    assert "before what follows" in state.trail[1]
+    frozen = decided(Choice.RECYCLE)[0]
+    state, actions = phases.resume(frozen, same_vm=False)
+    assert (state.verdict, state.frozen, actions) == (Verdict.VM_GONE, False, [Duty.FINISH])
+
+
+def test_a_freeze_that_was_noted_is_done_again_unless_the_pivot_was_sent() -> None:
+    freezing = decided(Choice.RECYCLE)[0]
+    state, actions = phases.resume(freezing, same_vm=True)
+    assert (state.in_flight, actions) == (True, [Duty.FREEZE])
+    assert after((state, []), Answered(JobSeen("ready")))[1] == []
+    sent = after(decided(Choice.RECYCLE), Frozen())[0]
+    assert phases.resume(sent, same_vm=True)[1] == [Duty.ASK]
+    thawed = freezing._replace(frozen=False)
+    assert phases.resume(thawed, same_vm=True)[1] == [Duty.ASK]
+    assert phases.resume(taken(Choice.PIVOT)[0], same_vm=True)[1] == [Duty.ASK]
+
+
+def test_whoever_takes_over_at_ready_asks_the_policy_again() -> None:
+    ready, _ = after(ONE, *RUNNING, BecameReady())
+    start = phases.resume(ready, same_vm=True)
+    assert (start[0].phase, start[1]) == (Phase.COPYING, [Duty.ASK])
+    assert after(start, Answered(JobSeen("ready")))[1] == [Duty.CONSULT]
+    pivot = phases.resume(decided(Choice.PIVOT)[0], same_vm=True)
+    assert pivot[0].phase is Phase.DECIDED
+    actions: list[Action] = after(pivot, Answered(JobSeen("ready")))[1]
+    assert actions == [Command.PIVOT]
