@@ -5,6 +5,8 @@
 #   ./tests/run.sh --all-qemu [PYTEST ARGUMENT ...]       block jobs on QEMU 5.2 to the newest,
 #                                                         and the README's table of them
 #   ./tests/run.sh --debug-asyncio [PYTEST ARGUMENT ...]  in Python's development mode
+#   ./tests/run.sh --soak MINUTES                         random operations beside a model of the
+#                                                         disks; memory and open files must not grow
 #   ./tests/run.sh --all-python [PYTEST ARGUMENT ...]     unit tests on every Python found
 #
 # On Debian and Ubuntu what is missing is installed with apt-get (by sudo where you are not
@@ -52,6 +54,11 @@ case ${1:-} in
     need_venv test
     [ $# -gt 0 ] || set -- tests/unit tests/real
     exec "$VENV/bin/python" -X dev -m pytest "$@"
+    ;;
+--soak)
+    shift
+    need_venv test
+    exec "$VENV/bin/python" -m tests.model.soak "$@"
     ;;
 esac
 need_venv test

@@ -188,10 +188,14 @@ def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded
 
 
 def _subject(plan: Plan) -> str:
+    if not plan.top.node_name:
+        return f"the commit job {plan.job_id} of {plan.vm}"
     return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
 
 
 def _still_active(plan: Plan) -> str:
+    if not plan.top.node_name:  # adopted when it had ended: nothing is known of its disk
+        return "Which image the guest writes to now, 'qmpcommit chain' shows"
     if not plan.two_phase:
         return f"The chain of {plan.disk} is as it was and whole"
     return f"{plan.top.filename} is still the active image and whole"

@@ -75,6 +75,7 @@ class Monitor(Queries):
         self.subscribers = Subscribers()
         self._watchers: set[asyncio.Task[None]] = set()
         self._opening = asyncio.Lock()
+        self._connecting: asyncio.Task[None] | None = None
         self._closed = False
         if client is not None:
             client.register_listener(self._tap)
@@ -89,14 +90,32 @@ class Monitor(Queries):
         """
         async with self._opening:
             if self._closed:
-                raise MonitorLost(f"the session with {self.name} was closed", vm=self.name)
+                raise self._was_closed()
             if self.connected:
                 pass
             elif self._shared is not None:
                 await self._attach()
             else:
-                await self._connect_past_events()
+                await self._connect_unless_closed()
         return self
+
+    def _was_closed(self) -> MonitorLost:
+        return MonitorLost(f"the session with {self.name} was closed", vm=self.name)
+
+    async def _connect_unless_closed(self) -> None:
+        """Connect; who closes us meanwhile ends that, or it would hold the monitor for ever."""
+        task = asyncio.current_task()
+        assert task is not None
+        before = task.cancelling()
+        self._connecting = asyncio.create_task(self._connect_past_events())
+        try:
+            await self._connecting
+        except asyncio.CancelledError:
+            if self._closed and task.cancelling() == before:
+                raise self._was_closed() from None
+            raise
+        finally:
+            self._connecting = None
 
     def __await__(self) -> Any:
         return self.open().__await__()
@@ -118,6 +137,8 @@ class Monitor(Queries):
 
     async def _close(self) -> None:
         self._closed = True
+        if self._connecting is not None:
+            await stop(self._connecting)
         self.subscribers.end()
         client, self._client = self._client, None
         if self._shared is not None:

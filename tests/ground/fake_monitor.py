@@ -102,13 +102,17 @@ class FakeMonitor:
         for writer in self._writers:
             writer.transport.abort()
 
+    async def all_closed(self) -> None:
+        """Wait until nobody is connected any more."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+
     async def close(self) -> None:
         """Hang up and stop."""
         self.drop()
         for task in list(self._tasks):
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(set(self._tasks))
+        await self.all_closed()
 
 
 @asynccontextmanager

@@ -249,6 +249,19 @@ async def test_a_closed_session_is_closed(folder: Path) -> None:
         await vm.close()
 
 
+async def test_closing_ends_a_connection_that_is_being_made(folder: Path) -> None:
+    """It would hold the monitor, and nobody could close it any more."""
+    async with fake_monitor(folder, greeting=b"") as fake:
+        vm = qc.Session.connect(fake.path, timeout=60)
+        opening = asyncio.create_task(vm.open())
+        async with asyncio.timeout(20):
+            await fake.connected.wait()
+            await vm.close()
+            with pytest.raises(qc.MonitorLost, match="closed"):
+                await opening
+            await fake.all_closed()
+
+
 # -- a commit over a monitor that fails -----------------------------------------------------------
 
 

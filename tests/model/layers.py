@@ -1,0 +1,93 @@
+"""The plain model: what each image of a chain must contain, cluster by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CLUSTER = 65536
+Values = frozenset[int]
+"""The bytes that a cluster may be full of; several where an aborted commit may have copied it."""
+
+ZERO: Values = frozenset({0})
+
+NOT_THERE = -1
+"""Among a layer's own values: the cluster is perhaps not in it, and shows what is below."""
+
+
+@dataclass
+class Layer:
+    """One image: `own` are the clusters that it has itself, `clusters` its size."""
+
+    path: Path
+    clusters: int
+    own: dict[int, Values] = field(default_factory=dict)
+
+    @property
+    def node(self) -> str:
+        """The node-name that it is opened as."""
+        return self.path.stem
+
+
+class Layers:
+    """A chain, bottom first; the last one is the active layer."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.chain = list(layers)
+
+    @property
+    def active(self) -> Layer:
+        """What the guest writes to."""
+        return self.chain[-1]
+
+    def shown(self, place: int, cluster: int) -> Values:
+        """What an image shows at a cluster, with all that is below it."""
+        found: set[int] = set()
+        for layer in reversed(self.chain[: place + 1]):
+            own = layer.own.get(cluster, frozenset({NOT_THERE}))
+            found |= own - {NOT_THERE}
+            if NOT_THERE not in own:
+                return frozenset(found)
+            if cluster >= layer.clusters:
+                break
+        return frozenset(found | ZERO)
+
+    def write(self, cluster: int, value: int) -> None:
+        """The guest has written."""
+        self.active.own[cluster] = frozenset({value})
+
+    def committed(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
+        """All of (base, top] is in the base now, but for what was overwritten, as `seen`, since."""
+        for cluster in self._between(base, top):
+            self.chain[base].own[cluster] = self.shown(top, cluster) | seen.get(cluster, set())
+        self.chain[base].clusters = max(self.chain[base].clusters, self.chain[top].clusters)
+
+    def perhaps(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
+        """Some of (base, top] is in the base, as it was at any time; `seen` is what was written."""
+        for cluster in self._between(base, top):
+            own = self.chain[base].own.get(cluster, frozenset({NOT_THERE}))
+            values = own | self.shown(top, cluster) | seen.get(cluster, set())
+            self.chain[base].own[cluster] = values
+
+    def merged(self, base: int, top: int) -> None:
+        """The layers above the base, up to top, are not in the chain any more."""
+        del self.chain[base + 1 : top + 1]
+
+    def _between(self, base: int, top: int) -> set[int]:
+        return {c for layer in self.chain[base + 1 : top + 1] for c in layer.own}
+
+    def wrong(self, place: int, data: bytes) -> str | None:
+        """Where an image's bytes are not what they must be; None where all are."""
+        layer = self.chain[place]
+        if not layer.clusters * CLUSTER <= len(data) <= self.active.clusters * CLUSTER:
+            return f"{layer.path.name} has {len(data)} bytes, not {layer.clusters * CLUSTER}"
+        for cluster in range(len(data) // CLUSTER):
+            found = data[cluster * CLUSTER : (cluster + 1) * CLUSTER]
+            allowed = self.shown(place, cluster)
+            if found[0] not in allowed or found.count(found[0]) != CLUSTER:
+                return (
+                    f"cluster {cluster} of {layer.path.name} is {found[:4].hex()}... and"
+                    f" {found.count(found[0])} times that, not one of {sorted(allowed)}"
+                )
+        return None
