@@ -12,7 +12,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -119,7 +119,10 @@ async def clear_away(
             warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
     stale = (plan.top, *plan.between)
     try:
-        warnings += await close_nodes(monitor, [image.node_name for image in stale])
+        if outcome.action == "recycle":
+            warnings += await close_layers(monitor, stale)
+        else:
+            warnings += await close_nodes(monitor, [image.node_name for image in stale])
         if plan.stale != "leave" and hook != "failed" and not keep_files:
             graph = await read_graph(monitor)
             for image in stale:
@@ -140,6 +143,19 @@ async def clear_away(
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
     return replace(outcome, warnings=warnings, deleted=deleted, hook=hook)
+
+
+async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:
+    """`close_nodes`, and the file nodes of layers that were closed before, by us or whoever."""
+    warnings = await close_nodes(monitor, [image.node_name for image in stale])
+    graph = await read_graph(monitor)
+    files = {image.filename for image in stale if image.node_name not in graph.nodes}
+    left = [
+        name
+        for name, node in graph.nodes.items()
+        if node.raw.get("file") in files and not _users(graph, name, ())
+    ]
+    return warnings + (await close_nodes(monitor, left) if left else [])
 
 
 async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:

@@ -266,6 +266,23 @@ async def test_a_recycled_overlay_is_empty_and_the_base_whole(
     assert "backing file format: qcow2" in info
 
 
+async def test_an_overlay_of_a_recycle_is_recycled_without_a_trace(folder: Path) -> None:
+    """Its file's node was opened by itself, and so it does not go with the overlay's."""
+    chain = make_chain(folder)
+    overlays = [folder / f"round{number}.qcow2" for number in range(4)]
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        for overlay in overlays:
+            job = await vm.commit("vda", policy=qc.Recycle(str(overlay)), delete=True)
+            outcome = await job.wait()
+            assert outcome.warnings == []
+            assert outcome.deleted == outcome.invalidated
+        ours = {name for name in await nodes(vm) if name.startswith("qmpcommit-")}
+        assert len(ours) == 2, ours
+        await qemu.quit()
+    assert sorted(folder.glob("*.qcow2")) == sorted([chain.base, overlays[-1]])
+    assert_disk(overlays[-1], chain.pictures[-1])
+
+
 async def test_a_keep_is_not_what_a_recycle_is(folder: Path) -> None:
     """The failing twin: after a keep the next commit copies everything again."""
     chain = make_chain(folder)
