@@ -84,6 +84,7 @@ Seconds = Annotated[float, BeforeValidator(_seconds)]
 Connect = Literal["keep", "on-demand"]
 FilePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_path)]
 Number = Annotated[int, Field(strict=True, ge=1)]
+CommandWord = Annotated[str, Field(max_length=4096), AfterValidator(_check_path)]
 Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
@@ -184,6 +185,35 @@ class Flatten(_Section):
         return self
 
 
+class Cycle(_Section):
+    """A schedule: an overlay's changes are carried into the base if they deserve it, or discarded.
+
+    A round comes `every` so many seconds, or daily `at` a time of this host. The command
+    `keep_if`, which gets `timeout` seconds, says by its exit status whether the base takes the
+    overlay's changes (0) or they are thrown away (1 to 125); anything else changes nothing.
+    Either way an empty overlay begins, in `overlay_dir` or beside the former one, which `delete`
+    has deleted. After a discard the `guest` is reset, or stays stopped.
+    """
+
+    vm: VMName
+    disk: Pattern
+    every: Annotated[Seconds, Field(ge=0.05)] | None = None
+    at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    keep_if: Annotated[tuple[CommandWord, ...], Field(min_length=1, max_length=256)]
+    timeout: Seconds = Field(default=60.0, gt=0)
+    overlay_dir: FilePath | None = None
+    guest: Literal["reset", "stop"]
+    delete: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Cycle:
+        if (self.every is None) == (self.at is None):
+            raise ValueError("give every or at: when its rounds come")
+        if self.overlay_dir is not None and not self.overlay_dir.startswith("/"):
+            raise ValueError("overlay_dir is an absolute path")
+        return self
+
+
 class Config(_Section):
     """All of it.
 
@@ -203,6 +233,7 @@ class Config(_Section):
     discover: tuple[Discover, ...] = ()
     vm: tuple[ConfiguredVM, ...] = ()
     flatten: tuple[Flatten, ...] = ()
+    cycle: tuple[Cycle, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -210,6 +241,10 @@ class Config(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several VMs are called {', '.join(twice)}")
+        disks = [(cycle.vm, cycle.disk) for cycle in self.cycle]
+        again = sorted({f"{vm} {disk}" for vm, disk in disks if disks.count((vm, disk)) > 1})
+        if again:
+            raise ValueError(f"several cycles are for {', '.join(again)}")
         return self
 
 

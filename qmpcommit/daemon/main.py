@@ -20,10 +20,11 @@ import structlog
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import rule_api, systemd
+from qmpcommit.daemon import cycle_api, rule_api, systemd
 from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
@@ -79,12 +80,13 @@ async def _serve(config: Config, seconds: float | None) -> None:
     metrics = Metrics()
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
-    rules = Rules(engine)
-    engine.stories = (*engine.stories, rules)
+    rules, cycles = Rules(engine), Cycles(engine)
+    engine.stories = (*engine.stories, rules, cycles)
     given = systemd.listening()
     sockets = _listen(config, given)
     app = create_app(engine)
     rule_api.routes(app, rules)
+    cycle_api.routes(app, cycles)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
         http=PeerProtocol,

@@ -48,6 +48,13 @@ class Metrics:
         self.flatten_failing = Gauge(
             "flatten_failing_disks", "Disks whose last step failed, by rule", ("rule",), **made
         )
+        self.cycle_rounds = Counter(
+            "cycle_rounds", "Rounds of cycles, by how they ended", ("vm", "disk", "result"), **made
+        )
+        self.cycle_kept_age = Gauge(
+            "cycle_kept_age_seconds", "Since a round last carried changes into the base",
+            ("vm", "disk"), **made,
+        )  # fmt: skip
         self.orphans = Gauge("orphan_jobs", "Jobs of ours that nobody owns", ("vm",), **made)
         self.vms = Gauge("vms", "VMs, by the state of their connection", ("state",), **made)
         self.reconnects = Counter("reconnects", "Connections that were lost", **made)

@@ -12,11 +12,10 @@ import asyncio
 import json
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qmpcommit.block.chain import Disk, find_disk
+from qmpcommit.block.chain import Disk
 from qmpcommit.commit.flatten import Step
 from qmpcommit.daemon.config import Flatten
 from qmpcommit.daemon.engine import Engine
@@ -25,6 +24,7 @@ from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.rule_models import RuleDisk, RuleView
 from qmpcommit.daemon.steps import (
     STEP_PREFIX,
+    commits_of,
     hands_off,
     is_for,
     overlay_size,
@@ -33,7 +33,7 @@ from qmpcommit.daemon.steps import (
     request_of,
     step_of,
 )
-from qmpcommit.errors import DiskNotFound, QmpCommitError
+from qmpcommit.errors import QmpCommitError
 from qmpcommit.journal import event
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
@@ -198,23 +198,13 @@ class Rules:
         for key in [k for k in standing.disks if k[0] == vm.name and k[1] not in names]:
             del standing.disks[key]
         for disk in mine:
-            held = self._held(vm.name, disk, disks)
+            held = commits_of(self._engine.live.values(), vm.name, disk, disks)
             step = self._judge(standing, vm.name, disk, held)
             if step is not None:
                 self._at_work.add(vm.name)
                 seen = standing.disks[vm.name, disk.name]
                 self._go(self._step(standing, seen, disk, step), f"flatten {vm.name}")
                 break
-
-    def _held(self, vm: str, disk: Disk, disks: list[Disk]) -> list[str]:
-        """The commits of this disk that have not ended."""
-        found = []
-        for promise in self._engine.live.values():
-            if promise.vm == vm:
-                with suppress(DiskNotFound):
-                    if find_disk(disks, promise.disk, vm=vm).root == disk.root:
-                        found.append(promise.id)
-        return found
 
     def _judge(self, standing: Standing, vm: str, disk: Disk, held: list[str]) -> Step | None:
         """What is to be done with this disk now; None for nothing."""

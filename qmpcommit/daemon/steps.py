@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 
-from qmpcommit.block.chain import Disk, Image, qdev_id
+from qmpcommit.block.chain import Disk, Image, find_disk, qdev_id
 from qmpcommit.commit.flatten import Step, next_step
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
 from qmpcommit.daemon.config import Flatten
 from qmpcommit.daemon.models import CommitRequest
-from qmpcommit.errors import JobConflict
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.errors import DiskNotFound, JobConflict
 from qmpcommit.units import show_size
 
 STEP_PREFIX = f"{JOB_PREFIX}flatten-"
@@ -64,6 +66,19 @@ def hands_off(disk: Disk, held_by: Iterable[str]) -> str:
         return f"it has a block job ({', '.join(disk.jobs)})"
     commits = ", ".join(held_by)
     return f"it has a commit that has not ended ({commits})" if commits else ""
+
+
+def commits_of(
+    promises: Iterable[Promise], vm: str, disk: Disk, disks: Sequence[Disk]
+) -> list[str]:
+    """The ids of those of `promises` that are for this disk."""
+    found = []
+    for promise in promises:
+        if promise.vm == vm:
+            with suppress(DiskNotFound):
+                if find_disk(disks, promise.disk, vm=vm).root == disk.root:
+                    found.append(promise.id)
+    return found
 
 
 def pause(rule: Flatten, failures: int) -> float:

@@ -1,4 +1,4 @@
-"""The daemon, killed by SIGKILL at its n-th step after the first commit was asked for.
+"""The daemon, killed by SIGKILL at its n-th step after the first commit or round was asked for.
 
 A step is what the journal or QEMU is told, and each file that goes: there is a place to die
 before it and one after it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import qmpcommit.cli.main
+from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.journal import Journal
 from qmpcommit.session import Session
@@ -67,8 +68,15 @@ async def take(*args: Any, **more: Any) -> Any:
     return await TAKE(*args, **more)
 
 
-UNLINK, TAKE = os.unlink, Engine.take
+async def begin(*args: Any, **more: Any) -> Any:
+    """`Cycles.begin`, from which on it counts, too."""
+    Counter.asked = True
+    return await BEGIN(*args, **more)
+
+
+UNLINK, TAKE, BEGIN = os.unlink, Engine.take, Cycles.begin
 os.unlink = unlink
+Cycles.begin = begin  # type: ignore[method-assign]
 Engine.take = take  # type: ignore[method-assign]
 around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
 around(Session, "execute", lambda self, command, *rest: str(command))

@@ -54,6 +54,16 @@ overlay_size = "20GiB"
 every = "5min"
 bandwidth = "50MiB"
 delete = true
+
+[[cycle]]
+vm = "web1"
+disk = "vda"
+at = "03:00"
+keep_if = ["is-good", "web1"]
+timeout = "2min"
+overlay_dir = "/srv/overlays"
+guest = "reset"
+delete = true
 """
 
 
@@ -69,8 +79,14 @@ def test_every_member_is_read() -> None:
     rule = config.flatten[0]
     assert (rule.disk, rule.keep, rule.depth, rule.overlay_size) == ("*", 2, 8, 20 << 30)
     assert (rule.every, rule.bandwidth, rule.delete) == (300, 50 << 20, True)
+    cycle = config.cycle[0]
+    assert (cycle.every, cycle.at, cycle.timeout) == (None, "03:00", 120)
+    assert cycle.keep_if == ("is-good", "web1")
     assert parse(b"", "x") == Config()
 
+
+TRUE = "['true']"
+CYCLE = f"[[cycle]]\nvm = 'a'\ndisk = 'vda'\nkeep_if = {TRUE}\nguest = 'reset'\n"
 
 WRONG = {
     "stat = 1": "stat: Extra inputs",
@@ -109,6 +125,16 @@ WRONG = {
     "[[flatten]]\nvm = ''\nkeep = 3\ndepth = 3": "flatten.0.vm: ",
     "[[flatten]]\nvm = 'a'\nkeep = 1\noverlay_size = 'big'": "flatten.0.overlay_size: .*'big'",
     "[[flatten]]\nvm = 'a'\nkeep = 1\ndepth = 2\nevery = 0": "flatten.0.every: ",
+    "[[cycle]]\nvm = 'a'": "cycle.0.disk: Field required",
+    CYCLE: "cycle.0: .*every or at",
+    f"{CYCLE}every = 5\nat = '03:00'": "cycle.0: .*every or at",
+    f"{CYCLE}at = '24:00'": "cycle.0.at: ",
+    f"{CYCLE}every = 0": "cycle.0.every: ",
+    f"{CYCLE}every = 5\ntimeout = 0": "cycle.0.timeout: ",
+    f"{CYCLE}every = 5\noverlay_dir = 'vms'": "cycle.0: .*absolute",
+    f"{CYCLE.replace('reset', 'pause')}every = 5": "cycle.0.guest: ",
+    f"{CYCLE.replace(TRUE, '[]')}every = 5": "cycle.0.keep_if: ",
+    f"{CYCLE}every = 5\n{CYCLE}every = 6": "top: .*several cycles are for a vda",
     "x = [": "is no TOML",
     "a = 1\na = 2": "is no TOML",
 }

@@ -1,0 +1,187 @@
+"""An overlay is exchanged for an empty one over its base, under a real QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.block.chain import absolute
+from qmpcommit.commit.aftermath import identify
+from qmpcommit.commit.exchange import Exchange, Guest
+from qmpcommit.commit.plan import Plan
+from qmpcommit.errors import CommandRefused
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import Style, machine, storage_daemon
+
+
+class Notes:
+    """What was noted, all facts together; the process "dies" before the step `dies_at`."""
+
+    def __init__(self, dies_at: str = "") -> None:
+        self.noted: dict[str, Any] = {}
+        self.steps: list[str] = []
+        self._dies_at = dies_at
+
+    async def note(self, step: str, **facts: Any) -> None:
+        self.noted = {**self.noted, **facts, "step": step}
+        self.steps.append(step)
+        if step == self._dies_at:
+            raise asyncio.CancelledError
+
+
+async def plan_of(vm: qc.Session, name: str = "vda") -> Plan:
+    disk = await vm.disk(name)
+    return Plan(vm=vm.name, disk=disk, top=disk.chain[0], base=disk.chain[1],
+                job_id="qmpcommit-c0123", two_phase=True, policy=qc.Pivot())  # fmt: skip
+
+
+async def exchange(
+    vm: qc.Session, plan: Plan, fresh: Path, notes: Notes, *, guest: Guest = "reset"
+) -> list[str]:
+    file = identify(absolute(plan.top, vm.cwd), vm.peer_pid)
+    made = Exchange(vm, plan, str(fresh), guest=guest, note=notes.note, file=file,
+                    noted=notes.noted)  # fmt: skip
+    return await made.run()
+
+
+@pytest.mark.parametrize("style", ["blockdev", "drive", "implicit"])
+async def test_the_disk_starts_again_from_its_base(folder: Path, style: Style) -> None:
+    chain = make_chain(folder, 3)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, style=style, running=True) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        with session.events("RESET") as resets:
+            assert await exchange(session, await plan_of(session), fresh, Notes()) == []
+            async with asyncio.timeout(30):
+                async for _ in resets.raw():
+                    break
+        (disk,) = await session.disks()
+        assert [image.filename for image in disk.chain] == [
+            str(path) for path in (fresh, chain.files[1], chain.base)
+        ]
+        assert (await vm.execute("query-status"))["running"]
+        await vm.quit()
+    assert not chain.top.exists()
+    assert_disk(chain.files[1], chain.pictures[1])
+    assert_disk(fresh, chain.pictures[1])
+
+
+@pytest.mark.parametrize("filters", [("throttle",), ("copy-on-read",)])
+async def test_what_lies_over_the_overlay_stays(folder: Path, filters: tuple[str, ...]) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, filters=filters, running=True) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        assert await exchange(session, await plan_of(session), fresh, Notes()) == []
+        (disk,) = await session.disks()
+        assert disk.filters == (f"{filters[0]}0",)
+        assert disk.chain[0].filename == str(fresh)
+        await vm.quit()
+    assert_disk(fresh, chain.pictures[0])
+
+
+async def test_a_guest_stays_stopped_where_that_is_asked(folder: Path) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, running=True) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        await exchange(session, await plan_of(session), fresh, Notes(), guest="stop")
+        assert (await vm.execute("query-status"))["status"] == "paused"
+        await vm.quit()
+    assert_disk(fresh, chain.pictures[0])
+
+
+async def test_a_storage_daemon_has_no_guest(folder: Path) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        storage_daemon(folder, chain, export=False) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        await exchange(session, await plan_of(session, "top"), fresh, Notes())
+        await vm.quit()
+    assert_disk(fresh, chain.pictures[0])
+
+
+async def test_a_file_that_is_there_is_not_overwritten(folder: Path) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    fresh.write_text("precious")
+    async with (
+        machine(folder, chain, running=True) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        with pytest.raises(qc.CommitFailed, match="exists already"):
+            await exchange(session, await plan_of(session), fresh, Notes())
+        assert (await vm.execute("query-status"))["running"]
+        await vm.quit()
+    assert fresh.read_text() == "precious"
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("refused", ["blockdev-snapshot", "blockdev-reopen"])
+async def test_what_qemu_refuses_changes_nothing(folder: Path, refused: str) -> None:
+    """A QEMU that takes all but one command: no real one is known to refuse it."""
+
+    class Refusing(qc.Session):
+        async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+            if command.endswith(refused):
+                raise CommandRefused(f"{command} refused", command=command, desc="no",
+                                     error_class="GenericError")  # fmt: skip
+            return await super().execute(command, *more, **options)
+
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, running=True) as vm,
+        Refusing.connect(vm.qmp) as session,
+    ):
+        with pytest.raises((qc.CommitFailed, CommandRefused)):
+            await exchange(session, await plan_of(session), fresh, Notes())
+        (disk,) = await session.disks()
+        assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
+        assert (await vm.execute("query-status"))["running"]
+        await vm.quit()
+    assert not fresh.exists()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("step", ["stop", "lay", "reopen", "close", "guest", "exchanged"])
+async def test_another_process_goes_on_from_any_step(folder: Path, step: str) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            notes = Notes(step)
+            plan = await plan_of(session)
+            file = identify(absolute(plan.top, session.cwd), session.peer_pid)
+            with suppress(asyncio.CancelledError):
+                await exchange(session, plan, fresh, notes)
+            assert notes.steps[-1] == step
+        async with qc.Session.connect(vm.qmp) as session:
+            after = Notes()
+            after.noted = notes.noted
+            made = Exchange(session, plan, str(fresh), guest="reset", note=after.note, file=file,
+                            noted=notes.noted)  # fmt: skip
+            assert await made.run() == []
+            (disk,) = await session.disks()
+            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+            nodes = (await session.graph()).nodes
+        assert "top" not in nodes
+        assert (await vm.execute("query-status"))["running"]
+        assert await vm.execute("query-jobs") == []
+        await vm.quit()
+    assert not chain.top.exists()
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(fresh, chain.pictures[0])
