@@ -701,7 +701,11 @@ CHAOS: list[Callable[[Driver], object]] = [
 QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=15 * settings.default.max_examples,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     script=st.lists(st.integers(0, len(CHAOS) - 1) | st.sampled_from(QUIET), max_size=60),
     draws=st.lists(st.integers(0, 2**16), max_size=80),

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.block.graph import BlockGraph, build_graph
 from qmpcommit.commit.plan import (
     JOB_PREFIX,
     Request,
+    adopted_plan,
     check_job_id,
     check_vm_state,
     new_job_id,
@@ -141,3 +144,164 @@ def test_states_in_which_the_disks_are_anothers(status: str) -> None:
 @pytest.mark.parametrize("status", ["running", "paused", "prelaunch", "io-error", "shutdown"])
 def test_states_in_which_a_commit_is_fine(status: str) -> None:
     check_vm_state("web1", status)
+
+
+def test_a_plan_tells_what_was_asked_for() -> None:
+    made = plan(qc.Pivot(), on_error="stop", filter_node_name="flt", stale="delete")
+    assert (made.vm, made.disk, made.policy, made.stale) == ("web1", DISK, qc.Pivot(), "delete")
+    assert made.arguments["on-error"] == "stop"
+    assert made.arguments["filter-node-name"] == "flt"
+    assert "backing-mask-protocol" not in made.arguments
+    assert plan(qc.Pivot(), backing_mask_protocol=True).arguments["backing-mask-protocol"] is True
+    assert plan(qc.Pivot()).stale == "leave"
+    assert plan(qc.Keep(), top="mid").policy == qc.Keep()
+
+
+@pytest.mark.parametrize("on_error", ["report", "stop", "ignore", "enospc"])
+def test_what_an_error_on_the_storage_leads_to(on_error: Any) -> None:
+    made = plan(qc.Pivot(), on_error=on_error)
+    assert made.arguments["on-error"] == on_error
+    assert made.stalls is (on_error in ("stop", "enospc"))
+    assert not plan(qc.Pivot()).stalls
+
+
+def test_requests_that_are_none() -> None:
+    for stale in ("leave", "rename", "delete"):
+        assert plan(qc.Pivot(), stale=stale).stale == stale
+    with pytest.raises(InvalidRequest, match=r"stale .*'burn'"):
+        plan(qc.Pivot(), stale="burn")
+    with pytest.raises(InvalidRequest, match=r"on_error .*'panic'"):
+        plan(qc.Pivot(), on_error="panic")
+    with pytest.raises(InvalidRequest, match="shallow or a base, not both"):
+        plan(qc.Pivot(), shallow=True, base="base")
+    with pytest.raises(InvalidRequest, match="'a b' is no job id"):
+        plan(qc.Pivot(), job_id="a b")
+
+
+def test_a_wrong_layer_says_which_was_meant() -> None:
+    with pytest.raises(qc.ChainError, match=r"^top"):
+        plan(qc.Pivot(), top="nowhere")
+    with pytest.raises(qc.ChainError, match=r"^base"):
+        plan(qc.Pivot(), base="nowhere")
+
+
+def test_a_wrong_bandwidth_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="no bandwidth;"):
+        plan(qc.Pivot(), bandwidth="fast")
+
+
+def test_the_shortest_chain_has_two_layers() -> None:
+    made = plan(qc.Pivot(), qc.Disk(name="vda", chain=LAYERS[:2]))
+    assert (made.top, made.base, made.between) == (*LAYERS[:2], ())
+
+
+def test_relative_names_are_relative_to_where_the_vm_runs() -> None:
+    layers = tuple(qc.Image(n, f"{n}/{n}.qcow2", "qcow2") for n in ("top", "mid", "low", "base"))
+    disk = qc.Disk(name="vda", chain=layers)
+    request = Request("vda", top="/vms/low/low.qcow2", keep_relative=True)
+    made = plan_commit("web1", disk, request, None, cwd="/vms")
+    assert made.top == layers[2]
+    assert made.arguments["backing-file"] == "../base/base.qcow2"
+    request = Request("vda", top="mid", base="low", keep_relative=True)
+    made = plan_commit("web1", disk, request, None, cwd="/vms")
+    assert made.arguments["backing-file"] == "../low/low.qcow2"
+    active = plan_commit("web1", disk, Request("vda", keep_relative=True), qc.Pivot(), cwd="/vms")
+    assert "backing-file" not in active.arguments
+
+
+def test_the_new_backing_name_is_relative_to_the_overlay_above_top() -> None:
+    names = ("/a/one.qcow2", "/b/two.qcow2", "/c/three.qcow2", "/b/base.qcow2")
+    layers = tuple(qc.Image(f"n{i}", name, "qcow2") for i, name in enumerate(names))
+    disk = qc.Disk(name="vda", chain=layers)
+    request = Request("vda", top=2, keep_relative=True)
+    assert plan_commit("v", disk, request, None).arguments["backing-file"] == "base.qcow2"
+    cwd = "/elsewhere"
+    mixed = (layers[0], qc.Image("n1", "two.qcow2", "qcow2"), *layers[2:])
+    made = plan_commit("v", qc.Disk(name="vda", chain=mixed), request, None, cwd=cwd)
+    assert made.arguments["backing-file"] == "../b/base.qcow2"
+
+
+def test_all_jobs_of_a_disk_are_told() -> None:
+    with pytest.raises(qc.JobConflict, match=r"job7, job8\. Wait"):
+        plan(qc.Pivot(), qc.Disk(name="vda", chain=LAYERS, jobs=("job7", "job8")))
+
+
+def test_a_job_id_has_room_for_the_end_of_a_name() -> None:
+    """QOM paths differ in their ends."""
+    made = new_job_id("/" + "x" * 40 + "aZ9" + "." * 28)
+    assert made.removeprefix(f"{JOB_PREFIX}").rpartition("-")[0] == "xaZ9" + "." * 28
+    assert check_job_id("a" * 255) == "a" * 255
+
+
+def test_a_state_that_is_unfit_is_in_the_error() -> None:
+    with pytest.raises(VMStateError) as error:
+        check_vm_state("web1", "inmigrate")
+    assert (error.value.vm, error.value.status) == ("web1", "inmigrate")
+
+
+# -- a job that runs already ----------------------------------------------------------------------
+
+
+def graph(job: dict[str, str] | None, *, gone: tuple[str, ...] = ()) -> BlockGraph:
+    """The chain top - mid - low - base under a device, and what the job ``j`` holds of it."""
+    names = ("top", "mid", "low", "base")
+    nodes: list[dict[str, Any]] = [
+        {"node-name": name, "drv": "qcow2", "file": f"/i/{name}.qcow2"}
+        for name in names
+        if name not in gone
+    ]
+    ids = {name: i for i, name in enumerate((*names, "j"))}
+    edges = [
+        {"parent": ids[over], "child": ids[under], "name": "backing"}
+        for over, under in pairwise(names)
+        if over not in gone and under not in gone
+    ]
+    edges += [{"parent": ids["j"], "child": ids[n], "name": e} for e, n in (job or {}).items()]
+    vertices = [{"id": ids[n], "type": "block-driver", "name": n} for n in names]
+    vertices.append({"id": ids["j"], "type": "block-job", "name": "j"})
+    device = {"device": "vda", "qdev": "d0", "inserted": {"node-name": "top"}}
+    return build_graph(
+        nodes, [] if "top" in gone else [device], [], {"nodes": vertices, "edges": edges}
+    )
+
+
+def adopted(job: dict[str, str] | None, *, gone: tuple[str, ...] = ()) -> qc.Plan:
+    return adopted_plan("web1", graph(job, gone=gone), "j", qc.Keep())
+
+
+def names_of(made: qc.Plan) -> tuple[str, str, tuple[str, ...]]:
+    return made.top.node_name, made.base.node_name, tuple(i.node_name for i in made.between)
+
+
+def test_an_adopted_commit_of_the_active_layer() -> None:
+    made = adopted({"source": "top", "target": "base"})
+    assert (made.vm, made.job_id, made.policy) == ("web1", "j", qc.Keep())
+    assert (made.disk.name, len(made.disk.chain)) == ("d0", 4)
+    assert made.two_phase
+    assert names_of(made) == ("top", "base", ("mid", "low"))
+
+
+def test_an_adopted_commit_of_an_intermediate_layer() -> None:
+    made = adopted({"source": "mid", "target": "base"})
+    assert not made.two_phase
+    assert names_of(made) == ("mid", "base", ("low",))
+
+
+def test_an_adopted_job_whose_edges_have_other_names() -> None:
+    made = adopted({"top": "mid", "main node": "low"})
+    assert names_of(made) == ("mid", "low", ())
+    made = adopted({"main node": "top", "intermediate node": "mid", "base": "low"})
+    assert names_of(made) == ("top", "low", ("mid",))
+
+
+def test_an_adopted_job_whose_layer_is_gone_from_the_graph() -> None:
+    made = adopted({"source": "mid", "target": "base"}, gone=("base",))
+    assert names_of(made)[0] == "mid"
+
+
+def test_an_adopted_job_that_nothing_is_known_of() -> None:
+    made = adopted(None)
+    assert (made.disk.name, made.disk.chain, made.between) == ("?", (), ())
+    assert made.two_phase
+    nothing = qc.Image(node_name="", filename="(unknown)", driver="")
+    assert (made.top, made.base) == (nothing, nothing)

@@ -14,7 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import qmpcommit as qc
 from qmpcommit.block.chain import Image
-from qmpcommit.commit.policy import parse_policy, run_command, settle
+from qmpcommit.commit import policy as policy_module
+from qmpcommit.commit.policy import immediate, parse_policy, run_command, settle
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 READY = qc.Ready(
@@ -214,3 +215,94 @@ async def test_a_callable_that_answers_nonsense_is_an_error() -> None:
 
     with pytest.raises(InvalidRequest, match="'pivot'"):
         await settle(decide, READY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", POLICIES[:3], ids=repr)
+async def test_a_decision_is_a_policy_that_needs_no_time(policy: Any) -> None:
+    assert immediate(policy) == (policy, "policy")
+    assert await settle(policy, READY) == (policy, "policy")
+
+
+def test_what_needs_time_is_not_immediate() -> None:
+    async def decide(ready: qc.Ready) -> qc.Pivot:
+        return qc.Pivot()
+
+    for policy in (qc.Hold(), qc.Check(command=["true"]), decide):
+        assert immediate(policy) is None
+
+
+async def test_a_hold_says_that_it_expired() -> None:
+    hold = qc.Hold(timeout=0.01, otherwise=qc.Abort())
+    assert await settle(hold, READY) == (qc.Abort(), "hold expired")
+
+
+async def test_a_hold_lasts_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    for timeout in (0, 0.5, 3):
+        await settle(qc.Hold(timeout=timeout), READY)
+    assert slept == [0, 0.5, 3]
+
+
+@pytest.mark.parametrize(("code", "by"), [(0, "check passed"), (1, "check failed")])
+async def test_who_decided_is_said_of_a_check(code: int, by: str) -> None:
+    check = qc.Check(command=["sh", "-c", f"exit {code}"])
+    assert await settle(check, READY) == (qc.Keep() if code else qc.Pivot(), by)
+
+
+async def test_a_callable_may_answer_with_a_check_that_learns_what_it_is_about() -> None:
+    async def decide(ready: qc.Ready) -> qc.Check:
+        return qc.Check(command=["sh", "-c", 'test "$QMPCOMMIT_DISK" = vda'])
+
+    assert (await settle(decide, READY)).by == "check passed"
+
+
+async def test_an_answer_that_is_no_policy_tells_the_job() -> None:
+    async def decide(ready: qc.Ready) -> None:
+        return None
+
+    with pytest.raises(InvalidRequest, match=r"None; it must answer Pivot\(\)") as error:
+        await settle(decide, READY)  # type: ignore[arg-type]
+    assert error.value.job_id == READY.job_id
+
+
+async def test_a_command_has_nothing_to_read() -> None:
+    """It must not take the keys of whoever sits at the terminal."""
+    script = 'test "$(readlink /proc/$$/fd/0)" = /dev/null'
+    assert await run_command(["sh", "-c", script], {}, 30) == 0
+
+
+@pytest.mark.parametrize("overlay", ["/i/new.qcow2", Path("/i/new.qcow2")])
+def test_a_recycle_takes_any_path(overlay: Any) -> None:
+    policy = qc.Recycle(overlay)
+    assert policy.overlay == "/i/new.qcow2"
+    assert isinstance(policy.overlay, str)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "words"),
+    [("", "not ''"), (None, "not None"), (3, "not 3"), ("a\0b", "NUL byte"), ("\0", "NUL byte")],
+)
+def test_a_recycle_without_a_file_name_is_refused(overlay: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        qc.Recycle(overlay)
+
+
+def test_a_wrong_timeout_says_whose_it_is() -> None:
+    with pytest.raises(InvalidRequest, match="hold's timeout"):
+        qc.Hold(timeout=-1)
+    with pytest.raises(InvalidRequest, match="check's timeout"):
+        qc.Check(command=["true"], timeout=-1)
+
+
+def test_the_union_of_policies_is_found_in_its_module_and_nothing_else_is() -> None:
+    """Its JSON schema tells the kinds by a discriminator."""
+    schema = TypeAdapter(policy_module.Policy).json_schema()
+    assert schema["discriminator"]["propertyName"] == "kind"
+    assert set(schema["discriminator"]["mapping"]) == set(policy_module.KINDS)
+    with pytest.raises(AttributeError, match=r"^nothing$"):
+        policy_module.nothing  # noqa: B018
