@@ -702,7 +702,7 @@ QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
 
 
 @settings(
-    max_examples=15 * settings.default.max_examples,
+    max_examples=15 * settings().max_examples,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
