@@ -165,6 +165,7 @@ def view_commit(engine: Engine, promise: Promise, progress: Progress | None = No
             "vm": promise.vm,
             "disk": promise.disk,
             "job_id": promise.job_id,
+            "group": promise.group or None,
             "state": promise.state,
             "phase": promise.phase,
             "priority": promise.priority,

@@ -6,9 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from qmpcommit.commit import phases
@@ -55,6 +55,8 @@ FINDING = 3.0
 MAX_BEGINS = 3
 """How often a commit is begun that QEMU turns out not to know."""
 
+T = TypeVar("T")
+
 _AWAY = (ConnectError, MonitorLost)
 
 
@@ -73,7 +75,7 @@ class Engine:
         self.told = 0
         self._news: dict[str, set[asyncio.Event]] = {}
         self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._taking: set[asyncio.Future[tuple[Promise, bool]]] = set()
+        self._taking: set[asyncio.Future[Any]] = set()
         self.stopping = False
         self.recovered = False
         self.orphans: dict[str, dict[str, str]] = {}
@@ -257,13 +259,17 @@ class Engine:
 
         Raises what `Session.plan` raises, `VMNotFound`, `QueueFull`, `KeyReused`, `JournalFull`.
         """
-        taking = asyncio.ensure_future(self._take(vm_name, request, key, fingerprint))
+        return await self.shielded(self._take(vm_name, request, key, fingerprint))
+
+    async def shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Promise something, to the end, though its client may go away."""
+        taking = asyncio.ensure_future(work)
         self._taking.add(taking)
         taking.add_done_callback(self._taken)
         # What the journal may have got already is not half done because its client has gone.
         return await asyncio.shield(taking)
 
-    def _taken(self, taking: asyncio.Future[tuple[Promise, bool]]) -> None:
+    def _taken(self, taking: asyncio.Future[Any]) -> None:
         self._taking.discard(taking)
         if not taking.cancelled():
             taking.exception()  # its client was told, or has gone
@@ -319,6 +325,23 @@ class Engine:
         self._launch(promise)
         self.schedule()
         return promise
+
+    async def promised(
+        self,
+        promises: Sequence[Promise],
+        beside: Sequence[Statement],
+        events: Sequence[Event],
+    ) -> None:
+        """Write the promises of something else, with its row and its key; raises `JournalFull`."""
+        statements = [*beside, *(promise.insertion() for promise in promises)]
+        self.live.update((promise.id, promise) for promise in promises)
+        try:
+            told = [*events, *(promise.event() for promise in promises)]
+            await self.journal.write(*statements, events=told)
+        except BaseException:
+            for promise in promises:
+                del self.live[promise.id]
+            raise
 
     def _check_room(self, request: CommitRequest) -> None:
         self.check_room_for([request])

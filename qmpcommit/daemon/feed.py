@@ -73,7 +73,7 @@ class Feed:
             after = rows[-1]["id"]
 
     def _wanted(self, event: Event) -> bool:
-        if self._vm is not None and event.vm != self._vm:
+        if self._vm is not None and self._vm not in event.vm.split(","):
             return False
         return self._commit is None or event.commit_id == self._commit
 

@@ -20,12 +20,13 @@ import structlog
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import cycle_api, rule_api, systemd
+from qmpcommit.daemon import cycle_api, group_api, rule_api, systemd
 from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
 from qmpcommit.errors import InvalidRequest
@@ -80,13 +81,14 @@ async def _serve(config: Config, seconds: float | None) -> None:
     metrics = Metrics()
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
-    rules, cycles = Rules(engine), Cycles(engine)
-    engine.stories = (*engine.stories, rules, cycles)
+    groups, rules, cycles = Groups(engine), Rules(engine), Cycles(engine)
+    engine.stories = (*engine.stories, groups, rules, cycles)
     given = systemd.listening()
     sockets = _listen(config, given)
     app = create_app(engine)
     rule_api.routes(app, rules)
     cycle_api.routes(app, cycles)
+    group_api.routes(app, groups)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
         http=PeerProtocol,

@@ -40,6 +40,11 @@ class Metrics:
         self.guest_paused = Histogram(
             "guest_paused_seconds", "For how long a guest was paused", buckets=_QUICK, **made
         )
+        self.groups = Counter("groups", "Groups that ended, by how", ("outcome",), **made)
+        self.groups_live = Gauge("groups_live", "Groups that have not ended", ("phase",), **made)
+        self.held = Histogram(
+            "group_held_seconds", "For how long a disk of a group was held", buckets=_QUICK, **made
+        )
         self.jobs = Gauge("jobs", "Commits that have not ended, by phase", ("phase",), **made)
         self.flatten_steps = Counter(
             "flatten_steps", "Commits that a flatten rule asked for, by how they ended",

@@ -215,6 +215,7 @@ class CommitView(_Model):
     vm: str
     disk: str
     job_id: str
+    group: str | None = None
     state: CommitState
     phase: str
     priority: int

@@ -15,6 +15,7 @@ from typing import Any
 import qmpcommit.cli.main
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.groups import Groups
 from qmpcommit.journal import Journal
 from qmpcommit.session import Session
 
@@ -62,22 +63,22 @@ def unlink(*args: Any, **more: Any) -> None:
     place("after unlink")
 
 
-async def take(*args: Any, **more: Any) -> Any:
-    """`Engine.take`, from which on it counts."""
-    Counter.asked = True
-    return await TAKE(*args, **more)
+def counted_from(owner: Any, name: str) -> None:
+    """From the first call of this method on it counts."""
+    call = getattr(owner, name)
+
+    async def counted(*args: Any, **more: Any) -> Any:
+        Counter.asked = True
+        return await call(*args, **more)
+
+    setattr(owner, name, counted)
 
 
-async def begin(*args: Any, **more: Any) -> Any:
-    """`Cycles.begin`, from which on it counts, too."""
-    Counter.asked = True
-    return await BEGIN(*args, **more)
-
-
-UNLINK, TAKE, BEGIN = os.unlink, Engine.take, Cycles.begin
+UNLINK = os.unlink
 os.unlink = unlink
-Cycles.begin = begin  # type: ignore[method-assign]
-Engine.take = take  # type: ignore[method-assign]
+counted_from(Engine, "take")
+counted_from(Groups, "take")
+counted_from(Cycles, "begin")
 around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
 around(Session, "execute", lambda self, command, *rest: str(command))
 qmpcommit.cli.main.main()

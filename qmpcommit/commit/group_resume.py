@@ -1,0 +1,90 @@
+"""A group commit that goes from one process to the next, for whoever journals its members."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+
+from qmpcommit.commit import group_phases
+from qmpcommit.commit.aftermath import Barrier
+from qmpcommit.commit.group import GroupCommit
+from qmpcommit.commit.group_phases import Stage
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.tasks import stop, to_the_end
+
+HAND_OVER = 0.5
+"""Seconds that disks which are held get to be let go before the group is cancelled."""
+
+CANCELLING = 0.3
+"""Seconds that cancelled jobs get to end."""
+
+Resume = Callable[[Barrier], Awaitable[CommitJob]]
+"""Takes one member up, as `Session.resume` does."""
+
+
+class ResumableGroup(GroupCommit):
+    """A group that can be taken up by another process while none of its disks is decided."""
+
+    @property
+    def stage(self) -> str:
+        """``copying``, ``ready``, ``decided``, ``finalizing``, ``cancelling`` or ``over``."""
+        if self.state.stage is not Stage.GATHERING:
+            return self.state.stage.value
+        ready = self.jobs and all(job.state.phase.value == "ready" for job in self.jobs)
+        return "ready" if ready else "copying"
+
+    @property
+    def decided_by(self) -> str:
+        """Who decided; empty before."""
+        return self._by
+
+    async def take_up(self, members: Sequence[Resume]) -> None:
+        """As `start`, for jobs that a former process sent; each takes one of them up."""
+        if self._timeout is not None:
+            self._call_later(self._timeout, self._time_is_up)
+        self._watch_links()
+        jobs: list[CommitJob] = []
+        try:
+            for number, resume in enumerate(members):
+                jobs.append(await resume(partial(self._meet, number)))
+        except BaseException:
+            for job in jobs:
+                await to_the_end(job.detach())
+            await self._clear()
+            raise
+        self.jobs = tuple(jobs)
+        self._follow_all()
+        self._asking = asyncio.create_task(self._deciding.ask(self.jobs), name=f"group {self.id}")
+        if self.state.stage is Stage.CANCELLING:
+            self._cancel(self.state.why)  # those too that were not there before
+
+    async def hand_over(self) -> None:
+        """Within a second: no disk is held, so that all jobs can be left in QEMU as they are.
+
+        What is decided is ended, or cancelled where that takes too long; then `leave`.
+        """
+        if self.state.stage in (Stage.GATHERING, Stage.OVER):
+            return
+        if not await self._settled(HAND_OVER):
+            # Without effect where the jobs are being finalized.
+            self._tell(group_phases.Stop("whoever held its disks had to stop"))
+            await self._settled(CANCELLING)
+
+    async def _settled(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*(job.settled() for job in self.jobs))
+                return True
+        return False
+
+    async def leave(self) -> None:
+        """Follow the jobs no longer, and leave them as they are in QEMU."""
+        for timer in self._timers:
+            timer.cancel()
+        for task in (self._asking, self._recording, self._pausing, *self._following):
+            if task is not None:
+                await stop(task)
+        await asyncio.gather(*(job.detach() for job in self.jobs))
+        await self._clear()

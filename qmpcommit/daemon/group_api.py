@@ -1,0 +1,92 @@
+"""The API's routes for groups: disks that are committed at one instant."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Annotated
+
+from fastapi import FastAPI, Path, Query, Response
+
+from qmpcommit.daemon.api import Key, fingerprint
+from qmpcommit.daemon.group_models import GroupRequest, GroupView
+from qmpcommit.daemon.groups import Group, Groups
+from qmpcommit.daemon.models import Decision
+from qmpcommit.daemon.openapi import problems
+
+GroupPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
+
+
+def routes(app: FastAPI, groups: Groups) -> None:
+    """Add them to the app."""
+
+    def view(group: Group) -> GroupView:
+        return GroupView.model_validate(
+            {
+                "id": group.id,
+                "state": group.state,
+                "phase": groups.phase(group),
+                "members": [
+                    {"vm": p.vm, "disk": p.disk, "commit": p.id, "job_id": p.job_id}
+                    for p in group.members
+                ],
+                "created": group.created,
+                "position": groups.position(group),
+                "ended": group.ended,
+                "decision": group.decision,
+                "request": group.request.model_dump(mode="json", exclude_unset=True),
+                "outcome": group.outcome,
+                "error": group.error,
+            }
+        )
+
+    @app.post(
+        "/v1/groups",
+        status_code=202,
+        responses=problems(404, 409, 422, 502, 504, 507, body=True),
+        tags=["groups"],
+    )
+    async def commit_group(
+        asked: GroupRequest, response: Response, idempotency_key: Key = None
+    ) -> GroupView:
+        """Promise to commit disks at one instant: all of them or none, whatever happens."""
+        group, again = await groups.take(asked, idempotency_key, fingerprint("groups", asked))
+        response.headers["Location"] = f"/v1/groups/{group.id}"
+        if again:
+            response.headers["Idempotent-Replay"] = "true"
+        return view(group)
+
+    @app.get("/v1/groups", responses=problems(422), tags=["groups"])
+    async def list_groups(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[GroupView]:
+        """Groups, the newest first: those under way and those that have ended."""
+        return [view(group) for group in await groups.groups(limit)]
+
+    @app.get("/v1/groups/{group_id}", responses=problems(404, 422), tags=["groups"])
+    async def get_group(
+        group_id: GroupPath,
+        wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
+    ) -> GroupView:
+        """One group, and its outcome or error in the end."""
+        group = await groups.group(group_id)
+        if wait:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await group.over.wait()
+        return view(group)
+
+    @app.delete(
+        "/v1/groups/{group_id}", status_code=202, responses=problems(404, 409, 422), tags=["groups"]
+    )
+    async def cancel_group(group_id: GroupPath) -> GroupView:
+        """Cancel all of a group; 409 when it is being finalized already."""
+        return view(await groups.decide(group_id, "abort"))
+
+    @app.post(
+        "/v1/groups/{group_id}/decision",
+        status_code=202,
+        responses=problems(404, 409, 422, body=True),
+        tags=["groups"],
+    )
+    async def decide_group(group_id: GroupPath, decision: Decision) -> GroupView:
+        """Decide for all; 409 when not all are READY, and the group goes on unharmed."""
+        return view(await groups.decide(group_id, decision.action))

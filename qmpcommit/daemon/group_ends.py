@@ -1,0 +1,55 @@
+"""How the members of a group have ended that were taken up one by one, after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qmpcommit.commit import group_outcome
+from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.group_outcome import MemberEnd
+from qmpcommit.commit.outcome import CommitOutcome, Timings
+from qmpcommit.commit.phases import Verdict
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.registry import is_alive
+from qmpcommit.errors import ConnectError, GroupFailed, MonitorLost, QmpCommitError, VMGone
+
+_VERDICTS = {"pivot": Verdict.PIVOTED, "keep": Verdict.KEPT, "abort": Verdict.CANCELLED}
+
+
+def end_of(
+    promise: Promise, outcome: CommitOutcome | None, error: QmpCommitError | None
+) -> MemberEnd:
+    """The end of one that was begun, from its promise."""
+    plan, noted, _ = promise.resumed(promise.identity)
+    state = noted.state
+    if outcome is not None:
+        state = state._replace(verdict=_VERDICTS.get(outcome.action))
+    elif isinstance(error, VMGone):
+        state = state._replace(verdict=Verdict.VM_GONE)
+    else:
+        state = state._replace(verdict=Verdict.FAILED)
+    choice = state.decision if state.decision is not Choice.ABORT else None
+    timings = outcome.timings if outcome is not None else Timings(**noted.times)
+    return MemberEnd(plan, state, timings, outcome, error, choice)
+
+
+def is_clean(end: MemberEnd) -> bool:
+    """Whether nothing is left of it, and nothing was done by it."""
+    if end.outcome is not None:
+        return end.outcome.action == "abort"
+    facts = end.error.facts if isinstance(end.error, QmpCommitError) else {}
+    return facts.get("begun") is False or bool(facts.get("vanished"))
+
+
+def is_unsure(end: MemberEnd, promise: Promise) -> bool:
+    """Whether its job may be in QEMU still, and the monitor has to come back to tell."""
+    if isinstance(end.error, (MonitorLost, ConnectError)):
+        return True
+    return isinstance(end.error, VMGone) and is_alive(promise.identity)
+
+
+def error_of(finalized: bool, ends: Sequence[MemberEnd]) -> QmpCommitError:
+    """The error of a group whose members were settled one by one."""
+    why = "" if finalized else "the daemon that held its disks ended before all were decided"
+    error = group_outcome.error_of(ends, why=why, culprit=None, finalized=finalized)
+    return error or GroupFailed(f"the group commit was cancelled: {why}. No disk was pivoted")

@@ -1,0 +1,147 @@
+"""What the API takes and gives of groups: disks that are committed at one instant."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from qmpcommit.commit.group import HOLD_LIMIT
+from qmpcommit.commit.group_outcome import GroupOutcome
+from qmpcommit.commit.pending import group_job_id
+from qmpcommit.commit.policy import Policy
+from qmpcommit.daemon.config import Seconds, VMName
+from qmpcommit.daemon.models import Command, CommitRequest, CommitState, Layer, Name, Rate
+
+GROUP_EXAMPLE: dict[str, Any] = {
+    "members": [{"vm": "db1", "disk": "vda"}, {"vm": "db2", "disk": "vda"}],
+    "policy": {"kind": "keep"},
+    "hold_limit": 2.0,
+}
+
+GROUP_VIEW_EXAMPLE: dict[str, Any] = {
+    "id": "1f2e3d4c",
+    "state": "running",
+    "phase": "copying",
+    "members": [
+        {
+            "vm": "db1",
+            "disk": "vda",
+            "commit": "5f0c1c1e9b6f4d0f8e2a7c3b1d9e8f70",
+            "job_id": "qmpcommit-vda-1f2e3d4c.1of2",
+        },
+        {
+            "vm": "db2",
+            "disk": "vda",
+            "commit": "7a9d8c1b0e6f4d0f8e2a7c3b1d9e8f71",
+            "job_id": "qmpcommit-vda-1f2e3d4c.2of2",
+        },
+    ],
+    "created": 1767225600.0,
+    "request": GROUP_EXAMPLE,
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GroupMemberRequest(_Model):
+    """One disk of a group; it has a policy of its own, or the group has one for all."""
+
+    vm: VMName
+    disk: Name
+    policy: Policy | None = None
+
+
+class GroupRequest(_Model):
+    """Disks of one VM or of several, committed at one instant: all of them or none.
+
+    `hold_limit` is for how many seconds at most their I/O may be held, `timeout` for how many
+    all of it may take, from now; a `policy` for all is asked once, when all are READY. The rest
+    is as for a commit, and for all members.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [GROUP_EXAMPLE]}
+    )
+
+    members: list[GroupMemberRequest] = Field(min_length=1, max_length=256)
+    policy: Policy | None = None
+    hold_limit: Seconds = HOLD_LIMIT
+    timeout: Seconds | None = None
+    base: Layer | None = None
+    shallow: bool = False
+    bandwidth: Rate = None
+    delete: bool = False
+    stale: Literal["leave", "rename", "delete"] | None = None
+    on_pivot: Command | None = None
+    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
+    converge: Seconds | None = None
+    carry_bitmaps: bool = True
+    override: list[Name] = Field(default=[], max_length=64)
+    only_if: Command | None = None
+    priority: int = Field(default=0, ge=-1000, le=1000)
+
+    @model_validator(mode="after")
+    def _check(self) -> GroupRequest:
+        self.requests("0" * 8)
+        if self.policy is not None and any(member.policy for member in self.members):
+            raise ValueError("give the group a policy, or each member its own, not both")
+        if self.policy is None and not all(member.policy for member in self.members):
+            raise ValueError("give the group a policy, or each member its own")
+        policies = [self.policy, *(member.policy for member in self.members)]
+        if any(getattr(policy, "kind", "") == "recycle" for policy in policies):
+            raise ValueError("the daemon does not recycle the disks of a group; pivot or keep them")
+        return self
+
+    def requests(self, group: str) -> list[CommitRequest]:
+        """The members' commits, in the group of that id; raises ValueError."""
+        shared = (
+            "base", "shallow", "bandwidth", "delete", "stale", "on_pivot", "on_error", "converge",
+            "carry_bitmaps", "override", "only_if", "priority",
+        )  # fmt: skip
+        options = {name: getattr(self, name) for name in shared}
+        many = len(self.members)
+        return [
+            CommitRequest(
+                disk=member.disk,
+                policy=member.policy or self.policy,
+                job_id=group_job_id(member.disk, group, number, many),
+                **options,
+            )
+            for number, member in enumerate(self.members, 1)
+        ]
+
+
+class GroupMemberView(_Model):
+    """One disk of a group: its commit, which `GET /v1/commits/{id}` shows, and its job in QEMU."""
+
+    vm: str
+    disk: str
+    commit: str
+    job_id: str
+
+
+class GroupView(_Model):
+    """A group: `state` tells whether it waits, runs or has ended, `phase` where it is.
+
+    `outcome` is there when it is done, `error` (with `type`, `message` and each member's own end
+    in `outcomes`) when it failed. Times are seconds since 1970.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [GROUP_VIEW_EXAMPLE]}
+    )
+
+    id: str
+    state: CommitState
+    phase: str = ""
+    members: list[GroupMemberView]
+    created: float
+    position: int | None = None
+    ended: float | None = None
+    decision: Literal["pivot", "keep", "abort"] | None = None
+    request: dict[str, Any]
+    outcome: GroupOutcome | None = None
+    error: dict[str, Any] | None = None

@@ -1,0 +1,628 @@
+"""Groups: disks of one VM or of several that the daemon commits at one instant, all or none.
+
+Each member is a promise of its own, whose steps are noted as a single commit's are. What the
+group adds is one note, durable while all disks are held and before the first job is finalized:
+that all of them are to be. A daemon that finds it finalizes what is held still; one that does
+not cancels it, which QEMU undoes, and begins the group again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from qmpcommit.commit.aftermath import Barrier
+from qmpcommit.commit.group import GroupMember
+from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, outcome_of
+from qmpcommit.commit.group_resume import ResumableGroup
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.policy import Hold
+from qmpcommit.daemon.engine import Engine, key_row
+from qmpcommit.daemon.group_ends import end_of, error_of, is_clean, is_unsure
+from qmpcommit.daemon.group_models import GroupRequest
+from qmpcommit.daemon.keeping import asked_of, error_dict, storage_of
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.undertaking import ENDED, Undertaking
+from qmpcommit.errors import (
+    CommandRefused,
+    CommitNotFound,
+    ConnectError,
+    DeadlineExceeded,
+    InvalidRequest,
+    JobConflict,
+    MonitorLost,
+    NotReady,
+    QmpCommitError,
+)
+from qmpcommit.journal import Journal
+from qmpcommit.session import Session
+from qmpcommit.tasks import stop, to_the_end
+
+MAX_TRIES = 3
+"""How often a group is begun that was cancelled because nobody could follow it."""
+
+LAST_WORDS = 0.2
+"""Seconds that a group which has just ended gets to say so before the daemon stops."""
+
+_COPYING = ("starting", "copying", "ready")
+_AWAY = (ConnectError, MonitorLost)
+
+
+class Group(Undertaking[GroupRequest]):
+    """A group that was answered with 202; `members` are its promises, in their order.
+
+    `commit` is there while it is driven from here. `torn` tells that it can't go on as it is: its
+    jobs are cancelled, and it begins again.
+    """
+
+    kind: ClassVar[str] = "group"
+    asks: ClassVar[type[GroupRequest]] = GroupRequest
+
+    def __init__(
+        self, vm: str, request: GroupRequest, journal: Journal, *, known_as: str = ""
+    ) -> None:
+        super().__init__(vm, request, journal, known_as=known_as)
+        self.members: list[Promise] = []
+        self.commit: ResumableGroup | None = None
+        self.torn = False
+        self.handed_over = False
+        self.changed = asyncio.Event()
+
+    @property
+    def finalizes(self) -> bool:
+        """Whether it was noted that all jobs are to be finalized."""
+        return bool(self.noted.get("finalize"))
+
+    @property
+    def decision(self) -> Literal["pivot", "keep", "abort"] | None:
+        """What a caller has decided."""
+        return self.noted.get("decision")
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything may have been sent."""
+        return any(promise.begun for promise in self.members)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what the journal holds can be driven: nothing sent, or all and none decided."""
+        if self.finalizes or self.torn or self.decision == "abort":
+            return False
+        copying = [p for p in self.members if p.begun and p.noted["state"]["phase"] in _COPYING]
+        return not self.begun or len(copying) == len(self.members)
+
+    def left(self, now: float) -> float | None:
+        """Seconds until its deadline; None where it has none."""
+        timeout = self.request.timeout
+        return None if timeout is None else self.created + timeout - now
+
+    async def finalize(self, by: str) -> None:
+        """All disks are held and all jobs are to be finalized; raises `JournalFull`."""
+        before = self.noted
+        self.noted = {**before, "finalize": True, "by": by}
+        try:
+            await self._journal.write(self.row())
+        except QmpCommitError:
+            self.noted = before
+            raise
+
+    async def decide(self, action: str) -> None:
+        """A decision that was answered is not forgotten; raises `JournalFull`."""
+        before = self.noted
+        self.noted = {**before, "decision": action}
+        try:
+            await self._journal.write(self.row())
+        except QmpCommitError:
+            self.noted = before
+            raise
+
+
+class Groups:
+    """The groups of one daemon (a `Story` of its engine)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._keeper = engine, engine.keeper
+        self._journal = engine.journal
+        self.live: dict[str, Group] = {}
+
+    # -- what the engine calls --------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Take up the groups that have not ended, with their members."""
+        sql = "SELECT * FROM undertakings WHERE kind = 'group' AND ended IS NULL ORDER BY created"
+        for row in await self._journal.read(sql):
+            try:
+                group = Group.load(row, self._journal)
+            except ValueError as error:  # written by another version: said, and left as it is
+                self._engine.log.warning("group_unreadable", group=row["id"], why=str(error))
+                continue
+            group.members = await self._members(group)
+            if len(group.members) != len(group.request.members):
+                group.log.warning("group_unreadable", why="not all of its members can be read")
+                continue
+            self.live[group.id] = group
+            entries = [self._engine.entry(promise) for promise in group.members]
+            if group.state == "running":
+                for promise, entry in zip(group.members, entries, strict=True):
+                    self._engine.scheduler.resume(entry)
+                    promise.may_run.set()
+            else:
+                self._engine.scheduler.add(*entries)
+
+    async def _members(self, group: Group) -> list[Promise]:
+        by_id = {p.id: p for p in self._engine.live.values() if p.group == group.id}
+        return [by_id[name] for name in group.noted.get("commits", ()) if name in by_id]
+
+    async def on_up(self, vm: VM) -> None:
+        """What is held on a VM that was away is ended at once, as it was noted."""
+        session = vm.session
+        assert session is not None
+        waiting = [g for g in self.live.values() if g.commit is None and g.state == "running"]
+        if not any(promise.vm == vm.name for group in waiting for promise in group.members):
+            return
+        jobs = await session.execute("query-jobs")
+        held = {str(job.get("id")) for job in jobs if job.get("status") == "pending"}
+        for group in waiting:
+            mine = {p.job_id for p in group.members if p.vm == vm.name and p.begun}
+            group.torn = group.torn or bool(held & mine)
+            for job_id in sorted(held & mine):
+                order = "job-finalize" if group.finalizes else "job-cancel"
+                group.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
+                with suppress(CommandRefused):  # somebody else was first
+                    await session.execute(order, {"id": job_id})
+
+    def owned(self, vm: str) -> set[str]:
+        """None beside those of its promises, which the engine knows."""
+        return set()
+
+    def busy(self, vm: str) -> list[str]:
+        """None beside its promises."""
+        return []
+
+    def start(self) -> None:
+        """Go on with what was taken up."""
+        for group in self.live.values():
+            self._launch(group)
+
+    async def stop(self) -> None:
+        """Hold no disk any more; what is not decided stays in QEMU for the next daemon."""
+        groups = list(self.live.values())
+        for group in groups:
+            group.handed_over = True
+        driven = [group.commit for group in groups if group.commit is not None]
+        await asyncio.gather(*(commit.hand_over() for commit in driven))
+        tasks = {group.task for group in groups if group.task is not None}
+        if any(commit.stage == "over" for commit in driven):
+            await asyncio.wait(tasks, timeout=LAST_WORDS)
+        jobs = [p.job for group in groups for p in group.members if p.job is not None]
+        await asyncio.gather(*(stop(task) for task in tasks))
+        await asyncio.gather(*(job.detach() for job in jobs))
+
+    def gauge(self) -> None:
+        """How many have not ended, by where they are."""
+        gauge = self._engine.metrics.groups_live
+        gauge.clear()
+        for group in self.live.values():
+            gauge.labels(self.phase(group) or group.state).inc()
+
+    # -- what the API calls -----------------------------------------------------------------------
+
+    async def take(
+        self, request: GroupRequest, key: str | None, fingerprint: str
+    ) -> tuple[Group, bool]:
+        """A durable group for a request; and whether its key had been given before.
+
+        Raises what `Engine.take` raises, and `InvalidRequest` for more members than may ever run
+        together.
+        """
+        return await self._engine.shielded(self._take(request, key, fingerprint))
+
+    async def _take(
+        self, request: GroupRequest, key: str | None, fingerprint: str
+    ) -> tuple[Group, bool]:
+        async with self._engine.keyed(key, fingerprint) as known:
+            if known is not None:
+                return await self.group(known), True
+            return await self._promise(request, key, fingerprint), False
+
+    async def _promise(self, request: GroupRequest, key: str | None, fingerprint: str) -> Group:
+        engine = self._engine
+        known_as = os.urandom(4).hex()
+        asked = request.requests(known_as)
+        engine.check_room_for(asked)
+        vms = {member.vm: engine.vm(member.vm) for member in request.members}
+        group = Group(",".join(sorted(vms)), request, self._journal, known_as=known_as)
+        group.state = "queued"
+        for member, each in zip(request.members, asked, strict=True):
+            promise = Promise(
+                os.urandom(16).hex(), member.vm, each, each.job_id or "", journal=self._journal,
+                metrics=engine.metrics, group=group.id,
+            )  # fmt: skip
+            group.members.append(promise)
+        group.noted = {"commits": [promise.id for promise in group.members]}
+        async with AsyncExitStack() as stack:
+            sessions = await self._sessions(stack, group, wait=1.0)
+            for promise, job in zip(
+                group.members, await self._made(group, sessions).prepare(), strict=True
+            ):
+                cwd = sessions[promise.vm].cwd
+                promise.storage = await asyncio.to_thread(storage_of, job.plan, cwd)
+        entries = [engine.entry(promise) for promise in group.members]
+        limit = engine.scheduler.impossible(entries)
+        if limit is not None:
+            raise InvalidRequest(
+                f"this group has {len(entries)} members, which have to run together, and the"
+                f" daemon's limit is {limit}: raise it, or commit fewer at once. Nothing was sent"
+            )
+        engine.check_room_for(asked)  # others may have come meanwhile
+        beside = [group.insertion(), *key_row(key, fingerprint, group.id)]
+        await engine.promised(group.members, beside, [group.event()])
+        self.live[group.id] = group
+        engine.scheduler.add(*entries)
+        self._launch(group)
+        engine.schedule()
+        return group
+
+    async def group(self, group_id: str) -> Group:
+        """The group of that id, ended ones included; raises `CommitNotFound`."""
+        if group_id in self.live:
+            return self.live[group_id]
+        sql = "SELECT * FROM undertakings WHERE kind = 'group' AND id = ?"
+        rows = await self._journal.read(sql, group_id)
+        if not rows:
+            raise CommitNotFound(f"there is no group '{group_id}'")
+        return await self._loaded(rows[0])
+
+    async def groups(self, limit: int) -> list[Group]:
+        """The newest groups, those that have ended included."""
+        sql = (
+            "SELECT * FROM undertakings WHERE kind = 'group' ORDER BY created DESC, rowid DESC"
+            " LIMIT ?"
+        )
+        rows = await self._journal.read(sql, limit)
+        return [self.live.get(row["id"]) or await self._loaded(row) for row in rows]
+
+    async def _loaded(self, row: Mapping[str, Any]) -> Group:
+        group = Group.load(row, self._journal)
+        sql = "SELECT * FROM commits WHERE in_group = ?"
+        rows = await self._journal.read(sql, group.id)
+        known = {r["id"]: Promise.load(r, self._journal, self._engine.metrics) for r in rows}
+        group.members = [known[name] for name in group.noted.get("commits", ()) if name in known]
+        return group
+
+    def phase(self, group: Group) -> str:
+        """Where it is: `ResumableGroup.stage`, or ``recovering``; empty while it waits."""
+        if group.state != "running":
+            return ""
+        return group.commit.stage if group.commit is not None else "recovering"
+
+    def position(self, group: Group) -> int | None:
+        """Its place in the queue, from 1; None where it does not wait."""
+        return self._engine.position(group.members[0]) if group.members else None
+
+    async def decide(self, group_id: str, action: str) -> Group:
+        """Carry out a decision, durable before it is answered.
+
+        Raises `NotReady`, `JobConflict` or `CommitNotFound`.
+        """
+        group = await self.group(group_id)
+        if group.state in ENDED:
+            raise JobConflict(f"the group {group_id} has ended already; its outcome tells how")
+        if group.finalizes:
+            raise JobConflict(f"the group {group_id} is being finalized already: it was decided")
+        if action != "abort":
+            if group.commit is None:
+                raise NotReady(f"the group {group_id} is not READY; it goes on, ask again")
+            group.commit.check_ready()
+        await group.decide(action)
+        commit = group.commit
+        if action == "abort":
+            group.changed.set()
+            if commit is not None:
+                commit.abort()
+        elif commit is not None:
+            with suppress(NotReady, JobConflict):  # it has moved on meanwhile
+                (commit.pivot if action == "pivot" else commit.keep)()
+        return group
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def _launch(self, group: Group) -> None:
+        group.task = asyncio.create_task(self._run(group), name=f"group {group.id}")
+
+    async def _run(self, group: Group) -> None:
+        """One group to its end."""
+        try:
+            if await self._turn(group):
+                await self._keep(group)
+        except QmpCommitError as error:
+            await self._end(group, error=error)
+        except Exception as error:  # a bug of ours must not leave a group without an end
+            group.log.warning("bug", error=repr(error))
+            await self._end(group, error=QmpCommitError(f"internal error: {error!r}"))
+
+    async def _turn(self, group: Group) -> bool:
+        """Wait in the queue; False where it ended there."""
+        if group.state == "running":
+            return True
+        left = group.left(time.time())
+        try:
+            async with asyncio.timeout(left):
+                await self._first(*(p.may_run.wait() for p in group.members[:1]), of=group)
+        except TimeoutError:
+            raise _late(group) from None
+        if group.decision == "abort":
+            await self._end(group)
+            return False
+        leaving = [promise.leaving() for promise in group.members]
+        told = [promise.event() for promise in group.members]
+        await group.move("running", beside=leaving, events=told)
+        return True
+
+    async def _keep(self, group: Group) -> None:
+        tries = 0
+        for promise in group.members:
+            promise.decides = self._engine.registry.clearing.decides
+            if isinstance(promise.request.policy, Hold):
+                promise.decision = group.decision
+        while True:
+            if group.goes_on:
+                if await self._drive(group):
+                    return
+                continue
+            ends = await self._settle(group)
+            tries += 1
+            clean = all(is_clean(end) for end in ends)
+            left = group.left(time.time())
+            if group.finalizes or not clean or group.decision == "abort":
+                await self._conclude(group, ends)
+                return
+            if tries >= MAX_TRIES or (left is not None and left <= 0):
+                await self._conclude(group, ends)
+                return
+            group.log.info("begin_again", tries=tries)
+            group.torn = False
+            await group.move("running", beside=[p.forgetting() for p in group.members])
+
+    async def _drive(self, group: Group) -> bool:
+        """Send or take up its jobs, and see their end; False where it has to be looked at again."""
+        async with AsyncExitStack() as stack:
+            try:
+                sessions = await self._sessions(stack, group)
+            except _AWAY as error:
+                await self._wait_for_vms(group, error)
+                return False
+            identities = {name: self._engine.registry.vms[name].identity for name in sessions}
+            again = group.begun
+            if again and any(identities[p.vm] != p.identity for p in group.members):
+                group.torn = True
+            left = group.left(time.time())
+            if left is not None and left <= 0:
+                if not again:
+                    raise _late(group)
+                group.torn = True
+            if not group.goes_on:
+                return False
+            commit = self._made(group, sessions, timeout=left)
+            group.commit = commit
+            try:
+                outcome = await self._follow(group, commit, sessions, identities)
+            except QmpCommitError as error:
+                if group.handed_over:
+                    await asyncio.Event().wait()  # the next daemon goes on
+                group.torn = _interrupted(group, commit, error, again=again)
+                if not group.torn:
+                    await self._end(group, error=error, ends=commit.ends)
+                return not group.torn
+            finally:
+                group.commit = None
+                for promise in group.members:
+                    promise.job = None
+                await to_the_end(commit.leave())
+        await self._end(group, outcome=outcome, ends=commit.ends)
+        return True
+
+    async def _follow(
+        self,
+        group: Group,
+        commit: ResumableGroup,
+        sessions: Mapping[str, Session],
+        identities: Mapping[str, str],
+    ) -> GroupOutcome:
+        if group.begun:
+            resuming = [partial(self._resume, p, sessions[p.vm]) for p in group.members]
+            await commit.take_up(resuming)
+        else:
+            for promise in group.members:
+                promise.identity = identities[promise.vm]
+            await commit.start()
+        for promise, job in zip(group.members, commit.jobs, strict=True):
+            promise.job = job
+        self._engine.schedule()
+        if group.decision == "abort":  # which came while they were being started
+            commit.abort()
+        return await commit.wait()
+
+    async def _resume(self, promise: Promise, session: Session, barrier: Barrier) -> CommitJob:
+        """Take up one that was not decided yet; while it is READY its group decides."""
+        plan, noted, files = promise.resumed(promise.identity)
+        object.__setattr__(plan, "policy", Hold())
+        around = self._keeper.around(promise)
+        return await session.resume(plan, noted, files=files, barrier=barrier, **around)
+
+    async def _sessions(
+        self, stack: AsyncExitStack, group: Group, *, wait: float = 0.0
+    ) -> dict[str, Session]:
+        registry, sessions = self._engine.registry, {}
+        for name in dict.fromkeys(promise.vm for promise in group.members):
+            vm = registry.vms.get(name)
+            if vm is None:
+                raise ConnectError(f"no VM is called '{name}' at the moment", vm=name)
+            sessions[name] = await stack.enter_async_context(registry.use(vm, wait=wait))
+        return sessions
+
+    def _made(
+        self, group: Group, sessions: Mapping[str, Session], *, timeout: float | None = None
+    ) -> ResumableGroup:
+        """The group as the library drives it."""
+        request, rate = group.request, self._keeper.rate
+        running = group.state == "running"
+        members = []
+        for promise in group.members:
+            options = asked_of(promise.request)
+            for name in ("disk", "policy", "job_id"):
+                del options[name]
+            if running:
+                promise.rate = rate(promise)
+                options["bandwidth"] = promise.rate or None
+            options |= {"override": promise.request.override, **self._keeper.around(promise)}
+            policy = None if request.policy is not None else promise.decided_policy()
+            members.append(GroupMember(sessions[promise.vm], promise.disk, policy, options))
+        latest = max(group.members, key=lambda promise: promise.ready or 0)
+        commit = ResumableGroup(
+            members,
+            policy=None if request.policy is None else latest.decided_policy(),
+            hold_limit=request.hold_limit,
+            timeout=timeout,
+            only_if=request.only_if,
+            on_decision=lambda jobs: group.finalize(commit.decided_by),
+            known_as=group.id,
+        )
+        return commit
+
+    async def _wait_for_vms(self, group: Group, error: QmpCommitError) -> None:
+        """Until a VM that is away answers; where it does not come back, the others are let go."""
+        vms = self._engine.registry.vms
+        away = [p for p in group.members if p.vm not in vms or not vms[p.vm].up.is_set()]
+        try:
+            promise = (away or group.members)[0]
+            await self._first(self._keeper.wait_for_vm(promise, error), of=group)
+        except QmpCommitError:
+            if not group.begun:
+                raise
+            group.torn = True
+
+    async def _first(self, *waits: Coroutine[Any, Any, object], of: Group) -> None:
+        """Until one of these ends, or the group was aborted."""
+        tasks = [asyncio.ensure_future(wait) for wait in (*waits, of.changed.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        finally:
+            for task in tasks:
+                await stop(task)
+
+    # -- ends -------------------------------------------------------------------------------------
+
+    async def _settle(self, group: Group) -> list[MemberEnd]:
+        """End the jobs one by one, as it was noted: finalized all of them, or cancelled."""
+        group.log.info("settling", finalize=group.finalizes)
+        begun = [promise for promise in group.members if promise.begun]
+        return await asyncio.gather(*(self._settle_one(group, promise) for promise in begun))
+
+    async def _settle_one(self, group: Group, promise: Promise) -> MemberEnd:
+        outcome, error = None, None
+        before = promise.decision
+        if group.finalizes:
+            promise.barrier = _pass
+            promise.noted["state"]["prepared"] = True
+        else:
+            promise.barrier = _refuse
+            promise.decision = "abort"
+        try:
+            outcome = await self._keeper.outcome_of(promise)
+        except QmpCommitError as failed:
+            error = failed
+        promise.decision = before
+        return end_of(promise, outcome, error)
+
+    async def _conclude(self, group: Group, ends: Sequence[MemberEnd]) -> None:
+        """Its end, after its members were settled one by one."""
+        complete = len(ends) == len(group.members)
+        all_done = complete and all(end.outcome is not None for end in ends)
+        statuses = {end.outcome.status for end in ends if end.outcome is not None}
+        meant = group.finalizes or group.decision == "abort"
+        wanted = {"completed"} if group.finalizes else {"cancelled"}
+        if meant and all_done and statuses == wanted:
+            by = group.noted.get("by", "") if group.finalizes else "caller"
+            await self._end(group, outcome=outcome_of(group.id, ends, by=by), ends=ends)
+        elif group.decision == "abort" and not group.finalizes and "completed" not in statuses:
+            await self._end(group, ends=ends)
+        else:
+            await self._end(group, error=error_of(group.finalizes, ends), ends=ends)
+
+    async def _end(
+        self,
+        group: Group,
+        *,
+        outcome: GroupOutcome | None = None,
+        error: QmpCommitError | None = None,
+        ends: Sequence[MemberEnd] = (),
+    ) -> None:
+        """Its end and its members', durable together; without an outcome or an error, cancelled."""
+        by_job = {end.plan.job_id: end for end in ends}
+        endings = []
+        for promise in group.members:
+            end = by_job.get(promise.job_id)
+            own: Any = end.error if end is not None else None
+            if end is not None and end.outcome is not None:
+                endings.append(promise.ending("done", end.outcome, None))
+                self._keeper.count(promise, end.outcome)
+                if end.outcome.held is not None and end.outcome.status == "completed":
+                    self._engine.metrics.held.observe(end.outcome.held)
+            elif own is not None or error is not None:
+                why = own if isinstance(own, QmpCommitError) else error
+                why = why or QmpCommitError(repr(own))
+                endings.append(promise.ending("failed", None, error_dict(why)))
+            else:
+                endings.append(promise.ending("cancelled", None, None))
+        state = "failed" if error is not None else "done" if outcome is not None else "cancelled"
+        how = type(error).__name__ if error is not None else outcome.action if outcome else state
+        self._engine.metrics.groups.labels(how).inc()
+        group.log.info("group_ended", how=how)
+        await group.end(
+            state,
+            outcome=outcome.model_dump(mode="json") if outcome is not None else None,
+            error=error_dict(error) if error is not None else None,
+            beside=[end.statement for end in endings],
+            events=[end.event for end in endings],
+        )
+        for promise, ending in zip(group.members, endings, strict=True):
+            promise.ended_as(ending)
+        del self.live[group.id]
+        self._engine.ended(*group.members)
+
+
+def _interrupted(
+    group: Group, commit: ResumableGroup, error: QmpCommitError, *, again: bool
+) -> bool:
+    """Whether the end of some member is not known, or it failed for what a restart had left."""
+    if any(
+        is_unsure(end, promise) for end, promise in zip(commit.ends, group.members, strict=False)
+    ):
+        return True
+    if group.finalizes or group.decision == "abort" or isinstance(error, DeadlineExceeded):
+        return isinstance(error, _AWAY)
+    return isinstance(error, _AWAY) or (again and commit.state.culprit is not None)
+
+
+async def _pass() -> str | None:
+    return None
+
+
+async def _refuse() -> str | None:
+    return "its group was not decided when the daemon that held its disk ended"
+
+
+def _late(group: Group) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the group {group.id} could not begin within {group.request.timeout:g} s. Nothing was sent"
+    )
