@@ -141,7 +141,7 @@ class Driver:
         """From the first action to the outcome or the error."""
         hearing = self._hearing
         try:
-            with self._monitor.subscribers.while_in(hearing.message, hearing.link):
+            with self._monitor.subscribers.while_in(hearing.message, hearing.link, job=self.id):
                 if not self._monitor.connected:
                     self.tell(facts.News.LINK_LOST)
                 await self._drive()

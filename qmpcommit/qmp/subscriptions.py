@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from qmpcommit.qmp.events import Event
 
+_JOB_IN = {
+    "JOB_STATUS_CHANGE": "id",
+    "BLOCK_JOB_READY": "device",
+    "BLOCK_JOB_PENDING": "id",
+    "BLOCK_JOB_COMPLETED": "device",
+    "BLOCK_JOB_CANCELLED": "device",
+    "BLOCK_JOB_ERROR": "device",
+}
+"""Events that are about one job, and the member with its id."""
+
 OnMessage = Callable[[Mapping[str, Any]], None]
 OnLink = Callable[[bool], None]
 
@@ -18,7 +28,7 @@ OnLink = Callable[[bool], None]
 class Subscription:
     """One subscriber; `closed` once it hears no more."""
 
-    __slots__ = ("_all", "closed", "ended", "on_link", "on_message")
+    __slots__ = ("_all", "closed", "ended", "job", "on_link", "on_message")
 
     def __init__(
         self,
@@ -26,8 +36,10 @@ class Subscription:
         on_message: OnMessage,
         on_link: OnLink,
         ended: Callable[[], None],
+        job: str | None = None,
     ) -> None:
         self._all = everybody
+        self.job = job
         self.on_message = on_message
         self.on_link = on_link
         self.ended = ended
@@ -45,6 +57,8 @@ class Subscribers:
 
     def __init__(self) -> None:
         self._subscriptions: list[Subscription] = []
+        self._wide: list[Subscription] = []
+        self._of_job: dict[str, list[Subscription]] = {}
 
     @property
     def none(self) -> bool:
@@ -56,16 +70,24 @@ class Subscribers:
         on_message: OnMessage,
         on_link: OnLink = lambda up: None,
         ended: Callable[[], None] = lambda: None,
+        job: str | None = None,
     ) -> Subscription:
-        """Hear raw events, in the reader's own step; `ended` is called when all is over."""
-        subscription = Subscription(self, on_message, on_link, ended)
+        """Hear raw events, in the reader's own step; `ended` is called when all is over.
+
+        With `job` those that are about another job are not heard: where many jobs run at once,
+        each event would cost as many calls as there are jobs.
+        """
+        subscription = Subscription(self, on_message, on_link, ended, job)
         self._subscriptions.append(subscription)
+        self._peers(job).append(subscription)
         return subscription
 
     @contextmanager
-    def while_in(self, on_message: OnMessage, on_link: OnLink) -> Iterator[Subscription]:
+    def while_in(
+        self, on_message: OnMessage, on_link: OnLink, job: str | None = None
+    ) -> Iterator[Subscription]:
         """`add` for the length of a block."""
-        subscription = self.add(on_message, on_link)
+        subscription = self.add(on_message, on_link, job=job)
         try:
             yield subscription
         finally:
@@ -74,11 +96,23 @@ class Subscribers:
     def remove(self, subscription: Subscription) -> None:
         """Called by `Subscription.close`."""
         self._subscriptions.remove(subscription)
+        peers = self._peers(subscription.job)
+        peers.remove(subscription)
+        if subscription.job is not None and not peers:
+            del self._of_job[subscription.job]
 
     def message(self, message: Mapping[str, Any]) -> None:
-        """Tell all of an event."""
-        for subscription in list(self._subscriptions):
+        """Tell of an event all whom it may concern."""
+        job = _job_of(message)
+        if job is None:
+            hear = list(self._subscriptions)
+        else:
+            hear = [*self._wide, *self._of_job.get(job, ())]
+        for subscription in hear:
             subscription.on_message(message)
+
+    def _peers(self, job: str | None) -> list[Subscription]:
+        return self._wide if job is None else self._of_job.setdefault(job, [])
 
     def link(self, up: bool) -> None:
         """Tell all that the connection is up or down."""
@@ -90,6 +124,14 @@ class Subscribers:
         for subscription in list(self._subscriptions):
             subscription.close()
             subscription.ended()
+
+
+def _job_of(message: Mapping[str, Any]) -> str | None:
+    """The one job that an event is about; None where it may concern anybody."""
+    member = _JOB_IN.get(message["event"])
+    data = message.get("data") if member is not None else None
+    job = data.get(member) if isinstance(data, Mapping) else None
+    return job if isinstance(job, str) else None
 
 
 class EventStream:
