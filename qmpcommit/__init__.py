@@ -15,6 +15,7 @@ _HOMES = {
     "client.vm": "RemoteVM",
     "commit.aftermath": "Stall",
     "commit.converge": "ConvergeReport",
+    "commit.cycle": "Discarded Round",
     "commit.pace": "Converge",
     "commit.group": "GroupCommit GroupMember commit_group",
     "commit.group_outcome": "GroupOutcome",

@@ -8,6 +8,8 @@ from qmpcommit.client.job import RemoteJob as RemoteJob
 from qmpcommit.client.vm import RemoteVM as RemoteVM
 from qmpcommit.commit.aftermath import Stall as Stall
 from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
+from qmpcommit.commit.cycle import Discarded as Discarded
+from qmpcommit.commit.cycle import Round as Round
 from qmpcommit.commit.group import GroupCommit as GroupCommit
 from qmpcommit.commit.group import GroupMember as GroupMember
 from qmpcommit.commit.group import commit_group as commit_group

@@ -41,6 +41,7 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
+    from qmpcommit.commit.cycle import Discarded, KeepIf, Round
     from qmpcommit.commit.driver import Resumed
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
@@ -444,6 +445,66 @@ class Session(Monitor):
         from qmpcommit.commit.flatten import flatten
 
         return flatten(self, disk, keep=keep, delete=delete, bandwidth=bandwidth)
+
+    async def discard(
+        self,
+        disk: str,
+        *,
+        guest: Literal["reset", "stop"] | None = None,
+        overlay: str | os.PathLike[str] | None = None,
+        delete: bool = False,
+    ) -> Discarded:
+        """Throw the active overlay's changes away: the disk starts again from its base.
+
+        The guest stands still while a fresh, empty `overlay` (a new file, or a folder for one; by
+        default beside the former) takes the former's place; then it is reset and goes on, or is
+        left stopped, as `guest` says. A running guest's disk is never exchanged without that word.
+        With `delete` the former overlay's file goes. One that was killed half-way is finished by
+        the next.
+
+        Raises `VMStateError`, `ChainError`, `JobConflict` or `CommitFailed`, and the disk and the
+        guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
+        """
+        from qmpcommit.commit.cycle import discard
+
+        return await discard(self, disk, guest=guest, overlay=overlay, delete=delete)
+
+    async def cycle(
+        self,
+        disk: str,
+        *,
+        keep_if: KeepIf,
+        guest: Literal["reset", "stop"] | None = None,
+        overlay: str | os.PathLike[str] | None = None,
+        delete: bool = False,
+        timeout: float = 3600.0,
+    ) -> Round:
+        """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
+
+        `keep_if` says which: a command, which learns VM, disk, base and top from ``QMPCOMMIT_*``
+        variables and has `timeout` seconds (exit status 0 keeps, 1 to 125 discard), or an async
+        callable that is given a `Ready`. What deserves it is carried into the base by a `Recycle`,
+        what does not is discarded as by `discard`; either way an empty overlay begins.
+
+        Raises `CommitFailed` where the command gives no answer, and nothing was changed; else what
+        `commit` and `discard` raise.
+        """
+        from qmpcommit.commit.cycle import cycle
+
+        return await cycle(
+            self, disk, keep_if=keep_if, guest=guest, overlay=overlay, delete=delete,
+            timeout=timeout,
+        )  # fmt: skip
+
+    def cycles(self, disk: str, *, every: float, **options: Any) -> AsyncIterator[Round]:
+        """A round every so many seconds: ``async for round in vm.cycles("vda", every=3600, ...)``.
+
+        `options` are those of `cycle`, whose errors end it. Stop whenever no round runs; one that
+        is cancelled while it exchanges ends first.
+        """
+        from qmpcommit.commit.cycle import cycles
+
+        return cycles(self, disk, every=every, **options)
 
     @property
     def jobs(self) -> tuple[CommitJob, ...]:

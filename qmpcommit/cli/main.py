@@ -59,6 +59,7 @@ COMMANDS = {
     "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
     "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
     "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
+    "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),

@@ -105,7 +105,15 @@ async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["embed.py", "custom_policy.py", "commit_all_disks.py", "group_commit.py", "quiesce.py"]
+    "name",
+    [
+        "embed.py",
+        "custom_policy.py",
+        "commit_all_disks.py",
+        "group_commit.py",
+        "quiesce.py",
+        "golden_cycle.py",
+    ],
 )
 async def test_without_arguments_it_says_how_to_run_it(name: str) -> None:
     said = await example(name)
@@ -148,3 +156,17 @@ async def test_backup_window(folder: Path) -> None:
     for disk, chain in (("vda", first), ("vdb", second)):
         assert_disk(backup / f"{disk}.qcow2", chain.pictures[-1])
         assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_golden_cycle(folder: Path) -> None:
+    chain = make_chain(folder)
+    passed = folder / "passed"
+    test = ("sh", "-c", f"[ -e {passed} ] || {{ touch {passed}; exit 1; }}")
+    async with machine(folder, chain, running=True) as qemu:
+        said = await example("golden_cycle.py", qemu.qmp, "vda", "0", "2", *test)
+        assert (said.status, said.err) == (0, "")
+        assert said.out.splitlines()[0].startswith(f"discarded: {chain.top}")
+        assert said.out.splitlines()[1].startswith(f"kept: {chain.base}")
+        await qemu.quit()
+    (overlay,) = set(folder.glob("*.qcow2")) - {chain.base}
+    assert_disk(overlay, chain.pictures[0])

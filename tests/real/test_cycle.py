@@ -1,0 +1,171 @@
+"""The golden cycle on a real QEMU: what deserves it goes into the base, what does not is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import cycle as cycle_module
+from qmpcommit.commit.exchange import Exchange
+from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.machines import machine, storage_daemon
+
+YES, NO = ["true"], ["false"]
+
+
+async def chain_now(vm: qc.Session) -> list[Path]:
+    """The files of the disk, active layer first."""
+    return [Path(image.filename) for image in (await vm.disks())[0].chain]
+
+
+@pytest.mark.parametrize("style", ["blockdev", "drive"])
+async def test_what_deserves_it_is_carried_into_the_base(folder: Path, style: Any) -> None:
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, style=style, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        done = await vm.cycle("vda", keep_if=YES, guest="reset", delete=True)
+        assert done.result == "kept"
+        assert done.kept is not None
+        assert done.kept.action == "recycle"
+        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        assert (await qemu.execute("query-status"))["running"]
+        await qemu.quit()
+    assert not chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert_disk(Path(done.overlay), chain.pictures[-1])
+
+
+@pytest.mark.parametrize("style", ["blockdev", "drive"])
+@pytest.mark.parametrize("delete", [True, False])
+async def test_what_does_not_is_thrown_away(folder: Path, style: Any, delete: bool) -> None:
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, style=style, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        done = await vm.cycle("vda", keep_if=NO, guest="reset", delete=delete)
+        assert done.result == "discarded"
+        assert done.discarded is not None
+        assert (done.discarded.former, done.discarded.deleted) == (str(chain.top), delete)
+        assert done.discarded.warnings == ()
+        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        assert (await qemu.execute("query-status"))["running"]
+        await qemu.quit()
+    assert chain.top.exists() is not delete
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(Path(done.overlay), chain.pictures[0])
+
+
+async def test_never_under_a_running_guest_without_a_word(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        with pytest.raises(qc.VMStateError, match="reset or to be left stopped"):
+            await vm.discard("vda")
+        with pytest.raises(qc.InvalidRequest, match="'reset' or"):
+            await vm.discard("vda", guest="now")  # type: ignore[arg-type]
+        assert await chain_now(vm) == [chain.top, chain.base]
+        assert (await qemu.execute("query-status"))["running"]
+        done = await vm.discard("vda", guest="stop")
+        assert (await qemu.execute("query-status"))["status"] == "paused"
+        again = await vm.discard("vda")  # it does not run now
+        assert again.former == done.overlay
+        await qemu.quit()
+    assert_disk(Path(again.overlay), chain.pictures[0])
+
+
+@pytest.mark.parametrize("command", [["sh", "-c", "exit 127"], ["sh", "-c", "kill -9 $$"]])
+async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.CommitFailed, match="no answer"):
+            await vm.cycle("vda", keep_if=command)
+        with pytest.raises(qc.CommitFailed, match="could not be run"):
+            await vm.cycle("vda", keep_if=["/no/such/program"])
+        with pytest.raises(qc.CommitFailed, match="took longer"):
+            await vm.cycle("vda", keep_if=["sleep", "60"], timeout=0.05)
+        assert await chain_now(vm) == [chain.top, chain.base]
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_rounds_follow_each_other(folder: Path) -> None:
+    chain = make_chain(folder)
+    answers = [True, False, True]
+    asked: list[qc.Ready] = []
+
+    async def keep_if(ready: qc.Ready) -> bool:
+        asked.append(ready)
+        return answers[len(asked) - 1]
+
+    results = []
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        rounds = vm.cycles("vda", every=0, keep_if=keep_if, guest="reset", delete=True)
+        async for done in rounds:
+            results.append(done.result)
+            if len(results) == len(answers):
+                break
+        assert results == ["kept", "discarded", "kept"]
+        assert [ready.base.filename for ready in asked] == [str(chain.base)] * 3
+        assert asked[1].top.filename != str(chain.top)
+        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        await qemu.quit()
+    assert sorted(folder.glob("*.qcow2")) == sorted([chain.base, Path(done.overlay)])
+    assert_disk(Path(done.overlay), chain.pictures[-1])
+
+
+async def test_an_export_or_a_chain_without_overlay_is_refused(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.ChainError, match="exported"):
+            await vm.discard("top")
+        await qemu.quit()
+    alone = Chain(chain.files[:1], chain.pictures[:1])
+    async with machine(folder, alone) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.ChainError, match="no overlay"):
+            await vm.cycle("vda", keep_if=YES)
+        await qemu.quit()
+
+
+class Killed(BaseException):
+    """The process has ended here."""
+
+
+@pytest.mark.parametrize("step", ["lay", "reopen", "close", "guest", "exchanged"])
+async def test_one_that_was_killed_is_finished_by_the_next(
+    folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+
+    async def note(name: str, **facts: Any) -> None:
+        if name == step:
+            raise Killed
+
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cycle_module, "_no_note", note)
+            patch.setattr(Exchange, "_undo", asyncio.sleep)  # a killed process undoes nothing
+            with pytest.raises(Killed):
+                await vm.discard("vda", guest="reset")
+        before = await chain_now(vm)
+        assert before[-1] == chain.base
+        done = await vm.discard("vda", guest="reset")
+        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(Path(done.overlay), chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])
