@@ -371,6 +371,26 @@ async def test_a_full_base_makes_the_job_wait_and_its_owner_makes_room(folder: P
         assert_disk(chain.base, picture)
 
 
+async def test_an_owner_who_can_not_make_room_leaves_the_overlay_active(folder: Path) -> None:
+    async def on_stall(stall: qc.Stall) -> None:
+        raise OSError("no room anywhere")
+
+    with small_base(folder) as (chain, picture, grow):
+        async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit(
+                "vda", policy=qc.Pivot(), on_error="stop", on_stall=on_stall,
+                override=["free-space"],
+            )  # fmt: skip
+            with pytest.raises(qc.CommitFailed) as error:
+                await job.wait()
+            assert "no room anywhere" in repr(error.value.__cause__)
+            assert await vm.execute("query-jobs") == []
+            await vm.close()
+            await qemu.quit()
+        grow(200)
+        assert_disk(chain.top, picture)
+
+
 async def test_without_that_a_full_base_is_a_failure_and_nothing_is_lost(folder: Path) -> None:
     with small_base(folder) as (chain, picture, _):
         async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:

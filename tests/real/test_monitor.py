@@ -17,7 +17,7 @@ from qmpcommit.qmp.address import Address
 from qmpcommit.qmp.events import BlockJobReady, JobStatusChange, Stop
 from tests.ground.fake_monitor import GREETING, FakeMonitor, Refusal, fake_monitor
 from tests.ground.images import MIB, assert_disk, make_chain
-from tests.ground.machines import machine
+from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy
 
 BULK = 33 * MIB
@@ -165,6 +165,14 @@ async def test_typed_answers_of_a_real_qemu(folder: Path) -> None:
             await vm.execute("blockdev-del", node_name="nothing")
         assert error.value.error_class == "GenericError"
         assert error.value.command == "blockdev-del"
+
+
+async def test_typed_answers_of_a_real_storage_daemon(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        (export,) = await vm.query_block_exports()
+        assert (export.id, export.type, export.node_name) == ("export0", "nbd", "top")
+        assert not export.shutting_down
 
 
 async def test_answers_that_are_not_qemus(folder: Path) -> None:

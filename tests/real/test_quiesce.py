@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit import quiesce
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 
@@ -188,3 +189,54 @@ async def test_what_has_no_meaning_is_refused(folder: Path) -> None:
                     pass
         async with qc.quiesced(vm, None, limit=1) as quiet:
             assert not quiet.held
+
+
+async def test_a_guest_that_can_not_be_thawed_is_told_with_what_to_do(folder: Path) -> None:
+    async with (
+        machine(folder, make_chain(folder)) as qemu,
+        qc.Session.connect(qemu.qmp, command_timeout=0.5) as vm,
+    ):
+        await qemu.execute("cont")
+        await qemu.execute("stop")
+        with pytest.raises(qc.InvalidRequest, match="socket of the guest agent"):
+            await qc.thaw(vm, "agent")
+        qemu.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont") as error:
+                await qc.thaw(vm, "pause", patience=0)
+        finally:
+            qemu.signal(signal.SIGCONT)
+        assert error.value.how == "pause"
+        await qc.thaw(vm, "pause")
+        assert await runs(qemu)
+
+
+async def test_a_body_that_was_cancelled_stays_so_where_its_thaw_fails(folder: Path) -> None:
+    """What ended the body is the news; what the thaw met is a note on it."""
+    async with (
+        machine(folder, make_chain(folder)) as qemu,
+        qc.Session.connect(qemu.qmp, command_timeout=0.5) as vm,
+    ):
+        await qemu.execute("cont")
+        inside = asyncio.Event()
+
+        async def body() -> None:
+            async with qc.quiesced(vm, "pause"):
+                inside.set()
+                await asyncio.Event().wait()
+
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+        task = asyncio.create_task(body())
+        await inside.wait()
+        qemu.signal(signal.SIGSTOP)
+        try:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as error:
+                await task
+        finally:
+            qemu.signal(signal.SIGCONT)
+            monkey.undo()
+        assert "may still be paused" in error.value.__notes__[0]
+        await qc.thaw(vm, "pause")
+        assert await runs(qemu)

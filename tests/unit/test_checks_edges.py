@@ -1,0 +1,84 @@
+"""The checks before the first byte where something is not known: a note, never a crash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import checks
+from qmpcommit.commit.checks import Finding, check_commit
+from tests.unit.test_checks import SIZE, found, layer, level, made, protocol
+
+
+def test_a_file_that_can_not_be_read_is_told_and_the_other_checks_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(case: Any) -> Iterator[Finding]:
+        raise PermissionError(13, "Permission denied", "/i/base")
+        yield
+
+    monkeypatch.setattr(checks, "_corrupt", unreadable)
+    graph, plan = made()
+    (finding,) = found("corrupt", graph, plan)
+    assert finding.level == "note"
+    assert "/i/base: Permission denied" in finding.message
+
+
+def test_sizes_that_qemu_does_not_tell_are_not_compared() -> None:
+    for name in ("top", "base"):
+        node = layer(name)
+        del node["image"]["virtual-size"]
+        (finding,) = found("size", *made(node))
+        assert (finding.level, "does not tell" in finding.message) == ("note", True)
+
+
+@pytest.mark.parametrize(("driver", "expected"), [("file", "note"), ("nbd", "refuse")])
+def test_a_base_without_a_format_grows_if_its_protocol_does(driver: str, expected: str) -> None:
+    base = protocol("base", driver, SIZE // 2)
+    base["node-name"] = "base"
+    graph, plan = made(base)
+    del graph.nodes["base"].children["file"]  # type: ignore[attr-defined]
+    assert level("size", graph, plan) == expected
+
+
+def test_a_base_outside_the_disk_has_no_backing_names_to_compare() -> None:
+    graph, plan = made()
+    other = replace(plan, disk=replace(plan.disk, chain=plan.disk.chain[:2]))
+    (finding,) = found("on-disk-backing", graph, other)
+    assert (finding.level, "not in the disk's chain" in finding.message) == ("note", True)
+
+
+def test_layers_that_the_graph_does_not_have_are_not_checked() -> None:
+    graph, plan = made()
+    nowhere = replace(plan, base=qc.Image("gone", "/i/gone", "qcow2"))
+    assert {f.level for f in check_commit(graph, nowhere)} == {"note"}
+
+
+def test_whether_a_process_that_ended_declared_a_node_is_not_known(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert checks._declared_read_only("base", pid) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("/i/base", "/i/base"),
+        ("file:/i/base", "/i/base"),
+        ("file:///i/base", "/i/base"),
+        ('json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/i/base"}}', "/i/base"),
+        ('json:{"driver": "file", "filename": "/i/base"}', "/i/base"),
+        ('json:{"driver": "nbd", "host": "h"}', 'json:{"driver": "nbd", "host": "h"}'),
+        ("json:{", "json:{"),
+    ],
+)
+def test_a_plain_file_is_found_in_every_way_to_write_it(name: str, plain: str) -> None:
+    assert checks._plain(name) == plain
