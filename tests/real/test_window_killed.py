@@ -17,6 +17,8 @@ from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.real.test_agent import FakeAgent, fake_agent
 
+pytestmark = pytest.mark.timeout(900)
+
 STEP = 64 * 1024
 KILLABLE = [sys.executable, "-m", "tests.real.killable_window"]
 

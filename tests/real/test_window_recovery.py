@@ -101,7 +101,8 @@ async def test_chain_and_jobs_tell_of_windows_that_are_open(folder: Path) -> Non
 
 async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
     chain = make_chain(folder)
-    name = f"top.qmpcommit-window-{qc.new_window_name()}.qcow2"
+    window = qc.new_window_name()
+    name = f"top.qmpcommit-window-{window}.qcow2"
     create(folder / name, 64 * MIB)
     node = {"driver": "qcow2", "node-name": "qmpcommit-w00000000-0-top", "backing": None}
     async with storage_daemon(folder, chain) as qemu:
@@ -125,7 +126,7 @@ async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
             create(folder / name, 64 * MIB)
             await vm.execute("blockdev-add", {**node, "file": file})
             frozen = qc.Frozen("top", str(chain.top), str(folder / name), str(node["node-name"]))
-            noted = qc.NotedWindow(name[22:-6], {"top": frozen})
+            noted = qc.NotedWindow(window, {"top": frozen})
             assert await qc.recover_window(vm, noted) is None
         assert not (folder / name).exists()
         assert (await qmpcommit("chain", qemu.qmp)).err == ""
