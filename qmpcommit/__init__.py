@@ -32,7 +32,7 @@ _HOMES = {
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
         " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
         " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError"
-        " QuiesceFailed VMGone VMStateError WindowError"
+        " QuiesceFailed VMGone VMStateError WindowError WindowNotFound"
         " CommitNotFound DaemonError DaemonLost DaemonUnreachable KeyReused QueueFull VMNotFound"
     ),
     "offline_session": "offline",

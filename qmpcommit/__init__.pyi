@@ -71,6 +71,7 @@ from qmpcommit.errors import VMGone as VMGone
 from qmpcommit.errors import VMNotFound as VMNotFound
 from qmpcommit.errors import VMStateError as VMStateError
 from qmpcommit.errors import WindowError as WindowError
+from qmpcommit.errors import WindowNotFound as WindowNotFound
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent

@@ -223,6 +223,10 @@ class DaemonLost(MonitorLost):
     address: str | None
 
 
+class WindowNotFound(QmpCommitError):
+    """The daemon knows no snapshot window with that id."""
+
+
 class WindowError(QmpCommitError):
     """A snapshot window can't be opened, or not be closed; `overlays` are those still active."""
 

@@ -227,11 +227,11 @@ def _seen(disk: Disk, cwd: str | None) -> OpenWindow:
         return OpenWindow(disk.name, window, below, active.filename, node_name=active.node_name)
     size = found.st_blocks * 512
     return OpenWindow(
-        disk.name, window, below, active.filename, _age(window), size, active.node_name
+        disk.name, window, below, active.filename, age_of(window), size, active.node_name
     )
 
 
-def _age(window: str) -> float | None:
+def age_of(window: str) -> float | None:
     """Seconds since a window was opened, which its name tells."""
     try:
         opened = datetime.strptime(window.partition("-")[0], STAMP).replace(tzinfo=UTC)

@@ -53,9 +53,12 @@ from qmpcommit.errors import (
     ProtocolViolation,
     QmpCommitError,
     QueueFull,
+    QuiesceFailed,
     VMGone,
     VMNotFound,
     VMStateError,
+    WindowError,
+    WindowNotFound,
 )
 from qmpcommit.journal import JournalError
 from qmpcommit.log import Log
@@ -63,6 +66,7 @@ from qmpcommit.log import Log
 _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (VMNotFound, 404, "No such VM"),
     (CommitNotFound, 404, "No such commit"),
+    (WindowNotFound, 404, "No such window"),
     (DiskNotFound, 404, "No such disk"),
     (JobNotFound, 404, "No such job"),
     (PolicyRequired, 422, "A policy is required"),
@@ -81,6 +85,8 @@ _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (CommandRefused, 502, "QEMU refused"),
     (ProtocolViolation, 502, "Not what QEMU answers"),
     (DeadlineExceeded, 504, "QEMU does not answer"),
+    (QuiesceFailed, 409, "The guest can't be quiesced"),
+    (WindowError, 409, "The window can't be opened"),
     (CommitFailed, 409, "It can't be done"),
 )
 RETRY_AFTER = 2

@@ -125,7 +125,8 @@ class Limits(_Section):
 
     `bandwidth` is the budget in bytes per second that running copies share (0: none); `queue`
     how many commits may wait; `gone_after` for how many seconds a VM may be away before its
-    commits are given up.
+    commits are given up. A snapshot window that is older than `window_age`, or whose overlay has
+    more than `window_size` bytes (0: any), is warned of.
     """
 
     commits: Number = 16
@@ -135,6 +136,8 @@ class Limits(_Section):
     queue: int = Field(default=10_000, strict=True, ge=0)
     connects: Number = 32
     gone_after: Seconds = 60.0
+    window_age: Seconds = 86400.0
+    window_size: Size = 10 * 1024**3
     request_size: Size = Field(default=65536, ge=1024)
     request_time: Seconds = Field(default=30.0, ge=0.1)
     requests: Number = 256

@@ -20,7 +20,7 @@ import structlog
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import cycle_api, group_api, rule_api, systemd
+from qmpcommit.daemon import cycle_api, group_api, rule_api, systemd, window_api
 from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
@@ -29,6 +29,7 @@ from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
+from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.journal import Journal
 from qmpcommit.tasks import stop
@@ -82,13 +83,15 @@ async def _serve(config: Config, seconds: float | None) -> None:
     journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
     groups, rules, cycles = Groups(engine), Rules(engine), Cycles(engine)
-    engine.stories = (*engine.stories, groups, rules, cycles)
+    windows = Windows(engine)
+    engine.stories = (*engine.stories, groups, windows, rules, cycles)
     given = systemd.listening()
     sockets = _listen(config, given)
     app = create_app(engine)
     rule_api.routes(app, rules)
     cycle_api.routes(app, cycles)
     group_api.routes(app, groups)
+    window_api.routes(app, engine, windows)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
         http=PeerProtocol,

@@ -60,6 +60,15 @@ class Metrics:
             "cycle_kept_age_seconds", "Since a round last carried changes into the base",
             ("vm", "disk"), **made,
         )  # fmt: skip
+        self.windows = Gauge(
+            "windows", "Snapshot windows that are not closed, by state", ("state",), **made
+        )
+        self.window_age = Gauge(
+            "window_age_seconds", "Since when a disk is in a window", ("vm", "disk"), **made
+        )
+        self.window_size = Gauge(
+            "window_overlay_bytes", "What the overlay of a window takes", ("vm", "disk"), **made
+        )
         self.orphans = Gauge("orphan_jobs", "Jobs of ours that nobody owns", ("vm",), **made)
         self.vms = Gauge("vms", "VMs, by the state of their connection", ("state",), **made)
         self.reconnects = Counter("reconnects", "Connections that were lost", **made)

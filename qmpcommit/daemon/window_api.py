@@ -1,0 +1,104 @@
+"""The API's routes for snapshot windows."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Annotated
+
+from fastapi import FastAPI, Path, Query, Response
+
+from qmpcommit.daemon.api import Key, VMPath, fingerprint
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.leased_window import LeasedWindow
+from qmpcommit.daemon.openapi import problems
+from qmpcommit.daemon.window_models import Renewal, WindowRequest, WindowView
+from qmpcommit.daemon.windows import Windows
+from qmpcommit.errors import WindowNotFound
+
+WindowPath = Annotated[str, Path(max_length=64, pattern="^[0-9A-Za-z-]+$")]
+
+
+def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
+    """Add them to the app."""
+
+    @app.post(
+        "/v1/vms/{vm}/windows",
+        status_code=201,
+        responses=problems(404, 409, 422, 502, 504, 507, body=True),
+        tags=["windows"],
+    )
+    async def open_window(
+        vm: VMPath, asked: WindowRequest, response: Response, idempotency_key: Key = None
+    ) -> WindowView:
+        """Open a window: the disks' files stand still until it is closed, or its lease ends."""
+        place = f"windows of {vm}"
+        window, again = await windows.open(vm, asked, idempotency_key, fingerprint(place, asked))
+        response.headers["Location"] = f"/v1/windows/{window.id}"
+        if again:
+            response.headers["Idempotent-Replay"] = "true"
+        return await asyncio.to_thread(window.view)
+
+    @app.get("/v1/windows", responses=problems(422), tags=["windows"])
+    async def list_windows(
+        vm: Annotated[str | None, Query(max_length=64)] = None,
+        state: Annotated[
+            str | None, Query(pattern="^(opening|open|closing|done|failed|orphan)$")
+        ] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> list[WindowView]:
+        """Windows, the newest first, ended ones too; before them those that nobody here opened."""
+        found: list[WindowView] = []
+        if state in (None, "orphan"):
+            await windows.watch.look_again(vm)
+            orphans = windows.watch.orphans(vm)
+            found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
+        sql = (
+            "SELECT * FROM undertakings WHERE kind = 'window' AND (?1 IS NULL OR vm = ?1)"
+            " AND (?2 IS NULL OR state = ?2) ORDER BY created DESC, rowid DESC LIMIT ?3"
+        )
+        for row in await engine.journal.read(sql, vm, state, limit - len(found)):
+            with suppress(ValueError):  # written by another version
+                known = windows.live.get(row["id"])
+                window = known or LeasedWindow.load(row, engine.journal)
+                found.append(await asyncio.to_thread(window.view))
+        return found
+
+    @app.get("/v1/windows/{window_id}", responses=problems(404, 422), tags=["windows"])
+    async def get_window(
+        window_id: WindowPath,
+        wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
+    ) -> WindowView:
+        """One window: what stands still, when its lease ends, and how it ended."""
+        try:
+            window = await windows.get(window_id)
+        except WindowNotFound:
+            orphan = windows.watch.orphan(window_id)
+            if orphan is None:
+                raise
+            return await asyncio.to_thread(orphan.view)
+        if wait:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await window.over.wait()
+        return await asyncio.to_thread(window.view)
+
+    @app.post(
+        "/v1/windows/{window_id}/lease",
+        responses=problems(404, 409, 422, body=True),
+        tags=["windows"],
+    )
+    async def renew_lease(window_id: WindowPath, asked: Renewal) -> WindowView:
+        """Keep it open for longer: its lease ends so many seconds from now."""
+        window = await windows.renew(window_id, asked.seconds)
+        return await asyncio.to_thread(window.view)
+
+    @app.delete(
+        "/v1/windows/{window_id}",
+        status_code=202,
+        responses=problems(404, 409, 422),
+        tags=["windows"],
+    )
+    async def close_window(window_id: WindowPath) -> WindowView:
+        """Close it: each overlay is committed back, pivoted away from and deleted."""
+        return await asyncio.to_thread((await windows.close(window_id)).view)
