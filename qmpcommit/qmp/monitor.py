@@ -193,7 +193,8 @@ class Monitor(Queries):
                 sock = await address.open()
                 pid = peer_pid(sock)
                 greeting = True
-                await client.connect(sock)
+                with suppress(AssertionError):  # qemu.qmp's, where it is lost as it is made
+                    await client.connect(sock)
         except TimeoutError as error:
             raise (self._busy() if greeting else self._unreachable("no answer", error)) from error
         except OSError as error:
@@ -205,6 +206,9 @@ class Monitor(Queries):
         finally:
             if client.runstate is not Runstate.RUNNING and sock is not None:
                 sock.close()
+        if client.runstate is not Runstate.RUNNING:
+            await dispose(client, sock)
+            raise self._unreachable("it greeted, and hung up", EOFError())
         if self._features is not None and pid != self.peer_pid:
             self._features = None
         self._client, self._sock, self.peer_pid = client, sock, pid
