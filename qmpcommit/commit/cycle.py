@@ -112,7 +112,7 @@ async def cycle(
         return Round("discarded", done.disk, done.overlay, discarded=done)
     plan = _plan(vm, disk)
     guest = await _agreed(vm, disk, guest)
-    keep = await _deserves(vm, plan, keep_if, timeout)
+    keep = await deserves(plan, keep_if, timeout)
     plan = _plan(vm, await vm.disk(name))  # it may have taken its time
     fresh = _overlay(vm, plan, overlay)
     if keep:
@@ -139,32 +139,37 @@ async def cycles(vm: Session, name: str, *, every: float, **options: Any) -> Asy
 
 
 def _plan(vm: Session, disk: Disk) -> Plan:
-    """What there is to be carried or discarded; raises where the disk is in use otherwise."""
-    where = {"vm": vm.name, "disk": disk.name}
+    if disk.jobs:
+        raise JobConflict(
+            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
+            " Nothing was changed",
+            vm=vm.name,
+            disk=disk.name,
+        )
+    return plan_round(vm.name, disk, f"{JOB_PREFIX}d{os.urandom(4).hex()}")
+
+
+def plan_round(vm: str, disk: Disk, job_id: str) -> Plan:
+    """What there is to be carried or discarded; raises `ChainError` where that can't be."""
+    where = {"vm": vm, "disk": disk.name}
     if len(disk.chain) < 2:
         raise ChainError(
-            f"{disk} of {vm.name} has no overlay: its chain needs a base and an overlay over it."
+            f"{disk} of {vm} has no overlay: its chain needs a base and an overlay over it."
             " Nothing was changed",
             **where,
         )
     if disk.exports:
         raise ChainError(
-            f"{disk} of {vm.name} is exported ({', '.join(disk.exports)}), and nothing could hold"
+            f"{disk} of {vm} is exported ({', '.join(disk.exports)}), and nothing could hold"
             " its clients back while its overlay is exchanged. Nothing was changed",
             **where,
         )
-    if disk.jobs:
-        raise JobConflict(
-            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-            " Nothing was changed",
-            **where,
-        )
     return Plan(
-        vm=vm.name,
+        vm=vm,
         disk=disk,
         top=disk.chain[0],
         base=disk.chain[1],
-        job_id=f"{JOB_PREFIX}d{os.urandom(4).hex()}",
+        job_id=job_id,
         two_phase=True,
         policy=Pivot(),
     )
@@ -192,13 +197,18 @@ def _overlay(vm: Session, plan: Plan, given: str | os.PathLike[str] | None) -> s
     place = os.path.dirname(path) if given is None else os.fspath(given)
     if given is not None and not os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
         return place
-    stem = _FORMER.sub("", os.path.basename(path).removesuffix(".qcow2"))
+    return new_overlay(place, path)
+
+
+def new_overlay(folder: str, former: str) -> str:
+    """The file of the next overlay: called as the former one, with the time and a number."""
+    stem = _FORMER.sub("", os.path.basename(former).removesuffix(".qcow2"))
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return os.path.join(place, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")
+    return os.path.join(folder, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")
 
 
-async def _deserves(vm: Session, plan: Plan, keep_if: KeepIf, timeout: float) -> bool:
-    """Ask; raises `CommitFailed` where there is no answer."""
+async def deserves(plan: Plan, keep_if: KeepIf, timeout: float) -> bool:
+    """Ask whether the changes are kept; raises `CommitFailed` where there is no answer."""
     ready = Ready(plan.vm, plan.disk.name, plan.job_id, plan.base, plan.top)
     if callable(keep_if):
         return bool(await keep_if(ready))
@@ -213,9 +223,9 @@ async def _deserves(vm: Session, plan: Plan, keep_if: KeepIf, timeout: float) ->
         if status is not None:
             how = f"ended with status {status}, which is no answer"
     raise CommitFailed(
-        f"whether the overlay {plan.top.filename} of {plan.disk} of {vm.name} is to be kept is not"
+        f"whether the overlay {plan.top.filename} of {plan.disk} of {plan.vm} is to be kept is not"
         f" known: {' '.join(keep_if)} {how}. Nothing was changed",
-        vm=vm.name,
+        vm=plan.vm,
         disk=plan.disk.name,
         command=list(keep_if),
     )

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk
 from qmpcommit.block.files import FileId
 from qmpcommit.commit.aftermath import identify
+from qmpcommit.commit.cycle import deserves, new_overlay, plan_round
 from qmpcommit.commit.exchange import Exchange
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
-from qmpcommit.commit.policy import Pivot, Ready, Recycle, run_command
+from qmpcommit.commit.policy import Recycle
 from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_models import CycleView, RoundView
 from qmpcommit.daemon.engine import Engine, key_row
@@ -36,7 +36,6 @@ from qmpcommit.errors import (
     InvalidRequest,
     JobConflict,
     MonitorLost,
-    OnlyIfFailed,
     QmpCommitError,
     VMGone,
 )
@@ -48,16 +47,11 @@ from qmpcommit.tasks import stop
 HAND_OVER = 1.0
 """Seconds that an exchange under way gets when the daemon stops."""
 
-CANNOT_TELL = 126
-"""From this exit status on a command did not answer: it was not found, or ended by a signal."""
-
 CONNECTING = 10.0
 """Seconds that a VM gets to be connected before its round begins."""
 
 AGAIN = 0.5
 """Seconds between two tries to reach a VM in the middle of an exchange."""
-
-_FORMER = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}$")
 
 
 class Round(Undertaking[Cycle]):
@@ -294,10 +288,11 @@ class Cycles:
         vm = self._engine.vm(found.vm)
         async with self._engine.registry.use(vm, wait=CONNECTING) as session:
             plan = await self._plan(found, session)
-        keep = await self._deserves(found, plan)
+        keep = await deserves(plan, found.request.keep_if, found.request.timeout)
         async with self._engine.registry.use(vm, wait=CONNECTING) as session:
             plan = await self._plan(found, session)  # it may have taken its time
-            overlay = new_overlay(found.request, absolute(plan.top, session.cwd))
+            former = absolute(plan.top, session.cwd)
+            overlay = new_overlay(found.request.overlay_dir or os.path.dirname(former), former)
             facts: dict[str, Any] = {"overlay": overlay, "job_id": plan.job_id}
             if not keep:
                 await self._check_base(found, plan)
@@ -313,33 +308,14 @@ class Cycles:
         disks = await session.disks()
         disk = find_disk(disks, found.disk, vm=found.vm, cwd=session.cwd)
         where = {"vm": found.vm, "disk": found.disk}
-        if len(disk.chain) < 2:
-            raise ChainError(
-                f"{disk} of {found.vm} has no overlay: its chain needs a base and an overlay over"
-                " it. Nothing was changed",
-                **where,
-            )
-        if disk.exports:
-            raise ChainError(
-                f"{disk} of {found.vm} is exported ({', '.join(disk.exports)}), and nothing could"
-                " hold its clients back while its overlay is exchanged. Nothing was changed",
-                **where,
-            )
+        plan = plan_round(found.vm, disk, f"{JOB_PREFIX}c{found.id[:8]}")
         held = commits_of(self._engine.live.values(), found.vm, disk, disks)
         objection = hands_off(disk, held)
         if objection:
             raise JobConflict(
                 f"{disk} of {found.vm} is left alone: {objection}. Nothing was changed", **where
             )
-        return Plan(
-            vm=found.vm,
-            disk=disk,
-            top=disk.chain[0],
-            base=disk.chain[1],
-            job_id=f"{JOB_PREFIX}c{found.id[:8]}",
-            two_phase=True,
-            policy=Pivot(),
-        )
+        return plan
 
     async def _check_base(self, found: Round, plan: Plan) -> None:
         """Raise `ChainError` where the base is known to be whole under its overlay only."""
@@ -363,29 +339,6 @@ class Cycles:
                 disk=found.disk,
                 commit=row["id"],
             )
-
-    async def _deserves(self, found: Round, plan: Plan) -> bool:
-        """Run ``keep_if``; raises `OnlyIfFailed` where it does not answer."""
-        cycle = found.request
-        command = " ".join(cycle.keep_if)
-        ready = Ready(plan.vm, plan.disk.name, plan.job_id, plan.base, plan.top)
-        try:
-            status = await run_command(cycle.keep_if, ready.environment(), cycle.timeout)
-        except OSError as error:
-            how = f"could not be run: {error.strerror}"
-        else:
-            if status is not None and 0 <= status < CANNOT_TELL:
-                return status == 0
-            how = f"took longer than {cycle.timeout:g} s"
-            if status is not None:
-                how = f"ended with status {status}, which is no answer"
-        raise OnlyIfFailed(
-            f"whether the overlay of {found.disk} of {found.vm} is to be kept is not known:"
-            f" {command} {how}. Nothing was changed",
-            vm=found.vm,
-            disk=found.disk,
-            command=list(cycle.keep_if),
-        )
 
     # -- keeping ----------------------------------------------------------------------------------
 
@@ -498,11 +451,3 @@ def until_next(cycle: Cycle, now: float) -> float:
     if due.astimezone().timestamp() <= now:
         due += timedelta(days=1)  # the wall clock's, whatever it does to summer time
     return due.astimezone().timestamp() - now
-
-
-def new_overlay(cycle: Cycle, former: str) -> str:
-    """The file of the next overlay: called as the former one, with the time and a number."""
-    folder = cycle.overlay_dir or os.path.dirname(former)
-    stem = _FORMER.sub("", os.path.basename(former).removesuffix(".qcow2"))
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return os.path.join(folder, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.cycle import new_overlay
 from qmpcommit.daemon.config import Cycle
-from qmpcommit.daemon.cycles import new_overlay, until_next
+from qmpcommit.daemon.cycles import until_next
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.test_recovery import killable
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -319,10 +320,10 @@ def test_a_round_at_a_time_of_the_day() -> None:
 
 
 def test_overlays_are_called_as_the_first_one_was() -> None:
-    first = new_overlay(cycle_of(every=5), "/vms/scratch.qcow2")
+    first = new_overlay("/vms", "/vms/scratch.qcow2")
     assert first.startswith("/vms/scratch.cycle-2")
-    second = new_overlay(cycle_of(every=5), first)
+    second = new_overlay("/vms", first)
     assert second.startswith("/vms/scratch.cycle-2")
     assert second.count(".cycle-") == 1
     assert second != first
-    assert new_overlay(cycle_of(every=5, overlay_dir="/o"), first).startswith("/o/scratch.cycle-")
+    assert new_overlay("/o", first).startswith("/o/scratch.cycle-")
