@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
     "block.chain": "Disk Image",
     "client.events": "DaemonEvent",
+    "client.group": "RemoteGroup",
     "client.host": "Client",
     "client.job": "RemoteJob",
     "client.vm": "RemoteVM",

@@ -3,6 +3,7 @@
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
 from qmpcommit.client.events import DaemonEvent as DaemonEvent
+from qmpcommit.client.group import RemoteGroup as RemoteGroup
 from qmpcommit.client.host import Client as Client
 from qmpcommit.client.job import RemoteJob as RemoteJob
 from qmpcommit.client.vm import RemoteVM as RemoteVM

@@ -221,8 +221,6 @@ def commit(
     from qmpcommit.cli.running import run
 
     if more or others:
-        if options.daemon is not None:
-            raise click.UsageError("A daemon commits one disk at a time; leave --daemon out")
         from qmpcommit.cli import group
         from qmpcommit.commit.group import HOLD_LIMIT
         from qmpcommit.units import parse_seconds
@@ -235,6 +233,12 @@ def commit(
         limit = HOLD_LIMIT if hold_limit is None else parse_seconds(hold_limit, "hold limit")
         if dry_run:
             return run(options, lambda running: group.plan_group(running, named, request))
+        if options.daemon is not None:
+            from qmpcommit.cli import remote_group
+
+            remote_group.check(policy)
+            request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
+            return run(options, lambda running: remote_group.commit(running, named, request, limit))
         return run(options, lambda running: group.commit_group(running, named, request, limit))
     if hold_limit is not None:
         raise click.UsageError("--hold-limit is for several disks")

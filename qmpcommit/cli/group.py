@@ -82,7 +82,7 @@ async def plan_group(running: Run, named: Named, request: Mapping[str, Any]) -> 
     plans = []
     policies = policies_of(request["policy"], named)
     async with AsyncExitStack() as stack:
-        vms = await _connected(running, named, stack)
+        vms = {qmp: await stack.enter_async_context(running.vm(qmp)) for qmp in dict(named)}
         for (qmp, disk), policy in zip(named, policies, strict=True):
             asked = plan_request({**request, "disk": disk, "policy": policy})
             plans.append(await vms[qmp].plan(**asked))
@@ -135,7 +135,7 @@ async def commit_group(
     return Answer(
         outcome.model_dump(mode="json"),
         group_text(outcome),
-        status=3 if asking is not None and asking.closed else _status(policy, outcome),
+        status=3 if asking is not None and asking.closed else status_of(policy, outcome),
         quiet=running.options.quiet,
     )
 
@@ -210,7 +210,8 @@ def _interrupt(working: asyncio.Task[GroupOutcome], times: int) -> None:
         working.cancel()
 
 
-def _status(policy: AnyPolicy, outcome: GroupOutcome) -> int:
+def status_of(policy: AnyPolicy, outcome: GroupOutcome) -> int:
+    """The exit status of a group that ended so."""
     if any(each.hook == "failed" for each in outcome.outcomes):
         return 1
     if outcome.decided_by in ("check failed", "hold expired"):

@@ -33,9 +33,14 @@ from qmpcommit.tasks import stop
 @asynccontextmanager
 async def reach(options: Options, name: str) -> AsyncIterator[RemoteVM]:
     """The VM that the daemon calls so."""
-    assert options.daemon is not None
-    async with Client(options.daemon, token=_token()) as host:
+    async with connect(options) as host:
         yield host.vm(name)
+
+
+def connect(options: Options) -> Client:
+    """The daemon's client, which connects when it is entered."""
+    assert options.daemon is not None
+    return Client(options.daemon, token=_token())
 
 
 def _token() -> str | None:

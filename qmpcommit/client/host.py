@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, urlencode
@@ -26,8 +26,10 @@ from qmpcommit.qmp.address import Address
 from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
+    from qmpcommit.client.group import RemoteGroup
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.client.vm import RemoteVM
+    from qmpcommit.commit.policy import AnyPolicy
     from qmpcommit.daemon.models import CommitView, VMView
 
 PAUSE = (0.02, 0.5)
@@ -155,6 +157,47 @@ class Client:
         found = self.parse(await self.ask("GET", f"/v1/commits/{quote(commit_id)}"))
         return RemoteJob(self, commit_view(found))
 
+    # -- groups -----------------------------------------------------------------------------------
+
+    async def commit_group(
+        self,
+        members: Iterable[tuple[RemoteVM | str, str] | tuple[RemoteVM | str, str, Any]],
+        *,
+        policy: AnyPolicy | dict[str, Any] | str | None = None,
+        hold_limit: float | None = None,
+        idempotency_key: str | None = None,
+        **options: Any,
+    ) -> RemoteGroup:
+        """Have the daemon commit disks at one instant: all of them or none.
+
+        `members` are tuples of a VM (or its name), a disk and, unless one `policy` is given to
+        all, a policy. Their I/O is held for at most `hold_limit` seconds (2 by default);
+        `options` are those of `RemoteVM.commit` that make sense for several disks. Raises what
+        that raises; if this is cancelled, so is a group that was promised meanwhile.
+        """
+        from qmpcommit.client.group import commit_group
+
+        return await commit_group(
+            self,
+            members,
+            policy=policy,
+            hold_limit=hold_limit,
+            idempotency_key=idempotency_key,
+            options=options,
+        )
+
+    async def group(self, group_id: str) -> RemoteGroup:
+        """The group with that id, whoever asked for it; raises `CommitNotFound`."""
+        from qmpcommit.client.group import find_group
+
+        return await find_group(self, group_id)
+
+    async def groups(self, *, limit: int = 100) -> list[RemoteGroup]:
+        """Groups, the newest first, those that have ended included; at most `limit` (1000)."""
+        from qmpcommit.client.group import list_groups
+
+        return await list_groups(self, limit)
+
     def events(
         self, after: int | None = None, *, vm: str | None = None, commit: str | None = None
     ) -> Events:
@@ -253,17 +296,18 @@ def commit_view(value: object) -> CommitView:
     """A commit as the daemon shows it; members of a newer daemon are passed over."""
     from qmpcommit.daemon.models import CommitView
 
-    return _view(CommitView, value)  # type: ignore[no-any-return]
+    return view_as(CommitView, value)  # type: ignore[no-any-return]
 
 
 def vm_view(value: object) -> VMView:
     """A VM as the daemon shows it."""
     from qmpcommit.daemon.models import VMView
 
-    return _view(VMView, value)  # type: ignore[no-any-return]
+    return view_as(VMView, value)  # type: ignore[no-any-return]
 
 
-def _view(model: Any, value: object) -> Any:
+def view_as(model: Any, value: object) -> Any:
+    """What the daemon shows, as that model; members of a newer daemon are passed over."""
     known = model.model_fields
     try:
         if isinstance(value, dict):

@@ -94,7 +94,7 @@ class RemoteVM:
         """What a commit would send and what its checks find; as `Session.plan`, nothing is sent."""
         from qmpcommit.commit.checks import Finding
 
-        body = _request(disk, policy=policy, **request)
+        body = request_body(disk, policy=policy, **request)
         found = self._parse(await self.client.ask("POST", f"{self.path}/plans", body))
         plan = Plan.model_validate(found)
         return replace(
@@ -140,7 +140,7 @@ class RemoteVM:
         `KeyReused`, `DaemonUnreachable`, `DaemonLost` or `DaemonError`. If this is cancelled,
         so is a commit that was promised meanwhile.
         """
-        body = _request(
+        body = request_body(
             disk, policy=policy, base=base, top=top, shallow=shallow, bandwidth=bandwidth,
             delete=delete, stale=stale, on_pivot=on_pivot, on_error=on_error, converge=converge,
             carry_bitmaps=carry_bitmaps, keep_relative=keep_relative,
@@ -197,7 +197,18 @@ class RemoteVM:
             raise
 
 
-def _request(
+def policy_body(policy: Any) -> dict[str, Any]:
+    """A policy as it travels; raises `InvalidRequest`."""
+    policy = parse_policy(policy)
+    if not isinstance(policy, AnyPolicy):
+        raise InvalidRequest(
+            "a policy of your own lives in this process and can't survive it: give a policy"
+            " that is a value, or Hold() and decide when the job is ready"
+        )
+    return policy.model_dump(mode="json")
+
+
+def request_body(
     disk: str,
     *,
     policy: Any,
@@ -216,13 +227,7 @@ def _request(
     if delete and stale not in (None, "delete"):
         raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
     if policy is not None:
-        policy = parse_policy(policy)
-        if not isinstance(policy, AnyPolicy):
-            raise InvalidRequest(
-                "a policy of your own lives in this process and can't survive it: give a policy"
-                " that is a value, or Hold() and decide when the job is ready"
-            )
-        policy = policy.model_dump(mode="json")
+        policy = policy_body(policy)
     if on_pivot is not None:
         on_pivot = list(check_command(on_pivot, "on_pivot, asked of the daemon,"))
     asked = {

@@ -357,7 +357,8 @@ async def test_a_full_base_is_told_of_while_it_waits(folder: Path) -> None:
 WRONG = {
     "offline": ["--daemon", "commit", "--offline", "/x.qcow2", "--pivot"],
     "demo": ["--daemon", "demo"],
-    "several disks": ["--daemon", "commit", "web1", "vda", "vdb", "--pivot"],
+    "a group's hold": ["--daemon", "commit", "web1", "vda", "vdb", "--hold"],
+    "a group's recycle": ["--daemon", "commit", "w", "a", "b", "--recycle", "/tmp/{disk}"],
     "the daemon itself": ["--daemon", "daemon", "--config", "/x"],
     "a bad address": ["--daemon=tcp:nowhere", "chain", "web1"],
     "an empty address": ["--daemon", "tcp:", "chain", "web1"],
