@@ -1,0 +1,91 @@
+"""A group of the daemon that is stopped, or loses a QEMU, at its worst moments."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.test_groups import HOLD, KEEP, ask, end_of, served, until
+from tests.ground.images import assert_disk
+from tests.ground.machines import Machine
+
+
+async def status_of(vm: Machine) -> str:
+    jobs = await vm.execute("query-jobs")
+    return str(jobs[0]["status"]) if jobs else "none"
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["in time", "not before it has stopped"])
+async def test_sigterm_while_one_disk_is_held_leaves_none_pending(
+    folder: Path, answers: bool
+) -> None:
+    """One VM hangs, so that the other's disk is held when the daemon is stopped."""
+    async with served(folder, 1, 1) as (d, host):
+        group = (await ask(d, host, policy=HOLD, hold_limit=30))["id"]
+        await until(d, group, "ready")
+        held, hung = host.vms
+        hung.signal(signal.SIGSTOP)
+        decided = await d.post(f"/v1/groups/{group}/decision", {"action": "pivot"})
+        assert decided.status == 202
+        async with asyncio.timeout(20):
+            while await status_of(held) != "pending":
+                await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(d.stop())
+        if answers:
+            hung.signal(signal.SIGCONT)
+        assert await stopping == 0
+        assert await status_of(held) != "pending"
+        hung.signal(signal.SIGCONT)
+        await d.start()
+        ended = await end_of(d, group)
+        assert ended["state"] == "done", ended
+        assert ended["outcome"]["action"] == "pivot"
+        assert await host.jobs() == []
+        await host.ends_as("pivot")
+
+
+async def test_a_qemu_that_is_killed_before_the_decision_leaves_all_unpivoted(folder: Path) -> None:
+    async with served(folder, 1, 1) as (d, host):
+        group = (await ask(d, host, policy=HOLD))["id"]
+        await until(d, group, "ready")
+        await d.kill()
+        host.vms[1].signal(signal.SIGKILL)
+        await d.start()
+        ended = await end_of(d, group)
+        assert ended["state"] == "failed"
+        assert ended["error"]["type"] == "GroupFailed", ended
+        assert "No disk was pivoted" in ended["error"]["message"]
+        assert await host.vms[0].execute("query-jobs") == []
+        await host.vms[0].quit()
+    for chain in host.chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_hold_that_is_too_long_cancels_all(folder: Path) -> None:
+    async with served(folder, 1, 1) as (d, host):
+        group = (await ask(d, host, policy=HOLD, hold_limit=0.3))["id"]
+        await until(d, group, "ready")
+        host.vms[1].signal(signal.SIGSTOP)
+        await d.post(f"/v1/groups/{group}/decision", {"action": "pivot"})
+        async with asyncio.timeout(20):
+            while await status_of(host.vms[0]) != "none":
+                await asyncio.sleep(0.01)
+        host.vms[1].signal(signal.SIGCONT)
+        ended = await end_of(d, group)
+        assert ended["error"]["type"] == "GroupFailed", ended
+        assert await host.jobs() == []
+        again = await ask(d, host, policy=KEEP)
+        assert (await end_of(d, again["id"]))["outcome"]["action"] == "keep"
+        await host.ends_as("keep")
+
+
+async def test_a_deadline_cancels_all(folder: Path) -> None:
+    async with served(folder, 2) as (d, host):
+        group = await ask(d, host, policy=HOLD, timeout=1.5)
+        ended = await end_of(d, group["id"])
+        assert ended["error"]["type"] == "DeadlineExceeded", ended
+        assert await host.jobs() == []
+        await host.ends_as("abort")
