@@ -24,6 +24,22 @@ echo
 api GET "/v1/vms/$vm/disks"
 echo
 
+echo "== a window to back up in: the disk's file stands still until the lease ends, or it is closed"
+window=$(api POST "/v1/vms/$vm/windows" --data "{\"disks\": [\"$disk\"], \"lease\": 60}") || {
+    echo "$window"
+    exit 1
+}
+name=$(echo "$window" | member id)
+echo "$window" | member disks
+api POST "/v1/windows/$name/lease" --data '{"seconds": 120}' >/dev/null # while the backup runs
+api DELETE "/v1/windows/$name" >/dev/null
+state=closing
+while [ "$state" = closing ]; do
+    state=$(api GET "/v1/windows/$name?wait=20" | member state)
+done
+echo "window: $state"
+[ "$state" = done ]
+
 echo "== what a commit would do: nothing is sent"
 wanted="{\"disk\": \"$disk\", \"policy\": {\"kind\": \"hold\", \"timeout\": 300}}"
 api POST "/v1/vms/$vm/plans" --data "$wanted"

@@ -1,8 +1,9 @@
-"""The daemon, killed by SIGKILL at its n-th step after the first commit or round was asked for.
+"""The daemon, killed by SIGKILL at its n-th step.
 
-A step is what the journal or QEMU is told, and each file that goes: there is a place to die
-before it and one after it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places
-passed are written to the file ``QMPCOMMIT_PLACES``.
+Steps count from when the first commit, group, round or window is asked for. A step is what the
+journal or QEMU is told, and each file that goes: there is a place to die before it and one after
+it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
+file ``QMPCOMMIT_PLACES``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import qmpcommit.cli.main
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
+from qmpcommit.daemon.windows import Windows
 from qmpcommit.journal import Journal
+from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 
 DIE_AT = int(os.environ["QMPCOMMIT_DIE_AT"])
@@ -79,6 +82,9 @@ os.unlink = unlink
 counted_from(Engine, "take")
 counted_from(Groups, "take")
 counted_from(Cycles, "begin")
+counted_from(Windows, "open")
 around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
+around(Agent, "freeze", lambda self: "guest-fsfreeze-freeze")
+around(Agent, "thaw", lambda self: "guest-fsfreeze-thaw")
 around(Session, "execute", lambda self, command, *rest: str(command))
 qmpcommit.cli.main.main()

@@ -71,6 +71,7 @@ async def test_the_walkthrough(folder: Path) -> None:
         script = str(EXAMPLES / "walkthrough.sh")
         status, said = await run(script, "web1", "top", d.socket)
         assert status == 0, said
+        assert "window: done" in said
         assert "asked for twice, promised once" in said
         assert "phase: ready" in said
         assert "'action': 'pivot'" in said
@@ -79,7 +80,7 @@ async def test_the_walkthrough(folder: Path) -> None:
         status, said = await run(script, "web1", "nothing", d.socket)
         assert status != 0
         assert "No such disk" in said
-        assert len((await d.get("/v1/commits")).json) == 1
+        assert len((await d.get("/v1/commits")).json) == 2, "that of the window, and the other"
         assert await d.stop() == 0
     assert_disk(chain.base, chain.pictures[-1])
 

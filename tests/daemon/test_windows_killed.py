@@ -1,0 +1,142 @@
+"""The daemon, killed at every step of a window: its successor closes it by its lease."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.daemons import Daemon
+from tests.daemon.test_recovery import killable
+from tests.daemon.test_windows import OTHERS, end_of, overlays
+from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.machines import Machine, machine
+from tests.real.test_agent import FakeAgent, fake_agent
+
+STEP = 65536
+DEVICE = "/machine/peripheral/vda/virtio-backend"
+PATH = "/v1/vms/web1/windows"
+
+
+class Host:
+    """A guest that runs, its agent, and the daemon that is killed."""
+
+    def __init__(self, d: Daemon, vm: Machine, chains: list[Chain], agent: FakeAgent) -> None:
+        self.d, self.vm, self.chains, self.agent = d, vm, chains, agent
+        self.pictures = [chain.pictures[-1].copy() for chain in chains]
+
+    async def writes(self, number: int) -> None:
+        """The guest writes something new to its first disk."""
+        offset, pattern = number % 512 * STEP, number % 255 + 1
+        line = f'qemu-io -d {DEVICE} "write -P {pattern} {offset} 64k"'
+        said = await self.vm.execute("human-monitor-command", command_line=line)
+        assert not said, said
+        self.pictures[0].fill(offset, STEP, pattern)
+
+    async def ask(self, number: int, asked: dict[str, Any]) -> str | None:
+        """Ask for a window; None where the daemon died before it answered."""
+        with suppress(OSError, http.client.HTTPException):
+            while True:
+                answer = await self.d.post(PATH, asked, Idempotency_Key=f"key{number}")
+                if answer.status == 201:
+                    return str(answer.json["id"])
+                # The successor tells of the window that was not opened; the next one is.
+                assert answer.status == 409, answer.body
+                assert b"Ask again" in answer.body
+        return None
+
+    async def one(self, number: int, asked: dict[str, Any], place: str) -> None:
+        """A window, a kill somewhere in it, another daemon, and the end."""
+        d = self.d
+        window = await self.ask(number, asked)
+        if place:
+            assert d.process is not None
+            async with asyncio.timeout(60):
+                await d.process.wait()
+            await self.writes(number)
+            d.environment["QMPCOMMIT_DIE_AT"] = "0" if window is None else str(number + 1)
+            await d.start()
+            if window is None:
+                await d.connected("web1")
+                window = await self.ask(number, asked)
+        assert window is not None
+        ended = await end_of(d, window)
+        assert ended["state"] == "done", ended
+        await self.nothing_is_left()
+
+    async def nothing_is_left(self) -> None:
+        """No job, no node, no file; the guest goes on, and writes where it did before."""
+        assert not self.agent.frozen
+        assert (await self.vm.execute("query-status"))["status"] == "running"
+        assert await self.vm.execute("query-jobs") == []
+        nodes = [n["node-name"] for n in await self.vm.execute("query-named-block-nodes")]
+        assert [name for name in nodes if "qmpcommit" in name] == []
+        active = [each["inserted"]["file"] for each in await self.vm.execute("query-block")]
+        assert active == [str(chain.top) for chain in self.chains]
+        assert overlays(self.vm.folder) == []
+
+
+@asynccontextmanager
+async def host(folder: Path, disks: int) -> AsyncIterator[Host]:
+    """All of it; the disks are compared in the end."""
+    chains = [make_chain(folder), make_chain(folder, names=OTHERS)][:disks]
+    d = killable(folder)
+    async with (
+        machine(folder, *chains, style="implicit", running=True) as vm,
+        fake_agent(folder) as agent,
+    ):
+        d.config += f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n'
+        await d.start()
+        try:
+            await d.connected("web1")
+            made = Host(d, vm, chains, agent)
+            yield made
+        finally:
+            if d.process is not None:
+                await d.kill()
+        await vm.quit()
+    for chain, picture in zip(chains, made.pictures, strict=True):
+        assert_disk(chain.top, picture)
+
+
+def places_of(folder: Path) -> list[str]:
+    """Where the rehearsal could have died, up to its end."""
+    places = (folder / "places").read_text().splitlines()
+    last = max(n for n, place in enumerate(places) if "UPDATE undertakings" in place)
+    return places[: last + 1]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("freeze", "disks"), [("none", 1), ("pause", 2), ("agent", 1)])
+async def test_killed_at_every_step(
+    folder: Path, freeze: str, disks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with host(folder, disks) as at:
+        asked: dict[str, Any] = {"disks": ["vda", "vdb"][:disks], "lease": 0.2}
+        if freeze != "none":
+            asked["freeze"] = freeze
+        if freeze == "agent":
+            asked["agent"] = at.agent.path
+        await at.one(0, asked, "")
+        places = places_of(folder)
+        wanted = {"pause": "after stop", "agent": "after guest-fsfreeze-freeze"}
+        assert {"after transaction", wanted.get(freeze, "before unlink")} <= set(places)
+        d = at.d
+        for number, place in enumerate(places, 1):
+            try:
+                if d.environment["QMPCOMMIT_DIE_AT"] != str(number):
+                    await d.kill()
+                    d.environment["QMPCOMMIT_DIE_AT"] = str(number)
+                    await d.start()
+                    await d.connected("web1")
+                await at.one(number, asked, place)
+            except BaseException:
+                print(f"killed at {number}: {place}\n{d.log[-6000:]}")
+                raise
+    with capsys.disabled():
+        print(f" {freeze}: {len(places)} places to die, {len(places)} survived", end="")
