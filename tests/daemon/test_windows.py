@@ -239,3 +239,70 @@ async def test_its_lease_goes_on_over_a_restart(folder: Path, how: str) -> None:
         await vm.quit()
     assert_disk(chain.top, chain.pictures[-1])
     assert overlays(folder) == []
+
+
+async def test_a_vm_that_comes_back_without_the_overlay_is_told_precisely(folder: Path) -> None:
+    chain = make_chain(folder)
+    config = f'[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
+    async with daemon(folder, config) as d:
+        async with storage_daemon(folder, chain, style="implicit") as vm:
+            await d.connected("web1")
+            window = await opened(d, disks=["top"], lease=600)
+            async with await Nbd.connect(vm.nbd, "top") as guest:
+                await guest.write(5 * MIB, b"\xaa" * MIB)
+            after = chain.pictures[-1].copy()
+            after.write(5 * MIB, b"\xaa" * MIB)
+            await vm.quit()
+        overlay = Path(window["disks"]["top"]["overlay"])
+        async with storage_daemon(folder, chain, style="implicit") as vm:
+            await closed(d, window["id"])
+            ended = await end_of(d, window["id"])
+            assert ended["state"] == "failed"
+            assert ended["error"]["overlays"] == [str(overlay)]
+            assert "was started anew" in ended["error"]["message"]
+            await vm.quit()
+    assert_disk(overlay, after)
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_vm_that_comes_back_with_the_overlay_goes_on(folder: Path) -> None:
+    chain = make_chain(folder)
+    config = f'[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
+    async with daemon(folder, config) as d:
+        async with storage_daemon(folder, chain, style="implicit") as vm:
+            await d.connected("web1")
+            window = await opened(d, disks=["top"], lease=600)
+            async with await Nbd.connect(vm.nbd, "top") as guest:
+                await guest.write(5 * MIB, b"\xaa" * MIB)
+            await vm.quit()
+        await closed(d, window["id"])
+        overlay = Path(window["disks"]["top"]["overlay"])
+        async with asyncio.timeout(30):
+            while not (await d.get(f"/v1/windows/{window['id']}")).json["problem"]:
+                pass
+        grown = Chain([*chain.files, overlay], [])
+        async with machine(folder, grown, style="drive", running=True) as vm:
+            ended = await end_of(d, window["id"])
+            assert ended["state"] == "done", ended
+            await vm.quit()
+    after = chain.pictures[-1].copy()
+    after.write(5 * MIB, b"\xaa" * MIB)
+    assert_disk(chain.top, after)
+    assert overlays(folder) == []
+
+
+async def test_a_vm_that_does_not_come_back_is_given_up(folder: Path) -> None:
+    chain = make_chain(folder)
+    config = f'[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n[limits]\ngone_after = "300ms"\n'
+    async with daemon(folder, config) as d:
+        async with storage_daemon(folder, chain, style="implicit") as vm:
+            await d.connected("web1")
+            window = await opened(d, disks=["top"], lease=600)
+            await vm.quit()
+        assert (await d.get(f"/v1/windows/{window['id']}")).json["state"] == "open"
+        await closed(d, window["id"])
+        ended = await end_of(d, window["id"])
+        overlay = window["disks"]["top"]["overlay"]
+        assert ended["error"]["overlays"] == [overlay]
+        assert "did not come back" in ended["error"]["message"]
+    assert_disk(Path(overlay), chain.pictures[-1])
