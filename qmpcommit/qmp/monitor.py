@@ -346,7 +346,15 @@ class Monitor(Queries):
             first = self._shared is not None and not self._watchers
             await (self.open() if first else self.restore())
         client = self._client
-        assert client is not None
+        if client is None:  # it was lost, or closed, as soon as it was back
+            raise (
+                self._was_closed()
+                if self._closed
+                else MonitorLost(
+                    f"the monitor of {self.name} was lost again before {command} was sent",
+                    vm=self.name,
+                )
+            )
         given = {**(arguments or {}), **{k.replace("_", "-"): v for k, v in more.items()}}
         try:
             async with asyncio.timeout(self.command_timeout):

@@ -257,6 +257,27 @@ async def test_a_closed_session_is_closed(folder: Path) -> None:
         await vm.close()
 
 
+async def test_one_that_is_lost_or_closed_as_soon_as_it_is_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fake_monitor(folder) as fake, qc.Session.connect(fake.path) as vm:
+
+        async def restore() -> None:
+            """It comes back, and goes before anything can be sent."""
+
+        lost = asyncio.Event()
+        vm.subscribers.add(lambda message: None, lambda up: lost.set())
+        fake.drop()
+        async with asyncio.timeout(20):
+            await lost.wait()
+        monkeypatch.setattr(vm, "restore", restore)
+        with pytest.raises(qc.MonitorLost, match="lost again before query-status was sent"):
+            await vm.execute("query-status")
+        await vm.close()
+        with pytest.raises(qc.MonitorLost, match="closed"):
+            await vm.execute("query-status")
+
+
 async def test_closing_ends_a_connection_that_is_being_made(folder: Path) -> None:
     """It would hold the monitor, and nobody could close it any more."""
     async with fake_monitor(folder, greeting=b"") as fake:
