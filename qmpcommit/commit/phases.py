@@ -460,7 +460,7 @@ def _seen(state: State, job: JobSeen) -> Step:
         return _still_listed(state, job)
     match job.status:
         case "concluded":
-            end = state.end or Ended(False, job.error, job.done, job.total)
+            end = state.end or Ended(False)
             if end.error is None and job.error is not None and not end.cancelled:
                 end = end._replace(error=job.error)
             if was.end is None and job.error is not None and _was_cancelled(state, job.error):

@@ -66,6 +66,17 @@ def concluded(error: str | None = None, done: int = 10) -> Answered:
 # -- the beginning --------------------------------------------------------------------------------
 
 
+def test_a_new_commit_sends_block_commit_and_waits_for_nothing_that_was_not_asked_for() -> None:
+    state, actions = phases.begin(two_phase=True)
+    assert (state, actions) == (State(two_phase=True), [Command.START])
+    state, _ = phases.begin(two_phase=False, stalls=True)
+    assert state == State(two_phase=False, stalls=True)
+    state, _ = phases.begin(two_phase=True, prepares=True)
+    assert state == State(two_phase=True, prepares=True, auto_finalize=False)
+    state, _ = phases.begin(two_phase=True, meets=True)
+    assert state == State(two_phase=True, prepares=True, meets=True, auto_finalize=False)
+
+
 @pytest.mark.parametrize("status", ["created", "running", "paused"])
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_job_that_is_there_has_begun(status: str, asked: bool) -> None:
@@ -224,6 +235,7 @@ def test_pending_before_the_reply_to_the_decision() -> None:
 
 def test_a_job_that_finalizes_itself_is_not_finalized() -> None:
     assert after(taken(Choice.PIVOT), PENDING)[1] == []
+    assert after(taken(Choice.PIVOT), Answered(JobSeen("waiting")), PENDING)[1] == []
 
 
 def test_a_keep_has_nothing_to_prepare_unless_others_are_waited_for() -> None:
