@@ -15,6 +15,12 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from hypothesis import settings
+
+# Fewer examples, and always the same, so that a mutant survives every run or none.
+settings.register_profile(
+    "mutants", max_examples=10, derandomize=True, database=None, deadline=None
+)
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@
 #   ./tests/run.sh --soak MINUTES                         random operations beside a model of the
 #                                                         disks; memory and open files must not grow
 #   ./tests/run.sh --all-python [PYTEST ARGUMENT ...]     unit tests on every Python found
+#   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of commit/ and qmp/
+#   ./tests/run.sh --mutants [MUTMUT ARGUMENT ...]        changes to what decides that no test notices;
+#                                                         10 minutes on two idle cores, not in CI
 #
 # On Debian and Ubuntu what is missing is installed with apt-get (by sudo where you are not
 # root); elsewhere it is named. The environment is .venv, or $QMPCOMMIT_VENV; it is filled again
@@ -59,6 +62,18 @@ case ${1:-} in
     shift
     need_venv test
     exec "$VENV/bin/python" -m tests.model.soak "$@"
+    ;;
+--coverage)
+    shift
+    need_venv test
+    [ $# -gt 0 ] || set -- tests/unit tests/real
+    "$VENV/bin/python" -m coverage run -m pytest "$@"
+    exec "$VENV/bin/python" -m coverage report
+    ;;
+--mutants)
+    shift
+    need_venv mutants
+    PATH=$(cd "$VENV/bin" && pwd):$PATH exec "$VENV/bin/python" -m tests.mutation "$@"
     ;;
 esac
 need_venv test
