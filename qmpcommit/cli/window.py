@@ -55,6 +55,11 @@ def window(
     if close:
         if words:
             raise click.UsageError("With --close give QMP alone")
+        if options.daemon is not None:
+            raise click.UsageError(
+                "The daemon closes its windows by itself; others that it finds are closed by"
+                " 'DELETE /v1/windows/NAME', or with --close and without --daemon"
+            )
         where = {"bandwidth": bandwidth, "agent": agent, "overlay_dir": overlay_dir}
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
@@ -81,7 +86,7 @@ def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], 
 
 
 async def _window(running: Run, qmp: str, command: list[str], request: dict[str, Any]) -> Answer:
-    async with running.connect(qmp) as vm, vm.snapshot(**request) as window:
+    async with running.vm(qmp) as vm, vm.snapshot(**request) as window:
         status = await _run(running, [_filled(word, window) for word in command])
     data = {
         "window": window.name,

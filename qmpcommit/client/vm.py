@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +26,8 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.quiesce import How
+    from qmpcommit.commit.window_records import Window
     from qmpcommit.daemon.models import VMView
 
 TAKING_BACK = 5.0
@@ -156,6 +159,36 @@ class RemoteVM:
             if doubt is not None:
                 raise asyncio.CancelledError from doubt
             raise
+
+    def snapshot(
+        self,
+        disks: Sequence[str],
+        *,
+        overlay_dir: str | os.PathLike[str] | None = None,
+        freeze: How | None = None,
+        agent: str | os.PathLike[str] | None = None,
+        bandwidth: int | str | None = None,
+        lease: float = 60.0,
+    ) -> AbstractAsyncContextManager[Window]:
+        """A window in which the disks' files stand still; as `Session.snapshot`.
+
+        The daemon holds it open by a lease of so many seconds, which is renewed here while the
+        block lasts: if this client dies, the daemon closes the window. `agent` is the socket's
+        path on the daemon's host. Raises what `Session.snapshot` raises, `VMNotFound`,
+        `DaemonUnreachable`, `DaemonLost` or `DaemonError`; and `WindowError` where the window
+        was closed before the block had ended.
+        """
+        from qmpcommit.client.window import snapshot
+
+        return snapshot(
+            self,
+            disks,
+            overlay_dir=overlay_dir,
+            freeze=freeze,
+            agent=agent,
+            bandwidth=bandwidth,
+            lease=lease,
+        )
 
     async def _promise(self, body: dict[str, Any], key: str | None) -> tuple[RemoteJob, bool]:
         """The promised commit, and whether it is new."""

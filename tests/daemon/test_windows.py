@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from tests.cli.command import run as qmpcommit
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
@@ -306,3 +307,38 @@ async def test_a_vm_that_does_not_come_back_is_given_up(folder: Path) -> None:
         assert ended["error"]["overlays"] == [overlay]
         assert "did not come back" in ended["error"]["message"]
     assert_disk(Path(overlay), chain.pictures[-1])
+
+
+async def test_the_library_and_the_command_hold_one_open_through_the_daemon(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host(folder, chain, guest=True) as (d, vm):
+        async with qc.Client(d.socket) as client:
+            web1 = client.vm("web1")
+            async with web1.snapshot(["vda"], freeze="pause", lease=3) as window:
+                assert window["vda"].filename == str(chain.top)
+                assert window.quiesced
+                before = (await d.get("/v1/windows?state=open")).json[0]["expires"]
+                async with asyncio.timeout(30):
+                    while (await d.get("/v1/windows?state=open")).json[0]["expires"] == before:
+                        pass
+                assert_disk(chain.top, chain.pictures[-1])
+            assert [outcome.action for outcome in window.outcomes] == ["pivot"]
+            early = web1.snapshot(["vda"])
+            await early.__aenter__()
+            (seen,) = (await d.get("/v1/windows?state=open")).json
+            await closed(d, seen["id"])
+            with pytest.raises(qc.WindowError, match="closed before"):
+                await early.__aexit__(None, None, None)
+            with pytest.raises(qc.DiskNotFound):
+                async with web1.snapshot(["none"]):
+                    pass
+        line = ("--daemon", d.socket, "window", "web1", "vda", "--json")
+        said = await qmpcommit(*line, "--", "sh", "-c", f"cp {{vda}} {folder}/copy.qcow2; exit 7")
+        assert said.status == 7, said.err
+        assert said.json["outcomes"][0]["action"] == "pivot"
+        assert_disk(folder / "copy.qcow2", chain.pictures[-1])
+        assert (await qmpcommit("--daemon", d.socket, "window", "--close", "web1")).status == 2
+        assert [w["state"] for w in (await d.get("/v1/windows?state=open")).json] == []
+        await vm.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert overlays(folder) == []
