@@ -549,10 +549,9 @@ class Groups:
         complete = len(ends) == len(group.members)
         all_done = complete and all(end.outcome is not None for end in ends)
         statuses = {end.outcome.status for end in ends if end.outcome is not None}
-        meant = group.finalizes or group.decision == "abort"
-        wanted = {"completed"} if group.finalizes else {"cancelled"}
-        if meant and all_done and statuses == wanted:
-            by = group.noted.get("by", "") if group.finalizes else "caller"
+        aborted = group.decision == "abort" and statuses == {"cancelled"}
+        if all_done and (statuses == {"completed"} or aborted):
+            by = "caller" if aborted else str(group.noted.get("by", "another client"))
             await self._end(group, outcome=outcome_of(group.id, ends, by=by), ends=ends)
         elif group.decision == "abort" and not group.finalizes and "completed" not in statuses:
             await self._end(group, ends=ends)

@@ -3,7 +3,7 @@
 Steps count from when the first commit, group, round or window is asked for. A step is what the
 journal or QEMU is told, and each file that goes: there is a place to die before it and one after
 it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
-file ``QMPCOMMIT_PLACES``.
+file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 
 DIE_AT = int(os.environ["QMPCOMMIT_DIE_AT"])
+DIE_IN = os.environ.get("QMPCOMMIT_DIE_IN")
 PLACES = os.environ["QMPCOMMIT_PLACES"]
 
 
@@ -40,7 +41,7 @@ def place(name: str) -> None:
     Counter.passed += 1
     with open(PLACES, "a") as file:
         file.write(f"{name}\n")
-    if Counter.passed == DIE_AT:
+    if Counter.passed == DIE_AT or name == DIE_IN:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.test_groups import HOLD, KEEP, ask, end_of, served, until
+from tests.daemon.test_groups import (
+    HOLD,
+    KEEP,
+    PIVOT,
+    ask,
+    end_of,
+    hosted,
+    served,
+    until,
+)
+from tests.daemon.test_recovery import killable
 from tests.ground.images import assert_disk
 from tests.ground.machines import Machine
 
@@ -62,6 +72,38 @@ async def test_a_qemu_that_is_killed_before_the_decision_leaves_all_unpivoted(fo
         await host.vms[0].quit()
     for chain in host.chains:
         assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_qemu_that_dies_after_the_decision_splits_the_group(folder: Path) -> None:
+    """The daemon is killed between its decision and the first finalize, and so is one QEMU."""
+    d = killable(folder)
+    d.environment["QMPCOMMIT_DIE_IN"] = "before job-finalize"
+    await d.start()
+    try:
+        async with hosted(folder, 1, 1) as host:
+            for number, vm in enumerate(host.vms):
+                await d.post("/v1/vms", {"name": f"vm{number}", "qmp": vm.qmp})
+                await d.connected(f"vm{number}")
+            group = await ask(d, host, policy=PIVOT)
+            assert d.process is not None
+            async with asyncio.timeout(30):
+                await d.process.wait()
+            assert [await status_of(vm) for vm in host.vms] == ["pending", "pending"]
+            host.vms[1].signal(signal.SIGKILL)
+            del d.environment["QMPCOMMIT_DIE_IN"]
+            await d.start()
+            ended = await end_of(d, group["id"])
+            error = ended["error"]
+            assert error["type"] == "GroupSplit", ended
+            assert (error["pivoted"], error["not_pivoted"]) == (["v0d0 of vm0"], [])
+            assert error["unknown"] == ["v1d0 of vm1"]
+            assert await status_of(host.vms[0]) == "none"
+            await host.vms[0].quit()
+        assert_disk(host.chains[0].base, host.chains[0].pictures[-1])
+        assert_disk(host.chains[1].top, host.chains[1].pictures[-1])
+    finally:
+        if d.process is not None:
+            await d.kill()
 
 
 async def test_a_hold_that_is_too_long_cancels_all(folder: Path) -> None:
