@@ -140,12 +140,13 @@ class Session(Monitor):
 
     async def graph(self) -> BlockGraph:
         """QEMU's block graph as it is now."""
-        with self.sensible("the queries of its block graph"):
-            return await read_graph(self)
+        return await read_graph(self)
 
     async def disks(self) -> list[Disk]:
         """All disks of the VM with their backing chains, active layer first."""
-        return read_disks(await self.graph())
+        graph = await self.graph()
+        with self.sensible("the queries of its block graph"):
+            return read_disks(graph)
 
     async def disk(self, name: str) -> Disk:
         """The disk of that name; raises `DiskNotFound` with the candidates."""
@@ -224,7 +225,9 @@ class Session(Monitor):
         self, request: Request, policy: Any, seen: tuple[str | None, BlockGraph] | None = None
     ) -> tuple[Plan, BlockGraph]:
         status, graph = seen or await self.look()
-        disk = find_disk(read_disks(graph), request.disk, vm=self.name, cwd=self.cwd)
+        with self.sensible("the queries of its block graph"):
+            disks = read_disks(graph)
+        disk = find_disk(disks, request.disk, vm=self.name, cwd=self.cwd)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
         return plan, graph
@@ -635,7 +638,8 @@ class Session(Monitor):
 
     async def _status(self) -> str | None:
         try:
-            return str((await self.execute("query-status")).get("status"))
+            with self.sensible("query-status"):
+                return str((await self.execute("query-status")).get("status"))
         except CommandRefused:
             return None  # qemu-storage-daemon runs no guest
 

@@ -136,13 +136,24 @@ class BlockGraph(NamedTuple):
 
 
 async def read_graph(monitor: Monitor) -> BlockGraph:
-    """Ask QEMU for its whole block graph (read-only queries)."""
-    return build_graph(
-        await _nodes(monitor),
-        await _optional(monitor, "query-block", []),
-        await _optional(monitor, "query-block-exports", []),
-        await _optional(monitor, "x-debug-query-block-graph", None),
-    )
+    """Ask QEMU for its whole block graph (read-only queries).
+
+    Raises `ProtocolViolation` where an answer has another shape than QEMU's.
+    """
+    with monitor.sensible("the queries of its block graph"):
+        nodes = await _nodes(monitor)
+        devices = await _optional(monitor, "query-block", [])
+        exports = await _optional(monitor, "query-block-exports", [])
+        edges = await _optional(monitor, "x-debug-query-block-graph", None)
+        _check_users([*devices, *exports, *(d.get("inserted") or {} for d in devices)])
+        return build_graph(nodes, devices, exports, edges)
+
+
+def _check_users(users: Iterable[Raw]) -> None:
+    """Raises TypeError where one is no object, or its node's name is no text."""
+    for user in users:
+        if not isinstance(user, Mapping) or not isinstance(user.get("node-name", ""), str):
+            raise TypeError(f"no user of a node: {user!r:.200}")
 
 
 async def _nodes(monitor: Monitor) -> Any:

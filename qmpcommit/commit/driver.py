@@ -306,8 +306,10 @@ class Driver:
         self.tell(facts.Unanswered(command) if command else facts.News.LINK_LOST)
 
     async def _ask(self) -> facts.JobSeen | None:
-        if self.plan.stalls:
-            return await self._ask_with_io_status()
+        with self._monitor.sensible("query-block-jobs" if self.plan.stalls else "query-jobs"):
+            return await (self._ask_with_io_status() if self.plan.stalls else self._ask_job())
+
+    async def _ask_job(self) -> facts.JobSeen | None:
         for job in await self._monitor.execute("query-jobs"):
             if job.get("id") == self.id:
                 return facts.JobSeen(
@@ -336,7 +338,9 @@ class Driver:
         return facts.Answered(await self._ask())
 
     async def _read_back(self) -> Fact:
-        disks = read_disks(await read_graph(self._monitor))
+        graph = await read_graph(self._monitor)
+        with self._monitor.sensible("the queries of its block graph"):
+            disks = read_disks(graph)
         self._disk_now = find_again(disks, self.plan.disk)
         return facts.GraphRead(self._locate())
 
