@@ -465,8 +465,9 @@ class Session(Monitor):
         With `delete` the former overlay's file goes. One that was killed half-way is finished by
         the next.
 
-        Raises `VMStateError`, `ChainError`, `JobConflict` or `CommitFailed`, and the disk and the
-        guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
+        Not after a commit that was aborted or has failed: its base may hold part of the overlay's
+        data, and is whole under it only. Raises `VMStateError`, `ChainError`, `JobConflict` or
+        `CommitFailed`, and the disk and the guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
         """
         from qmpcommit.commit.cycle import discard
 

@@ -41,8 +41,8 @@ CANNOT_TELL = 126
 """From this exit status on a command has not answered: it was not found, or a signal ended it."""
 
 _FORMER = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}$")
-_INTERRUPTED = re.compile(rf"{JOB_PREFIX}d[0-9a-f]{{8}}-top$")
-"""The node-name of the fresh overlay of a discard."""
+_INTERRUPTED = re.compile(rf"{JOB_PREFIX}[cd][0-9a-f]{{8}}-top$")
+"""The node-name of the fresh overlay of a discard, the daemon's included."""
 
 
 @record
