@@ -466,8 +466,10 @@ class Session(Monitor):
         the next.
 
         Not after a commit that was aborted or has failed: its base may hold part of the overlay's
-        data, and is whole under it only. Raises `VMStateError`, `ChainError`, `JobConflict` or
-        `CommitFailed`, and the disk and the guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
+        data, and is whole under it only.
+
+        Raises `VMStateError`, `ChainError`, `JobConflict` or `CommitFailed`, and the disk and the
+        guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
         """
         from qmpcommit.commit.cycle import discard
 
