@@ -112,7 +112,12 @@ class Scene:
 SCENES = (
     Scene("pivot and delete", qc.Pivot(), {"delete": True}, faults=ALL),
     Scene("keep", qc.Keep(), faults=ALL),
-    Scene("pivot with a bitmap", qc.Pivot(), bitmap=True),
+    Scene(
+        "pivot with a bitmap",
+        qc.Pivot(),
+        bitmap=True,
+        faults=("cut before", "drop", "refuse", "kill", "stop"),
+    ),
     Scene("recycle", qc.Recycle("fresh.qcow2"), disk="vda", guest=False),
 )
 
