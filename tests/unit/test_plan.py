@@ -230,6 +230,7 @@ def test_a_job_id_has_room_for_the_end_of_a_name() -> None:
     """QOM paths differ in their ends."""
     made = new_job_id("/" + "x" * 40 + "aZ9" + "." * 28)
     assert made.removeprefix(f"{JOB_PREFIX}").rpartition("-")[0] == "xaZ9" + "." * 28
+    assert len(made.rpartition("-")[2]) == 8
     assert check_job_id("a" * 255) == "a" * 255
 
 
@@ -290,6 +291,8 @@ def test_an_adopted_commit_of_an_intermediate_layer() -> None:
 def test_an_adopted_job_whose_edges_have_other_names() -> None:
     made = adopted({"top": "mid", "main node": "low"})
     assert names_of(made) == ("mid", "low", ())
+    made = adopted({"source": "mid", "target": "low", "above": "top", "below": "base"})
+    assert names_of(made) == ("mid", "low", ())
     made = adopted({"main node": "top", "intermediate node": "mid", "base": "low"})
     assert names_of(made) == ("top", "low", ("mid",))
 
@@ -297,6 +300,12 @@ def test_an_adopted_job_whose_edges_have_other_names() -> None:
 def test_an_adopted_job_whose_layer_is_gone_from_the_graph() -> None:
     made = adopted({"source": "mid", "target": "base"}, gone=("base",))
     assert names_of(made)[0] == "mid"
+
+
+def test_an_adopted_job_whose_base_is_not_in_the_chain_any_more() -> None:
+    made = adopted({"source": "top", "target": "base"}, gone=("low",))
+    assert names_of(made) == ("top", "base", ())
+    assert adopted({"source": "top", "target": "mid"}, gone=("top",)).base.node_name == "mid"
 
 
 def test_an_adopted_job_that_nothing_is_known_of() -> None:
