@@ -304,9 +304,10 @@ async def test_requests_that_the_document_allows(
         assert_all_reached(asker, mode)
         assert asker.promised, "nothing was ever promised"
         commits = asker.get("/v1/commits?limit=1000")
-        assert {f"/v1/commits/{each['id']}" for each in commits} == {
-            place for place in asker.promised if place.startswith("/v1/commits/")
-        }
+        begun = {f"/v1/commits/{each['id']}" for each in commits}
+        alone = {place for place in asker.promised if place.startswith("/v1/commits/")}
+        assert alone <= begun
+        assert begun == alone or asker.promised != alone, "others are of promised windows or groups"
         ours = {each["job_id"] for each in commits if not each["ended"]}
         assert {job["id"] for job in await jobs(qemus)} <= ours
 
