@@ -15,6 +15,7 @@ import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
+from tests.ground.places import STRIDE, first
 from tests.real.test_agent import FakeAgent, fake_agent
 
 pytestmark = pytest.mark.timeout(900)
@@ -71,10 +72,10 @@ async def from_each_place(
     pictures = [chain.pictures[-1] for chain in chains]
     seen: list[str] = []
     stayed: Counter[str] = Counter()
-    place = 0
+    place = first() - STRIDE
     status = -9
     while status == -9:
-        place += 1
+        place += STRIDE
         status, places = await killed(qemu, freeze, place, folder)
         assert status in (0, -9)
         for number, picture in enumerate(pictures):
@@ -93,7 +94,7 @@ async def from_each_place(
                     await vm.execute("block-dirty-bitmap-remove", remove)
         seen.append(places[-1])
     stays = {name: count for name, count in stayed.items() if count}
-    print(f"killed at {place - 1} places; an overlay's file was named as left after {stays}")
+    print(f"killed at {len(seen) - 1} places; an overlay's file was named as left after {stays}")
     assert stays == {}
     return seen
 
@@ -104,14 +105,16 @@ async def test_killed_anywhere_the_next_process_closes_it(folder: Path, freeze: 
     async with machine(folder, *chains, running=True) as qemu, fake_agent(folder) as agent:
         if freeze == "pause":
             seen = await from_each_place(qemu, chains, folder, "pause")
-            assert {"after stop", "before cont"} <= set(seen)
+            assert {"after stop", "before cont"} <= set(seen) or STRIDE > 1
         else:
             seen = await from_each_place(qemu, chains, folder, agent.path, agent)
-            assert {"after guest-fsfreeze-freeze", "before guest-fsfreeze-thaw"} <= set(seen)
+            around = {"after guest-fsfreeze-freeze", "before guest-fsfreeze-thaw"}
+            assert around <= set(seen) or STRIDE > 1
         await qemu.quit()
-    assert {"before blockdev-create", "after transaction", "after block-commit"} <= set(seen)
-    assert {"after block-job-complete", "after job-finalize", "before unlink"} & set(seen)
-    assert len(seen) > 60
+    if STRIDE == 1:
+        assert {"before blockdev-create", "after transaction", "after block-commit"} <= set(seen)
+        assert {"after block-job-complete", "after job-finalize", "before unlink"} & set(seen)
+    assert len(seen) > 60 // STRIDE
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
         assert_disk(chain.base, chain.pictures[0])
@@ -124,11 +127,11 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
     chains = [make_chain(folder), make_chain(folder, names=("base2", "mid2", "low2", "top2"))]
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    place, status, open_again = 0, -9, 0
+    place, status, open_again = first() - STRIDE, -9, 0
     async with machine(folder, *chains, running=True) as qemu, fake_agent(folder) as agent:
         how = agent.path if freeze == "agent" else freeze
         while status == -9:
-            place += 1
+            place += STRIDE
             (folder / "noted").unlink(missing_ok=True)
             status, places = await killed(qemu, how, place, folder, str(elsewhere))
             for number, chain in enumerate(chains):
@@ -154,8 +157,8 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
                         await vm.execute("block-dirty-bitmap-remove", remove)
                 await assert_nothing_left(vm, folder)
         await qemu.quit()
-    print(f"killed at {place - 1} places, open again after {open_again}")
-    assert open_again > 20
+    print(f"killed at {place - 1} places, or every {STRIDE}., open again after {open_again}")
+    assert open_again > 20 // STRIDE // 2
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
 
