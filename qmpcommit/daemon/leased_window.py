@@ -114,9 +114,14 @@ class LeasedWindow(Undertaking[WindowRequest]):
         )
 
 
+SIZES: dict[str, int] = {}
+"""What `allocated` has seen last of each file: looking itself may take long, as on a hung NFS."""
+
+
 def allocated(path: str) -> int | None:
     """The bytes that a file takes; None where it can't be looked at from here."""
     try:
-        return os.stat(path).st_blocks * 512
+        size = SIZES[path] = os.stat(path).st_blocks * 512
     except (OSError, ValueError):
         return None
+    return size

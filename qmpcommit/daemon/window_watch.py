@@ -11,7 +11,7 @@ from typing import NamedTuple
 from qmpcommit.commit.window import age_of
 from qmpcommit.commit.window_records import Frozen
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.leased_window import LeasedWindow, allocated
+from qmpcommit.daemon.leased_window import SIZES, LeasedWindow, allocated
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.window_models import WindowDisk, WindowView
 from qmpcommit.errors import QmpCommitError
@@ -147,7 +147,7 @@ class Watch:
         for _ in self.orphans():
             metrics.windows.labels("orphan").inc()
         for seen in self._overlays():
-            size = allocated(seen.path)
+            size = SIZES.get(seen.path)
             metrics.window_age.labels(seen.vm, seen.disk).set(seen.age)
             if size is not None:
                 metrics.window_size.labels(seen.vm, seen.disk).set(size)
@@ -167,7 +167,10 @@ class Watch:
     async def _watch(self) -> None:
         while True:
             await self.look_again(None)
-            for seen in list(self._overlays()):
+            overlays = list(self._overlays())
+            for gone in SIZES.keys() - {seen.path for seen in overlays}:
+                SIZES.pop(gone, None)
+            for seen in overlays:
                 size = await asyncio.to_thread(allocated, seen.path)
                 self._warn(seen, size or 0)
             await asyncio.sleep(EVERY)
