@@ -18,6 +18,9 @@ from qmpcommit.errors import QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
 
+AT_ONCE = 4
+"""How many VMs that were just connected are looked at at once."""
+
 EVERY = 5.0
 """Seconds between two looks at the overlays' files."""
 
@@ -75,6 +78,8 @@ class Watch:
         self._engine, self._live = engine, live
         self._found: dict[str, list[Orphan]] = {}
         self._warned: set[tuple[str, str, str]] = set()
+        self._newcomers: dict[str, None] = {}
+        self._came = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._log = Log()
 
@@ -86,6 +91,14 @@ class Watch:
         """Warn no more."""
         if self._task is not None:
             await stop(self._task)
+
+    async def came(self, vm: VM) -> None:
+        """A VM was connected: it is looked at soon, a few at a time, or now if it goes at once."""
+        if vm.connect == "on-demand":
+            await self.look_at(vm)
+        else:
+            self._newcomers[vm.name] = None
+            self._came.set()
 
     async def look_at(self, vm: VM) -> None:
         """See which windows are open on a VM that is connected; nothing is changed."""
@@ -173,7 +186,23 @@ class Watch:
             for seen in overlays:
                 size = await asyncio.to_thread(allocated, seen.path)
                 self._warn(seen, size or 0)
-            await asyncio.sleep(EVERY)
+            await self._greet_newcomers(asyncio.get_running_loop().time() + EVERY)
+
+    async def _greet_newcomers(self, until: float) -> None:
+        """Look at VMs that were just connected, a few at a time, until that time of the loop."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                while True:
+                    await self._came.wait()
+                    self._came.clear()
+                    while self._newcomers:
+                        names = list(self._newcomers)[:AT_ONCE]
+                        known = self._engine.registry.vms
+                        await asyncio.gather(*(self.look_at(known[n]) for n in names if n in known))
+                        for name in names:
+                            self._newcomers.pop(name, None)
+        if self._newcomers:
+            self._came.set()
 
     def _warn(self, seen: Seen, size: int) -> None:
         limits = self._engine.config.limits

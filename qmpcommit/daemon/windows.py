@@ -96,7 +96,7 @@ class Windows:
                     await thaw(session, window.held, agent, patience=0.0)
                 except QmpCommitError as error:  # it is tried again when the window is recovered
                     window.log.warning("thaw_failed", error=error.message)
-        await self.watch.look_at(vm)
+        await self.watch.came(vm)
 
     def owned(self, vm: str) -> set[str]:
         """The jobs that close windows belong to promises."""
