@@ -395,6 +395,8 @@ def _order(state: State) -> Step:
 def _give_up(state: State, refusal: str) -> Step:
     """QEMU does not take the decision: the job must not stay in READY, so it is cancelled."""
     remark = f"QEMU refused to {state.decision}: {refusal}"
+    if not refusal:
+        remark = f"QEMU did not {state.decision} in {state.tries} tries, and gave no answer to any"
     state = state._replace(trail=(*state.trail, remark), error=state.error or remark)
     if state.decision is Choice.ABORT:
         return state._replace(refusal=refusal), []  # nothing stronger exists; ask at each tick
