@@ -35,7 +35,8 @@ fi
 
 systemd-tmpfiles --create qmpcommit.conf
 chgrp qmpcommit /etc/qmpcommit/config.toml
-"$QMPCOMMITD" --config /etc/qmpcommit/config.toml --check-config
+# As the service's user, who can't run a Python that lives in somebody's home.
+runuser -u qmpcommit -- "$QMPCOMMITD" --config /etc/qmpcommit/config.toml --check-config
 systemctl daemon-reload
 systemctl enable --now qmpcommitd.socket qmpcommitd.service
 echo "qmpcommitd serves; try: curl --unix-socket /run/qmpcommit/qmpcommitd.sock http://d/v1/vms"
