@@ -29,6 +29,12 @@ class Layer:
         """The node-name that it is opened as."""
         return self.path.stem
 
+    def grow(self, clusters: int) -> None:
+        """QEMU has what is new show zeroes, also where what is below has had more all along."""
+        for cluster in range(self.clusters, clusters):
+            self.own.setdefault(cluster, ZERO)
+        self.clusters = max(self.clusters, clusters)
+
 
 class Layers:
     """A chain, bottom first; the last one is the active layer."""
@@ -61,7 +67,7 @@ class Layers:
         """All of (base, top] is in the base now, but for what was overwritten, as `seen`, since."""
         for cluster in self._between(base, top):
             self.chain[base].own[cluster] = self.shown(top, cluster) | seen.get(cluster, set())
-        self.chain[base].clusters = max(self.chain[base].clusters, self.chain[top].clusters)
+        self.chain[base].grow(self.chain[top].clusters)
 
     def perhaps(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
         """Some of (base, top] is in the base, as it was at any time; `seen` is what was written."""
