@@ -106,8 +106,12 @@ async def clear_away(
     around: Around,
     *,
     keep_files: bool = False,
+    again: bool = False,
 ) -> CommitOutcome:
-    """Hook, nodes, files, in this order; the outcome with what was done and what was not."""
+    """Hook, nodes, files, in this order; the outcome with what was done and what was not.
+
+    With `again` a former process may have done a part of it.
+    """
     warnings, deleted = list(outcome.warnings), list(outcome.deleted)
     hook: Literal["", "done", "failed"] = ""
     if around.on_pivot is not None:
@@ -119,7 +123,7 @@ async def clear_away(
             warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
     stale = (plan.top, *plan.between)
     try:
-        if outcome.action == "recycle":
+        if again or outcome.action == "recycle":
             warnings += await close_layers(monitor, stale)
         else:
             warnings += await close_nodes(monitor, [image.node_name for image in stale])

@@ -443,7 +443,12 @@ class Driver:
             await self.note("clear-away", outcome=outcome)
             keep_files = self._care.unflushed is not None
             self.outcome = await clear_away(
-                self._monitor, plan, outcome, self._around, keep_files=keep_files
+                self._monitor,
+                plan,
+                outcome,
+                self._around,
+                keep_files=keep_files,
+                again=state.taken_up,
             )
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 
