@@ -162,6 +162,11 @@ class Run:
     guest: Guest | None = None
     found: list[str] = field(default_factory=list)
 
+    def forget(self) -> None:
+        """Let go of the disks' bytes: there are a thousand runs."""
+        self.chain.pictures.clear()
+        self.guest = None
+
     @property
     def end(self) -> str:
         """In one word."""
@@ -358,6 +363,7 @@ async def test_a_fault_at_every_message(
                 run = Run(scene, place, chain, boundary, fault)
                 await run.run(processes)
                 run.found = await asyncio.to_thread(run.problems)
+                run.forget()
                 shutil.rmtree(place)
                 if run.struck or boundary is None:
                     break
