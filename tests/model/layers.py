@@ -29,12 +29,6 @@ class Layer:
         """The node-name that it is opened as."""
         return self.path.stem
 
-    def grow(self, clusters: int) -> None:
-        """QEMU has what is new show zeroes, also where what is below has had more all along."""
-        for cluster in range(self.clusters, clusters):
-            self.own.setdefault(cluster, ZERO)
-        self.clusters = max(self.clusters, clusters)
-
 
 class Layers:
     """A chain, bottom first; the last one is the active layer."""
@@ -59,6 +53,14 @@ class Layers:
                 break
         return frozenset(found | ZERO)
 
+    def grow(self, place: int, clusters: int) -> None:
+        """A layer gets longer: QEMU zeroes what is new where what is below would show there."""
+        layer = self.chain[place]
+        if place and self.chain[place - 1].clusters > layer.clusters:
+            for cluster in range(layer.clusters, clusters):
+                layer.own.setdefault(cluster, ZERO)
+        layer.clusters = max(layer.clusters, clusters)
+
     def write(self, cluster: int, value: int) -> None:
         """The guest has written."""
         self.active.own[cluster] = frozenset({value})
@@ -67,7 +69,7 @@ class Layers:
         """All of (base, top] is in the base now, but for what was overwritten, as `seen`, since."""
         for cluster in self._between(base, top):
             self.chain[base].own[cluster] = self.shown(top, cluster) | seen.get(cluster, set())
-        self.chain[base].grow(self.chain[top].clusters)
+        self.grow(base, self.chain[top].clusters)
 
     def perhaps(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
         """Some of (base, top] is in the base, as it was at any time; `seen` is what was written."""

@@ -167,7 +167,7 @@ class World:
         while await self.vm.execute("query-block-exports"):
             pass
         await self.vm.execute("block_resize", {"node-name": active.node, "size": size})
-        active.grow(active.clusters + more)
+        self.layers.grow(len(self.layers.chain) - 1, active.clusters + more)
         await self._export()
 
     async def snapshot(self) -> None:
