@@ -17,8 +17,8 @@
 # when pyproject.toml has changed. Other QEMUs are unpacked into .qemus, or $QMPCOMMIT_QEMUS,
 # and what a real guest is made of into .guest, or $QMPCOMMIT_GUEST.
 #
-# Tests that kill a process at every step take a while; QMPCOMMIT_TEST_STRIDE=N has them try every
-# N-th step, beginning with a random one.
+# Tests that kill a process or break its line at every step take a while; QMPCOMMIT_TEST_STRIDE=N
+# has them try every N-th step, beginning with a random one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/setup.sh

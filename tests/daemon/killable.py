@@ -51,10 +51,11 @@ def around(owner: Any, name: str, label: Callable[..., str]) -> None:
 
     async def counted(*args: Any, **more: Any) -> Any:
         what = label(*args)
+        if "query" in what:  # a question changes nothing, and others ask at any time
+            return await call(*args, **more)
         place(f"before {what}")
         answer = await call(*args, **more)
-        if "query" not in what:  # after a question nothing is different from before the next step
-            place(f"after {what}")
+        place(f"after {what}")
         return answer
 
     setattr(owner, name, counted)

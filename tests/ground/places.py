@@ -1,4 +1,4 @@
-"""Which of the places where a process can be killed are tried in one run.
+"""Which of the places where a process can be killed, or its line broken, are tried in one run.
 
 All of them, unless ``QMPCOMMIT_TEST_STRIDE=N`` asks for every N-th: as long runs want it, each
 begins with another one.
@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 STRIDE = int(os.environ.get("QMPCOMMIT_TEST_STRIDE", "1"))
 
@@ -20,6 +24,11 @@ def first() -> int:
 def chosen(count: int) -> range:
     """The numbers of the places that are tried, of `count` that are counted from 1."""
     return range(min(first(), count), count + 1, STRIDE)
+
+
+def some(cases: Sequence[T]) -> list[T]:
+    """As many of these cases, at random, where they are of several kinds in turn."""
+    return random.sample(cases, -(-len(cases) // STRIDE))
 
 
 def told(count: int, tried: int) -> str:
