@@ -85,6 +85,7 @@ class Guest:
 
 
 ALL = tuple(fault.name for fault in FAULTS)
+SOME = ("cut before", "drop", "refuse", "kill", "stop")
 
 
 @dataclass
@@ -95,9 +96,10 @@ class Scene:
     policy: Any
     options: dict[str, Any] = field(default_factory=dict)
     disk: str = "top"
+    layers: int = 2
     guest: bool = True
     bitmap: bool = False
-    faults: tuple[str, ...] = ("cut before", "drop", "refuse", "kill")
+    faults: tuple[str, ...] = SOME
 
     @asynccontextmanager
     async def qemu(self, folder: Path, chain: Chain) -> AsyncIterator[Machine]:
@@ -113,26 +115,32 @@ class Scene:
 SCENES = (
     Scene("pivot and delete", qc.Pivot(), {"delete": True}, faults=ALL),
     Scene("keep", qc.Keep(), faults=ALL),
-    Scene(
-        "pivot with a bitmap",
-        qc.Pivot(),
-        bitmap=True,
-        faults=("cut before", "drop", "refuse", "kill", "stop"),
-    ),
+    Scene("pivot with a bitmap", qc.Pivot(), bitmap=True),
+    Scene("abort", qc.Abort()),
+    Scene("a hold that runs out", qc.Hold(timeout=0.05, otherwise=qc.Pivot())),
+    Scene("a check that fails", qc.Check(command=["false"], passed=qc.Pivot(), failed=qc.Keep())),
+    Scene("an intermediate layer", None, {"top": "mid", "delete": True}, layers=3),
     Scene("recycle", qc.Recycle("fresh.qcow2"), disk="vda", guest=False),
 )
 
 
-def template(folder: Path) -> Chain:
+LAYERS = (
+    ("base.qcow2", (Write(0, MIB, 0x11),)),
+    ("mid.qcow2", (Write(MIB // 4, MIB // 2, 0x33), Write(MIB, 65536, 0x34))),
+    ("top.qcow2", (Write(MIB // 2, MIB, 0x22), Write(3 * MIB, 65536, 0x23))),
+)
+
+
+def template(folder: Path, layers: int) -> Chain:
     """A chain whose names are relative, so that it can be copied."""
-    files = [folder / "base.qcow2", folder / "top.qcow2"]
-    create(files[0], SIZE)
-    create(files[1], SIZE, backing="base.qcow2")
-    layers = ((Write(0, MIB, 0x11),), (Write(MIB // 2, MIB, 0x22), Write(3 * MIB, 65536, 0x23)))
+    made = LAYERS if layers == 3 else (LAYERS[0], LAYERS[2])
     picture = Picture(SIZE)
-    chain = Chain(files, [])
-    for path, writes in zip(files, layers, strict=True):
+    chain = Chain([folder / name for name, _ in made], [])
+    below: str | None = None
+    for path, (name, writes) in zip(chain.files, made, strict=True):
+        create(path, SIZE, backing=below)
         write(path, writes)
+        below = name
         for each in writes:
             picture.fill(each.offset, each.length, each.pattern)
         chain.pictures.append(picture.copy())
@@ -157,6 +165,7 @@ class Run:
     seen: list[Boundary] = field(default_factory=list)
     jobs: list[dict[str, Any]] = field(default_factory=list)
     active: str = ""
+    chain_in_use: list[str] = field(default_factory=list)
     nodes: set[str] = field(default_factory=set)
     bitmaps: set[str] = field(default_factory=set)
     paused: bool = False
@@ -228,6 +237,7 @@ class Run:
             disk = await vm.disk(self.scene.disk if not self.scene.guest else "export0")
             assert disk.active is not None
             self.active = disk.active.node_name
+            self.chain_in_use = [image.node_name for image in disk.chain]
             self.bitmaps = set(disk.active.bitmaps)
             self.nodes = set((await vm.graph()).nodes)
             if self.guest is not None:
@@ -280,6 +290,11 @@ class Run:
         if not self.shows(image):
             yield f"the active layer {image.name} does not show what the guest wrote"
 
+    @property
+    def committed(self) -> Path:
+        """The overlay whose data goes into the base."""
+        return self.chain.files[1]
+
     def _as_told(self) -> Any:
         base, top = self.chain.base, self.chain.top
         match self.end:
@@ -296,7 +311,15 @@ class Run:
                 if not self.shows(base, apart_from_the_guest=True):
                     yield "told keep, but the base does not hold what the overlay held"
             case "abort":
-                yield "nobody has asked for an abort"
+                if self.scene.policy != qc.Abort():
+                    yield "nobody has asked for an abort"
+                if self.active != "top":
+                    yield f"told abort, but the active layer is {self.active}"
+            case "none":
+                if self.chain_in_use != ["top", "base"]:
+                    yield f"told that it is committed, but the chain is {self.chain_in_use}"
+                if not self.shows(base, 1):
+                    yield "told that it is committed, but the base does not hold it"
             case _ if "has pivoted" in str(self.error):
                 if self.active != "base":
                     yield f"told {self.error}, but the active layer is {self.active}"
@@ -306,11 +329,11 @@ class Run:
                 if not top.exists():
                     yield "the overlay is gone"
         if self.outcome is not None:
-            gone = str(top) in self.outcome.deleted
-            if gone is top.exists():
-                yield f"deleted: {self.outcome.deleted}, but the overlay exists: {top.exists()}"
-            if self.end != "keep" and str(top) not in self.outcome.invalidated:
-                yield "the stale overlay is not named"
+            stale = self.committed
+            if (str(stale) in self.outcome.deleted) is stale.exists():
+                yield f"deleted: {self.outcome.deleted}, but the overlay exists: {stale.exists()}"
+            if (str(stale) in self.outcome.invalidated) is (self.end in ("keep", "abort")):
+                yield f"told {self.end}, and named as stale: {self.outcome.invalidated}"
 
     def outcome_warns(self) -> bool:
         """Whether the outcome says something."""
@@ -350,7 +373,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 async def test_a_fault_at_every_message(
     scene: Scene, folder: Path, processes: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = template(folder)
+    made = template(folder, scene.layers)
     room = asyncio.Semaphore(AT_ONCE)
     numbers = iter(range(10**6))
 
