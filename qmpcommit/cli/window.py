@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("qmp")
 @click.argument("words", nargs=-1, metavar="DISK... -- COMMAND...")
+@click.option(
+    "--and",
+    "others",
+    nargs=2,
+    multiple=True,
+    metavar="QMP DISK",
+    help="A disk of another VM, at the same instant (--freeze). Can be given several times.",
+)
 @click.option("--close", is_flag=True, help="Close the windows that a crash has left open.")
 @click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
 @click.option(
@@ -26,24 +35,32 @@ if TYPE_CHECKING:
     help="Quiesce the guest for the instant: its file systems through the guest agent, or its"
     " vCPUs.",
 )
-@click.option("--agent", metavar="SOCKET", help="The guest agent's socket.")
+@click.option(
+    "--agent",
+    "agents",
+    multiple=True,
+    metavar="SOCKET",
+    help="The guest agent's socket; with several VMs one for each, in their order.",
+)
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
 @common
 def window(
     qmp: str,
     words: tuple[str, ...],
     *,
+    others: tuple[tuple[str, str], ...],
     close: bool,
     overlay_dir: str | None,
     freeze: Any,
-    agent: str | None,
+    agents: tuple[str, ...],
     bandwidth: str | None,
     **given: Any,
 ) -> Answer:
     """Run COMMAND while the disks' files stand still; the guest goes on, on fresh overlays.
 
     In COMMAND, {DISK} stands for the file of that disk, which is one instant's image of all of
-    them until COMMAND ends, as in: qmpcommit window QMP vda -- cp {vda} /backup/. Then the
+    them until COMMAND ends, as in: qmpcommit window QMP vda -- cp {vda} /backup/. Where several
+    VMs have a disk of that name, {1.vda} is the first VM's. Then the
     overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
     could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it, lets
     a guest go on that is still quiesced for it (--agent, if it was frozen so), and removes what
@@ -53,24 +70,45 @@ def window(
     from qmpcommit.cli.running import run
 
     if close:
-        if words:
+        if words or others:
             raise click.UsageError("With --close give QMP alone")
         if options.daemon is not None:
             raise click.UsageError(
                 "The daemon closes its windows by itself; others that it finds are closed by"
                 " 'DELETE /v1/windows/NAME', or with --close and without --daemon"
             )
-        where = {"bandwidth": bandwidth, "agent": agent, "overlay_dir": overlay_dir}
+        where = {
+            "bandwidth": bandwidth,
+            "agent": agents[0] if agents else None,
+            "overlay_dir": overlay_dir,
+        }
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
-    request = {
-        "disks": disks,
-        "overlay_dir": overlay_dir,
-        "freeze": freeze,
-        "agent": agent,
-        "bandwidth": bandwidth,
-    }
-    return run(options, lambda running: _window(running, qmp, command, request))
+    request = {"overlay_dir": overlay_dir, "freeze": freeze, "bandwidth": bandwidth}
+    wanted = {qmp: disks}
+    for other, disk in others:
+        wanted.setdefault(other, []).append(disk)
+    if len(wanted) == 1:
+        request |= {"disks": wanted[qmp], "agent": agents[0] if agents else None}
+        return run(options, lambda running: _window(running, qmp, command, request))
+    _check_several(options, freeze, wanted, agents)
+    sockets = dict(zip(wanted, agents, strict=False))
+    return run(options, lambda running: _windows(running, wanted, sockets, command, request))
+
+
+def _check_several(options: Options, freeze: Any, wanted: Any, agents: Sequence[str]) -> None:
+    """What windows on several VMs need; raises `click.UsageError`."""
+    if options.daemon is not None:
+        raise click.UsageError("Through the daemon a window is on one VM; leave out --and")
+    if freeze is None:
+        raise click.UsageError(
+            "Several VMs have one instant only while their guests stand still: --freeze pause, or"
+            " --freeze agent"
+        )
+    if len(agents) != (len(wanted) if freeze == "agent" else 0):
+        raise click.UsageError(
+            f"Give --agent {len(wanted)} times for --freeze agent, or not at all"
+        )
 
 
 def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -87,22 +125,55 @@ def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], 
 
 async def _window(running: Run, qmp: str, command: list[str], request: dict[str, Any]) -> Answer:
     async with running.vm(qmp) as vm, vm.snapshot(**request) as window:
-        status = await _run(running, [_filled(word, window) for word in command])
-    data = {
+        files = {disk: frozen.filename for disk, frozen in window.items()}
+        status = await _run(running, [_filled(word, files) for word in command])
+    return _closed(running, {"status": status, **_told(window)}, files, status)
+
+
+async def _windows(
+    running: Run,
+    wanted: Mapping[str, list[str]],
+    agents: Mapping[str, str],
+    command: list[str],
+    request: dict[str, Any],
+) -> Answer:
+    """The same over several VMs."""
+    from qmpcommit.commit.window_group import snapshot
+
+    async with AsyncExitStack() as stack:
+        vms = {qmp: await stack.enter_async_context(running.connect(qmp)) for qmp in wanted}
+        pairs = [(vms[qmp], disk) for qmp, disks in wanted.items() for disk in disks]
+        sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
+        async with snapshot(pairs, agents=sockets, **request) as window:
+            files = {}
+            for number, of in enumerate(window.of.values(), 1):
+                for disk, frozen in of.items():
+                    files[f"{number}.{disk}"] = frozen.filename
+                    if [name for _, name in pairs].count(disk) == 1:
+                        files[disk] = frozen.filename
+            status = await _run(running, [_filled(word, files) for word in command])
+        each = [{"vm": vm.name, **_told(of)} for vm, of in window.of.items()]
+    return _closed(running, {"status": status, "windows": each}, files, status)
+
+
+def _told(window: Any) -> dict[str, Any]:
+    return {
         "window": window.name,
-        "status": status,
         "disks": [frozen.model_dump() for frozen in window.values()],
         "quiesced": window.quiesced,
         "outcomes": [outcome.model_dump(mode="json") for outcome in window.outcomes],
     }
-    files = ", ".join(frozen.filename for frozen in window.values())
-    text = f"the window on {files} is closed; the command ended with status {status}"
+
+
+def _closed(running: Run, data: Any, files: Mapping[str, str], status: int) -> Answer:
+    names = ", ".join(dict.fromkeys(files.values()))
+    text = f"the window on {names} is closed; the command ended with status {status}"
     return Answer(data, text, status=status, quiet=running.options.quiet)
 
 
-def _filled(word: str, window: Any) -> str:
-    for disk, frozen in window.items():
-        word = word.replace(f"{{{disk}}}", frozen.filename)
+def _filled(word: str, files: Mapping[str, str]) -> str:
+    for name, filename in files.items():
+        word = word.replace(f"{{{name}}}", filename)
     return word
 
 

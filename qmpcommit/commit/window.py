@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -79,12 +79,15 @@ async def open_window(
     agent: str | os.PathLike[str] | None = None,
     name: str | None = None,
     ledger: Notes | None = None,
+    meet: Callable[[], Awaitable[object]] | None = None,
 ) -> Window:
     """Open a window that stays open until `close_window`; `Session.snapshot` closes it by itself.
 
     `name` is one that `new_window_name` made. `ledger` is told of each step before it is taken:
     ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at last
-    ``open``. From ``create`` on `recover_window` can go on in another process.
+    ``open``. From ``create`` on `recover_window` can go on in another process. `meet` is awaited
+    when the guest stands still, and again when the overlays are laid and it does so yet: windows
+    of several VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``).
 
     Raises what `Session.snapshot` raises, and then nothing is left of it.
     """
@@ -117,9 +120,13 @@ async def open_window(
             marked(vm, window, freeze),
             quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
         ):
+            if meet is not None:
+                await meet()
             if ledger is not None:
                 await ledger.note("lay", name=window)
             await _lay(vm, [(found[asked], overlays[asked]) for asked in disks])
+            if meet is not None:
+                await meet()
         made.quiesced = quiet.seconds
         if ledger is not None:
             await ledger.note("open", name=window, quiesced=quiet.seconds)

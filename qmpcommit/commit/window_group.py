@@ -1,0 +1,130 @@
+"""A snapshot window over disks of several VMs, which all stand still at one instant.
+
+No QEMU knows of another one's, so what makes the instant one is the guests: each is quiesced,
+and only when all stand still are the overlays laid; only when all are laid do they go on.
+
+Rests on what a window of one VM rests on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpcommit.commit.quiesce import How
+from qmpcommit.commit.window import close_window, open_window
+from qmpcommit.commit.window_records import Frozen, Window
+from qmpcommit.errors import InvalidRequest, WindowError
+from qmpcommit.tasks import to_the_end
+
+if TYPE_CHECKING:
+    from qmpcommit.session import Session
+
+Agents = Mapping["Session", str | os.PathLike[str]]
+"""The sockets of the VMs' guest agents."""
+
+
+class GroupWindow(Mapping[tuple["Session", str], Frozen]):
+    """The frozen disks of a window over several VMs: ``window[vm, "vda"].filename``.
+
+    `of` has each VM's own window, with its name, outcomes, and for how long its guest stood still.
+    """
+
+    def __init__(self, of: Mapping[Session, Window]) -> None:
+        self.of = dict(of)
+
+    def __getitem__(self, disk: tuple[Session, str]) -> Frozen:
+        vm, name = disk
+        return self.of[vm][name]
+
+    def __iter__(self) -> Iterator[tuple[Session, str]]:
+        return ((vm, name) for vm, window in self.of.items() for name in window)
+
+    def __len__(self) -> int:
+        return sum(len(window) for window in self.of.values())
+
+
+@asynccontextmanager
+async def snapshot(
+    disks: Iterable[tuple[Session, str]],
+    *,
+    freeze: How = "pause",
+    agents: Agents | None = None,
+    overlay_dir: str | os.PathLike[str] | None = None,
+    bandwidth: int | str | None = None,
+) -> AsyncIterator[GroupWindow]:
+    """One instant of several VMs: ``async with qc.snapshot([(vm1, "vda"), (vm2, "vda")])``.
+
+    As `Session.snapshot`, for all or none. Every guest is quiesced while the overlays of all are
+    laid, for ten seconds at most: its vCPUs are paused, or its file systems frozen through its
+    agent's socket in `agents`. Who writes over a storage daemon's exports is not held still.
+
+    Raises what `Session.snapshot` raises, with nothing left of it on any VM; where a VM's window
+    can't be closed, the others are, and `WindowError` names the overlays that stay.
+    """
+    wanted: dict[Session, list[str]] = {}
+    for vm, disk in disks:
+        wanted.setdefault(vm, []).append(disk)
+    if not wanted:
+        raise WindowError("name the disks of the window, at least one")
+    if freeze not in ("agent", "pause"):
+        raise InvalidRequest(
+            f"several VMs have one instant only while their guests stand still: freeze is 'agent'"
+            f" or 'pause', not {freeze!r}"
+        )
+    agents = agents or {}
+    lacking = [vm.name for vm in wanted if freeze == "agent" and vm not in agents]
+    if lacking:
+        raise InvalidRequest(f"agents has no socket for {', '.join(lacking)}")
+    meet = asyncio.Barrier(len(wanted))
+    opening = {
+        vm: asyncio.create_task(
+            open_window(
+                vm, names, overlay_dir=overlay_dir, freeze=freeze, agent=agents.get(vm),
+                meet=meet.wait,
+            ),
+            name=f"window of {vm.name}",
+        )
+        for vm, names in wanted.items()
+    }  # fmt: skip
+    try:
+        await asyncio.gather(*opening.values())
+    except BaseException:
+        await to_the_end(_give_up(opening))
+        raise
+    window = GroupWindow({vm: task.result() for vm, task in opening.items()})
+    try:
+        yield window
+    finally:
+        await to_the_end(_close(window.of, bandwidth))
+
+
+async def _give_up(opening: Mapping[Session, asyncio.Task[Window]]) -> None:
+    """All or none: end what is being opened, close what is open."""
+    for task in opening.values():
+        task.cancel()
+    await asyncio.wait(opening.values())
+    opened = {
+        vm: task.result()
+        for vm, task in opening.items()
+        if not task.cancelled() and task.exception() is None
+    }
+    await _close(opened, None)
+
+
+async def _close(windows: Mapping[Session, Window], bandwidth: int | str | None) -> None:
+    closing = (close_window(vm, window, bandwidth=bandwidth) for vm, window in windows.items())
+    failed: list[WindowError] = []
+    for end in await asyncio.gather(*closing, return_exceptions=True):
+        if isinstance(end, WindowError):
+            failed.append(end)
+        elif isinstance(end, BaseException):
+            raise end
+    if failed:
+        raise WindowError(
+            ". ".join(end.message for end in failed),
+            overlays=[overlay for end in failed for overlay in end.overlays or []],
+        )
