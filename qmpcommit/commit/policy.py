@@ -120,6 +120,8 @@ KINDS: Mapping[str, type[AnyPolicy]] = {
 }
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
     Policy: TypeAlias = AnyPolicy
 
 
@@ -217,13 +219,20 @@ def _from_mapping(value: Mapping[Any, Any]) -> AnyPolicy:
     try:
         return kind.model_validate(dict(value))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "policy"
-        raise InvalidRequest(
-            f"the policy {value.get('kind')} is wrong at {where}: {first['msg']}"
-        ) from None
-    except RecursionError:
-        raise InvalidRequest("the policy is nested too deeply") from None
+        raise InvalidRequest(f"the policy {value['kind']} is wrong{_wrong(error)}") from None
+
+
+def _wrong(error: ValidationError) -> str:
+    """Where, and what; of a decision in it only as the kind that it says it is."""
+    found = error.errors()
+    others = {each["loc"][:-1] for each in found if each["type"] == "literal_error"}
+    told = [each for each in found if not any(each["loc"][: len(o)] == o for o in others)]
+    if not told:
+        where = found[0]["loc"][0]
+        return f" at {where}: its kind is one of pivot, keep, abort, recycle"
+    what = told[0]["msg"].removeprefix("Value error, ")
+    where = ".".join(str(part) for part in told[0]["loc"])
+    return f" at {where}: {what}" if where else f": {what}"
 
 
 def immediate(policy: AnyPolicy | PolicyCall) -> Settled | None:

@@ -262,6 +262,7 @@ def test_a_decision_that_is_refused_again_and_again_aborts_the_job() -> None:
             break
     assert sent == phases.MAX_TRIES
     assert state.decision is Choice.ABORT
+    assert state.error == "QEMU refused to keep: no"
 
 
 @pytest.mark.parametrize(

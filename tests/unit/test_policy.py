@@ -274,7 +274,14 @@ async def test_an_answer_that_is_no_policy_tells_the_job() -> None:
 async def test_a_command_has_nothing_to_read() -> None:
     """It must not take the keys of whoever sits at the terminal."""
     script = 'test "$(readlink /proc/$$/fd/0)" = /dev/null'
-    assert await run_command(["sh", "-c", script], {}, 30) == 0
+    keys, ours = os.pipe()[0], os.dup(0)
+    try:
+        os.dup2(keys, 0)
+        assert await run_command(["sh", "-c", script], {}, 30) == 0
+    finally:
+        os.dup2(ours, 0)
+        os.close(ours)
+        os.close(keys)
 
 
 @pytest.mark.parametrize("overlay", ["/i/new.qcow2", Path("/i/new.qcow2")])
@@ -291,6 +298,48 @@ def test_a_recycle_takes_any_path(overlay: Any) -> None:
 def test_a_recycle_without_a_file_name_is_refused(overlay: Any, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         qc.Recycle(overlay)
+
+
+def test_a_callable_is_taken_as_it_is() -> None:
+    async def decide(ready: qc.Ready) -> qc.Pivot:
+        return qc.Pivot()
+
+    assert parse_policy(decide) is decide
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"kind": "pivto"}, "kind is one of pivot, keep, abort, recycle, hold, check, not 'pivto'"),
+        ({}, "not None"),
+        ({"kind": "pivot", "more": 1}, "the policy pivot is wrong at more: "),
+        (
+            {"kind": "hold", "otherwise": {"kind": "keep", "more": 1}},
+            r"the policy hold is wrong at otherwise\.Keep\.more: ",
+        ),
+        (
+            {"kind": "hold", "otherwise": {"kind": "hold"}},
+            r"hold is wrong at otherwise: its kind is one of pivot, keep, abort, recycle",
+        ),
+        ({"kind": "hold", "timeout": -1}, "^the policy hold is wrong: a hold's timeout"),
+        ({"kind": "hold", "timeout": []}, "^the policy hold is wrong at timeout: "),
+        ("pivot", r"the policy is no JSON \(Expecting value.*\); write for example"),
+        (qc.Pivot, r"give a policy, Pivot\(\), not its class Pivot$"),
+        ({"kind": "check", "command": "true"}, "the policy check is wrong at command: "),
+        ({"kind": "check", "command": []}, "wrong: Check needs a command: a list of at least one"),
+        (3, r"3 is no policy; give Pivot\(\)"),
+    ],
+)
+def test_what_is_no_policy_is_told_with_what_is_wrong_in_it(given: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        parse_policy(given)
+
+
+def test_a_command_that_can_t_be_run_is_told_with_whose_it_is() -> None:
+    with pytest.raises(InvalidRequest, match=r"^Check takes a command as a list .* not 'true'$"):
+        qc.Check(command="true")
+    with pytest.raises(InvalidRequest, match=r"^Check needs a command: a list"):
+        qc.Check(command=[])
 
 
 def test_a_wrong_timeout_says_whose_it_is() -> None:
