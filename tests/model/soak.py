@@ -41,9 +41,20 @@ class Figures(NamedTuple):
     tasks: int
 
 
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""Of mallopt(3)."""
+
+
+def give_back() -> None:
+    """Have whole images that were read be given back, instead of one kept for each thread."""
+    LIBC.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    LIBC.mallopt(M_ARENA_MAX, 1)
+
+
 def figures() -> Figures:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free in the C library's heap is not ours
+    LIBC.malloc_trim(0)  # what is free in the C library's heap is not ours
     status = Path("/proc/self/status").read_text()
     found = re.search(r"^VmRSS:\s+(\d+)", status, re.M)
     assert found
@@ -89,6 +100,7 @@ async def soak(minutes: float, seed: int) -> bool:
 
 
 def main() -> None:
+    give_back()
     logging.getLogger("qmpcommit").setLevel(logging.ERROR)  # commits that fail are meant to
     minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(10**9)
