@@ -169,8 +169,9 @@ async def _thaw_once(vm: Monitor, how: How, agent: str | os.PathLike[str] | None
     assert agent is not None
     async with Agent(agent, vm=vm.name) as client:
         await client.thaw()
-        if await client.status() != "thawed":
-            raise QuiesceFailed(f"the guest of {vm.name} says it is still frozen", vm=vm.name)
+        status = await client.status()
+    if status != "thawed":
+        raise QuiesceFailed(f"the guest of {vm.name} says it is still frozen", vm=vm.name)
 
 
 async def _ask_whether_gone(vm: Monitor) -> None:

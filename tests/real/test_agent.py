@@ -95,11 +95,36 @@ async def session(folder: Path) -> AsyncIterator[tuple[qc.Session, FakeAgent]]:
 async def test_what_a_former_client_did_not_read_is_dropped(folder: Path) -> None:
     async with fake_agent(folder) as fake:
         stale = b'{"return": 1}\n{"ret\n\n[]\n'
-        fake.before_sync = stale + SENTINEL + b'{"return": 7}\nurn": 3}'
+        stale += SENTINEL + b'{"return": 7}\n' + SENTINEL + b"[]\n"
+        fake.before_sync = stale + SENTINEL + b'urn": 3}'
         async with Agent(fake.path) as agent:
             assert await agent.status() == "thawed"
             assert await agent.freeze() == 2
             assert await agent.thaw() == 2
+
+
+async def test_who_does_not_answer_is_told_with_what_to_look_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none_left(**more: Any) -> Any:
+        raise OSError("no more of these")
+
+    with pytest.raises(qc.QuiesceFailed, match=r"web1.*No such file.*guest_agent\.0") as caught:
+        async with Agent(folder / "nobody", vm="web1"):
+            pytest.fail("it is open")
+    assert (caught.value.vm, caught.value.agent) == ("web1", str(folder / "nobody"))
+    async with fake_agent(folder) as fake:
+        fake.instead["guest-sync-delimited"] = [b""]
+        with pytest.raises(qc.QuiesceFailed, match=r"within 0\.1 s: no qemu-ga runs"):
+            async with Agent(fake.path, timeout=0.1):
+                pytest.fail("it is open")
+        with monkeypatch.context() as patched:
+            patched.setattr(asyncio, "open_connection", none_left)
+            with pytest.raises(qc.QuiesceFailed, match="no more of these"):
+                async with Agent(fake.path):
+                    pytest.fail("it is open")
+        async with Agent(fake.path) as agent:
+            assert await agent.status() == "thawed"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,17 @@ async def test_a_thaw_that_froze_again_is_not_believed(folder: Path) -> None:
         async with qc.quiesced(vm, "agent", agent=fake.path):
             fake.instead["guest-fsfreeze-status"] = [b'{"return": "frozen"}\n']
         assert fake.asked.count("guest-fsfreeze-thaw") == 2
+
+
+async def test_what_somebody_else_has_frozen_is_left_alone(folder: Path) -> None:
+    async with session(folder) as (vm, fake):
+        fake.frozen = 1
+        with pytest.raises(qc.QuiesceFailed, match="frozen already, by somebody") as caught:
+            async with qc.quiesced(vm, "agent", agent=fake.path):
+                pytest.fail("it is quiesced")
+        assert caught.value.frozen is None
+        assert fake.frozen == 1
+        assert "guest-fsfreeze-thaw" not in fake.asked
 
 
 LOST: dict[str, Callable[[FakeAgent], None]] = {

@@ -105,6 +105,25 @@ async def test_the_guest_goes_on_at_the_limit_even_if_the_body_does_not_heed_it(
             await heedless()
 
 
+async def test_what_the_body_raises_at_the_limit_is_the_news(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await qemu.execute("cont")
+
+        async def body() -> None:
+            async with qc.quiesced(vm, "pause", limit=0.2):
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    raise LookupError("no such disk") from None
+
+        with pytest.raises(LookupError, match="no such disk"):
+            await body()
+        assert await runs(qemu)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+
 async def test_cancelled_before_or_after_any_command_the_guest_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,5 +257,47 @@ async def test_a_body_that_was_cancelled_stays_so_where_its_thaw_fails(folder: P
             qemu.signal(signal.SIGCONT)
             monkey.undo()
         assert "may still be paused" in error.value.__notes__[0]
+        await qc.thaw(vm, "pause")
+        assert await runs(qemu)
+
+
+async def test_a_guest_that_is_gone_needs_no_thaw(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("query-status")
+        await qemu.quit()
+        with pytest.raises(qc.VMGone):
+            await qc.thaw(vm, "agent", folder / "no agent either")
+
+
+async def test_a_monitor_that_does_not_answer_is_told_and_nothing_was_paused(
+    folder: Path,
+) -> None:
+    async with (
+        machine(folder, make_chain(folder), running=True) as qemu,
+        qc.Session.connect(qemu.qmp, command_timeout=0.3) as vm,
+    ):
+        qemu.stop()
+        try:
+            with pytest.raises(qc.DeadlineExceeded, match="did not answer query-status"):
+                async with qc.quiesced(vm, "pause"):
+                    pytest.fail("it is quiesced")
+        finally:
+            qemu.cont()
+        assert await runs(qemu)
+
+
+async def test_a_body_that_is_done_ends_in_the_thaw_that_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        machine(folder, make_chain(folder), running=True) as qemu,
+        qc.Session.connect(qemu.qmp, command_timeout=0.3) as vm,
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+            with pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont"):
+                async with qc.quiesced(vm, "pause"):
+                    qemu.stop()
+            qemu.cont()
         await qc.thaw(vm, "pause")
         assert await runs(qemu)
