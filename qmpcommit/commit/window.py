@@ -36,6 +36,7 @@ from qmpcommit.commit.window_records import (
 from qmpcommit.commit.window_remains import clear, disk_over, marked, merge_back, thaw_marked
 from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError, WindowError
 from qmpcommit.tasks import to_the_end
+from qmpcommit.units import parse_size
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -61,6 +62,7 @@ async def snapshot(
     ledger: Notes | None = None,
 ) -> AsyncIterator[Window]:
     """A window over these disks for the length of the block; see `Session.snapshot`."""
+    parse_size(bandwidth or 0, "bandwidth")  # now, not when the window has to be closed
     window = await open_window(
         vm, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, ledger=ledger
     )

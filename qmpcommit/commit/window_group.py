@@ -19,6 +19,7 @@ from qmpcommit.commit.window import close_window, open_window
 from qmpcommit.commit.window_records import Frozen, Window
 from qmpcommit.errors import InvalidRequest, WindowError
 from qmpcommit.tasks import to_the_end
+from qmpcommit.units import parse_size
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -75,6 +76,7 @@ async def snapshot(
             f"several VMs have one instant only while their guests stand still: freeze is 'agent'"
             f" or 'pause', not {freeze!r}"
         )
+    parse_size(bandwidth or 0, "bandwidth")
     agents = agents or {}
     lacking = [vm.name for vm in wanted if freeze == "agent" and vm not in agents]
     if lacking:

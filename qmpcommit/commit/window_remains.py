@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 ROUNDS = 3
 """How often an overlay is committed whose former commit ended otherwise than in a pivot."""
 
+CREATION = 5.0
+"""Seconds for which a creation that is under way is waited for."""
+
 CLOSED = "qmpcommit-window-closed"
 """A dirty bitmap of this name in an overlay's file says that it was pivoted away from."""
 
@@ -186,9 +189,9 @@ async def merge_back(
 
 async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
     """Go on with a commit of ours that a killed process left, up to the deletion of its overlay."""
-    for job in vm.jobs:
-        if job.id == job_id:
-            return job
+    followed = next((job for job in vm.jobs if job.id == job_id), None)
+    if followed is not None:
+        return followed
     plan = replace(adopted_plan(vm.name, graph, job_id, Pivot()), stale="delete")
     jobs = await vm.execute("query-block-jobs")
     listed: Mapping[str, Any] = next((job for job in jobs if job.get("device") == job_id), {})
@@ -265,7 +268,10 @@ async def clear(
 async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
     """Dismiss the window's jobs that have concluded; a creation concludes by itself."""
     windows = None if overlays is None else {window_of(each)[-8:] for each in overlays}
-    for _ in range(50):
+    clock = asyncio.get_running_loop().time
+    end = clock() + CREATION
+    waits = True
+    while waits and clock() < end:
         waits = False
         for job in await vm.execute("query-jobs"):
             name = str(job.get("id"))
@@ -276,9 +282,8 @@ async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
                     await vm.execute("job-dismiss", {"id": name})
             else:
                 waits = waits or "-create-" in name
-        if not waits:
-            return
-        await asyncio.sleep(0.1)
+        if waits:
+            await asyncio.sleep(0.1)
 
 
 def window_of(overlay: str) -> str:

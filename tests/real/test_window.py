@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -121,13 +123,57 @@ async def test_one_disk_that_is_not_fit_leaves_nothing_of_the_others(folder: Pat
     assert_disk(first.top, first.pictures[-1])
 
 
+async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
+    chain = make_chain(folder)
+    tray = ["-device", "ide-cd,id=cd0,bus=ide.0"]
+    async with machine(folder, chain, extra=tray) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("vda", policy=qc.Hold())
+            for disks, error, why in (
+                ("vda", qc.WindowError, "as a list"),
+                ([], qc.WindowError, "at least one"),
+                (["cd0"], qc.WindowError, "cd0 .*has no medium"),
+                (["vda"], qc.JobConflict, job.id),
+            ):
+                with pytest.raises(error, match=why):
+                    await qc.open_window(vm, disks)
+            await job.abort()
+            with pytest.raises(qc.InvalidRequest, match="bandwidth"):
+                async with vm.snapshot(["vda"], bandwidth="fast"):
+                    pytest.fail("it is open")
+            assert await vm.close_windows() == []
+            assert [len(disk.chain) for disk in await vm.disks()] == [2, 0]
+        await qemu.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_what_can_t_be_known_of_a_window_is_not_told(folder: Path) -> None:
+    """Its overlay's file is not seen from here, or somebody gave it a name that tells no time."""
+    by_hand = "top.qmpcommit-window-mine"
+    chain = make_chain(folder, names=("base", by_hand))
+    away = folder / "away"
+    async with machine(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            (window,) = await vm.windows()
+            assert (window.disk, window.window, window.age) == ("vda", "mine", None)
+            assert window.size
+            chain.top.rename(away)
+            (window,) = await vm.windows()
+            assert (window.overlay, window.filename) == (str(chain.top), str(chain.base))
+            assert (window.age, window.size) == (None, None)
+        await qemu.quit()
+    assert_disk(away, chain.pictures[-1])
+
+
 async def test_a_killed_owner_s_window_is_found_and_closed(folder: Path) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain, style="implicit") as vm:
-        process = await start("window", vm.qmp, "top", "--", "sh", "-c", "echo open; exec sleep 60")
+        process = await start("window", vm.qmp, "top", "--", "sh", "-c", "echo $$; exec sleep 60")
         assert process.stdout is not None
-        assert await process.stdout.readline() == b"open\n"
+        command = int(await process.stdout.readline())
         process.kill()
+        os.kill(command, signal.SIGKILL)
         await process.wait()
         async with qc.Session.connect(vm.qmp) as session:
             (left,) = await session.windows()

@@ -158,6 +158,9 @@ async def test_one_vm_that_is_not_fit_leaves_nothing_on_the_other(folder: Path) 
         with pytest.raises(qc.InvalidRequest, match="stand still"):
             async with qc.snapshot(here.disks, freeze=None):  # type: ignore[arg-type]
                 pytest.fail("it is open")
+        with pytest.raises(qc.InvalidRequest, match="bandwidth"):
+            async with qc.snapshot(here.disks, bandwidth="fast"):
+                pytest.fail("it is open")
         with pytest.raises(qc.InvalidRequest, match="no socket for one, two"):
             async with qc.snapshot(here.disks, freeze="agent"):
                 pytest.fail("it is open")
@@ -245,6 +248,21 @@ async def test_where_one_vm_dies_in_it_the_other_s_window_is_closed(folder: Path
     assert_disk(here.chains[1].top, here.chains[1].pictures[-1])
     here.chains[1].pictures[-1].fill(OFFSET, 65536, PATTERN)
     assert_disk(Path(overlays[0]), here.chains[1].pictures[-1])
+
+
+async def test_a_bug_that_meets_one_vm_does_not_keep_the_other_s_window_open(
+    folder: Path,
+) -> None:
+    async def broken(*args: Any, **more: Any) -> Any:
+        raise ZeroDivisionError
+
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
+            async with qc.snapshot(here.disks):
+                patched.setattr(here.vms[1], "commit", broken)
+        assert await here.vms[0].windows() == []
+        assert len(await here.vms[1].close_windows()) == 1
+        await here.untouched(0, 1)
 
 
 async def test_the_command_over_two_vms(folder: Path) -> None:

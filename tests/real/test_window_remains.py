@@ -1,0 +1,382 @@
+"""What killed processes leave of windows, each by itself: what goes, what stays and is named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import quiesce, window_remains
+from qmpcommit.commit.window_remains import remains_of
+from tests.ground.images import MIB, Chain, Write, assert_disk, create, make_chain, write
+from tests.ground.machines import Machine, machine, storage_daemon
+from tests.real.test_agent import fake_agent
+
+NUMBER = "0123abcd"
+NAME = f"20240102T030405Z-{NUMBER}"
+
+
+def overlay_of(chain: Chain, name: str = NAME) -> Path:
+    return chain.top.with_name(f"{chain.top.stem}.qmpcommit-window-{name}.qcow2")
+
+
+def overlays(folder: Path) -> list[Path]:
+    return list(folder.glob("*.qmpcommit-window-*"))
+
+
+async def nodes(vm: qc.Session) -> list[str]:
+    """Our nodes that are there."""
+    found = await vm.execute("query-named-block-nodes", flat=True)
+    return [each["node-name"] for each in found if each["node-name"].startswith("qmpcommit-")]
+
+
+async def runs(vm: qc.Session) -> bool:
+    return bool((await vm.execute("query-status"))["running"])
+
+
+@asynccontextmanager
+async def running(folder: Path, **more: Any) -> AsyncIterator[tuple[Machine, qc.Session, Chain]]:
+    """A VM that runs and shows its chain's picture at the end, with nothing of ours in it."""
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True, **more) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            yield qemu, vm, chain
+            assert await runs(vm)
+            assert await nodes(vm) == []
+            assert await vm.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+# -- a guest that is quiesced ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["pause", "agent"])
+async def test_a_guest_that_a_killed_owner_left_quiesced_goes_on(
+    folder: Path, how: quiesce.How
+) -> None:
+    marker = f"qmpcommit-w{NUMBER}-{'paused' if how == 'pause' else 'frozen'}"
+    async with running(folder) as (_, vm, _), fake_agent(folder) as agent:
+        for recover in (True, False):
+            await vm.execute("blockdev-add", {"driver": "null-co", "node-name": marker})
+            if how == "pause":
+                await vm.execute("stop")
+            else:
+                agent.frozen = 2
+            (told,) = remains_of(await vm.graph())
+            assert (told.what, told.message) == (marker, "a guest was quiesced for a window")
+            if recover:
+                noted = qc.NotedWindow(NAME, {}, how, agent.path)
+                assert await qc.recover_window(vm, noted) is None
+            else:
+                assert await vm.close_windows(agent=agent.path) == []
+            assert not agent.frozen
+            assert await runs(vm)
+            assert remains_of(await vm.graph()) == []
+
+
+async def test_a_frozen_guest_whose_agent_is_not_known_is_told(folder: Path) -> None:
+    marker = f"qmpcommit-w{NUMBER}-frozen"
+    async with running(folder) as (_, vm, _), fake_agent(folder) as agent:
+        agent.frozen = 2
+        await vm.execute("blockdev-add", {"driver": "null-co", "node-name": marker})
+        with pytest.raises(qc.WindowError, match="--agent SOCKET") as failed:
+            await vm.close_windows()
+        assert failed.value.facts["remains"] == [marker]
+        assert agent.frozen
+        await vm.close_windows(agent=agent.path)
+        assert not agent.frozen
+
+
+async def test_a_guest_that_can_not_be_marked_is_quiesced_nevertheless(folder: Path) -> None:
+    async with running(folder) as (_, vm, _):
+        name = f"qmpcommit-w{NUMBER}-paused"  # somebody has a node of that name: QEMU refuses
+        await vm.execute("blockdev-add", {"driver": "null-co", "node-name": name})
+        window = await qc.open_window(vm, ["vda"], freeze="pause", name=NAME)
+        assert window.quiesced is not None
+        assert await runs(vm)
+        assert name in await nodes(vm)
+        await vm.execute("blockdev-del", {"node-name": name})
+        await qc.close_window(vm, window)
+    assert overlays(folder) == []
+
+
+async def test_a_cancellation_while_a_guest_is_marked_leaves_no_mark(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(folder) as (_, vm, _):
+        execute, marked = vm.execute, asyncio.Event()
+
+        async def late(command: str, arguments: Any = None, **more: Any) -> Any:
+            answer = await execute(command, arguments, **more)
+            if command == "blockdev-add" and arguments["driver"] == "null-co":
+                assert any(name.endswith("-paused") for name in await nodes(vm))
+                marked.set()
+                await asyncio.Event().wait()
+            return answer
+
+        monkeypatch.setattr(vm, "execute", late)
+        opening = asyncio.create_task(qc.open_window(vm, ["vda"], freeze="pause"))
+        await marked.wait()
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    assert overlays(folder) == []
+
+
+async def test_a_window_whose_guest_can_not_be_frozen_leaves_nothing(folder: Path) -> None:
+    async with running(folder) as (_, vm, _):
+        with pytest.raises(qc.QuiesceFailed, match="can't be reached"):
+            await qc.open_window(vm, ["vda"], freeze="agent", agent=folder / "nobody")
+    assert overlays(folder) == []
+
+
+async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(folder) as (_, vm, _), fake_agent(folder) as agent:
+        agent.instead["guest-fsfreeze-thaw"] = [None] * 1000
+        with monkeypatch.context() as patched:
+            patched.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+            with pytest.raises(qc.QuiesceFailed, match="may still be frozen"):
+                await qc.open_window(vm, ["vda"], freeze="agent", agent=agent.path, name=NAME)
+        assert await nodes(vm) == [f"qmpcommit-w{NUMBER}-frozen"]
+        agent.instead.clear()
+        agent.frozen = 2
+        assert await vm.close_windows(agent=agent.path) == []
+        assert not agent.frozen
+    assert overlays(folder) == []
+
+
+# -- an overlay that is in use --------------------------------------------------------------------
+
+
+async def test_a_commit_that_a_killed_process_began_is_taken_up(folder: Path) -> None:
+    async with running(folder) as (qemu, vm, _):
+        window = await qc.open_window(vm, ["vda"], name=NAME)
+        async with qc.Session.connect(qemu.qmp2) as killed:
+            job_id = f"qmpcommit-w{NUMBER}-0-00000001"
+            job = await killed.commit(
+                window["vda"].overlay, policy=qc.Hold(), shallow=True, job_id=job_id
+            )
+            await job.ready()
+            await job.detach()
+        (outcome,) = await vm.close_windows()
+        assert (outcome.action, outcome.job_id) == ("pivot", job_id)
+        assert outcome.deleted == [window["vda"].overlay]
+    assert overlays(folder) == []
+
+
+async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(folder) as (_, vm, _):
+        window = await qc.open_window(vm, ["vda"])
+        job = await vm.commit(window["vda"].overlay, policy=qc.Hold(), shallow=True)
+        await job.ready()
+        look, looked = vm.look, asyncio.Event()
+
+        async def seen() -> Any:
+            found = await look()
+            looked.set()
+            return found
+
+        monkeypatch.setattr(vm, "look", seen)
+        closing = asyncio.create_task(qc.close_window(vm, window))
+        await looked.wait()
+        await job.keep()
+        (outcome,) = await closing
+        assert outcome.action == "pivot"
+        assert outcome.job_id != job.id
+    assert overlays(folder) == []
+
+
+async def test_who_always_decides_otherwise_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(folder) as (_, vm, _):
+        window = await qc.open_window(vm, ["vda"])
+        commit = vm.commit
+
+        async def kept(overlay: str, **more: Any) -> qc.CommitJob:
+            return await commit(overlay, policy=qc.Keep(), shallow=True)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(vm, "commit", kept)
+            with pytest.raises(qc.WindowError, match="3 times without a pivot") as failed:
+                await qc.close_window(vm, window)
+        assert failed.value.overlays == [window["vda"].overlay]
+        assert [each.overlay for each in await vm.windows()] == [window["vda"].overlay]
+        await qc.close_window(vm, window)
+    assert overlays(folder) == []
+
+
+async def test_a_bug_is_not_told_as_a_window_that_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*args: Any, **more: Any) -> qc.CommitJob:
+        raise ZeroDivisionError
+
+    async with running(folder) as (_, vm, _):
+        window = await qc.open_window(vm, ["vda"])
+        with monkeypatch.context() as patched:
+            patched.setattr(vm, "commit", broken)
+            with pytest.raises(ZeroDivisionError):
+                await qc.close_window(vm, window)
+        await qc.close_window(vm, window)
+    assert overlays(folder) == []
+
+
+# -- what nobody uses -----------------------------------------------------------------------------
+
+
+async def test_an_overlay_that_was_pivoted_away_from_goes(folder: Path) -> None:
+    """As where a process is killed between its pivot and the deletion."""
+    async with running(folder) as (_, vm, chain):
+        window = await qc.open_window(vm, ["vda"])
+        overlay = window["vda"]
+        with vm.events("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as heard:
+            await vm.execute(
+                "block-commit",
+                {"job-id": "theirs", "device": overlay.node_name, "base-node": chain.top.stem},
+            )
+            await anext(heard)
+            await vm.execute("job-complete", {"id": "theirs"})
+            await anext(heard)
+        while await vm.execute("query-jobs"):
+            await asyncio.sleep(0.01)
+        (left,) = remains_of(await vm.graph())
+        assert left.what == overlay.node_name
+        assert overlay.overlay in left.message
+        assert await vm.close_windows() == []
+    assert overlays(folder) == []
+
+
+async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Path) -> None:
+    """It may hold the newest data, and can be plugged in again."""
+    chain, other = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    async with machine(folder, chain, other, device="scsi-hd") as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            window = await qc.open_window(vm, ["vda"])
+            overlay = window["vda"]
+            with vm.events("DEVICE_DELETED") as gone:
+                await vm.execute("device_del", {"id": "vda"})
+                await anext(gone)
+            with pytest.raises(qc.WindowError, match="unplugged, and is left alone") as failed:
+                await vm.close_windows()
+            assert failed.value.facts["remains"] == [overlay.overlay]
+            assert Path(overlay.overlay).exists()
+            device = {"driver": "scsi-hd", "id": "again", "drive": overlay.node_name}
+            await vm.execute("device_add", device)
+            (outcome,) = await vm.close_windows()
+            assert outcome.action == "pivot"
+        await qemu.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_overlay_with_data_that_lies_over_nothing_is_closed_and_named(
+    folder: Path,
+) -> None:
+    async with running(folder) as (_, vm, chain):
+        lost = overlay_of(chain)
+        create(lost, 64 * MIB)
+        write(lost, [Write(0, 512, 7)])
+        await vm.execute("blockdev-add", opened(lost))
+        with pytest.raises(qc.WindowError, match="newest data") as failed:
+            await vm.close_windows()
+        assert failed.value.facts["remains"] == [str(lost)]
+        assert await nodes(vm) == []
+    assert lost.exists()
+
+
+async def test_an_overlay_that_somebody_uses_stays_open_and_is_told(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        used = overlay_of(chain)
+        create(used, 64 * MIB)
+        await vm.execute("blockdev-add", opened(used))
+        export = {"type": "nbd", "id": "theirs", "node-name": f"qmpcommit-w{NUMBER}-0-top"}
+        await vm.execute("block-export-add", export)
+        with pytest.raises(qc.WindowError, match="stays open: theirs uses it"):
+            await vm.close_windows()
+        assert used.exists()
+        with vm.events("BLOCK_EXPORT_DELETED") as gone:
+            await vm.execute("block-export-del", {"id": "theirs"})
+            await anext(gone)
+        assert await vm.close_windows() == []
+        await qemu.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+def opened(path: Path) -> dict[str, Any]:
+    """As a window opens its overlay, before it is laid."""
+    file = {"driver": "file", "filename": str(path)}
+    node = f"qmpcommit-w{NUMBER}-0-top"
+    return {"driver": "qcow2", "node-name": node, "backing": None, "file": file}
+
+
+async def test_files_of_a_vm_of_another_host_are_left_alone(folder: Path, free_port: int) -> None:
+    async with running(folder, tcp=free_port) as (_, vm, chain):
+        there = create(overlay_of(chain), 64 * MIB)
+        assert await vm.close_windows() == []
+    assert there.exists()
+
+
+# -- jobs -----------------------------------------------------------------------------------------
+
+
+async def create_in(vm: qc.Session, job: str, options: dict[str, Any]) -> None:
+    """As a process does that is killed before the end of the creation."""
+    await vm.execute("blockdev-create", {"job-id": job, "options": options})
+
+
+async def test_the_creation_that_a_killed_process_left_is_ended(folder: Path) -> None:
+    other = f"qmpcommit-w{NUMBER[::-1]}-0-create-file"
+    async with running(folder) as (_, vm, chain):
+        made = overlay_of(chain)
+        file = {"driver": "file", "filename": str(made), "size": 0}
+        with vm.events("JOB_STATUS_CHANGE") as changes:
+            await create_in(vm, f"qmpcommit-w{NUMBER}-0-create-file", file)
+            await create_in(vm, other, {**file, "filename": str(folder / "other")})
+            ended = 0
+            async for change in changes.raw():
+                ended += change["status"] == "concluded"
+                if ended == 2:
+                    break
+        frozen = qc.Frozen("vda", str(chain.top), str(made), f"qmpcommit-w{NUMBER}-0-top")
+        noted = qc.NotedWindow(NAME, {"vda": frozen})
+        assert await qc.recover_window(vm, noted) is None
+        assert not made.exists()
+        assert [job["id"] for job in await vm.execute("query-jobs")] == [other]
+        assert await vm.close_windows() == []
+
+
+@pytest.mark.parametrize("patient", [True, False])
+async def test_a_creation_that_takes_its_time_is_waited_for_but_not_for_ever(
+    folder: Path, patient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+    slow = create(folder / "slow", 0, fmt="raw")
+    limits = {"bps-total": 16 * MIB if patient else 64 * 1024}
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        group = {"qom-type": "throttle-group", "id": "tg", "limits": limits}
+        await vm.execute("object-add", group)
+        file = {"driver": "file", "filename": str(slow)}
+        node = {"driver": "throttle", "node-name": "slow", "throttle-group": "tg", "file": file}
+        await vm.execute("blockdev-add", node)
+        options = {"driver": "qcow2", "file": "slow", "size": 8 * MIB, "preallocation": "full"}
+        await create_in(vm, f"qmpcommit-w{NUMBER}-0-create-qcow2", options)
+        assert [job["status"] for job in await vm.execute("query-jobs")] == ["running"]
+        if not patient:
+            monkeypatch.setattr(window_remains, "CREATION", 0.2)
+        assert await vm.close_windows() == []
+        left = [job["status"] for job in await vm.execute("query-jobs")]
+        assert left == ([] if patient else ["running"])
+    assert_disk(chain.top, chain.pictures[-1])
