@@ -131,8 +131,7 @@ class CommitJob:
         Raises what `wait` raises if the job ends without it; returns at once for an
         intermediate layer that has ended, since that has no second phase.
         """
-        before = (Phase.STARTING, Phase.COPYING)
-        await self._until(lambda: self.state.phase not in before)
+        await self._until(lambda: self.state.phase in (Phase.READY, Phase.DECIDED))
         if self.done and self._driver.error is not None:
             raise self._driver.error
 

@@ -114,6 +114,11 @@ async def test_a_base_that_fails_while_copying(folder: Path) -> None:
     async with one_is_special(folder, chains, rule) as qemu, qc.Session.connect(qemu.qmp) as vm:
         with pytest.raises(qc.GroupFailed, match="top2"):
             await vm.commit_group(TWO, policy=qc.Pivot())
+        job = await vm.commit("top2", policy=qc.Hold())
+        with pytest.raises(qc.CommitFailed, match="Input/output error"):
+            await job.ready()
+        with pytest.raises(qc.GroupFailed, match=r"top2 .*Input/output error"):
+            await all_ready(qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold()))
         assert await active(vm, *TWO) == TWO
         await vm.close()
         await qemu.quit()
