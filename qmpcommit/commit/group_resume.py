@@ -56,7 +56,6 @@ class ResumableGroup(GroupCommit):
             raise
         self.jobs = tuple(jobs)
         self._follow_all()
-        self._asking = asyncio.create_task(self._deciding.ask(self.jobs), name=f"group {self.id}")
         if self.state.stage is Stage.CANCELLING:
             self._cancel(self.state.why)  # those too that were not there before
 

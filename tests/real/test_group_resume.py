@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.group_resume import ResumableGroup
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
 from tests.ground.images import assert_disk, make_chain
@@ -72,3 +74,33 @@ async def test_a_member_is_finalized_only_with_the_others(folder: Path, answer: 
             assert now.filename == str(chain.base if pivoted else chain.top)
         await qemu.quit()
     assert_disk(chain.base if pivoted else chain.top, chain.pictures[-1])
+
+
+async def test_a_policy_is_asked_once_by_a_group_that_is_taken_up(folder: Path) -> None:
+    chain = make_chain(folder)
+    asked: list[str] = []
+
+    async def policy(ready: qc.Ready) -> qc.Keep:
+        asked.append(ready.job_id)
+        return qc.Keep()
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            left = ResumableGroup([(vm, "top")], policy=qc.Hold())
+            await left.start()
+            await left.ready()
+            (job,) = left.jobs
+            plan, state = job.plan, job.state
+            await left.leave()
+        async with qc.Session.connect(qemu.qmp) as vm:
+            group = ResumableGroup([(vm, "top")], policy=policy, known_as=left.id)
+
+            async def resume(barrier: Barrier) -> qc.CommitJob:
+                return await vm.resume(plan, Resumed(state), barrier=barrier)
+
+            await group.take_up([resume])
+            assert (await group.wait()).action == "keep"
+            assert asked == [job.id]
+        await qemu.quit()
+    for path in (chain.base, chain.top):
+        assert_disk(path, chain.pictures[-1])
