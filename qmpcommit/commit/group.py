@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 from qmpcommit.commit import group_phases
 from qmpcommit.commit.aftermath import Around
@@ -177,8 +177,7 @@ class GroupCommit:
             try:
                 await job.ready()
             except QmpCommitError:
-                await self.wait()
-                raise
+                await self.wait()  # which raises what came of all of them
 
     async def wait(self) -> GroupOutcome:
         """The outcome, where all ended as decided.
@@ -342,8 +341,9 @@ class GroupCommit:
 
     def check_ready(self) -> None:
         """Raises `NotReady` or `JobConflict` where nothing can be decided now."""
-        if self.state.stage is not Stage.GATHERING or self._deciding.called:
-            raise self._decided_already()
+        decided = self._deciding.called or len(self._decisions) == len(self.members)
+        if self.state.stage is not Stage.GATHERING or decided:
+            raise JobConflict(f"the group commit {self.id} is decided already, or has ended")
         if not self.jobs or not all(job.state.phase.value == "ready" for job in self.jobs):
             raise NotReady(
                 f"the group commit {self.id} is not READY: not all of its disks are copied yet."
@@ -352,11 +352,7 @@ class GroupCommit:
 
     def _call(self, decision: Decision) -> None:
         self.check_ready()
-        if not self._deciding.call(decision):
-            raise self._decided_already()
-
-    def _decided_already(self) -> JobConflict:
-        return JobConflict(f"the group commit {self.id} is decided already, or has ended")
+        self._deciding.call(decision)
 
     # -- the machine ------------------------------------------------------------------------------
 
@@ -375,6 +371,8 @@ class GroupCommit:
                     self._finalize()
                 case GroupAction.CANCEL:
                     self._cancel(self.state.why)
+                case _:
+                    assert_never(action)
 
     def _decide(self) -> None:
         recycles: dict[Session, list[CommitJob]] = {}

@@ -56,6 +56,13 @@ class MemberEnd(NamedTuple):
         """For how many seconds the disk's I/O was held, on QEMU's clock."""
         return self.timings.held
 
+    @property
+    def keeps(self) -> bool:
+        """Whether it was kept, by whomever, or was to be."""
+        if self.state.verdict in (Verdict.PIVOTED, Verdict.RECYCLED, Verdict.KEPT):
+            return self.state.verdict is Verdict.KEPT
+        return self.choice is Choice.KEEP
+
     def done(self) -> bool | None:
         """Whether its decision was carried out; None where that can't be known."""
         state = self.state
@@ -164,8 +171,7 @@ def _split(
     sides: dict[bool | None, list[MemberEnd]], why: str, cause: BaseException | None
 ) -> QmpCommitError:
     def named(ends: Sequence[MemberEnd], *, pivots: bool) -> list[str]:
-        keeps = (Choice.KEEP,)
-        return [end.name for end in ends if (end.choice not in keeps) is pivots]
+        return [end.name for end in ends if end.keeps is not pivots]
 
     facts: dict[str, list[str]] = {
         "pivoted": named(sides[True], pivots=True),

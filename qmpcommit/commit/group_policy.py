@@ -56,7 +56,6 @@ class Deciding:
 
     async def ask(self, jobs: Sequence[CommitJob]) -> None:
         """Come to all decisions; a member that ends before it is READY needs none."""
-        self._called = asyncio.get_running_loop().create_future()
         if self._policy is not None:
             await self._ask_once(self._policy, jobs)
             return
@@ -75,12 +74,14 @@ class Deciding:
         """Whether somebody has decided in the place of a policy."""
         return self._called is not None and self._called.done()
 
-    def call(self, decision: Decision) -> bool:
-        """Decide for all in the place of a policy; False where that has been done."""
-        if self._called is None or self._called.done():
-            return False
-        self._called.set_result(Settled(decision, "caller"))
-        return True
+    def call(self, decision: Decision) -> None:
+        """Decide for all in the place of a policy, once; perhaps before it is asked."""
+        self._call().set_result(Settled(decision, "caller"))
+
+    def _call(self) -> asyncio.Future[Settled]:
+        if self._called is None:
+            self._called = asyncio.get_running_loop().create_future()
+        return self._called
 
     async def _ask_once(self, policy: AnyPolicy | PolicyCall, jobs: Sequence[CommitJob]) -> None:
         try:
@@ -118,11 +119,11 @@ class Deciding:
         at_once = immediate(policy)
         if at_once is not None:
             return at_once
-        assert self._called is not None
+        called = self._call()
         settling = asyncio.ensure_future(settle(policy, ready))
         try:
-            await asyncio.wait({settling, self._called}, return_when=asyncio.FIRST_COMPLETED)
-            return self._called.result() if self._called.done() else settling.result()
+            await asyncio.wait({settling, called}, return_when=asyncio.FIRST_COMPLETED)
+            return called.result() if called.done() else settling.result()
         except Exception as error:  # the policy's own
             self._failed(error)
             return None

@@ -15,6 +15,7 @@ from tests.ground.daemons import many_disks
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import machine
 from tests.ground.nbd import Nbd
+from tests.ground.proxy import let_pass, proxy
 
 TWO = ["top", "top2"]
 
@@ -119,6 +120,132 @@ async def test_another_client_that_decides_for_one_of_them(folder: Path) -> None
             await group.wait()
 
 
+@pytest.mark.parametrize("how", ["pivots", "keeps"])
+async def test_another_client_that_ends_one_of_them_too_splits_it(how: str, folder: Path) -> None:
+    """Held back from us until it was final, so that nothing can be cancelled any more."""
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    async with (
+        many_disks(folder / "a", *chains) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path, name="web1") as vm,
+    ):
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold())
+        await group.start()
+        await group.ready()
+        between.to_client = lambda message: "hold"
+        async with qc.Session.connect(qemu.qmp2) as other:
+            job = {"id": group.jobs[0].id}
+            with other.events("BLOCK_JOB_PENDING", "BLOCK_JOB_COMPLETED") as heard:
+                if how == "pivots":
+                    await other.execute("job-complete", job)
+                else:
+                    await other.execute("block-job-cancel", {"device": job["id"]})
+                await anext(heard)
+                await other.execute("job-finalize", job)
+                await anext(heard)
+        between.to_client = let_pass
+        between.release()
+        with pytest.raises(qc.GroupSplit, match="another client had ended one") as split:
+            await group.wait()
+        error = split.value
+        done = error.pivoted if how == "pivots" else error.kept
+        assert (done, error.not_pivoted) == (["top of web1"], ["top2 of web1"])
+        assert len([*error.pivoted, *error.kept, *error.not_kept, *error.unknown]) == 1
+        assert "first failure" not in error.message
+        assert await vm.execute("query-jobs") == []
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chains[0].base, chains[0].pictures[-1])
+    for chain in chains[how == "pivots" :]:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+def can_be_decided(group: qc.GroupCommit) -> bool:
+    try:
+        group.check_ready()
+    except qc.JobConflict:
+        return False
+    return True
+
+
+async def test_a_decision_stands_while_a_monitor_is_away(folder: Path) -> None:
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+
+    async def policy(ready: qc.Ready) -> qc.Keep:
+        await between.refuse()
+        while vm.connected:
+            await asyncio.sleep(0.001)
+        return qc.Keep()
+
+    async with (
+        many_disks(folder / "a", *chains) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path) as vm,
+    ):
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=policy)
+        await group.start()
+        await group.ready()
+        async with asyncio.timeout(20):
+            while can_be_decided(group):
+                await asyncio.sleep(0.001)
+        with pytest.raises(qc.JobConflict, match="decided already"):
+            group.pivot()
+        await between.open()
+        assert (await group.wait()).action == "keep"
+        await vm.close()
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_abort_while_it_is_sent_meets_those_too_that_come_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_disks(folder) as (vm, _):
+        launch, aborted = vm.launch, asyncio.Event()
+
+        async def slow(job: qc.CommitJob, **more: Any) -> qc.CommitJob:
+            if job is group.jobs[1]:
+                await aborted.wait()
+                return await launch(job, **more)
+            started = await launch(job, **more)
+            group.abort()
+            aborted.set()
+            return started
+
+        monkeypatch.setattr(vm, "launch", slow)
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold())
+        outcome = await group.run()
+        assert (outcome.action, outcome.decided_by) == ("abort", "caller")
+        assert [each.action for each in outcome.outcomes] == ["abort", "abort"]
+
+
+async def test_who_runs_it_is_called_when_all_are_ready(folder: Path) -> None:
+    def at_ready() -> None:
+        called.append([job.phase.value for job in group.jobs])
+        group.pivot()
+
+    called: list[list[str]] = []
+    async with two_disks(folder) as (vm, chains):
+        group = qc.GroupCommit([(vm, disk) for disk in TWO], policy=qc.Hold(), delete=True)
+        outcome = await group.run(at_ready)
+        assert called == [["ready", "ready"]]
+        assert [each.deleted for each in outcome.outcomes] == [[str(c.top)] for c in chains]
+        assert not any(chain.top.exists() for chain in chains)
+
+
+async def test_an_address_that_is_given_twice_is_connected_once(folder: Path) -> None:
+    """QEMU serves one client at a time."""
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    async with many_disks(folder / "a", *chains) as qemu:
+        outcome = await qc.commit_group([(qemu.qmp, disk) for disk in TWO], policy=qc.Keep())
+        assert [each.vm for each in outcome.outcomes] == [qemu.qmp, qemu.qmp]
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_bitmaps_are_carried_in_the_hold(folder: Path) -> None:
     async with two_disks(folder) as (vm, _):
         for disk in TWO:
@@ -155,6 +282,12 @@ async def test_what_a_group_can_not_be(folder: Path) -> None:
             with pytest.raises(refused):
                 await vm.commit_group(disks, **options)
             assert await vm.execute("query-jobs") == []
+        late = {"only_if": ["sleep", "0.5"], "timeout": 0.05}
+        with vm.events("JOB_STATUS_CHANGE") as begun:
+            with pytest.raises(qc.DeadlineExceeded, match=r"within 0\.05 s, so nothing was sent"):
+                await vm.commit_group(TWO, policy=qc.Pivot(), **late)
+            await vm.execute("query-jobs")
+        assert [event async for event in begun] == []
 
 
 async def test_one_that_qemu_refuses_cancels_the_others(folder: Path) -> None:
@@ -200,6 +333,47 @@ async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> N
     for chain, path in zip(chains, fresh, strict=True):
         assert_disk(chain.base, chain.pictures[-1])
         assert_disk(path, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+async def test_a_guest_that_does_not_run_is_not_let_go(daemon: bool, folder: Path) -> None:
+    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    fresh = [folder / "fresh.qcow2", folder / "fresh2.qcow2"]
+    there = many_disks(folder / "a", *chains, exports=False) if daemon else machine(folder, *chains)
+    disks = TWO if daemon else ["vda", "vdb"]
+    async with there as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with vm.events("STOP", "RESUME") as heard:
+            outcome = await vm.commit_group(
+                {disk: qc.Recycle(str(path)) for disk, path in zip(disks, fresh, strict=True)}
+            )
+        assert [event async for event in heard] == []
+        assert outcome.action == "recycle"
+        assert not any("paused" in warning for warning in outcome.warnings)
+        assert [each.guest_paused for each in outcome.outcomes] == [None, None]
+        await vm.close()
+        await qemu.quit()
+    for path, chain in zip(fresh, chains, strict=True):
+        assert_disk(path, chain.pictures[-1])
+
+
+async def test_a_guest_that_can_not_be_let_go_is_told(folder: Path) -> None:
+    chain = make_chain(folder)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path, name="web1") as vm,
+    ):
+        between.to_qemu = lambda message: "refuse" if message.get("execute") == "cont" else "pass"
+        outcome = await vm.commit_group({"vda": qc.Recycle(str(fresh))})
+        assert outcome.action == "recycle"
+        (warning,) = outcome.warnings
+        assert "guest of web1 may be paused still" in warning
+        assert "refused by the proxy" in warning
+        assert not (await qemu.execute("query-status"))["running"]
+        await vm.close()
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
 
 
 class Notes:
