@@ -139,7 +139,12 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
 def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
     pivoted = _pivoted(plan, state)
     top, base = plan.top.filename, plan.base.filename
-    if not plan.two_phase:
+    ordered = "Another client may have pivoted, and whether"
+    if state.decision in PIVOTS:
+        ordered = "The pivot was ordered and whether"
+    if not plan.top.node_name:
+        what = "Which image it wrote to last is not known here: look before booting"
+    elif not plan.two_phase:
         what = (
             f"The active image {plan.disk.chain[0].filename} is still the one to boot; whether its"
             f" backing file is now {base} is in its header (qemu-img info)"
@@ -148,7 +153,7 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
         what = f"The pivot had completed before: boot from {base}; {top} is stale"
     elif pivoted is None:
         what = (
-            f"The pivot was ordered and whether it happened is unknown. Compare before booting:"
+            f"{ordered} it happened is unknown. Compare before booting:"
             f" 'qemu-img compare {top} {base}'. If they are identical boot from {base}; if not,"
             " ask the log of QEMU which it used last"
         )
@@ -160,8 +165,14 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
 
 def _pivoted(plan: Plan, state: State) -> bool | None:
     """Whether the base is the disk now: True, False, or None where it can't be known."""
-    if state.decision not in PIVOTS or not plan.two_phase:
+    if not plan.two_phase:
         return False
+    if not plan.top.node_name:
+        return None
+    if state.decision not in PIVOTS:
+        clean = state.end is not None and not state.end.cancelled and state.end.error is None
+        # it ended well and not by us: another client's pivot or keep (QEMU's own end is neither)
+        return None if clean and not state.doubt and not state.keeps else False
     if state.end is None:
         finalized = state.prepared or not state.prepares  # held PENDING, nothing is pivoted yet
         return None if state.tries and finalized else False

@@ -1,0 +1,175 @@
+"""What a caller is told of each end of a commit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import report
+from qmpcommit.commit.facts import Choice, Ended
+from qmpcommit.commit.outcome import Timings
+from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.plan import Plan
+from tests.unit.test_checks import made
+
+_, WHOLE = made()
+_, LOWER = made(top="mid")
+UNKNOWN = qc.Image(node_name="", filename="(unknown)", driver="")
+ENDED_BEFORE = replace(WHOLE, disk=qc.Disk(name="?"), top=UNKNOWN, base=UNKNOWN, between=())
+STILL = "/i/top is still the active image and whole"
+DONE = Ended(cancelled=False)
+
+
+def told(plan: Plan = WHOLE, lost: qc.QmpCommitError | None = None, **facts: Any) -> Any:
+    state = State(two_phase=plan.two_phase, **facts)
+    return report.error_of(plan, state, 7.5, lost, None)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "error", "kind", "words"),
+    [
+        (Verdict.REFUSED, "Job ID 'j' already in use", qc.JobConflict, "Nothing was changed"),
+        (Verdict.REFUSED, "no", qc.CommitFailed, "refused to start"),
+        (Verdict.NEVER_BEGAN, None, qc.CommitFailed, "QEMU knows no such job: nothing was"),
+        (Verdict.FAILED, "Input/output error", qc.CommitFailed, f"Input/output error. {STILL}"),
+        (Verdict.VANISHED, None, qc.CommitFailed, "the base can't be called complete"),
+        (Verdict.MONITOR_LOST, None, qc.MonitorLost, "the monitor was lost"),
+        (Verdict.PIVOTED, "no room", qc.CommitFailed, "The guest writes to /i/base now"),
+        (Verdict.CANCELLED, "it broke", qc.CommitFailed, f"failed: it broke. {STILL}"),
+    ],
+)
+def test_an_end_that_is_no_outcome_is_an_error_with_its_facts(
+    verdict: Verdict, error: str | None, kind: type[qc.QmpCommitError], words: str
+) -> None:
+    raised = told(verdict=verdict, error=error)
+    assert type(raised) is kind
+    assert words in str(raised)
+    assert (raised.vm, raised.disk, raised.job_id) == ("v", WHOLE.disk.name, WHOLE.job_id)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PIVOTED, Verdict.KEPT, Verdict.CANCELLED])
+def test_an_end_as_asked_is_no_error(verdict: Verdict) -> None:
+    assert told(verdict=verdict) is None
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_lost_monitor_tells_of_a_guest_that_may_be_paused(frozen: bool) -> None:
+    text = str(told(lost=qc.MonitorLost("cut"), verdict=Verdict.MONITOR_LOST, frozen=frozen))
+    assert ": cut. The job" in text
+    assert ("let it go on with 'cont'" in text) is frozen
+
+
+def test_a_failed_layer_below_leaves_the_chain_and_an_unknown_one_sends_to_look() -> None:
+    assert "is as it was and whole" in str(told(LOWER, verdict=Verdict.FAILED, error="e"))
+    text = str(told(ENDED_BEFORE, verdict=Verdict.FAILED, error="e"))
+    assert f"the commit job {WHOLE.job_id} of v failed: e. Which image the guest writes to" in text
+    assert "(unknown)" not in text
+
+
+TRIED = {"decision": Choice.PIVOT, "tries": 1}
+
+
+@pytest.mark.parametrize(
+    ("facts", "pivoted"),
+    [
+        ({}, False),
+        ({"decision": Choice.KEEP, "tries": 1}, False),
+        ({"decision": Choice.PIVOT}, False),
+        (TRIED, None),
+        ({**TRIED, "prepares": True}, False),
+        ({**TRIED, "prepares": True, "prepared": True}, None),
+        ({**TRIED, "end": DONE}, True),
+        ({**TRIED, "end": DONE, "doubt": True}, None),
+        ({**TRIED, "end": Ended(cancelled=True)}, False),
+        ({**TRIED, "end": Ended(cancelled=False, error="e")}, False),
+        ({"decision": Choice.KEEP, "accepted": True, "end": DONE}, False),
+        ({"end": DONE, "doubt": True}, False),
+        ({"end": Ended(cancelled=True)}, False),
+        ({"end": Ended(cancelled=False, error="e")}, False),
+        ({"end": DONE}, None),
+        ({"decision": Choice.KEEP, "end": DONE}, None),
+    ],
+)
+def test_a_vm_that_is_gone_leaves_word_what_to_boot(
+    facts: dict[str, Any], pivoted: bool | None
+) -> None:
+    gone = told(verdict=Verdict.VM_GONE, **facts)
+    assert isinstance(gone, qc.VMGone)
+    assert gone.pivoted is pivoted
+    words = {
+        True: "boot from /i/base; /i/top is stale",
+        False: "/i/top is still the image to boot",
+        None: "qemu-img compare /i/top /i/base",
+    }
+    assert words[pivoted] in str(gone)
+    ours = facts.get("decision") is Choice.PIVOT
+    assert ("Another client may have pivoted" in str(gone)) is (pivoted is None and not ours)
+
+
+def test_a_vm_that_is_gone_and_a_layer_below_or_a_disk_unknown() -> None:
+    below = told(LOWER, lost=qc.VMGone("killed"), verdict=Verdict.VM_GONE)
+    assert below.pivoted is False
+    assert ": killed. The active image /i/top is still the one to boot" in str(below)
+    unknown = told(ENDED_BEFORE, verdict=Verdict.VM_GONE)
+    assert unknown.pivoted is None
+    assert "look before booting" in str(unknown)
+    assert "(unknown)" not in str(unknown)
+
+
+def test_a_deadline_tells_whether_the_job_is_left() -> None:
+    ended = told(verdict=Verdict.CANCELLED, by="deadline")
+    assert isinstance(ended, qc.DeadlineExceeded)
+    assert f"within 7.5 s: the job was cancelled. {STILL}" in str(ended)
+    left = report.deadline_error(WHOLE, State(two_phase=True), 7.5)
+    assert f"end it with 'qmpcommit abort QMP {WHOLE.job_id}'" in str(left)
+    assert told(verdict=Verdict.PIVOTED, by="deadline") is None
+
+
+def test_a_policy_that_fails_is_the_cause_of_the_abort() -> None:
+    cause = ValueError("own")
+    state = State(two_phase=True, verdict=Verdict.CANCELLED)
+    error = report.error_of(WHOLE, state, None, None, cause)
+    assert error is not None
+    assert error.__cause__ is cause
+    assert f"ValueError('own')), so the job was aborted. {STILL}" in str(error)
+    assert report.error_of(WHOLE, state._replace(verdict=Verdict.KEPT), None, None, cause) is None
+
+
+@pytest.mark.parametrize(
+    ("plan", "facts", "action", "by", "invalidated", "warnings"),
+    [
+        (
+            WHOLE, {"verdict": Verdict.PIVOTED, "decision": Choice.PIVOT},
+            "pivot", "policy", ["/i/top", "/i/mid"], [],
+        ),
+        (
+            WHOLE, {"verdict": Verdict.KEPT, "decision": Choice.PIVOT, "doubt": True},
+            "keep", "another client", [],
+            ["with keep; this commit had asked for pivot", "/i/mid lies over", "shutting down"],
+        ),
+        (
+            WHOLE, {"verdict": Verdict.CANCELLED}, "abort", "another client", [],
+            ["ended the job with abort", "/i/mid, /i/base may hold part of the overlay's data"],
+        ),
+        (LOWER, {"verdict": Verdict.MERGED, "trail": ("told",)}, "none", "", ["/i/mid"], ["told"]),
+    ],
+)  # fmt: skip
+def test_an_outcome_says_who_decided_and_what_is_invalid(
+    plan: Plan,
+    facts: dict[str, Any],
+    action: str,
+    by: str,
+    invalidated: list[str],
+    warnings: list[str],
+) -> None:
+    state = State(two_phase=plan.two_phase, by="policy", done=5, **facts)
+    outcome = report.outcome_of(plan, state, None, Timings())
+    assert (outcome.action, outcome.decided_by) == (action, by)
+    assert outcome.status == ("cancelled" if action == "abort" else "completed")
+    assert outcome.invalidated == invalidated
+    assert outcome.bytes_committed == 5
+    assert len(outcome.warnings) == len(warnings)
+    assert all(w in told for w, told in zip(warnings, outcome.warnings, strict=True))
