@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.block.files import Locks, Place
 from qmpcommit.commit import checks
 from qmpcommit.commit.checks import Finding, check_commit
 from tests.unit.test_checks import SIZE, found, layer, level, made, protocol
@@ -82,3 +83,37 @@ def test_whether_a_process_that_ended_declared_a_node_is_not_known(tmp_path: Pat
 )
 def test_a_plain_file_is_found_in_every_way_to_write_it(name: str, plain: str) -> None:
     assert checks._plain(name) == plain
+
+
+def test_locks_whose_owner_can_not_be_told_are_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(checks, "locate", lambda *_, **__: Place(str(tmp_path), ""))
+    monkeypatch.setattr(checks, "image_locks", lambda *_: Locks("unknown"))
+    notes = [f for f in found("base-shared", *made()) if "is locked, but" in f.message]
+    assert [f.level for f in notes] == ["note"]
+
+
+def test_a_layer_that_has_left_the_graph_has_no_backing_name_to_compare() -> None:
+    graph, plan = made(layer("mid", **{"full-backing-filename": "/i/other"}))
+    assert level("on-disk-backing", graph, plan) == "refuse"
+    top, mid, base = plan.disk.chain
+    gone = replace(plan.disk, chain=(top, replace(mid, node_name="gone"), base))
+    assert level("on-disk-backing", graph, replace(plan, disk=gone)) == "ok"
+
+
+def test_a_header_that_can_not_be_read_leaves_what_qemu_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("mid", "base", "other"):
+        (tmp_path / name).touch()  # no qcow2; and there is no top
+    monkeypatch.setattr(
+        checks, "locate", lambda name, **_: Place(str(tmp_path / os.path.basename(name)), "")
+    )
+    wrong: Any = {"backing-filename": "/i/other", "full-backing-filename": "/i/other"}
+    for name in ("top", "mid"):
+        (finding,) = found("on-disk-backing", *made(layer(name, **wrong)))
+        assert finding.level == "refuse"
+        assert f"/i/{name} names '/i/other' as its backing file (as QEMU read it)" in (
+            finding.message
+        )

@@ -223,3 +223,12 @@ def test_a_report_travels_through_json() -> None:
     assert ConvergeReport.model_validate_json(report.model_dump_json()) == report
     config = Converge(5, pause=0.5)
     assert Converge.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_guest_at_the_floor_is_not_held_any_further() -> None:
+    controller = Controller(Converge(30, floor=10 * MIB), 0)
+    for second in range(8):  # it copies 10 MiB/s, and as much is dirtied
+        sample = Sample(second, second * 10 * MIB, (second * 10 + 500) * MIB)
+        advice = controller.feed(sample, 10 * MIB)
+        assert (advice.do, advice.limit) == ("nothing", 10 * MIB)
+    assert advice.pace is Pace.NOT_CONVERGING

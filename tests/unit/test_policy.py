@@ -356,3 +356,10 @@ def test_the_union_of_policies_is_found_in_its_module_and_nothing_else_is() -> N
     assert set(schema["discriminator"]["mapping"]) == set(policy_module.KINDS)
     with pytest.raises(AttributeError, match=r"^nothing$"):
         policy_module.nothing  # noqa: B018
+
+
+async def test_a_policy_that_needs_no_waiting_may_be_a_plain_function() -> None:
+    def decide(ready: qc.Ready) -> Any:
+        return qc.Abort() if ready.disk == "vda" else qc.Pivot()
+
+    assert (await settle(decide, READY)).decision == qc.Abort()
