@@ -95,7 +95,8 @@ def test_locks_whose_owner_can_not_be_told_are_a_note(
 
 
 def test_a_layer_that_has_left_the_graph_has_no_backing_name_to_compare() -> None:
-    graph, plan = made(layer("mid", **{"full-backing-filename": "/i/other"}))
+    wrong: Any = {"full-backing-filename": "/i/other"}
+    graph, plan = made(layer("mid", **wrong))
     assert level("on-disk-backing", graph, plan) == "refuse"
     top, mid, base = plan.disk.chain
     gone = replace(plan.disk, chain=(top, replace(mid, node_name="gone"), base))
