@@ -232,3 +232,21 @@ def test_a_guest_at_the_floor_is_not_held_any_further() -> None:
         advice = controller.feed(sample, 10 * MIB)
         assert (advice.do, advice.limit) == ("nothing", 10 * MIB)
     assert advice.pace is Pace.NOT_CONVERGING
+
+
+def test_a_guest_that_was_let_go_too_soon_is_held_twice_as_long() -> None:
+    controller, now, current, left = Controller(Converge(10_000), 0), 0, 0, 50_000 * MIB
+
+    def until(do: str, limit: int | None, writes: int) -> int:
+        nonlocal now, current, left
+        begun = now
+        while now < begun + 100:
+            now, current, left = now + 1, current + 20 * MIB, left + writes - 20 * MIB
+            if controller.feed(Sample(now, current, current + left), limit).do == do:
+                return now - begun
+        pytest.fail(f"no {do}")
+
+    first = until("relax", 8 * MIB, 0)  # the guest rests
+    until("throttle", None, 40 * MIB)  # and writes again
+    assert until("relax", 8 * MIB, 0) == first + 5
+    assert until("relax", 8 * MIB, 0) == 10  # nothing came of it: as long as before
