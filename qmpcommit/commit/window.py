@@ -33,7 +33,14 @@ from qmpcommit.commit.window_records import (
     OpenWindow,
     Window,
 )
-from qmpcommit.commit.window_remains import clear, disk_over, marked, merge_back, thaw_marked
+from qmpcommit.commit.window_remains import (
+    clear,
+    disk_over,
+    end_jobs,
+    marked,
+    merge_back,
+    thaw_marked,
+)
 from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError, WindowError
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -133,7 +140,12 @@ async def open_window(
         if ledger is not None:
             await ledger.note("open", name=window, quiesced=quiet.seconds)
     except BaseException as error:
-        await to_the_end(_undo(vm, list(overlays.values())))
+        try:
+            await to_the_end(_undo(vm, list(overlays.values())))
+        except WindowError as stays:
+            if not isinstance(error, asyncio.CancelledError):
+                raise
+            error.add_note(stays.message)
         if isinstance(error, QmpCommitError):
             error.add(vm=vm.name)
         raise
@@ -188,6 +200,7 @@ async def close_windows(
     overlay_dir: str | os.PathLike[str] | None = None,
 ) -> list[CommitOutcome]:
     """Close the windows that somebody left open; see `Session.close_windows`."""
+    await end_jobs(vm)
     remains = await thaw_marked(vm, agent)
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
     outcomes = await to_the_end(_close(vm, left, bandwidth))
@@ -211,10 +224,13 @@ async def recover_window(vm: Session, noted: NotedWindow) -> Window | None:
     of what was not laid, or was closed already, nothing is left. None where no disk writes to an
     overlay of it. Safe to repeat.
 
-    Raises `QuiesceFailed` where the guest may still be frozen.
+    Raises `QuiesceFailed` where the guest may still be frozen, `WindowError` where QEMU still
+    creates an overlay of it.
     """
     if noted.freeze is not None:
         await thaw(vm, noted.freeze, noted.agent)
+    await end_jobs(vm, [each.overlay for each in noted.disks.values()])
+    if noted.freeze is not None:
         await thaw_marked(vm, noted.agent)
     _, graph = await vm.look()
     laid = {asked: each for asked, each in noted.disks.items() if disk_over(graph, each.overlay)}
@@ -317,7 +333,10 @@ async def _undo(vm: Session, overlays: Sequence[FreshOverlay]) -> None:
     left = [Frozen("", "", o.filename, o.node) for o in overlays if o.filename in laid]
     for overlay in overlays:
         if overlay.filename not in laid:
-            await overlay.undo()
+            try:
+                await overlay.undo()
+            except QmpCommitError as error:  # why there is no window is the news
+                vm.log.warning("window_remains", what=overlay.filename, message=error.message)
     if left:
         await _close(vm, left, None)
 

@@ -238,7 +238,7 @@ async def clear(
     active layers, and in `folders`. Only whom nobody else follows may be cleared away: a window
     that another process is just opening would fail.
     """
-    await _end_jobs(vm, overlays)
+    await end_jobs(vm, overlays)
     remains = []
     graph = await read_graph(vm)
     for name in list(graph.nodes):
@@ -265,14 +265,18 @@ async def clear(
     return remains
 
 
-async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
-    """Dismiss the window's jobs that have concluded; a creation concludes by itself."""
+async def end_jobs(vm: Session, overlays: Collection[str] | None = None) -> None:
+    """Dismiss the window's jobs that have concluded; a creation concludes by itself.
+
+    Comes before any look at the block graph: a QEMU that is asked for its nodes while it opens
+    the qcow2 image that it creates fails an assertion of its own, and dies. So `WindowError` is
+    raised where a creation does not conclude.
+    """
     windows = None if overlays is None else {window_of(each)[-8:] for each in overlays}
     clock = asyncio.get_running_loop().time
     end = clock() + CREATION
-    waits = True
-    while waits and clock() < end:
-        waits = False
+    while True:
+        creating = []
         for job in await vm.execute("query-jobs"):
             name = str(job.get("id"))
             if not _JOB.fullmatch(name) or (windows is not None and name[11:19] not in windows):
@@ -280,10 +284,19 @@ async def _end_jobs(vm: Session, overlays: Collection[str] | None) -> None:
             if job.get("status") == "concluded":
                 with suppress(CommandRefused):
                     await vm.execute("job-dismiss", {"id": name})
-            else:
-                waits = waits or "-create-" in name
-        if waits:
-            await asyncio.sleep(0.1)
+            elif "-create-" in name:
+                creating.append(name)
+        if not creating:
+            return
+        if clock() >= end:
+            raise WindowError(
+                f"QEMU of {vm.name} still creates an overlay of a window after {CREATION:g} s"
+                f" ({', '.join(creating)}); perhaps its storage hangs. Nothing was changed: repeat"
+                " this when the storage answers again",
+                vm=vm.name,
+                remains=creating,
+            )
+        await asyncio.sleep(0.1)
 
 
 def window_of(overlay: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit import quiesce, window_remains
+from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.window_remains import remains_of
 from tests.ground.images import MIB, Chain, Write, assert_disk, create, make_chain, write
 from tests.ground.machines import Machine, machine, storage_daemon
@@ -150,6 +151,77 @@ async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
         agent.frozen = 2
         assert await vm.close_windows(agent=agent.path) == []
         assert not agent.frozen
+    assert overlays(folder) == []
+
+
+# -- a window that can't be opened ----------------------------------------------------------------
+
+
+async def test_what_can_not_be_undone_hides_neither_the_reason_nor_the_other_disks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        execute = vm.execute
+
+        async def refusing(command: str, arguments: Any = None, **more: Any) -> Any:
+            if command == "transaction":
+                raise qc.CommandRefused("no transactions today")
+            return await execute(command, arguments, **more)
+
+        tried: list[int] = []
+        undo = FreshOverlay.undo
+
+        async def failing(self: FreshOverlay) -> None:
+            tried.append(1)
+            if len(tried) == 1:
+                raise qc.MonitorLost("lost for a moment")
+            await undo(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(vm, "execute", refusing)
+            patched.setattr(FreshOverlay, "undo", failing)
+            with pytest.raises(qc.CommandRefused, match="no transactions today"):
+                await qc.open_window(vm, ["vda", "vdb"], name=NAME)
+        assert overlays(folder) == [overlay_of(chains[0])]
+        assert await vm.close_windows() == []
+        await qemu.quit()
+    assert overlays(folder) == []
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_an_overlay_that_was_laid_and_stays_is_told(
+    folder: Path, cancelled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation stays one, and says it in a note."""
+
+    async def full(*args: Any, **more: Any) -> qc.CommitJob:
+        raise qc.NoSpace("the base's file system is full")
+
+    class Notes:
+        async def note(self, step: str, **facts: Any) -> None:
+            if step == "open":
+                laid.set()
+                if not cancelled:
+                    raise OSError("no such journal")
+                await asyncio.Event().wait()
+
+    async with running(folder) as (_, vm, chain):
+        laid = asyncio.Event()
+        with monkeypatch.context() as patched:
+            patched.setattr(vm, "commit", full)
+            opening = asyncio.create_task(qc.open_window(vm, ["vda"], name=NAME, ledger=Notes()))
+            await laid.wait()
+            if cancelled:
+                opening.cancel()
+            with pytest.raises(asyncio.CancelledError if cancelled else qc.WindowError) as raised:
+                await opening
+        told = "".join(raised.value.__notes__) if cancelled else str(raised.value)
+        assert "file system is full" in told
+        assert str(overlay_of(chain)) in told
+        assert [outcome.action for outcome in await vm.close_windows()] == ["pivot"]
     assert overlays(folder) == []
 
 
@@ -358,14 +430,13 @@ async def test_the_creation_that_a_killed_process_left_is_ended(folder: Path) ->
         assert await vm.close_windows() == []
 
 
-@pytest.mark.parametrize("patient", [True, False])
-async def test_a_creation_that_takes_its_time_is_waited_for_but_not_for_ever(
-    folder: Path, patient: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@asynccontextmanager
+async def creating(folder: Path, speed: int) -> AsyncIterator[qc.Session]:
+    """A VM that creates an overlay on slow storage; its owner was killed."""
     chain = make_chain(folder)
     slow = create(folder / "slow", 0, fmt="raw")
-    limits = {"bps-total": 16 * MIB if patient else 64 * 1024}
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        limits = {"bps-total": speed}
         group = {"qom-type": "throttle-group", "id": "tg", "limits": limits}
         await vm.execute("object-add", group)
         file = {"driver": "file", "filename": str(slow)}
@@ -374,9 +445,29 @@ async def test_a_creation_that_takes_its_time_is_waited_for_but_not_for_ever(
         options = {"driver": "qcow2", "file": "slow", "size": 8 * MIB, "preallocation": "full"}
         await create_in(vm, f"qmpcommit-w{NUMBER}-0-create-qcow2", options)
         assert [job["status"] for job in await vm.execute("query-jobs")] == ["running"]
-        if not patient:
-            monkeypatch.setattr(window_remains, "CREATION", 0.2)
-        assert await vm.close_windows() == []
-        left = [job["status"] for job in await vm.execute("query-jobs")]
-        assert left == ([] if patient else ["running"])
+        yield vm
     assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("recover", [True, False])
+async def test_a_creation_under_way_is_waited_for(folder: Path, recover: bool) -> None:
+    """QEMU is not asked for its nodes before: it dies of that while it opens what it creates."""
+    async with creating(folder, 16 * MIB) as vm:
+        if recover:
+            frozen = qc.Frozen("vda", "", f"x.qmpcommit-window-{NAME}.qcow2", "")
+            assert await qc.recover_window(vm, qc.NotedWindow(NAME, {"vda": frozen})) is None
+        else:
+            assert await vm.close_windows() == []
+        assert await vm.execute("query-jobs") == []
+
+
+async def test_a_creation_that_does_not_end_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_remains, "CREATION", 0.2)
+    async with creating(folder, 64 * 1024) as vm:
+        job = f"qmpcommit-w{NUMBER}-0-create-qcow2"
+        with pytest.raises(qc.WindowError, match=r"after 0\.2 s .*create-qcow2") as failed:
+            await vm.close_windows()
+        assert failed.value.facts["remains"] == [job]
+        assert [each["status"] for each in await vm.execute("query-jobs")] == ["running"]
