@@ -62,12 +62,13 @@ class Pauses:
         since = clock()
         for job in jobs:
             await job.settled()
-        try:
-            async with asyncio.timeout(NOTE_LIMIT):
-                for job in jobs:
+        end = clock() + NOTE_LIMIT
+        for job in jobs:
+            try:
+                async with asyncio.timeout_at(end):
                     await job.note("cont")
-        except Exception as error:  # a guest does not stay paused because a disk is full
-            vm.log.warning("cont_not_noted", error=repr(error))
+            except Exception as error:  # a guest does not stay paused because a disk is full
+                vm.log.warning("cont_not_noted", job=job.id, error=repr(error))
         try:
             await vm.execute("cont")
         except QmpCommitError as error:
