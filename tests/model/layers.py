@@ -53,6 +53,14 @@ class Layers:
                 break
         return frozenset(found | ZERO)
 
+    def copied(self, base: int, top: int, cluster: int) -> Values:
+        """What a base has of a cluster of its own once (base, top], as it is now, is in it."""
+        owns = [layer.own.get(cluster) for layer in self.chain[base + 1 : top + 1]]
+        found = self.shown(top, cluster) if any(owns) else frozenset()
+        if not any(own is not None and NOT_THERE not in own for own in owns):
+            found |= self.chain[base].own.get(cluster, frozenset({NOT_THERE}))
+        return found
+
     def grow(self, place: int, clusters: int) -> None:
         """A layer gets longer: QEMU zeroes what is new where what is below would show there."""
         layer = self.chain[place]

@@ -151,7 +151,7 @@ class World:
 
     def _seen(self, cluster: int, value: int) -> None:
         if self.flight is not None:
-            before = self.layers.shown(len(self.layers.chain) - 1, cluster)
+            before = self.layers.copied(self.flight.base, self.flight.top, cluster)
             self.flight.seen.setdefault(cluster, set()).update(before, {value})
 
     async def resize(self, more: int) -> None:
