@@ -39,6 +39,13 @@ from qmpcommit.qmp.queries import Queries
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end
 
+NODES = "query-named-block-nodes"
+
+
+def is_creation(job: Mapping[str, Any]) -> bool:
+    """Whether a job of ``query-jobs`` is a ``blockdev-create`` that has not ended."""
+    return job.get("type") == "create" and job.get("status") not in ("concluded", "null")
+
 
 class Monitor(Queries):
     """A QMP monitor, connected when it is entered (``async with``) or awaited.
@@ -77,6 +84,7 @@ class Monitor(Queries):
         self._opening = asyncio.Lock()
         self._connecting: asyncio.Task[None] | None = None
         self._closed = False
+        self._still = asyncio.Lock()  # no creation begins while QEMU is asked for its nodes
         if client is not None:
             client.register_listener(self._tap)
 
@@ -341,7 +349,46 @@ class Monitor(Queries):
         lost before is connected again first. Raises `CommandRefused` with QEMU's error,
         `MonitorLost` when the connection broke before the reply (QEMU may have run it), and
         `DeadlineExceeded` when no reply came within `command_timeout`.
+
+        ``query-named-block-nodes`` waits for the end of each ``blockdev-create`` job, for as long:
+        a QEMU (5.2 and 7.2 do, 10.0 does not) that is asked for its nodes while it opens the
+        qcow2 image that it creates fails an assertion of its own, and dies with its guest.
         """
+        if command == NODES:
+            async with self._still:
+                await self._no_creation()
+                return await self._execute(command, arguments, more)
+        if command == "blockdev-create":
+            async with self._still:
+                return await self._execute(command, arguments, more)
+        return await self._execute(command, arguments, more)
+
+    async def _no_creation(self) -> None:
+        """Wait until QEMU creates no image."""
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.command_timeout
+        while creating := await self._creating():
+            if clock() > end:
+                raise DeadlineExceeded(
+                    f"QEMU of {self.name} creates an image for more than {self.command_timeout:g} s"
+                    f" ({', '.join(creating)}), and to be asked for its nodes meanwhile may kill"
+                    f" it; perhaps its storage hangs. {NODES} was not sent",
+                    vm=self.name,
+                    command=NODES,
+                )
+            await asyncio.sleep(0.01)
+
+    async def _creating(self) -> list[str]:
+        try:
+            jobs = await self._execute("query-jobs", None, {})
+        except CommandRefused:
+            return []
+        with self.sensible("query-jobs"):
+            return [str(job["id"]) for job in jobs if is_creation(job)]
+
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, more: Mapping[str, object]
+    ) -> Any:
         if not self.connected:
             first = self._shared is not None and not self._watchers
             await (self.open() if first else self.restore())

@@ -218,8 +218,8 @@ class World:
             self.layers.perhaps(base, top, {})
             return
         if self.flight is not None:
-            assert self.flight.job.done, "two jobs on one disk"
-            await self.settle()
+            async with asyncio.timeout(PATIENCE / 2):  # it has ended, or there are two on one disk
+                await self.settle()
         self.flight = InFlight(job, base, top)
         if policy == "hold":
             with suppress(qc.QmpCommitError):

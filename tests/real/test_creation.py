@@ -1,0 +1,76 @@
+"""A QEMU that creates an image is not asked for its nodes: older ones die of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.images import make_chain
+from tests.ground.machines import machine
+from tests.ground.proxy import proxy
+
+
+async def create(vm: qc.Session, job: str, base: Path) -> None:
+    """One qcow2 image by ``blockdev-create``, to the end of its job."""
+    with vm.events("JOB_STATUS_CHANGE") as changes:
+        options = {
+            "driver": "qcow2",
+            "file": "new",
+            "size": 64 << 20,
+            "backing-file": str(base),
+            "backing-fmt": "qcow2",
+        }
+        await vm.execute("blockdev-create", {"job-id": job, "options": options})
+        async for change in changes.raw():
+            if (change.get("id"), change.get("status")) == (job, "concluded"):
+                break
+    await vm.execute("job-dismiss", id=job)
+
+
+async def test_the_graph_is_read_again_and_again_while_images_are_created(folder: Path) -> None:
+    chain = make_chain(folder)
+    (folder / "new.qcow2").touch()
+    async with machine(folder, chain) as qemu:
+        async with asyncio.timeout(60), qc.Session.connect(qemu.qmp) as vm:
+            file = {"driver": "file", "filename": str(folder / "new.qcow2")}
+            await vm.execute("blockdev-add", {**file, "node-name": "new"})
+            over = asyncio.Event()
+
+            async def look() -> None:
+                while not over.is_set():
+                    assert (await vm.disks())[0].name == "vda"
+
+            looking = [asyncio.create_task(look()) for _ in range(3)]
+            for number in range(60):
+                await create(vm, f"create{number}", chain.top)
+            over.set()
+            await asyncio.gather(*looking)
+        await qemu.quit()
+
+
+async def test_a_creation_that_does_not_end_is_told_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        session = qc.Session.connect(between.path, command_timeout=0.3)
+        async with session as vm:
+            execute = vm._execute
+
+            async def jobs(command: str, *more: Any) -> Any:
+                if command == "query-jobs":
+                    return [{"id": "theirs", "type": "create", "status": "running"}]
+                return await execute(command, *more)
+
+            monkeypatch.setattr(vm, "_execute", jobs)
+            before = between.sent.count("query-named-block-nodes")
+            with pytest.raises(qc.DeadlineExceeded, match=r"\(theirs\).*was not sent"):
+                await vm.graph()
+            assert between.sent.count("query-named-block-nodes") == before
+            monkeypatch.undo()
+            await vm.graph()
+        await qemu.quit()
