@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpcommit.cli.commit import _pairs
 from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
 from tests.ground.daemons import many_disks
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -34,6 +35,48 @@ async def test_two_disks_of_one_vm(decision: str, folder: Path) -> None:
         await qemu.quit()
     for chain in chains:
         assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_disks_of_two_vms_as_pairs(folder: Path) -> None:
+    chains = two_chains(folder)
+    async with (
+        many_disks(folder / "a:b", chains[0]) as one,
+        many_disks(folder / "b", chains[1]) as two,
+    ):
+        pairs = f"{one.qmp}:top", f"unix:{two.qmp}:top2"
+        said = await run("commit", *pairs, "--keep-overlay", "--json")
+        assert (said.status, said.err) == (0, "")
+        assert [each["disk"] for each in said.json["outcomes"]] == ["top", "top2"]
+        said = await run("commit", pairs[0], "--pivot", "--json")
+        assert (said.status, said.json["disk"]) == (0, "top")
+        said = await run("commit", pairs[1], "top2", "--pivot")
+        assert said.status == 2
+        assert "top2 is no QMP:DISK, and the words before it are" in said.err
+        await one.quit()
+        await two.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize(
+    ("words", "pairs"),
+    [
+        (["tcp:127.0.0.1:4444", "vda"], []),
+        (["tcp:127.0.0.1:4444:vda"], [("tcp:127.0.0.1:4444", "vda")]),
+        (["tcp:[::1]:4444:/i/a.qcow2"], [("tcp:[::1]:4444", "/i/a.qcow2")]),
+        (["/nowhere/at/all:vda", "x"], []),
+        ([f"{__file__}:vda:1", None], [(__file__, "vda:1")]),
+        ([f"{__file__}:"], []),
+        ([__file__, "vda:1"], []),
+    ],
+)
+def test_what_is_a_pair(words: list[str | None], pairs: list[tuple[str, str]]) -> None:
+    assert _pairs(words, by_name=False) == pairs
+
+
+def test_with_the_daemon_a_pair_begins_with_a_name() -> None:
+    assert _pairs(["web1:vda", "db1:vdb:2"], by_name=True) == [("web1", "vda"), ("db1", "vdb:2")]
+    assert _pairs(["web1", "vda"], by_name=True) == []
 
 
 async def test_disks_of_two_vms(folder: Path) -> None:
