@@ -76,7 +76,9 @@ class Layers:
     def committed(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
         """All of (base, top] is in the base now, but for what was overwritten, as `seen`, since."""
         for cluster in self._between(base, top):
-            self.chain[base].own[cluster] = self.shown(top, cluster) | seen.get(cluster, set())
+            self.chain[base].own[cluster] = self.copied(base, top, cluster) | seen.get(
+                cluster, set()
+            )
         self.grow(base, self.chain[top].clusters)
 
     def perhaps(self, base: int, top: int, seen: Mapping[int, set[int]]) -> None:
