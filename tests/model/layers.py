@@ -55,7 +55,11 @@ class Layers:
 
     def copied(self, base: int, top: int, cluster: int) -> Values:
         """What a base has of a cluster of its own once (base, top], as it is now, is in it."""
-        owns = [layer.own.get(cluster) for layer in self.chain[base + 1 : top + 1]]
+        length = self.chain[top].clusters
+        owns = [
+            ZERO if layer.clusters <= cluster < length else layer.own.get(cluster)
+            for layer in self.chain[base + 1 : top + 1]
+        ]
         found = self.shown(top, cluster) if any(owns) else frozenset()
         if not any(own is not None and NOT_THERE not in own for own in owns):
             found |= self.chain[base].own.get(cluster, frozenset({NOT_THERE}))
@@ -93,7 +97,11 @@ class Layers:
         del self.chain[base + 1 : top + 1]
 
     def _between(self, base: int, top: int) -> set[int]:
-        return {c for layer in self.chain[base + 1 : top + 1] for c in layer.own}
+        """What is copied: also the zeroes that a layer shorter than top has beyond its end."""
+        found: set[int] = set()
+        for layer in self.chain[base + 1 : top + 1]:
+            found.update(layer.own, range(layer.clusters, self.chain[top].clusters))
+        return found
 
     def wrong(self, place: int, data: bytes) -> str | None:
         """Where an image's bytes are not what they must be; None where all are."""

@@ -18,8 +18,11 @@ import qmpcommit as qc
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.images import MIB, Picture, assert_disk
 from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.qemu import QEMU
 
 NUMBERS = count()
+STAYS = QEMU.version < (6,)
+"""Whether its storage daemon can't be made to flush, so that what it merges is not deleted."""
 
 
 def _picture(*, thrown_away: bool) -> Picture:
@@ -117,7 +120,7 @@ async def _flatten(qemus: list[Machine]) -> None:
             await vm.execute(
                 "blockdev-snapshot-sync", {"node-name": disk.active.node_name, **names}
             )
-        steps = vm.flatten("export0", keep=2, delete=True)
+        steps = vm.flatten("export0", keep=2, delete=not STAYS)
         try:
             async for _ in steps:
                 pass
@@ -157,7 +160,8 @@ async def at_rest(qemu: Machine, other: qc.Session) -> None:
     mine = {image.node_name for image in disk.chain if image.node_name.startswith("qmpcommit-")}
     assert used == mine | {node.removesuffix("-top") + "-file" for node in mine}
     files = {Path(image.filename).name for image in disk.chain}
-    assert {path.name for path in qemu.folder.glob("*.qcow2")} == files
+    found = {path.name for path in qemu.folder.glob("*.qcow2")}
+    assert found >= files if disk.name != "vda" and STAYS else found == files
 
 
 @pytest.mark.timeout(300)
