@@ -21,8 +21,10 @@ from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.qemu import QEMU
 
 NUMBERS = count()
-STAYS = QEMU.version < (6,)
-"""Whether its storage daemon can't be made to flush, so that what it merges is not deleted."""
+FLUSHES = pytest.mark.skipif(
+    QEMU.version < (6,),
+    reason="QEMU 5.2's storage daemon has no object-add, so it can't be made to flush",
+)
 
 
 def _picture(*, thrown_away: bool) -> Picture:
@@ -120,7 +122,7 @@ async def _flatten(qemus: list[Machine]) -> None:
             await vm.execute(
                 "blockdev-snapshot-sync", {"node-name": disk.active.node_name, **names}
             )
-        steps = vm.flatten("export0", keep=2, delete=not STAYS)
+        steps = vm.flatten("export0", keep=2, delete=True)
         try:
             async for _ in steps:
                 pass
@@ -133,9 +135,9 @@ def _beside(disk: qc.Disk) -> str:
     return str(Path(disk.active.filename).parent / f"fresh-{next(NUMBERS)}.qcow2")
 
 
-STORIES: list[tuple[str, Callable[[list[Machine]], Coroutine[Any, Any, None]]]] = [
+STORIES = [
     ("daemon", _window),
-    ("daemon", _flatten),
+    pytest.param("daemon", _flatten, marks=FLUSHES),
     ("machine", _window),
     ("machine", _paused_window),
     ("machine", _in_pieces),
@@ -160,8 +162,7 @@ async def at_rest(qemu: Machine, other: qc.Session) -> None:
     mine = {image.node_name for image in disk.chain if image.node_name.startswith("qmpcommit-")}
     assert used == mine | {node.removesuffix("-top") + "-file" for node in mine}
     files = {Path(image.filename).name for image in disk.chain}
-    found = {path.name for path in qemu.folder.glob("*.qcow2")}
-    assert found >= files if disk.name != "vda" and STAYS else found == files
+    assert {path.name for path in qemu.folder.glob("*.qcow2")} == files
 
 
 @pytest.mark.timeout(300)
