@@ -91,10 +91,16 @@ class Care:
 
     def restore(self, recycle: Recycle, *, stopped: bool) -> None:
         """Take up the fresh overlay of a former process, which paused the guest if `stopped`."""
-        self._overlay = FreshOverlay(
-            self._monitor, self._plan, recycle.overlay, self._around.cwd, self._around.ledger
-        )
+        self._overlay = self._fresh(recycle)
         self._overlay.restore(stopped=stopped)
+
+    def _fresh(self, recycle: Recycle) -> FreshOverlay:
+        around = self._around
+        return FreshOverlay(self._monitor, self._plan, recycle.overlay, around.cwd, around.ledger)
+
+    async def obstacle(self, recycle: Recycle) -> str | None:
+        """What stands where the fresh overlay is to be, seen before it is noted as ours."""
+        return await self._fresh(recycle).obstacle()
 
     async def freeze(self, recycle: Recycle, *, again: bool = False, stopped: bool = False) -> Fact:
         """Open the fresh overlay and pause the guest, if it runs.
@@ -102,10 +108,7 @@ class Care:
         With `again`, a former process may have done a part of it, and paused the guest if
         `stopped`.
         """
-        cwd = self._around.cwd
-        self._overlay = FreshOverlay(
-            self._monitor, self._plan, recycle.overlay, cwd, self._around.ledger
-        )
+        self._overlay = self._fresh(recycle)
         try:
             await self._overlay.freeze(again=again, stopped=stopped)
         except (CommandRefused, CommitFailed) as error:

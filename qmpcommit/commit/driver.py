@@ -227,11 +227,7 @@ class Driver:
                 self._stall()
             case facts.Duty.FREEZE:
                 assert self.recycle is not None
-                await self.note("freeze", overlay=self.recycle.overlay)
-                freezing = self._care.freeze(
-                    self.recycle, again=self._frozen_before, stopped=self._stopped_before
-                )
-                await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
+                await self._freeze(self.recycle)
             case facts.Duty.OVERLAY:
                 await self.note("overlay")
                 await self._try(self._care.lay())
@@ -240,6 +236,16 @@ class Driver:
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
+
+    async def _freeze(self, recycle: Recycle) -> None:
+        again = self._frozen_before
+        obstacle = None if again else await self._care.obstacle(recycle)
+        if obstacle is not None:  # once noted it would be ours, for the next process to unlink
+            self.tell(facts.Frozen(obstacle))
+            return
+        await self.note("freeze", overlay=recycle.overlay)
+        freezing = self._care.freeze(recycle, again=again, stopped=self._stopped_before)
+        await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
 
     async def _prepare(self) -> None:
         if self._around.barrier is None and self.plan.two_phase:

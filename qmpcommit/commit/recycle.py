@@ -65,11 +65,10 @@ class FreshOverlay:
         self._stopped_at: float | None = None
         self._begun = self._tried = False
         self._ledger = ledger
-        self._stop_noted = False
 
     def restore(self, *, stopped: bool) -> None:
         """Take up what a former process did; it paused the guest if `stopped`."""
-        self._begun = self._tried = self._stop_noted = True
+        self._begun = self._tried = True
         if stopped:
             self._stopped_at = asyncio.get_running_loop().time()
 
@@ -80,28 +79,33 @@ class FreshOverlay:
         `again`, what is there under the overlay's node-name or its file name is what a former
         process of ours made and never used: it is made anew. It paused the guest if `stopped`.
         """
-        path = os.path.join(self._cwd or os.getcwd(), self.filename)
+        if stopped:  # it goes on, whatever fails from here on
+            self._stopped_at = asyncio.get_running_loop().time()
         if again:
             for what in ("file", "qcow2"):
                 await self._forget(what)
             await self._discard()
             with suppress(FileNotFoundError):
-                await asyncio.to_thread(os.unlink, path)
+                await asyncio.to_thread(os.unlink, self._path)
         await self.open()
         if await self._guest_runs():
             if self._ledger is not None:
                 await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._monitor.execute("stop")
-        elif stopped:
-            self._stopped_at = asyncio.get_running_loop().time()
 
     async def open(self) -> None:
         """Make and open the overlay; raises `CommitFailed` for a file that is there already."""
-        path = os.path.join(self._cwd or os.getcwd(), self.filename)
-        if await asyncio.to_thread(os.path.lexists, path):
-            raise CommitFailed(f"{self.filename} exists already; a fresh overlay needs a new file")
+        obstacle = await self.obstacle()
+        if obstacle is not None:
+            raise CommitFailed(obstacle)
         await self._open()
+
+    async def obstacle(self) -> str | None:
+        """Why it can't be made: a file that is there already is not overwritten."""
+        if await asyncio.to_thread(os.path.lexists, self._path):
+            return f"{self.filename} exists already; a fresh overlay needs a new file"
+        return None
 
     async def lay(self) -> None:
         """Put it over the base, whose users it takes over.
@@ -136,18 +140,21 @@ class FreshOverlay:
         for what in ("file", "qcow2"):
             await self._forget(what)
         await self._discard()
-        path = os.path.join(self._cwd or os.getcwd(), self.filename)
         nodes = (await read_graph(self._monitor)).nodes
         opened = {str(node.raw.get("file")) for node in nodes.values()}
-        if nodes.keys() & {self.node, self._file_node} or opened & {path, self.filename}:
+        if nodes.keys() & {self.node, self._file_node} or opened & {self._path, self.filename}:
             return  # somebody uses it after all
         if self._monitor.peer_pid is not None:  # QEMU runs on this host
             with suppress(OSError):
-                await asyncio.to_thread(os.unlink, path)
+                await asyncio.to_thread(os.unlink, self._path)
 
     async def image(self) -> Image:
         """The overlay as QEMU has it."""
         return read_image(await read_graph(self._monitor), self.node)
+
+    @property
+    def _path(self) -> str:
+        return os.path.join(self._cwd or os.getcwd(), self.filename)
 
     async def _guest_runs(self) -> bool:
         try:

@@ -1,0 +1,294 @@
+"""A recycle that is interrupted anywhere, or can't be: the guest runs, on a disk that is whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.phases import State
+from qmpcommit.commit.plan import WINDOW_MARK, Plan
+from qmpcommit.commit.recycle import FreshOverlay, interrupted_recycles
+from tests.ground.images import Chain, assert_disk, make_chain, run
+from tests.ground.machines import Machine, machine
+from tests.ground.proxy import proxy
+from tests.ground.qemu import QEMU
+
+
+@dataclass
+class Notes:
+    """A ledger; whoever writes into it gets no further than `last`."""
+
+    last: str
+    plan: Plan | None = None
+    state: State | None = None
+    stopped: bool = False
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+        self.plan = facts.get("plan", self.plan)
+        self.state = state or self.state
+        self.stopped = self.stopped or step == "stop"
+        if step == self.last:
+            self.reached.set()
+            await asyncio.Event().wait()
+
+    def moved(self, state: State) -> None:
+        pass
+
+
+@asynccontextmanager
+async def killed_at(
+    step: str, folder: Path, chain: Chain, fresh: Path, *, running: bool = True
+) -> AsyncIterator[tuple[Machine, Notes]]:
+    """A recycle whose process was killed when it had noted a step: it did and said no more."""
+    notes = Notes(step)
+    async with (
+        machine(folder, chain, running=running) as qemu,
+        proxy(folder, qemu.qmp) as between,
+    ):
+        async with qc.Session.connect(between.path, patience=0.1) as vm:
+            policy = qc.Recycle(str(fresh))
+            job = await vm.commit("vda", policy=policy, delete=True, ledger=notes)
+            await notes.reached.wait()
+            await between.refuse()
+            await job.detach()
+        yield qemu, notes
+
+
+async def take_up(vm: qc.Session, notes: Notes, fresh: Path) -> qc.CommitJob:
+    assert notes.plan is not None
+    assert notes.state is not None
+    resumed = Resumed(notes.state, recycle=qc.Recycle(str(fresh)), stopped=notes.stopped)
+    return await vm.resume(notes.plan, resumed)
+
+
+async def nothing_left(vm: qc.Session, *files: Path) -> None:
+    """The guest runs, on these files, and nothing else of ours is there."""
+    assert (await vm.query_status()).running
+    assert await vm.execute("query-jobs") == []
+    (disk,) = await vm.disks()
+    assert [image.filename for image in disk.chain] == [str(path) for path in files]
+    ours = {name for name in (await vm.graph()).nodes if name.startswith("qmpcommit-")}
+    assert len(ours) == (2 if files[0].name.startswith("fresh") else 0), ours
+
+
+async def overlay_of(vm: qc.Session, fresh: Path) -> FreshOverlay:
+    plan = await vm.plan("vda", policy=qc.Recycle(str(fresh)))
+    return FreshOverlay(vm, plan, str(fresh), vm.cwd)
+
+
+@pytest.mark.parametrize("step", ["freeze", "stop", "job-complete", "overlay", "thaw"])
+async def test_a_recycle_whose_process_is_killed_is_ended_by_the_next(
+    step: str, folder: Path
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at(step, folder, chain, fresh) as (qemu, notes):
+        async with qc.Session.connect(qemu.qmp) as vm:
+            assert (await vm.query_status()).running is (step in ("freeze", "stop"))
+            outcome = await (await take_up(vm, notes, fresh)).wait()
+            assert outcome.action == "recycle"
+            assert outcome.guest_paused is not None
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, chain.pictures[-1])
+
+
+async def test_a_guest_that_was_paused_goes_on_although_its_overlay_can_not_be_made_again(
+    folder: Path,
+) -> None:
+    chain, place = make_chain(folder), folder / "place"
+    place.mkdir()
+    async with killed_at("stop", folder, chain, place / "fresh.qcow2") as (qemu, notes):
+        await qemu.execute("stop")
+        (place / "fresh.qcow2").unlink()
+        place.rmdir()
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await take_up(vm, notes, place / "fresh.qcow2")
+            with pytest.raises(qc.CommitFailed, match="No such file or directory"):
+                await job.wait()
+            await nothing_left(vm, chain.top, chain.base)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_guest_that_stood_still_before_is_not_started(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("overlay", folder, chain, fresh, running=False) as (qemu, notes):
+        async with qc.Session.connect(qemu.qmp) as vm:
+            outcome = await (await take_up(vm, notes, fresh)).wait()
+            assert (outcome.action, outcome.guest_paused) == ("recycle", None)
+            assert not (await vm.query_status()).running
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_an_overlay_that_is_gone_leaves_the_guest_on_the_base(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("overlay", folder, chain, fresh) as (qemu, notes):
+        assert notes.plan is not None
+        await qemu.execute("blockdev-del", node_name=f"{notes.plan.job_id}-top")
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await take_up(vm, notes, fresh)
+            with pytest.raises(qc.CommitFailed, match=r"no node .* any more"):
+                await job.wait()
+            await nothing_left(vm, chain.base)
+        await qemu.quit()
+    assert not fresh.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_file_that_came_meanwhile_is_nobodys_to_remove(folder: Path) -> None:
+    """Who is killed when it has found the file has noted nothing of it as its own."""
+    chain, there = make_chain(folder), folder / "there.qcow2"
+    noted: list[str] = []
+
+    async def late(ready: qc.Ready) -> qc.Recycle:
+        there.write_bytes(b"data")
+        return qc.Recycle(str(there))
+
+    class Ledger(Notes):
+        async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+            noted.append(step)
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=late, ledger=Ledger(""))
+        with pytest.raises(qc.CommitFailed, match="exists already"):
+            await job.wait()
+        assert noted == ["block-commit", "job-cancel", "thaw", "job-dismiss"]
+        assert there.read_bytes() == b"data"
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("command", ["blockdev-snapshot", "cont"])
+async def test_a_reply_that_is_lost_while_the_guest_stands_still(
+    command: str, folder: Path
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    cut: list[str] = []
+
+    def lose(message: dict[str, Any]) -> str:
+        if message.get("execute") != command or cut:
+            return "pass"
+        cut.append(command)
+        return "cut after"
+
+    async with machine(folder, chain, running=True) as qemu:
+        async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
+            between.to_qemu = lose
+            job = await vm.commit("vda", policy=qc.Recycle(str(fresh)))
+            assert ((await job.wait()).action, cut) == ("recycle", [command])
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_a_creation_whose_end_is_not_told_is_asked_for(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+
+    def lose(message: dict[str, Any]) -> str:
+        creation = "-create-" in str(message.get("data", {}).get("id"))
+        return "drop" if creation and "event" in message else "pass"
+
+    async with machine(folder, chain, running=True) as qemu:
+        async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
+            between.to_client = lose
+            job = await vm.commit("vda", policy=qc.Recycle(str(fresh)))
+            assert (await job.wait()).action == "recycle"
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+
+
+async def test_what_was_created_before_is_created_anew(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        overlay = await overlay_of(vm, fresh)
+        with vm.events("JOB_STATUS_CHANGE") as changes:
+            options = {"driver": "file", "filename": str(fresh), "size": 0}
+            job = {"job-id": overlay._creation("file"), "options": options}
+            await vm.execute("blockdev-create", job)
+            async for change in changes.raw():
+                if change["status"] == "concluded":
+                    break
+        await overlay.freeze(again=True)
+        assert await vm.execute("query-jobs") == []
+        assert "backing file" in run(QEMU.img, "info", "-U", fresh)
+        await overlay.thaw()
+        await overlay.undo()
+        await nothing_left(vm, chain.top, chain.base)
+        assert not fresh.exists()
+
+
+async def test_an_overlay_that_somebody_uses_stays(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        overlay = await overlay_of(vm, fresh)
+        await overlay.open()
+        theirs = {"driver": "raw", "node-name": "theirs", "file": overlay.node}
+        await vm.execute("blockdev-add", theirs)
+        await overlay.undo()
+        assert fresh.exists()
+        assert overlay.node in (await vm.graph()).nodes
+
+
+async def test_a_file_of_a_qemu_elsewhere_is_not_unlinked_here(
+    free_port: int, folder: Path
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, tcp=free_port) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        overlay = await overlay_of(vm, fresh)
+        await overlay.open()
+        await overlay.undo()
+        assert overlay.node not in (await vm.graph()).nodes
+        assert fresh.exists()
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "qed"])
+async def test_its_clusters_are_as_large_as_the_former_ones(fmt: str, folder: Path) -> None:
+    chain = make_chain(folder, 1)
+    top, fresh = folder / f"top.{fmt}", folder / "fresh.qcow2"
+    run(QEMU.img, "create", "-q", "-f", fmt, "-b", chain.base, "-F", "qcow2",
+        "-o", "cluster_size=8192", top)  # fmt: skip
+    nodes = [
+        f"driver=qcow2,node-name=base,file.driver=file,file.filename={chain.base}",
+        f"driver={fmt},node-name=top,file.driver=file,file.filename={top},backing=base",
+    ]
+    extra = [word for node in nodes for word in ("-blockdev", node)]
+    extra += ["-device", "virtio-blk-pci,drive=top,id=vda"]
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await (await vm.commit("vda", policy=qc.Recycle(str(fresh)))).wait()
+        await vm.close()
+        await qemu.quit()
+    size = 8192 if fmt == "qcow2" else 65536  # QEMU's own, where there is none to go by
+    assert f"cluster_size: {size}\n" in run(QEMU.img, "info", fresh)
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_an_interrupted_recycle_is_told_of_until_its_overlay_is_laid(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        window = await overlay_of(vm, folder / f"top{WINDOW_MARK}x.qcow2")
+        await window.open()  # which is left to whoever looks for windows
+        assert interrupted_recycles(await vm.graph()) == []
+        overlay = await overlay_of(vm, fresh)
+        await overlay.open()
+        (found,) = interrupted_recycles(await vm.graph())
+        assert (found["node"], found["overlay"]) == (overlay.node, str(fresh))
+        assert f"blockdev-del {overlay.node}" in found["next"]
+        await vm.execute("blockdev-del", node_name=window.node)
+        await (await vm.commit("vda", policy=qc.Pivot())).wait()
+        await overlay.lay()
+        assert interrupted_recycles(await vm.graph()) == []
