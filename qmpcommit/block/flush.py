@@ -4,9 +4,9 @@ An intermediate ``block-commit`` flushes its base only where QEMU had opened tha
 closes it for writing again. Else data and metadata stay in QEMU until it closes the image: if it
 is killed before, the base lacks what was committed, and the chain above it names it already.
 
-No QMP command flushes a node. Closing one does, and a ``throttle`` filter hands that on to what it
-filters: so one without limits is laid over the image and closed. Rests on ``object-add``,
-``blockdev-add``, ``blockdev-del`` and ``object-del``.
+No QMP command flushes a node. Closing one does, and a ``copy-on-read`` filter hands that on to what
+it filters: so one is laid over the image, for nobody to read through, and closed. Rests on
+``blockdev-add`` and ``blockdev-del``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qmpcommit.tasks import to_the_end
 
 
 def filter_name(node: str) -> str:
-    """The node-name and the group's id of the filter over `node`: always the same."""
+    """The node-name of the filter over `node`: always the same."""
     return f"qmpcommit-flush-{hashlib.sha256(node.encode()).hexdigest()[:8]}"
 
 
@@ -31,32 +31,22 @@ async def flush(monitor: Monitor, node: str) -> None:
     Raises `CommandRefused` where this QEMU can't, and what `Monitor.execute` raises.
     """
     name = filter_name(node)
+    filtered = {"driver": "copy-on-read", "node-name": name, "file": node}
     try:
         try:
-            await _open(monitor, node, name)
+            await monitor.execute("blockdev-add", filtered)
         except CommandRefused:
             await _remove(monitor, name)
-            await _open(monitor, node, name)
+            await monitor.execute("blockdev-add", filtered)
         await monitor.execute("blockdev-del", node_name=name)
     finally:
         await to_the_end(_remove(monitor, name))
 
 
-async def _open(monitor: Monitor, node: str, name: str) -> None:
-    await monitor.execute("object-add", {"qom-type": "throttle-group", "id": name})
-    await monitor.execute(
-        "blockdev-add",
-        {"driver": "throttle", "node-name": name, "throttle-group": name, "file": node},
-    )
-
-
 async def _remove(monitor: Monitor, name: str) -> None:
-    if not monitor.connected:
-        return
-    with suppress(QmpCommitError):
-        with suppress(CommandRefused):
+    if monitor.connected:
+        with suppress(QmpCommitError):
             await monitor.execute("blockdev-del", node_name=name)
-        await monitor.execute("object-del", id=name)
 
 
 def sync_file(path: str) -> None:

@@ -77,9 +77,7 @@ class World:
         return Layer(path, clusters)
 
     async def __aenter__(self) -> World:
-        nothing = storage_daemon(self.folder, Chain([], []), export=False)
-        self.daemon = await self._stack.enter_async_context(nothing)
-        await self._connect()
+        await self._start()
         below: Layer | None = None
         for layer in self.layers.chain:
             file: dict[str, Any] = {"driver": "file", "filename": str(layer.path)}
@@ -94,6 +92,16 @@ class World:
         await self.vm.execute("nbd-server-start", {"addr": address})
         await self._export()
         return self
+
+    async def _start(self) -> None:
+        """QEMU 7.2 dies now and then of a client that connects in the instant it listens."""
+        for _ in range(5):
+            nothing = storage_daemon(self.folder, Chain([], []), export=False)
+            self.daemon = await self._stack.enter_async_context(nothing)
+            with suppress(qc.MonitorLost, qc.ConnectError, qc.VMGone):
+                return await self._connect()
+            await self._stack.aclose()
+        raise AssertionError("the storage daemon lets nobody connect")
 
     async def _export(self) -> None:
         export = {"type": "nbd", "id": "export0", "name": "disk", "writable": True}
