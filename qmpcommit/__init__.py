@@ -16,7 +16,7 @@ _HOMES = {
     "client.vm": "RemoteVM",
     "commit.aftermath": "Stall",
     "commit.converge": "ConvergeReport",
-    "commit.cycle": "Discarded Round",
+    "commit.cycle": "Discarded Round cycle discard",
     "commit.pace": "Converge",
     "commit.group": "GroupCommit GroupMember commit_group",
     "commit.group_outcome": "GroupOutcome",

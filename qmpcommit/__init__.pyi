@@ -11,6 +11,8 @@ from qmpcommit.commit.aftermath import Stall as Stall
 from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
 from qmpcommit.commit.cycle import Discarded as Discarded
 from qmpcommit.commit.cycle import Round as Round
+from qmpcommit.commit.cycle import cycle as cycle
+from qmpcommit.commit.cycle import discard as discard
 from qmpcommit.commit.group import GroupCommit as GroupCommit
 from qmpcommit.commit.group import GroupMember as GroupMember
 from qmpcommit.commit.group import commit_group as commit_group

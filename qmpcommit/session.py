@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
@@ -41,7 +41,7 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-    from qmpcommit.commit.cycle import Discarded, KeepIf, Round
+    from qmpcommit.commit.cycle import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.commit.driver import Resumed
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
@@ -449,21 +449,23 @@ class Session(Monitor):
 
         return flatten(self, disk, keep=keep, delete=delete, bandwidth=bandwidth)
 
+    @overload
+    async def discard(self, disk: str, **options: Unpack[DiscardOptions]) -> Discarded: ...
+    @overload
     async def discard(
-        self,
-        disk: str,
-        *,
-        guest: Literal["reset", "stop"] | None = None,
-        overlay: str | os.PathLike[str] | None = None,
-        delete: bool = False,
-    ) -> Discarded:
+        self, disk: list[str] | tuple[str, ...], **options: Unpack[DiscardOptions]
+    ) -> tuple[Discarded, ...]: ...
+    async def discard(
+        self, disk: str | list[str] | tuple[str, ...], **options: Unpack[DiscardOptions]
+    ) -> Discarded | tuple[Discarded, ...]:
         """Throw the active overlay's changes away: the disk starts again from its base.
 
         The guest stands still while a fresh, empty `overlay` (a new file, or a folder for one; by
         default beside the former) takes the former's place; then it is reset and goes on, or is
-        left stopped, as `guest` says. A running guest's disk is never exchanged without that word.
-        With `delete` the former overlay's file goes. One that was killed half-way is finished by
-        the next.
+        left stopped, as `guest` says ("reset" or "stop"). A running guest's disk is never exchanged
+        without that word. With `delete` the former overlay's file goes. Of several disks all are
+        discarded or none is; for those of several VMs there is ``qc.discard([(vm, "vda"), ...])``.
+        One that was killed half-way is finished by the next.
 
         Not after a commit that was aborted or has failed: its base may hold part of the overlay's
         data, and is whole under it only.
@@ -473,36 +475,53 @@ class Session(Monitor):
         """
         from qmpcommit.commit.cycle import discard
 
-        return await discard(self, disk, guest=guest, overlay=overlay, delete=delete)
+        ends = await discard(self._places(disk), **options)
+        return ends[0] if isinstance(disk, str) else ends
 
+    @overload
+    async def cycle(
+        self, disk: str, *, keep_if: KeepIf, **options: Unpack[CycleOptions]
+    ) -> Round: ...
+    @overload
+    async def cycle(
+        self, disk: list[str] | tuple[str, ...], *, keep_if: KeepIf, **options: Unpack[CycleOptions]
+    ) -> tuple[Round, ...]: ...
     async def cycle(
         self,
-        disk: str,
+        disk: str | list[str] | tuple[str, ...],
         *,
         keep_if: KeepIf,
-        guest: Literal["reset", "stop"] | None = None,
-        overlay: str | os.PathLike[str] | None = None,
-        delete: bool = False,
-        timeout: float = 3600.0,
-    ) -> Round:
+        **options: Unpack[CycleOptions],
+    ) -> Round | tuple[Round, ...]:
         """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
 
         `keep_if` says which: a command, which learns VM, disk, base and top from ``QMPCOMMIT_*``
         variables and has `timeout` seconds (exit status 0 keeps, 1 to 125 discard), or an async
         callable that is given a `Ready`. What deserves it is carried into the base by a `Recycle`,
-        what does not is discarded as by `discard`; either way an empty overlay begins.
+        what does not is discarded as by `discard`; either way an empty overlay begins. `options`
+        are `timeout` and those of `discard`.
+
+        Of several disks it is asked once, with a `GroupReady` (a command has a line for each in
+        every variable), and all are kept at one instant or all discarded; for those of several VMs
+        there is ``qc.cycle([(vm, "vda"), ...])``.
 
         Raises `CommitFailed` where the command gives no answer, and nothing was changed; else what
         `commit` and `discard` raise.
         """
         from qmpcommit.commit.cycle import cycle
 
-        return await cycle(
-            self, disk, keep_if=keep_if, guest=guest, overlay=overlay, delete=delete,
-            timeout=timeout,
-        )  # fmt: skip
+        ends = await cycle(self._places(disk), keep_if=keep_if, **options)
+        return ends[0] if isinstance(disk, str) else ends
 
-    def cycles(self, disk: str, *, every: float, **options: Any) -> AsyncIterator[Round]:
+    @overload
+    def cycles(self, disk: str, *, every: float, **options: Any) -> AsyncIterator[Round]: ...
+    @overload
+    def cycles(
+        self, disk: list[str] | tuple[str, ...], *, every: float, **options: Any
+    ) -> AsyncIterator[tuple[Round, ...]]: ...
+    async def cycles(
+        self, disk: str | list[str] | tuple[str, ...], *, every: float, **options: Any
+    ) -> AsyncIterator[Any]:
         """A round every so many seconds: ``async for round in vm.cycles("vda", every=3600, ...)``.
 
         `options` are those of `cycle`, whose errors end it. Stop whenever no round runs; one that
@@ -510,7 +529,11 @@ class Session(Monitor):
         """
         from qmpcommit.commit.cycle import cycles
 
-        return cycles(self, disk, every=every, **options)
+        async for ends in cycles(self._places(disk), every=every, **options):
+            yield ends[0] if isinstance(disk, str) else ends
+
+    def _places(self, disk: str | list[str] | tuple[str, ...]) -> list[tuple[Session, str]]:
+        return [(self, name) for name in ([disk] if isinstance(disk, str) else disk)]
 
     @property
     def jobs(self) -> tuple[CommitJob, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.errors import CommitFailed
 
@@ -28,7 +28,6 @@ STALL_PAUSE = 2.0
 """Seconds."""
 
 _FOREVER = "forever"
-_TCP = re.compile(r"tcp:.+:\d+", re.ASCII)
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
 
 
@@ -189,7 +188,7 @@ def commit(
     given as QMP:DISK, as in: commit /run/a.sock:vda /run/b.sock:vda --pivot
     """
     options = Options.of(as_json, quiet, verbose, timeout)
-    if not offline and (pairs := _pairs([qmp, disk, *more], options.daemon is not None)):
+    if not offline and (pairs := disk_pairs([qmp, disk, *more], options.daemon is not None)):
         (qmp, disk), more, others = pairs[0], (), (*pairs[1:], *others)
     if shallow and base is not None:
         raise click.UsageError("Give --shallow or --base, not both")
@@ -374,40 +373,6 @@ async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool
         async with bar.of(job, str(job.plan.disk)):
             outcome = await foreground.end(job)
     return committed(running, request["policy"], outcome)
-
-
-def _pairs(words: Sequence[str | None], by_name: bool) -> list[tuple[str, str]]:
-    """Disks given as ``QMP:DISK``; none where the first word is a monitor by itself.
-
-    With the daemon (`by_name`) a VM is named. Raises `click.UsageError` where both are mixed.
-    """
-    pairs = [_pair(word, by_name) for word in words if word is not None]
-    if pairs[0] is None:
-        return []
-    if None in pairs:
-        raise click.UsageError(
-            f"{words[pairs.index(None)]} is no QMP:DISK, and the words before it are; give all"
-            " disks so, or QMP and then its DISKs"
-        )
-    return [pair for pair in pairs if pair is not None]
-
-
-def _pair(word: str, by_name: bool) -> tuple[str, str] | None:
-    if by_name:
-        vm, _, disk = word.partition(":")
-        return (vm, disk) if vm and disk else None
-    if _is_monitor(word):
-        return None
-    places = [place for place, letter in enumerate(word) if letter == ":"]
-    for place in reversed(places):
-        qmp, disk = word[:place], word[place + 1 :]
-        if disk and _is_monitor(qmp):
-            return qmp, disk
-    return None
-
-
-def _is_monitor(word: str) -> bool:
-    return _TCP.fullmatch(word) is not None or os.path.exists(word.removeprefix("unix:"))
 
 
 def committed(running: Run, policy: AnyPolicy | None, outcome: CommitOutcome) -> Answer:

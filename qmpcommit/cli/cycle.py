@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.cycle import Round
+    from qmpcommit.session import Session
 
 OTHERWISE = 3
 """The exit status where the changes were thrown away."""
 
 
 @click.command()
-@click.argument("qmp")
-@click.argument("disk")
+@click.argument("words", nargs=-1, required=True, metavar="QMP DISK... | QMP:DISK...")
 @click.option(
     "--keep-if",
     metavar="CMD",
     required=True,
     help="Exit status 0 keeps the changes, 1 to 125 throws them away; any other changes nothing.",
 )
-@click.option("--overlay", metavar="FILE", help="The next overlay, or a folder for it.")
+@click.option("--overlay", metavar="FILE", help="The next overlay, or a folder for it or them.")
 @click.option("--reset", "guest", flag_value="reset", help="Reset the guest after a discard.")
 @click.option("--stop", "guest", flag_value="stop", help="Leave the guest stopped after a discard.")
 @click.option("--delete", is_flag=True, help="Delete the former overlay.")
 @common
 def cycle(
-    qmp: str,
-    disk: str,
+    words: tuple[str, ...],
     *,
     keep_if: str,
     overlay: str | None,
@@ -44,30 +47,50 @@ def cycle(
     CMD learns VM, disk, base and top from QMPCOMMIT_* variables. Either way DISK goes on with an
     empty overlay. A guest that runs has the discarded disk in its memory, so say --reset or
     --stop. The exit status is 0 where the changes were kept, and 3 where they were discarded.
+
+    Several disks end the same way, and are kept at one instant; CMD is asked once, with a line
+    for each in every variable. Disks of several VMs are given as QMP:DISK.
     """
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
+    disks = disk_pairs(words, by_name=False) or [(words[0], disk) for disk in words[1:]]
+    if not disks:
+        raise click.UsageError("Missing argument 'DISK'")
     request = {
         "keep_if": ["/bin/sh", "-c", keep_if],
         "overlay": overlay,
         "guest": guest,
         "delete": delete,
     }
-    return run(options, lambda running: _cycle(running, qmp, disk, request))
+    return run(options, lambda running: _cycle(running, disks, request))
 
 
-async def _cycle(running: Run, qmp: str, disk: str, request: dict[str, Any]) -> Answer:
-    async with running.connect(qmp) as vm:
-        done = await vm.cycle(disk, **request)
-    data = done.model_dump(mode="json")
+async def _cycle(running: Run, disks: Sequence[tuple[str, str]], request: dict[str, Any]) -> Answer:
+    from qmpcommit.commit.cycle import cycle
+
+    async with AsyncExitStack() as stack:
+        vms: dict[str, Session] = {}
+        for qmp, _ in disks:
+            if qmp not in vms:
+                vms[qmp] = await stack.enter_async_context(running.connect(qmp))
+        rounds = await cycle([(vms[qmp], disk) for qmp, disk in disks], **request)
+    each = [done.model_dump(mode="json") for done in rounds]
+    data = each[0] if len(each) == 1 else {"result": rounds[0].result, "rounds": each}
+    return Answer(
+        data,
+        "\n".join(map(_said, rounds)),
+        status=0 if rounds[0].result == "kept" else OTHERWISE,
+        quiet=running.options.quiet,
+    )
+
+
+def _said(done: Round) -> str:
     if done.kept is not None:
-        text = f"kept: {done.kept.base.filename} has the changes, {done.overlay} begins empty"
-        return Answer(data, text, quiet=running.options.quiet)
+        return f"kept: {done.kept.base.filename} has the changes, {done.overlay} begins empty"
     assert done.discarded is not None
     gone = "is deleted" if done.discarded.deleted else "must not be booted again"
-    text = (
+    return (
         f"discarded: {done.discarded.former} {gone}, {done.overlay} begins empty over"
         f" {done.discarded.base.filename}"
     )
-    return Answer(data, text, status=OTHERWISE, quiet=running.options.quiet)

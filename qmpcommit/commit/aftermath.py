@@ -157,7 +157,7 @@ async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:
     left = [
         name
         for name, node in graph.nodes.items()
-        if node.raw.get("file") in files and not _users(graph, name, ())
+        if node.raw.get("file") in files and not users(graph, name)
     ]
     return warnings + (await close_nodes(monitor, left) if left else [])
 
@@ -180,9 +180,9 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
         if name.startswith("#"):
             closed.add(name)  # QEMU's own: it goes with the node that it belongs to
             continue
-        users = _users(graph, name, closed)
-        if users:
-            warnings.append(f"node {name} stays open: {', '.join(users)} uses it")
+        keeping = users(graph, name, closed)
+        if keeping:
+            warnings.append(f"node {name} stays open: {', '.join(keeping)} uses it")
             continue
         try:
             await monitor.execute("blockdev-del", {"node-name": name})
@@ -193,15 +193,15 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
     return warnings
 
 
-def _users(graph: BlockGraph, name: str, closed: Collection[str]) -> list[str]:
+def users(graph: BlockGraph, name: str, closed: Collection[str] = ()) -> list[str]:
     """What keeps a node from being closed: nodes above it, devices, exports, jobs."""
-    users = sorted(set(graph.parents.get(name, ())).difference(closed))
+    found = sorted(set(graph.parents.get(name, ())).difference(closed))
     for device in graph.devices:
         if (device.get("inserted") or {}).get("node-name") == name:
-            users.append(str(device.get("device") or device.get("qdev")))
-    users += [str(e.get("id")) for e in graph.exports if e.get("node-name") == name]
-    users += [job.id for job in graph.jobs.values() if name in job.nodes.values()]
-    return users
+            found.append(str(device.get("device") or device.get("qdev")))
+    found += [str(e.get("id")) for e in graph.exports if e.get("node-name") == name]
+    found += [job.id for job in graph.jobs.values() if name in job.nodes.values()]
+    return found
 
 
 def remove_file(

@@ -12,17 +12,22 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from qmpcommit.block.chain import Disk, Image, absolute
+from qmpcommit.block.chain import Disk, Image, absolute, read_image
 from qmpcommit.block.files import read_header
-from qmpcommit.commit.aftermath import identify
-from qmpcommit.commit.exchange import Exchange, Guest
+from qmpcommit.block.graph import BlockGraph
+from qmpcommit.commit.aftermath import identify, users
+from qmpcommit.commit.exchange import Exchange, Guest, exchange_all, runs
+from qmpcommit.commit.group import GroupMember, commit_group
+from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot, Ready, Recycle, check_command, run_command
+from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
@@ -30,6 +35,11 @@ from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
+
+Place = tuple["Session", str]
+"""A disk of a VM."""
+
+Found = tuple["Session", Disk]
 
 KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool]]
 """A command, whose exit status 0 says keep and 1 to 125 discard, or a callable that says it."""
@@ -41,8 +51,8 @@ CANNOT_TELL = 126
 """From this exit status on a command has not answered: it was not found, or a signal ended it."""
 
 _FORMER = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}$")
-_INTERRUPTED = re.compile(rf"{JOB_PREFIX}[cd][0-9a-f]{{8}}-top$")
-"""The node-name of the fresh overlay of a discard, the daemon's included."""
+_FRESH = re.compile(rf"{JOB_PREFIX}([cd][0-9a-f]{{8}})(?:-[0-9a-f]{{4}})?-top$")
+"""The node-name of a discard's fresh overlay, the daemon's included; a group's share a stem."""
 
 
 @record
@@ -74,79 +84,146 @@ class Round(Record):
     discarded: Discarded | None = None
 
 
+class DiscardOptions(TypedDict, total=False):
+    """Of `discard`: what becomes of the guest, where the next overlay is, whether the old goes."""
+
+    guest: Guest | None
+    overlay: str | os.PathLike[str] | None
+    delete: bool
+
+
+class CycleOptions(DiscardOptions, total=False):
+    """Of `cycle`; `timeout` is how many seconds a command has for its answer."""
+
+    timeout: float
+
+
 async def discard(
-    vm: Session,
-    name: str,
+    disks: Iterable[Place],
     *,
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
     delete: bool = False,
-) -> Discarded:
-    """Throw the active overlay of a disk away; see `Session.discard`."""
-    disk = await vm.disk(name)
-    if _was_interrupted(vm, disk):
-        return await _finish(vm, disk, guest, delete)
-    plan = _plan(vm, disk)
-    guest = await _agreed(vm, disk, guest)
-    fresh = _overlay(vm, plan, overlay)
-    return await to_the_end(_exchange(vm, plan, fresh, guest, delete, {}))
+) -> tuple[Discarded, ...]:
+    """Throw the active overlays of disks of one or several VMs away: of all of them or of none.
+
+    `disks` are tuples of a session and a disk. See `Session.discard`; no guest goes on before all
+    of them are exchanged, and `overlay` is a folder where there are several.
+    """
+    found = await _find(disks)
+    stem = _interrupted(found)
+    if stem is not None:
+        return await _finish(found, stem, guest, delete)
+    plans = _plans(found)
+    guest = await _agreed(found, guest)
+    fresh = _overlays(found, plans, overlay)
+    return await to_the_end(_discard(found, plans, fresh, guest=guest, delete=delete))
 
 
 async def cycle(
-    vm: Session,
-    name: str,
+    disks: Iterable[Place],
     *,
     keep_if: KeepIf,
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
     delete: bool = False,
     timeout: float = TIMEOUT,
-) -> Round:
-    """One round; see `Session.cycle`."""
+) -> tuple[Round, ...]:
+    """One round for disks of one or several VMs, which all end the same way.
+
+    `disks` are tuples of a session and a disk. See `Session.cycle`; of several disks `keep_if` is
+    asked once: a callable is given a `GroupReady`, a command one line a disk in each of its
+    variables. What is kept is kept as a group commit, so that the bases show one instant.
+    """
+    disks = tuple(disks)
     timeout = parse_seconds(timeout, "timeout")
     if not callable(keep_if):
         keep_if = check_command(keep_if, "keep_if")
-    disk = await vm.disk(name)
-    if _was_interrupted(vm, disk):
-        done = await _finish(vm, disk, guest, delete)
-        return Round("discarded", done.disk, done.overlay, discarded=done)
-    plan = _plan(vm, disk)
-    guest = await _agreed(vm, disk, guest)
-    keep = await deserves(plan, keep_if, timeout)
-    plan = _plan(vm, await vm.disk(name))  # it may have taken its time
-    fresh = _overlay(vm, plan, overlay)
-    if keep:
-        job = await vm.commit(name, policy=Recycle(fresh), shallow=True, delete=delete)
-        kept = await job.wait()
-        return Round("kept", kept.disk, fresh, kept=kept)
-    done = await to_the_end(_exchange(vm, plan, fresh, guest, delete, {}))
-    return Round("discarded", done.disk, done.overlay, discarded=done)
+    found = await _find(disks)
+    stem = _interrupted(found)
+    if stem is not None:
+        return _discarded(await _finish(found, stem, guest, delete))
+    plans = _plans(found)
+    guest = await _agreed(found, guest)
+    keep = await deserves(plans, keep_if, timeout)
+    found = await _find(disks)  # it may have taken its time
+    plans = _plans(found)
+    fresh = _overlays(found, plans, overlay)
+    if not keep:
+        return _discarded(
+            await to_the_end(_discard(found, plans, fresh, guest=guest, delete=delete))
+        )
+    recycles = [
+        GroupMember(vm, disk, Recycle(file)) for (vm, disk), file in zip(disks, fresh, strict=True)
+    ]
+    kept = await _keep(recycles, delete)
+    return tuple(
+        Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
+    )
 
 
-async def cycles(vm: Session, name: str, *, every: float, **options: Any) -> AsyncIterator[Round]:
+async def _keep(recycles: Sequence[GroupMember], delete: bool) -> Sequence[CommitOutcome]:
+    if len(recycles) > 1:
+        done = await commit_group(recycles, shallow=True, delete=delete)
+        return done.outcomes
+    ((vm, disk, policy, _),) = recycles
+    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete)
+    return [await job.wait()]
+
+
+async def cycles(
+    disks: Iterable[Place], *, every: float, **options: Any
+) -> AsyncIterator[tuple[Round, ...]]:
     """Rounds, one every so many seconds; see `Session.cycles`."""
+    disks = tuple(disks)
     every = parse_seconds(every, "every")
     loop = asyncio.get_running_loop()
     while True:
         begun = loop.time()
-        made = await cycle(vm, name, **options)
-        name = made.overlay  # a node-name or file of the former overlay means nothing any more
+        made = await cycle(disks, **options)
+        # a node-name or file of the former overlay means nothing any more
+        disks = tuple((vm, each.overlay) for (vm, _), each in zip(disks, made, strict=True))
         yield made
         await asyncio.sleep(max(0.0, begun + every - loop.time()))
+
+
+def _discarded(ends: Iterable[Discarded]) -> tuple[Round, ...]:
+    return tuple(Round("discarded", end.disk, end.overlay, discarded=end) for end in ends)
 
 
 # -- what a round needs -------------------------------------------------------------------------
 
 
-def _plan(vm: Session, disk: Disk) -> Plan:
-    if disk.jobs:
-        raise JobConflict(
-            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-            " Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
-    return plan_round(vm.name, disk, f"{JOB_PREFIX}d{os.urandom(4).hex()}")
+async def _find(disks: Iterable[Place]) -> list[Found]:
+    """Look each disk up; raises `InvalidRequest` where one is named twice."""
+    found: list[Found] = []
+    for vm, name in disks:
+        disk = await vm.disk(name)
+        if any((vm, disk.root) == (other, known.root) for other, known in found):
+            raise InvalidRequest(
+                f"{name} is a disk of {vm.name} that was named before; name it once."
+                " Nothing was changed"
+            )
+        found.append((vm, disk))
+    if not found:
+        raise InvalidRequest("name the disks of the round, at least one")
+    return found
+
+
+def _plans(found: Sequence[Found], stem: str | None = None) -> list[Plan]:
+    stem = stem or f"d{os.urandom(4).hex()}"
+    plans = []
+    for vm, disk in found:
+        if disk.jobs:
+            raise JobConflict(
+                f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
+                " Nothing was changed",
+                vm=vm.name,
+                disk=disk.name,
+            )
+        job_id = f"{JOB_PREFIX}{stem}-{os.urandom(2).hex()}"
+        plans.append(plan_round(vm.name, disk, job_id))
+    return plans
 
 
 def plan_round(vm: str, disk: Disk, job_id: str) -> Plan:
@@ -175,29 +252,40 @@ def plan_round(vm: str, disk: Disk, job_id: str) -> Plan:
     )
 
 
-async def _agreed(vm: Session, disk: Disk, guest: Guest | None) -> Guest:
-    """What becomes of the guest; raises `VMStateError` where one runs and nothing was said."""
+async def _agreed(found: Sequence[Found], guest: Guest | None) -> Guest:
+    """What becomes of the guests; raises `VMStateError` where one runs and nothing was said."""
     if guest not in ("reset", "stop", None):
         raise InvalidRequest(f"a guest is 'reset' or left to 'stop', not {guest!r}")
-    status, _ = await vm.look()
-    if guest is None and status == "running":
-        raise VMStateError(
-            f"the guest of {vm.name} runs on {disk}, and what it has in memory belongs to the"
-            " overlay that would be discarded: say whether it is to be reset or to be left stopped"
-            " (guest='reset' or 'stop'; --reset or --stop). Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
+    for vm, disk in found:
+        if guest is None and await runs(vm):
+            raise VMStateError(
+                f"the guest of {vm.name} runs on {disk}, and what it has in memory belongs to the"
+                " overlay that would be discarded: say whether it is to be reset or to be left"
+                " stopped (guest='reset' or 'stop'; --reset or --stop). Nothing was changed",
+                vm=vm.name,
+                disk=disk.name,
+            )
     return guest or "stop"
 
 
-def _overlay(vm: Session, plan: Plan, given: str | os.PathLike[str] | None) -> str:
-    """The next overlay's file: as given, in the folder given, or beside the former one."""
-    path = absolute(plan.top, vm.cwd)
-    place = os.path.dirname(path) if given is None else os.fspath(given)
-    if given is not None and not os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
-        return place
-    return new_overlay(place, path)
+def _overlays(
+    found: Sequence[Found], plans: Sequence[Plan], given: str | os.PathLike[str] | None
+) -> list[str]:
+    """The next overlays' files: as given, in the folder given, or beside the former ones."""
+    files = []
+    for (vm, _), plan in zip(found, plans, strict=True):
+        path = absolute(plan.top, vm.cwd)
+        place = os.path.dirname(path) if given is None else os.fspath(given)
+        if given is None or os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
+            files.append(new_overlay(place, path))
+        elif len(plans) == 1:
+            files.append(place)
+        else:
+            raise InvalidRequest(
+                f"{place} is no folder, and each of {len(plans)} disks needs an overlay of its"
+                " own. Nothing was changed"
+            )
+    return files
 
 
 def new_overlay(folder: str, former: str) -> str:
@@ -207,9 +295,10 @@ def new_overlay(folder: str, former: str) -> str:
     return os.path.join(folder, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")
 
 
-async def deserves(plan: Plan, keep_if: KeepIf, timeout: float) -> bool:
+async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bool:
     """Ask whether the changes are kept; raises `CommitFailed` where there is no answer."""
-    ready = Ready(plan.vm, plan.disk.name, plan.job_id, plan.base, plan.top)
+    each = tuple(Ready(p.vm, p.disk.name, p.job_id, p.base, p.top) for p in plans)
+    ready = each[0] if len(each) == 1 else group_ready(each)
     if callable(keep_if):
         return bool(await keep_if(ready))
     try:
@@ -222,34 +311,56 @@ async def deserves(plan: Plan, keep_if: KeepIf, timeout: float) -> bool:
         how = f"took longer than {timeout:g} s"
         if status is not None:
             how = f"ended with status {status}, which is no answer"
+    which = " and ".join(f"{p.top.filename} of {p.disk} of {p.vm}" for p in plans)
     raise CommitFailed(
-        f"whether the overlay {plan.top.filename} of {plan.disk} of {plan.vm} is to be kept is not"
-        f" known: {' '.join(keep_if)} {how}. Nothing was changed",
-        vm=plan.vm,
-        disk=plan.disk.name,
+        f"whether the overlay {which} is to be kept is not known: {' '.join(keep_if)} {how}."
+        " Nothing was changed",
+        vm=ready.vm,
+        disk=ready.disk,
         command=list(keep_if),
     )
 
 
-async def _exchange(  # noqa: PLR0917
-    vm: Session, plan: Plan, fresh: str, guest: Guest, delete: bool, noted: dict[str, Any]
-) -> Discarded:
-    path = absolute(plan.top, vm.cwd)
-    file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
-    exchange = Exchange(vm, plan, fresh, guest=guest, note=_no_note, file=file, noted=noted)
-    warnings = await exchange.run()
-    deleted = file is not None and not await asyncio.to_thread(os.path.lexists, path)
-    vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=fresh)
-    return Discarded(
-        disk=plan.disk.name,
-        former=plan.top.filename,
-        overlay=fresh,
-        base=plan.base,
-        guest=guest,
-        deleted=deleted,
-        vm=vm.name,
-        warnings=tuple(warnings),
-    )
+async def _discard(
+    found: Sequence[Found],
+    plans: Sequence[Plan],
+    fresh: Sequence[str],
+    *,
+    guest: Guest,
+    delete: bool,
+    noted: Mapping[int, Mapping[str, Any]] | None = None,
+) -> tuple[Discarded, ...]:
+    """Exchange them; `noted` tells what was done for some, by their place."""
+    vms = [vm for vm, _ in found]
+    ran: dict[Session, bool] = {}
+    for vm, plan in zip(vms, plans, strict=True):
+        ran[vm] = ran.get(vm) or await runs(vm) or await _clear(vm, plan)
+    paths = [absolute(plan.top, vm.cwd) for vm, plan in zip(vms, plans, strict=True)]
+    exchanges = []
+    for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
+        file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
+        known = (noted or {}).get(place)
+        made = Exchange(vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known)
+        made.running = bool(noted) or ran[vm]
+        exchanges.append(made)
+    warnings = await exchange_all(exchanges)
+    ends = []
+    for vm, plan, path, overlay, said in zip(vms, plans, paths, fresh, warnings, strict=True):
+        deleted = delete and not await asyncio.to_thread(os.path.lexists, path)
+        vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=overlay)
+        ends.append(
+            Discarded(
+                disk=plan.disk.name,
+                former=plan.top.filename,
+                overlay=overlay,
+                base=plan.base,
+                guest=guest,
+                deleted=deleted,
+                vm=vm.name,
+                warnings=tuple(said),
+            )
+        )
+    return tuple(ends)
 
 
 async def _no_note(step: str, **facts: Any) -> None:
@@ -259,10 +370,25 @@ async def _no_note(step: str, **facts: Any) -> None:
 # -- after a crash --------------------------------------------------------------------------------
 
 
-def _was_interrupted(vm: Session, disk: Disk) -> bool:
-    """Whether a killed discard has laid its empty overlay, and not yet exchanged what is below."""
-    if len(disk.chain) < 3 or not _INTERRUPTED.match(disk.chain[0].node_name):
-        return False
+def _interrupted(found: Sequence[Found]) -> str | None:
+    """What the names of a killed discard's overlays have in common, where it left any half-way.
+
+    Such a one has laid its empty overlay, and not yet exchanged what is below.
+    """
+    for vm, disk in found:
+        stem = _stem(disk)
+        if stem is not None and len(disk.chain) > 2 and _starts_from_the_base(vm, disk):
+            return stem
+    return None
+
+
+def _stem(disk: Disk) -> str | None:
+    name = _FRESH.match(disk.chain[0].node_name) if disk.chain else None
+    return name[1] if name is not None else None
+
+
+def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
+    """Whether the active layer names what is below the layer that it lies over."""
     fresh, _, base = disk.chain[:3]
     try:
         header = read_header(absolute(fresh, vm.cwd))
@@ -273,17 +399,69 @@ def _was_interrupted(vm: Session, disk: Disk) -> bool:
     return os.path.normpath(named) == os.path.normpath(absolute(base, vm.cwd))
 
 
-async def _finish(vm: Session, disk: Disk, guest: Guest | None, delete: bool) -> Discarded:
-    """Go on with a discard that was killed: its guest stands still since then."""
-    fresh, top, base = disk.chain[:3]
-    plan = Plan(
+async def _finish(
+    found: Sequence[Found], stem: str, guest: Guest | None, delete: bool
+) -> tuple[Discarded, ...]:
+    """Go on with a discard that was killed: its guests stand still since then.
+
+    Some of its disks may not have been begun, and others be over.
+    """
+    plans: list[Plan] = []
+    fresh: list[str] = []
+    noted = {}
+    for place, (vm, disk) in enumerate(found):
+        if _stem(disk) != stem:
+            plans += _plans([(vm, disk)], stem)
+            fresh += _overlays([(vm, disk)], plans[-1:], None)
+            continue
+        laid = len(disk.chain) > 2 and _starts_from_the_base(vm, disk)
+        plans.append(
+            Plan(
+                vm=vm.name,
+                disk=disk,
+                top=disk.chain[1] if laid else _former(await vm.graph(), vm, disk),
+                base=disk.chain[2 if laid else 1],
+                job_id=disk.chain[0].node_name.removesuffix("-top"),
+                two_phase=True,
+                policy=Pivot(),
+            )
+        )
+        fresh.append(disk.chain[0].filename)
+        noted[place] = {"step": "lay", "running": True}
+    exchanging = _discard(found, plans, fresh, guest=guest or "stop", delete=delete, noted=noted)
+    return await to_the_end(exchanging)
+
+
+async def _clear(vm: Session, plan: Plan) -> bool:
+    """Remove what a killed discard has made and not laid; whether there was any.
+
+    If so it had stopped the guest, or was about to.
+    """
+    graph = await vm.graph()
+    left = [
+        name
+        for name, node in graph.nodes.items()
+        if _FRESH.match(name) and "backing" not in node.children and not users(graph, name)
+    ]
+    for name in left:
+        made = replace(plan, job_id=name.removesuffix("-top"))
+        fresh = FreshOverlay(vm, made, str(graph.leaf(name).raw.get("file")), vm.cwd)
+        fresh.restore(stopped=False)
+        await fresh.undo()
+    return bool(left)
+
+
+def _former(graph: BlockGraph, vm: Session, disk: Disk) -> Image:
+    """The overlay that one over its base now has taken the place of; it is not closed yet."""
+    fresh, base = disk.chain[:2]
+    for name, node in graph.nodes.items():
+        over = node.children.get("backing") == base.node_name and name != fresh.node_name
+        if over and not users(graph, name):
+            return read_image(graph, name)
+    raise ChainError(
+        f"{disk} of {vm.name} was discarded together with other disks, and that was interrupted: it"
+        f" starts from {base.filename} already, but its former overlay is not open any more. Name"
+        " the other disks without it",
         vm=vm.name,
-        disk=disk,
-        top=top,
-        base=base,
-        job_id=fresh.node_name.removesuffix("-top"),
-        two_phase=True,
-        policy=Pivot(),
+        disk=disk.name,
     )
-    noted = {"step": "lay", "running": guest == "reset"}
-    return await to_the_end(_exchange(vm, plan, fresh.filename, guest or "stop", delete, noted))

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpcommit.block.chain import Disk, read_disks
+from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.aftermath import close_layers, remove_file
@@ -44,6 +44,7 @@ class Exchange:
 
     `file` is the old overlay's, to be deleted when nothing uses it any more; None to leave it.
     `noted` is what a former process has noted last, all facts together; empty where none has.
+    `running` is whether the guest ran before it was stopped; None: it is not known yet.
     """
 
     def __init__(
@@ -57,46 +58,92 @@ class Exchange:
         file: FileId | None = None,
         noted: Mapping[str, Any] | None = None,
     ) -> None:
-        self._vm, self._plan, self._filename, self._guest = vm, plan, filename, guest
+        self.vm, self.plan, self._filename, self._guest = vm, plan, filename, guest
         self._note, self._file = note, file
         noted = noted or {}
-        self._over = noted.get("step") == "exchanged"
+        self.over = noted.get("step") == "exchanged"
         self._let_go_before = bool(noted.get("let_go"))
-        self._running: bool | None = noted.get("running")  # before it was stopped
+        self.running: bool | None = noted.get("running")
+        self._again = self.running is not None
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd)
-        if self._running is not None:
+        if self._again:
             self._fresh.restore(stopped=False)
 
     async def run(self) -> list[str]:
-        """Carry it out, or what is left of it; the warnings.
-
-        Raises `ChainError` or `CommitFailed` where it can't be: the disk and the guest are then as
-        they were. What `Monitor.execute` raises where the VM is away: repeat it when it is back.
-        """
-        if self._over:
-            return []
-        graph = await self._vm.graph()
-        if not self._laid(graph):
-            try:
-                await self._lay(graph)
-            except (CommandRefused, CommitFailed, ChainError):
-                await to_the_end(self._undo())
-                raise
-            graph = await self._vm.graph()
-        if graph.chain(self._fresh.node)[1:2] != [self._plan.base.node_name]:
-            await self._note("reopen")
-            try:
-                await self._reopen(graph)
-            except CommandRefused as error:
-                await self._merge_back(error)
-        self._confirm(await self._vm.graph())
-        await self._note("close")
-        warnings = await close_layers(self._vm, [self._plan.top])
-        await self._let_go()
-        if self._file is not None:
-            warnings += await self._delete(self._file)
-        await self._note("exchanged")
+        """Carry it out, or what is left of it; the warnings. See `exchange_all`."""
+        (warnings,) = await exchange_all([self])
         return warnings
+
+    # -- the steps, each of which does nothing where it was done -----------------------------------
+
+    async def lay(self) -> None:
+        """The fresh overlay over the old one, under a guest that stands still."""
+        graph = await self.vm.graph()
+        if self._laid(graph):
+            return
+        self._check(graph)
+        if self.running is None:
+            self.running = await runs(self.vm)
+        await self._note("stop", running=self.running)
+        await self._fresh.freeze(again=self._again)
+        await self._note("lay")
+        arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
+        await self.vm.execute("blockdev-snapshot", arguments)
+
+    async def swap(self) -> None:
+        """The base below the fresh overlay, in the old one's place."""
+        graph = await self.vm.graph()
+        if self._below(graph) != self.plan.base.node_name:
+            await self._note("reopen")
+            await self._reopen(graph, self.plan.base)
+        self._confirm(await self.vm.graph())
+
+    async def close(self) -> list[str]:
+        """Nobody uses the old one any more."""
+        await self._note("close")
+        return await close_layers(self.vm, [self.plan.top])
+
+    async def let_go(self) -> None:
+        """Reset the guest and have it go on, as asked; a second reset does no harm."""
+        status = await _status(self.vm)
+        if self._guest == "stop" or status is None:
+            return
+        if self._let_go_before and status.get("running"):
+            return  # a former process had come as far as this
+        await self._note("guest", let_go=True)
+        await self.vm.execute("system_reset")
+        if self.running:
+            await self.vm.execute("cont")
+
+    async def tidy(self) -> list[str]:
+        """Delete the old one, where that was asked for, and note the end."""
+        problems = await self._delete(self._file) if self._file is not None else []
+        await self._note("exchanged")
+        return problems
+
+    async def back(self) -> None:
+        """Have the old overlay again, however far it was; the guest stands still still."""
+        graph = await self.vm.graph()
+        if not self._laid(graph):
+            await self._fresh.undo()
+            return
+        if self._below(graph) != self.plan.top.node_name:
+            await self._reopen(graph, self.plan.top)
+        job = await self.vm.commit(
+            self._fresh.node,
+            policy=Pivot(),
+            shallow=True,
+            delete=True,
+            override=["on-disk-backing"],  # the empty one names the base already
+        )
+        await job.wait()
+
+    async def go_on(self) -> None:
+        """The guest goes on as before, after `back`."""
+        if self.running and not await runs(self.vm):
+            await self.vm.execute("cont")
+
+    # -- what they need ---------------------------------------------------------------------------
 
     def _laid(self, graph: BlockGraph) -> bool:
         node = graph.nodes.get(self._fresh.node)
@@ -105,121 +152,145 @@ class Exchange:
     def _disk(self, graph: BlockGraph) -> Disk | None:
         """The disk whose active layer is the old overlay."""
         for disk in read_disks(graph):
-            if disk.active is not None and disk.active.node_name == self._plan.top.node_name:
+            if disk.active is not None and disk.active.node_name == self.plan.top.node_name:
                 return disk
         return None
 
-    async def _lay(self, graph: BlockGraph) -> None:
-        """The fresh overlay over the old one, under a guest that stands still."""
+    def _below(self, graph: BlockGraph) -> str | None:
+        return next(iter(graph.chain(self._fresh.node)[1:2]), None)
+
+    def _check(self, graph: BlockGraph) -> None:
         disk = self._disk(graph)
         below = [image.node_name for image in disk.chain[1:2]] if disk is not None else []
-        if disk is None or below != [self._plan.base.node_name] or disk.jobs:
+        if disk is None or below != [self.plan.base.node_name] or disk.jobs:
             why = f"it has a block job ({', '.join(disk.jobs)})" if disk and disk.jobs else (
                 "its chain is another one by now"
             )  # fmt: skip
             raise ChainError(
-                f"the overlay of {self._plan.disk} of {self._vm.name} can't be discarded: {why}."
+                f"the overlay of {self.plan.disk} of {self.vm.name} can't be discarded: {why}."
                 " Nothing was discarded",
-                vm=self._vm.name,
-                disk=self._plan.disk.name,
+                vm=self.vm.name,
+                disk=self.plan.disk.name,
             )
-        again = self._running is not None
-        if self._running is None:
-            self._running = await self._runs()
-        await self._note("stop", running=self._running)
-        await self._fresh.freeze(again=again)
-        await self._note("lay")
-        arguments = {"node": self._plan.top.node_name, "overlay": self._fresh.node}
-        await self._vm.execute("blockdev-snapshot", arguments)
 
-    async def _runs(self) -> bool:
-        status = await self._status()
-        return status is not None and bool(status.get("running"))
-
-    async def _status(self) -> dict[str, object] | None:
-        """None for a storage daemon, which has no guest."""
-        try:
-            found: dict[str, object] = await self._vm.execute("query-status")
-        except CommandRefused:
-            return None
-        return found
-
-    async def _undo(self) -> None:
-        await self._fresh.undo()
-        await self._continue()
-
-    async def _continue(self) -> None:
-        if self._running and not await self._runs():
-            await self._vm.execute("cont")
-
-    async def _reopen(self, graph: BlockGraph) -> None:
+    async def _reopen(self, graph: BlockGraph, below: Image) -> None:
         options = {
             "driver": "qcow2",
             "node-name": self._fresh.node,
             "file": graph.nodes[self._fresh.node].children["file"],
-            "backing": self._plan.base.node_name,
+            "backing": below.node_name,
         }
         try:
-            await self._vm.execute("blockdev-reopen", {"options": [options]})
+            await self.vm.execute("blockdev-reopen", {"options": [options]})
         except CommandRefused as error:
             if error.error_class != "CommandNotFound":
                 raise
-            await self._vm.execute("x-blockdev-reopen", options)
-
-    async def _merge_back(self, why: CommandRefused) -> None:
-        """QEMU does not exchange it: the empty one goes, and the guest goes on as before."""
-        job = await self._vm.commit(
-            self._fresh.node,
-            policy=Pivot(),
-            shallow=True,
-            delete=True,
-            override=["on-disk-backing"],  # the empty one names the base already
-        )
-        await job.wait()
-        await self._continue()
-        raise CommitFailed(
-            f"QEMU does not exchange the overlay of {self._plan.disk} of {self._vm.name}:"
-            f" {why.desc}. Nothing was discarded, and the guest goes on as before",
-            vm=self._vm.name,
-            disk=self._plan.disk.name,
-        ) from why
+            await self.vm.execute("x-blockdev-reopen", options)
 
     def _confirm(self, graph: BlockGraph) -> None:
         """What QEMU has now is believed, not what it answered."""
-        wanted = [self._fresh.node, self._plan.base.node_name]
+        wanted = [self._fresh.node, self.plan.base.node_name]
         for disk in read_disks(graph):
             if [image.node_name for image in disk.chain[:2]] == wanted:
                 return
         raise CommitFailed(
-            f"the fresh overlay {self._filename} is not what {self._plan.disk} of {self._vm.name}"
+            f"the fresh overlay {self._filename} is not what {self.plan.disk} of {self.vm.name}"
             " writes to, although QEMU took all commands; look at its chain before the guest goes"
             " on",
-            vm=self._vm.name,
-            disk=self._plan.disk.name,
+            vm=self.vm.name,
+            disk=self.plan.disk.name,
         )
 
-    async def _let_go(self) -> None:
-        """Reset the guest and have it go on, as asked; a second reset does no harm."""
-        status = await self._status()
-        if self._guest == "stop" or status is None:
-            return
-        if self._let_go_before and status.get("running"):
-            return  # a former process had come as far as this
-        await self._note("guest", let_go=True)
-        await self._vm.execute("system_reset")
-        if self._running:
-            await self._vm.execute("cont")
-
     async def _delete(self, file: FileId) -> list[str]:
-        image, cwd = self._plan.top, self._vm.cwd
+        image, cwd = self.plan.top, self.vm.cwd
         path = os.path.join(cwd or os.getcwd(), image.filename)
         if not await asyncio.to_thread(os.path.lexists, path):
             return []  # a former process had come as far as this
         try:
-            graph = await self._vm.graph()
+            graph = await self.vm.graph()
         except QmpCommitError as error:
             return [f"{image.filename} stays: {error.message}"]
         problem = await asyncio.to_thread(
-            remove_file, image, file, graph=graph, base=self._plan.base, cwd=cwd, rename_to=None
+            remove_file, image, file, graph=graph, base=self.plan.base, cwd=cwd, rename_to=None
         )
         return [problem] if problem is not None else []
+
+
+async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
+    """Carry them out, or what is left of them: all or none; the warnings of each.
+
+    No guest goes on before all its disks, and those of all others, are exchanged.
+
+    Raises `ChainError` or `CommitFailed` where that can't be: the disks and the guests are then as
+    they were, or the message names those that are not. What `Monitor.execute` raises where a VM is
+    away: what is its own stays as it is until that is repeated, all else is as it was.
+    """
+    left = [each for each in exchanges if not each.over]
+    begun: list[Exchange] = []
+    try:
+        for at in left:
+            begun.append(at)
+            await at.lay()
+        for at in left:
+            await at.swap()
+    except (CommandRefused, CommitFailed, ChainError) as error:
+        stuck = await to_the_end(_all_back(begun))
+        raise _not_exchanged(at, error, stuck) from error
+    except QmpCommitError:
+        await to_the_end(_all_back([each for each in begun if each.vm is not at.vm]))
+        raise
+    warnings = {each: await each.close() for each in left}
+    for each in {each.vm: each for each in left}.values():
+        await each.let_go()
+    for each in left:
+        warnings[each] += await each.tidy()
+    return [warnings.get(each, []) for each in exchanges]
+
+
+async def _all_back(begun: Sequence[Exchange]) -> list[str]:
+    """What could not be put back, and why; a guest goes on when all its disks are back."""
+    stuck: dict[Session, str] = {}
+    for each in reversed(begun):
+        try:
+            await each.back()
+        except QmpCommitError as error:
+            stuck[each.vm] = (
+                f"{each.plan.disk} of {each.vm.name} could not be put back ({error.message}): its"
+                f" guest stands still, and {each.plan.top.filename} is whole; discard again, or"
+                " boot that"
+            )
+    for each in {each.vm: each for each in begun if each.vm not in stuck}.values():
+        try:
+            await each.go_on()
+        except QmpCommitError as error:
+            stuck[each.vm] = (
+                f"the guest of {each.vm.name} may be stopped still ({error.message}): let it go on"
+                " with 'cont'"
+            )
+    return list(stuck.values())
+
+
+def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[str]) -> QmpCommitError:
+    where = {"vm": at.vm.name, "disk": at.plan.disk.name}
+    text = error.message
+    if isinstance(error, CommandRefused):
+        text = (
+            f"QEMU does not exchange the overlay of {at.plan.disk} of {at.vm.name}: {error.desc}."
+            " Nothing was discarded"
+        )
+    kind = ChainError if isinstance(error, ChainError) else CommitFailed
+    return kind(". But ".join([text, *stuck]), **where)
+
+
+async def runs(vm: Session) -> bool:
+    """Whether a guest runs; a storage daemon has none."""
+    return bool((await _status(vm) or {}).get("running"))
+
+
+async def _status(vm: Session) -> dict[str, object] | None:
+    """None for a storage daemon."""
+    try:
+        found: dict[str, object] = await vm.execute("query-status")
+    except CommandRefused:
+        return None
+    return found

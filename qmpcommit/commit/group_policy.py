@@ -35,6 +35,20 @@ class GroupReady(Ready):
         return {name: "\n".join(env[name] for env in each) for name in each[0]}
 
 
+def group_ready(members: Sequence[Ready]) -> GroupReady:
+    """What a policy for all of them is told."""
+    first = members[0]
+    return GroupReady(
+        vm=first.vm,
+        disk=first.disk,
+        job_id=first.job_id,
+        base=first.base,
+        top=first.top,
+        bytes_committed=sum(member.bytes_committed for member in members),
+        members=tuple(members),
+    )
+
+
 class Deciding:
     """Asks the policies of a group, each once.
 
@@ -89,17 +103,7 @@ class Deciding:
                 await job.ready()
         except QmpCommitError:
             return
-        members = tuple(_ready_of(job) for job in jobs)
-        first = members[0]
-        ready = GroupReady(
-            vm=first.vm,
-            disk=first.disk,
-            job_id=first.job_id,
-            base=first.base,
-            top=first.top,
-            bytes_committed=sum(member.bytes_committed for member in members),
-            members=members,
-        )
+        ready = group_ready([_ready_of(job) for job in jobs])
         settled = await self._settle(policy, ready)
         if settled is not None:
             for number in range(len(jobs)):

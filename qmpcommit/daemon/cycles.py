@@ -288,7 +288,7 @@ class Cycles:
         vm = self._engine.vm(found.vm)
         async with self._engine.registry.use(vm, wait=CONNECTING) as session:
             plan = await self._plan(found, session)
-        keep = await deserves(plan, found.request.keep_if, found.request.timeout)
+        keep = await deserves([plan], found.request.keep_if, found.request.timeout)
         async with self._engine.registry.use(vm, wait=CONNECTING) as session:
             plan = await self._plan(found, session)  # it may have taken its time
             former = absolute(plan.top, session.cwd)

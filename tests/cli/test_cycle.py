@@ -40,6 +40,40 @@ async def test_it_discards(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_several_disks_of_several_vms_end_the_same_way(folder: Path) -> None:
+    (folder / "one").mkdir()
+    (folder / "two").mkdir()
+    chains = [
+        make_chain(folder / "one"),
+        make_chain(folder / "one", names=("base2", "top2")),
+        make_chain(folder / "two"),
+    ]
+    told = folder / "told"
+    ask = f'echo "$QMPCOMMIT_DISK" > {told}; exit 1'
+    async with (
+        machine(folder / "one", *chains[:2], running=True) as one,
+        machine(folder / "two", chains[2], running=True) as two,
+    ):
+        words = (f"{one.qmp}:vda", f"{one.qmp}:vdb", f"{two.qmp}:vda")
+        said = await run("cycle", *words, "--keep-if", ask, "--reset", "--delete", "--json")
+        assert (said.status, said.json["result"]) == (3, "discarded"), said
+        assert told.read_text().split() == ["vda", "vdb", "vda"]
+        discarded = [each["overlay"] for each in said.json["rounds"]]
+        words = (one.qmp, "vda", "vdb")
+        said = await run("cycle", *words, "--keep-if", "true", "--reset")
+        assert said.status == 0
+        assert [line.split(":")[0] for line in said.out.splitlines()] == ["kept", "kept"]
+        mixed = await run("cycle", f"{one.qmp}:vda", "vdb", "--keep-if", "true")
+        assert (mixed.status, "is no QMP:DISK" in mixed.err) == (2, True)
+        assert (await run("cycle", one.qmp, "--keep-if", "true")).status == 2
+        await one.quit()
+        await two.quit()
+    assert_disk(Path(discarded[2]), chains[2].pictures[0])
+    for chain in chains:
+        assert not chain.top.exists()
+        assert_disk(chain.base, chain.pictures[0])
+
+
 async def test_no_answer_is_a_failure(folder: Path) -> None:
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpcommit.cli.commit import _pairs
+from qmpcommit.cli.disks import disk_pairs
 from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
 from tests.ground.daemons import many_disks
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -37,7 +37,7 @@ async def test_two_disks_of_one_vm(decision: str, folder: Path) -> None:
         assert_disk(chain.base, chain.pictures[-1])
 
 
-async def test_disks_of_two_vms_as_pairs(folder: Path) -> None:
+async def test_disks_of_two_vms_asdisk_pairs(folder: Path) -> None:
     chains = two_chains(folder)
     async with (
         many_disks(folder / "a:b", chains[0]) as one,
@@ -71,12 +71,15 @@ async def test_disks_of_two_vms_as_pairs(folder: Path) -> None:
     ],
 )
 def test_what_is_a_pair(words: list[str | None], pairs: list[tuple[str, str]]) -> None:
-    assert _pairs(words, by_name=False) == pairs
+    assert disk_pairs(words, by_name=False) == pairs
 
 
 def test_with_the_daemon_a_pair_begins_with_a_name() -> None:
-    assert _pairs(["web1:vda", "db1:vdb:2"], by_name=True) == [("web1", "vda"), ("db1", "vdb:2")]
-    assert _pairs(["web1", "vda"], by_name=True) == []
+    assert disk_pairs(["web1:vda", "db1:vdb:2"], by_name=True) == [
+        ("web1", "vda"),
+        ("db1", "vdb:2"),
+    ]
+    assert disk_pairs(["web1", "vda"], by_name=True) == []
 
 
 async def test_disks_of_two_vms(folder: Path) -> None:

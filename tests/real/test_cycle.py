@@ -71,7 +71,7 @@ async def test_never_under_a_running_guest_without_a_word(folder: Path) -> None:
         with pytest.raises(qc.VMStateError, match="reset or to be left stopped"):
             await vm.discard("vda")
         with pytest.raises(qc.InvalidRequest, match="'reset' or"):
-            await vm.discard("vda", guest="now")  # type: ignore[arg-type]
+            await vm.discard("vda", guest="now")  # type: ignore[call-overload]
         assert await chain_now(vm) == [chain.top, chain.base]
         assert (await qemu.execute("query-status"))["running"]
         done = await vm.discard("vda", guest="stop")
@@ -158,7 +158,7 @@ async def test_one_that_was_killed_is_finished_by_the_next(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(cycle_module, "_no_note", note)
-            patch.setattr(Exchange, "_undo", asyncio.sleep)  # a killed process undoes nothing
+            patch.setattr(Exchange, "back", asyncio.sleep)  # a killed process undoes nothing
             with pytest.raises(Killed):
                 await vm.discard("vda", guest="reset")
         before = await chain_now(vm)
