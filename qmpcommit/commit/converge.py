@@ -115,7 +115,7 @@ class _Watch:
         self._throttle: Throttle | None = None
         self._sought = False
         self._limit: int | None = None
-        self._touched = False
+        self._touched = self._theirs = False
         self._pauses = False
         self._stopped_at: float | None = None
         self._ready_at: float | None = None
@@ -134,14 +134,13 @@ class _Watch:
         job = self._job
         while not self._over():
             phase = job.phase
-            if phase is Phase.READY:
-                await self._in_ready()
-            elif self._monitor.connected:
+            if self._monitor.connected:
                 try:
-                    await self._look()
+                    await self._resume()  # where that failed at the end of a pause
+                    await (self._in_ready() if phase is Phase.READY else self._look())
                 except QmpCommitError as error:
                     self._controller.forget()
-                    if isinstance(error, (CommandRefused, VMGone)):
+                    if not isinstance(error, (MonitorLost, DeadlineExceeded)):
                         self._remark(error.message)
                     if isinstance(error, VMGone):
                         return
@@ -167,7 +166,7 @@ class _Watch:
     async def _in_ready(self) -> None:
         """Nobody has decided yet: the guest is not held for long."""
         assert self._ready_at is not None
-        if self._limit is not None and self._clock() - self._begun > self._ready_at + LINGER:
+        if self._touched and self._clock() - self._begun > self._ready_at + LINGER:
             await self._lift()
 
     async def _look(self) -> None:
@@ -175,7 +174,8 @@ class _Watch:
         if seen is None or seen.get("status") not in ("running", "ready"):
             self._controller.forget()  # created, paused by somebody or by an error, ending
             return
-        done, total = int(seen["current-progress"]), int(seen["total-progress"])
+        with self._monitor.sensible("query-jobs"):
+            done, total = int(seen["current-progress"]), int(seen["total-progress"])
         sample = Sample(self._clock(), done, total)
         self._first = self._first or sample
         advice = self._controller.feed(sample, self._limit)
@@ -214,11 +214,12 @@ class _Watch:
             await self._monitor.execute("stop")
             async with asyncio.timeout(seconds):
                 await job._until(lambda: job.phase is not Phase.DECIDED)
-        except TimeoutError as error:
-            if isinstance(error, QmpCommitError):
-                raise
+        except DeadlineExceeded:
+            raise
+        except TimeoutError:
             self._remark(f"the last flush did not end in the {seconds:g} s of the guest's pause")
-        await to_the_end(self._resume())
+        finally:  # also where only the reply to "stop" was lost
+            await to_the_end(self._resume())
 
     async def _resume(self) -> None:
         """Let the guest run again, if it was stopped here and still is."""
@@ -246,7 +247,7 @@ class _Watch:
             if self._throttle is None:
                 self._remark(obstacle(self._job.plan.disk))
         throttle = self._throttle
-        if throttle is None:
+        if throttle is None or self._theirs:
             return
         self._touched = True
         self._step(
@@ -262,15 +263,15 @@ class _Watch:
         self._limit = limit
 
     async def _lift(self) -> None:
-        if self._throttle is not None and self._limit is not None:
-            problem = await self._throttle.restore()
-            if problem:
-                self._remark(problem)
-                self._throttle = None  # theirs now
-            else:
-                self._touched = False
-                self._step(None, restored=True)
-            self._limit = None
+        assert self._throttle is not None  # there is a limit of ours
+        problem = await self._throttle.restore()
+        if problem:
+            self._remark(problem)
+            self._theirs = True  # `restore` looks once more
+        else:
+            self._touched = False
+            self._step(None, restored=True)
+        self._limit = None
 
     async def restore(self) -> None:
         """Put the former limits back, past losses of the monitor; never raises."""
