@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -239,7 +240,8 @@ def remove_file(
             os.unlink(name, dir_fd=folder)
         else:
             _rename_new(name, os.path.basename(rename_to), folder)
-        os.fsync(folder)
+        with suppress(OSError):  # not every file system syncs a folder; the file has gone
+            os.fsync(folder)
     except OSError as error:
         return f"{image.filename} stays: {error.strerror}"
     finally:

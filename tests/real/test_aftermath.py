@@ -23,7 +23,7 @@ from tests.ground.images import (
     run,
     write,
 )
-from tests.ground.machines import machine, storage_daemon
+from tests.ground.machines import machine, node_options, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.qemu import QEMU
 
@@ -49,17 +49,21 @@ async def test_the_stale_nodes_are_closed_and_their_locks_gone(style: Any, folde
     assert_disk(chain.base, chain.pictures[-1])
 
 
-async def test_separate_file_nodes_are_closed_too(folder: Path) -> None:
+@pytest.mark.parametrize("within", [False, True])
+async def test_file_nodes_with_a_name_are_closed_too(within: bool, folder: Path) -> None:
+    """Those that were made `within` the overlay's node go with it."""
     chain = make_chain(folder)
-    extra = ["-blockdev", f"driver=file,node-name=tf,filename={chain.top}",
-             "-blockdev", f"driver=file,node-name=bf,filename={chain.base}",
+    file = f"file.driver=file,file.node-name=tf,file.filename={chain.top}" if within else "file=tf"
+    extra = ["-blockdev", f"driver=file,node-name=bf,filename={chain.base}",
              "-blockdev", "driver=qcow2,node-name=b,file=bf",
-             "-blockdev", "driver=qcow2,node-name=t,file=tf,backing=b",
+             "-blockdev", f"driver=qcow2,node-name=t,{file},backing=b",
              "-device", "virtio-blk-pci,drive=t,id=vda"]  # fmt: skip
+    if not within:
+        extra = ["-blockdev", f"driver=file,node-name=tf,filename={chain.top}", *extra]
     async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
         job = await vm.commit("vda", policy=qc.Pivot(), delete=True)
         outcome = await job.wait()
-        assert outcome.deleted == [str(chain.top)]
+        assert (outcome.deleted, outcome.warnings) == ([str(chain.top)], [])
         assert await nodes(vm) == {"b", "bf"}
         await vm.close()
         await qemu.quit()
@@ -138,6 +142,99 @@ async def test_a_file_that_another_node_uses_stays(folder: Path) -> None:
         assert outcome.deleted == []
         assert "stays" in outcome.warnings[0]
     assert chain.top.exists()
+
+
+async def test_an_overlay_that_a_device_uses_stays(folder: Path) -> None:
+    """A disc drive, which writes nothing: QEMU has no other device look at a stale overlay."""
+    chain = make_chain(folder)
+    extra = ["-device", "virtio-scsi-pci,id=scsi0"]
+    for options in node_options(chain):
+        extra += ["-blockdev", options]
+    extra += ["-device", "scsi-cd,drive=top,id=vda"]
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        await vm.execute("device_add", driver="scsi-cd", id="theirs", drive="top")
+
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+        assert (outcome.action, outcome.deleted) == ("pivot", [])
+        closed, kept = outcome.warnings
+        assert closed == "node top stays open: theirs uses it"
+        assert kept == f"{chain.top} stays: node top uses it"
+        assert "top" in await nodes(vm)
+    assert chain.top.exists()
+
+
+async def test_what_other_nodes_and_the_base_are_called_meanwhile_keeps_no_file(
+    folder: Path,
+) -> None:
+    chain = make_chain(folder)
+    gone = create(folder / "gone.raw", MIB, fmt="raw")
+    extra = ["-blockdev", f"driver=raw,node-name=gone,file.driver=file,file.filename={gone}"]
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        gone.unlink()
+        chain.base.rename(folder / "golden.qcow2")
+
+    async with (
+        machine(folder, chain, extra=extra) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+        assert (outcome.deleted, outcome.warnings) == ([str(chain.top)], [])
+        await vm.close()
+        await qemu.quit()
+    assert not chain.top.exists()
+    assert_disk(folder / "golden.qcow2", chain.pictures[-1])
+
+
+async def test_an_overlay_that_was_unlinked_before_is_not_looked_for(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        chain.top.unlink()
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
+        assert outcome.deleted == []
+        assert outcome.warnings == [f"{chain.top} stays: it was no regular file of this host"]
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_an_overlay_whose_folder_is_gone_is_told(folder: Path) -> None:
+    chain, place = make_chain(folder), folder / "place"
+    place.mkdir()
+    top = create(place / "top.qcow2", None, backing=chain.base)
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        place.rename(folder / "elsewhere")
+
+    async with (
+        machine(folder, Chain([chain.base, top], [])) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+        outcome = await job.wait()
+        assert outcome.deleted == []
+        assert outcome.warnings == [f"{top} stays: No such file or directory"]
+    assert (folder / "elsewhere" / "top.qcow2").exists()
+
+
+async def test_a_file_that_is_gone_is_deleted_although_its_folder_can_not_be_synced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+
+    def fsync(file: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        monkeypatch.setattr(os, "fsync", fsync)
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
+        monkeypatch.undo()
+        assert (outcome.deleted, outcome.warnings) == ([str(chain.top)], [])
+    assert not chain.top.exists()
 
 
 async def test_a_file_that_another_process_has_locked_stays(folder: Path) -> None:

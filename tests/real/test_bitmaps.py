@@ -10,9 +10,11 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.bitmaps import bitmaps_of
+from qmpcommit.commit import care
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read, run
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
+from tests.ground.proxy import REFUSAL, proxy
 from tests.ground.qemu import QEMU
 
 GRAIN = 65536
@@ -210,5 +212,53 @@ async def test_a_base_with_a_bitmap_of_its_own_joins_them(folder: Path) -> None:
             whole: Sequence[int] = list((await marked(vm, "base")).values())
             assert whole[0] >= outcome.bytes_committed, "what the commit wrote is marked too"
         await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, picture)
+
+
+@pytest.mark.parametrize("fate", ["refuse", "drop"])
+async def test_bitmaps_that_can_not_be_carried_undo_the_pivot(
+    fate: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk's I/O waits meanwhile, so not for as long as the monitor may take."""
+    monkeypatch.setattr(care, "HOLD_LIMIT", 0.2)
+    why = REFUSAL if fate == "refuse" else "took longer than 0.2 s"
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    async with storage_daemon(folder, chain) as qemu:
+        async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
+            between.to_qemu = lambda said: fate if said.get("execute") == "transaction" else "pass"
+            await add_bitmap(vm, "top", "a")
+            async with await Nbd.connect(qemu.nbd, "top") as nbd:
+                await write_some(nbd, picture, 33)
+                with pytest.raises(qc.CommitFailed, match=why):
+                    await (await vm.commit("top", policy=qc.Pivot())).wait()
+                await write_some(nbd, picture, 34)
+            assert await marked(vm, "top") == {"a": 2 * GRAIN}
+            assert await vm.query_jobs() == []
+        await qemu.quit()
+    assert_disk(chain.top, picture)
+
+
+async def test_bitmaps_are_carried_although_the_first_answer_does_not_come(folder: Path) -> None:
+    chain = make_chain(folder)
+    picture = chain.pictures[-1]
+    lost: list[str] = []
+
+    def lose(said: dict[str, Any]) -> str:
+        if said.get("execute") != "transaction" or lost:
+            return "pass"
+        lost.append("transaction")
+        return "drop"
+
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path, command_timeout=0.5) as vm:
+            between.to_qemu = lose
+            await add_bitmap(vm, "top", "a")
+            async with await Nbd.connect(qemu.nbd, "top") as nbd:
+                await write_some(nbd, picture, 33)
+                outcome = await (await vm.commit("top", policy=qc.Pivot())).wait()
+            assert (outcome.action, lost) == ("pivot", ["transaction"])
+            assert await marked(vm, "base") == {"a": GRAIN}
         await qemu.quit()
     assert_disk(chain.base, picture)

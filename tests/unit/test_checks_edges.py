@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,20 @@ def test_a_header_that_can_not_be_read_leaves_what_qemu_read(
         assert f"/i/{name} names '/i/other' as its backing file (as QEMU read it)" in (
             finding.message
         )
+
+
+@pytest.mark.parametrize("why", ["no header", "a file beside it"])
+def test_room_on_a_device_that_is_not_known_to_be_used_is_a_note(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "locate", lambda *_, **__: Place("/dev/vg/base", ""))
+    monkeypatch.setattr(checks, "is_block_device", lambda _: True)
+    monkeypatch.setattr(checks, "device_size", lambda _: 1 << 20)
+    header = None if why == "no header" else SimpleNamespace(backing=None)
+    monkeypatch.setattr(checks, "read_header", lambda _: header)
+    beside = protocol("data", "host_device"), "base data-file data-file"
+    graph, plan = made(beside[0], joined=(beside[1],)) if header else made()
+    (finding,) = found("free-space", graph, plan)
+    assert finding.level == "note"
+    assert "it is not known what /i/base uses of its 1 MiB" in finding.message
+    assert finding.numbers["needed"] > 1 << 20

@@ -1,0 +1,49 @@
+"""One disk held in PENDING with nobody there: it is named, told of, and ended."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit.pending import held_jobs
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import Machine, machine
+
+JOB = "qmpcommit-vda-1"
+
+
+@asynccontextmanager
+async def left_pending(qemu: Machine) -> AsyncIterator[qc.Session]:
+    """A session that finds what a former one left."""
+    async with qc.Session.connect(qemu.qmp) as vm:
+        with vm.events("BLOCK_JOB_READY", "BLOCK_JOB_PENDING") as heard:
+            job = {"job-id": JOB, "device": "top", "auto-finalize": False, "auto-dismiss": False}
+            await vm.execute("block-commit", job)
+            await anext(heard)
+            await vm.execute("job-complete", id=JOB)
+            await anext(heard)
+    async with qc.Session.connect(qemu.qmp) as vm:
+        yield vm
+
+
+@pytest.mark.parametrize("finalize", [False, True])
+async def test_a_disk_that_was_left_held_is_told_of_and_ended(finalize: bool, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        async with left_pending(qemu) as vm:
+            (held,) = await held_jobs(vm, qemu.qmp)
+            assert held["id"] == JOB
+            assert f"'qmpcommit abort {qemu.qmp} {JOB}'" in held["next"]
+            assert "group" not in held["next"]
+            with pytest.raises(qc.JobConflict, match=f"left PENDING: job {JOB} holds"):
+                await vm.commit("vda", policy=qc.Pivot())
+            (outcome,) = await qc.resolve_pending(vm, finalize=finalize, grace=0)
+            assert outcome.action == ("pivot" if finalize else "abort")
+            assert await held_jobs(vm, qemu.qmp) == []
+            assert await vm.query_jobs() == []
+        await qemu.quit()
+    assert_disk(chain.base if finalize else chain.top, chain.pictures[-1])

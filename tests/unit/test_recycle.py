@@ -1,0 +1,90 @@
+"""Creations of overlays that take their time, for which a real QEMU's are too short."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmpcommit.commit import recycle
+from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.errors import CommitFailed
+from qmpcommit.qmp.monitor import Monitor
+from tests.unit.test_checks import made
+
+JOB = "qmpcommit-j"
+
+
+class Creating(Monitor):
+    """Its jobs end at the query after `looks`; that is an event too if it `tells`."""
+
+    connected = True
+
+    def __init__(self, looks: float, *, tells: bool = False, timeout: float = 10.0) -> None:
+        super().__init__("/nowhere", command_timeout=timeout)
+        self.looks, self.tells = looks, tells
+        self.jobs: dict[str, int] = {}
+        self.dismissed: list[str] = []
+
+    async def execute(self, command: str, arguments: Any = None, **more: object) -> Any:
+        await asyncio.sleep(0)
+        if command == "blockdev-create":
+            self.begin(arguments["job-id"])
+        elif command == "job-dismiss":
+            job = arguments["id"]
+            assert self.jobs.pop(job) >= self.looks + (not self.tells), f"{job} runs still"
+            self.dismissed.append(job)
+        elif command == "query-jobs":
+            return [self._look(job) for job in list(self.jobs)]
+        return {}
+
+    def begin(self, job: str) -> None:
+        self.jobs[job] = 0
+
+    def _look(self, job: str) -> dict[str, Any]:
+        seen = self.jobs[job]
+        self.jobs[job] += 1
+        if self.tells and seen + 1 == self.looks:
+            data = {"id": job, "status": "concluded"}
+            self._dispatch({"event": "JOB_STATUS_CHANGE", "data": data})
+        return {"id": job, "status": "concluded" if seen >= self.looks else "running"}
+
+
+def overlay(vm: Monitor, folder: Path) -> FreshOverlay:
+    _, plan = made(job_id=JOB)
+    return FreshOverlay(vm, plan, str(folder / "fresh.qcow2"), None)
+
+
+async def test_a_creation_is_asked_for_until_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycle, "PATIENCE", 0.001)
+    vm = Creating(looks=3)
+    await overlay(vm, tmp_path).open()
+    assert vm.dismissed == [f"{JOB}-create-file", f"{JOB}-create-qcow2"]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_a_creation_of_a_former_process_is_seen_to_its_end(
+    tells: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycle, "PATIENCE", 1000.0 if tells else 0.001)
+    vm = Creating(looks=1, tells=tells)
+    vm.begin(f"{JOB}-create-file")
+    fresh = overlay(vm, tmp_path)
+    for what in ("file", "qcow2"):
+        await fresh._forget(what)
+    assert vm.dismissed == [f"{JOB}-create-file"]
+
+
+async def test_a_creation_that_does_not_end_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recycle, "PATIENCE", 0.001)
+    vm = Creating(looks=math.inf, timeout=0.05)
+    with pytest.raises(CommitFailed, match=r"did not create .*fresh.qcow2 within 0.05 s"):
+        await overlay(vm, tmp_path).open()
+    assert vm.dismissed == []
