@@ -25,6 +25,7 @@ from tests.ground.images import (
 )
 from tests.ground.machines import machine, node_options, storage_daemon
 from tests.ground.nbd import Nbd, Writer
+from tests.ground.proxy import REFUSAL, proxy
 from tests.ground.qemu import QEMU
 
 BULK = 33 * MIB
@@ -171,7 +172,8 @@ async def test_what_other_nodes_and_the_base_are_called_meanwhile_keeps_no_file(
 ) -> None:
     chain = make_chain(folder)
     gone = create(folder / "gone.raw", MIB, fmt="raw")
-    extra = ["-blockdev", f"driver=raw,node-name=gone,file.driver=file,file.filename={gone}"]
+    extra = ["-blockdev", f"driver=raw,node-name=gone,file.driver=file,file.filename={gone}",
+             "-blockdev", "driver=null-co,node-name=nowhere,read-zeroes=on"]  # fmt: skip
 
     async def on_pivot(outcome: qc.CommitOutcome) -> None:
         gone.unlink()
@@ -188,6 +190,34 @@ async def test_what_other_nodes_and_the_base_are_called_meanwhile_keeps_no_file(
         await qemu.quit()
     assert not chain.top.exists()
     assert_disk(folder / "golden.qcow2", chain.pictures[-1])
+
+
+@pytest.mark.parametrize("fate", ["refused", "lost"])
+async def test_a_pivot_after_which_nothing_can_be_closed_is_a_pivot(
+    fate: str, folder: Path
+) -> None:
+    chain = make_chain(folder)
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        if fate == "lost":
+            await between.refuse()
+
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path, patience=0.1) as vm:
+            between.to_qemu = lambda said: (
+                "refuse" if said.get("execute") == "blockdev-del" else "pass"
+            )
+            job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
+            outcome = await job.wait()
+        assert (outcome.action, outcome.deleted) == ("pivot", [])
+        expected = {
+            "refused": f"node top stays open: {REFUSAL}",
+            "lost": "the stale layers were not cleared away: the monitor of",
+        }
+        assert outcome.warnings[0].startswith(expected[fate])
+        await qemu.quit()
+    assert chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_an_overlay_that_was_unlinked_before_is_not_looked_for(folder: Path) -> None:

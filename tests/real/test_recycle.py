@@ -290,5 +290,6 @@ async def test_an_interrupted_recycle_is_told_of_until_its_overlay_is_laid(folde
         assert f"blockdev-del {overlay.node}" in found["next"]
         await vm.execute("blockdev-del", node_name=window.node)
         await (await vm.commit("vda", policy=qc.Pivot())).wait()
-        await overlay.lay()
-        assert interrupted_recycles(await vm.graph()) == []
+        for _ in range(2):  # its reply may have been lost
+            await overlay.lay()
+            assert interrupted_recycles(await vm.graph()) == []

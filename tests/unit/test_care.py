@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qmpcommit.commit import facts
-from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.aftermath import Around, nobody_met
 from qmpcommit.commit.care import Care
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.monitor import Monitor
@@ -31,6 +31,14 @@ async def test_a_barrier_that_breaks_undoes_the_decision_and_holds_no_disk() -> 
     _, plan = made()
     prepared = await Care(Refusing("/nowhere"), plan, Around(barrier=barrier)).prepare(keeps=True)
     assert prepared == facts.Prepared("the barrier failed: ZeroDivisionError('their own')")
+
+
+async def test_a_member_of_a_group_that_is_taken_up_alone_is_undone() -> None:
+    _, plan = made()
+    around = Around(barrier=nobody_met)
+    prepared = await Care(Refusing("/nowhere"), plan, around).prepare(keeps=True)
+    assert isinstance(prepared, facts.Prepared)
+    assert "one of a group" in str(prepared.error)
 
 
 @pytest.mark.parametrize("read_only", [True, False])

@@ -11,7 +11,7 @@ import pytest
 
 from qmpcommit.commit import recycle
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.errors import CommitFailed
+from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 from tests.unit.test_checks import made
 
@@ -28,15 +28,19 @@ class Creating(Monitor):
         self.looks, self.tells = looks, tells
         self.jobs: dict[str, int] = {}
         self.dismissed: list[str] = []
+        self.sent: list[str] = []
 
     async def execute(self, command: str, arguments: Any = None, **more: object) -> Any:
         await asyncio.sleep(0)
+        self.sent.append(command)
         if command == "blockdev-create":
             self.begin(arguments["job-id"])
         elif command == "job-dismiss":
             job = arguments["id"]
             assert self.jobs.pop(job) >= self.looks + (not self.tells), f"{job} runs still"
             self.dismissed.append(job)
+        elif command == "query-status":
+            raise CommandRefused("no guest", error_class="CommandNotFound", desc="not found")
         elif command == "query-jobs":
             return [self._look(job) for job in list(self.jobs)]
         return {}
@@ -88,3 +92,23 @@ async def test_a_creation_that_does_not_end_is_a_failure(
     with pytest.raises(CommitFailed, match=r"did not create .*fresh.qcow2 within 0.05 s"):
         await overlay(vm, tmp_path).open()
     assert vm.dismissed == []
+
+
+async def test_what_is_in_the_way_is_not_written_to_and_nothing_is_undone(tmp_path: Path) -> None:
+    (tmp_path / "fresh.qcow2").write_bytes(b"precious")
+    vm = Creating(looks=0)
+    fresh = overlay(vm, tmp_path)
+    with pytest.raises(CommitFailed, match="exists already"):
+        await fresh.open()
+    await fresh.undo()
+    assert vm.sent == []
+    assert (tmp_path / "fresh.qcow2").read_bytes() == b"precious"
+
+
+async def test_where_no_guest_is_none_is_paused(tmp_path: Path) -> None:
+    vm = Creating(looks=0)
+    fresh = overlay(vm, tmp_path)
+    await fresh.freeze()
+    await fresh.thaw()
+    assert vm.sent[-1] == "query-status"
+    assert fresh.paused is None
