@@ -14,7 +14,10 @@ threshold = logging.NOTSET
 
 
 class Log:
-    """A bound logger: the few structlog methods that this package uses."""
+    """A bound logger: the few structlog methods that this package uses.
+
+    A line's own facts count where something of their name is bound.
+    """
 
     __slots__ = ("_bound",)
 
@@ -39,7 +42,7 @@ class Log:
 
     def _write(self, level: int, event: str, facts: dict[str, Any]) -> None:
         if level >= threshold and (logger := _logger(level)) is not None:
-            logger.log(level, event, **self._bound, **facts)
+            logger.log(level, event, **{**self._bound, **facts})
 
 
 _unconfigured: Any = None
