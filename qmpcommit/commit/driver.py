@@ -117,8 +117,10 @@ class Driver:
         if self.recycle is not None:
             self._frozen_before = facts.Duty.FREEZE in self._owed
             self._stopped_before = resumed.stopped
-            if self.state.frozen and not self._frozen_before:
-                self._care.restore(self.recycle, stopped=resumed.stopped)
+            if not self._frozen_before and resumed.same_vm is not False:
+                # Although the guest goes on, the overlay may be there to be told of, or undone.
+                stopped = resumed.stopped and self.state.frozen
+                self._care.restore(self.recycle, stopped=stopped)
 
     async def note(self, step: str, **more: Any) -> None:
         """A step is written down before it is taken, where somebody wants that."""

@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 HOLD_LIMIT = 2.0
 """Seconds that disks may be held, if the caller does not say."""
 
+ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
+"""What a group is told that has one `Recycle` for several disks."""
+
 _AROUND = ("on_pivot", "on_stall", "converge", "ledger")
 
 OnDecision = Callable[[Sequence[str]], Awaitable[object]]
@@ -70,8 +73,9 @@ class GroupCommit:
 
     `members` are `GroupMember`s or tuples of their beginning; give each its policy, or one
     `policy` to all, which is then asked once, when all are READY. Where one comes to `Abort` all
-    are cancelled. `hold_limit` is for how many seconds disks may be held, `timeout` for how many
-    all of it may take before it is cancelled; `only_if` is asked once, before anything is sent.
+    are cancelled. `hold_limit` is for how many seconds disks may be held, and guests paused before
+    that; `timeout` for how many all of it may take before it is cancelled; `only_if` is asked once,
+    before anything is sent.
     `on_decision` is awaited while all disks are held, before the first job is finalized: what
     it writes down tells a recovery that they all have to be. `known_as` is the group's id (eight
     hexadecimal digits), by default a random one. `options` are those of `Session.commit`, for
@@ -131,7 +135,7 @@ class GroupCommit:
         if not self.members:
             raise InvalidRequest("a group commit needs at least one disk")
         if isinstance(self._policy, Recycle) and len(self.members) > 1:
-            raise InvalidRequest("give each disk a Recycle of its own: each needs its own overlay")
+            raise InvalidRequest(ONE_OVERLAY)
 
     # -- what a caller sees -----------------------------------------------------------------------
 
@@ -266,7 +270,13 @@ class GroupCommit:
 
     def _check_apart(self, jobs: Sequence[CommitJob]) -> None:
         known: dict[tuple[int, str], str] = {}
-        for member, job in zip(self.members, jobs, strict=True):
+        overlays: set[tuple[int | None, str]] = set()
+        for member, job, policy in zip(self.members, jobs, self._policies, strict=True):
+            if isinstance(policy, Recycle):
+                overlay = _place_of(policy.overlay, member.vm)
+                if overlay in overlays:
+                    raise InvalidRequest(f"{ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
+                overlays.add(overlay)
             disk = job.plan.disk
             before = known.setdefault((id(member.vm), disk.root), member.disk)
             if before is not member.disk:
@@ -386,6 +396,10 @@ class GroupCommit:
             self._send_decisions()
 
     async def _pause_first(self, pauses: Pauses) -> None:
+        limit = self.state.hold_limit
+        late = f"not all disks could be held within {limit:g} s of the guests' pause"
+        # A paused guest waits as one does whose disk is held, and for no longer.
+        self._call_later(limit, partial(self._tell, group_phases.Stop(late)))
         try:
             await pauses.pause()
         except Exception as error:  # a ledger's own too
@@ -477,6 +491,12 @@ class GroupCommit:
             error=job.error,
             choice=Choice(settled.decision.kind) if settled is not None else None,
         )
+
+
+def _place_of(overlay: str, vm: Session) -> tuple[int | None, str]:
+    """Which file that is: QEMUs of this host share theirs."""
+    here = vm.peer_pid is not None
+    return None if here else id(vm), os.path.realpath(os.path.join(vm.cwd or "/", overlay))
 
 
 def _none_done(ends: Sequence[MemberEnd]) -> bool:

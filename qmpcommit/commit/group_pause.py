@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Pauses:
     """Pauses guests; `seconds` is for how long each was, `problems` are for people to read.
 
-    ``stop`` and ``cont`` are noted before in the ledgers of all jobs of a guest, which stays
-    paused until the last of them has settled: whoever takes them up has to do the same.
+    In the ledgers of all jobs of a guest ``stop`` is noted before it is sent, and ``cont`` when
+    it was: between the two the guest stays paused until the last of them has settled, and whoever
+    takes them up has to do the same.
     """
 
     def __init__(self, recycles: Mapping[Session, Sequence[CommitJob]]) -> None:
@@ -36,18 +37,15 @@ class Pauses:
         self._thawing: list[asyncio.Task[None]] = []
 
     async def pause(self) -> None:
-        """Pause those that run; raises what `Monitor.execute` raises."""
-        for vm, jobs in self._recycles.items():
-            try:
-                running = bool((await vm.execute("query-status")).get("running"))
-            except CommandRefused:
-                continue  # a storage daemon runs no guest
-            if running:
-                for job in jobs:
-                    await job.note("stop")
-                # It is let go on even if the reply to the command is lost.
-                self._thawing.append(asyncio.create_task(self._thaw(vm, jobs)))
-                await vm.execute("stop")
+        """Pause those that run; raises what `Monitor.execute` and their ledgers raise."""
+        running = [vm for vm in self._recycles if await _runs(vm)]
+        for vm in running:  # all of it before the first, for the paused don't wait for a ledger
+            for job in self._recycles[vm]:
+                await job.note("stop")
+        for vm in running:
+            # It is let go on even if the reply to the command is lost.
+            self._thawing.append(asyncio.create_task(self._thaw(vm, self._recycles[vm])))
+        await asyncio.gather(*(vm.execute("stop") for vm in running))
 
     async def over(self) -> None:
         """Wait until all go on again; their jobs have to have ended."""
@@ -62,13 +60,6 @@ class Pauses:
         since = clock()
         for job in jobs:
             await job.settled()
-        end = clock() + NOTE_LIMIT
-        for job in jobs:
-            try:
-                async with asyncio.timeout_at(end):
-                    await job.note("cont")
-            except Exception as error:  # a guest does not stay paused because a disk is full
-                vm.log.warning("cont_not_noted", job=job.id, error=repr(error))
         try:
             await vm.execute("cont")
         except QmpCommitError as error:
@@ -76,4 +67,22 @@ class Pauses:
                 f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
                 " with 'cont'"
             )
-        self.seconds[vm] = clock() - since
+        else:
+            self.seconds[vm] = clock() - since
+            await self._note_that_it_goes_on(vm, jobs)
+
+    async def _note_that_it_goes_on(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
+        end = asyncio.get_running_loop().time() + NOTE_LIMIT
+        for job in jobs:
+            try:
+                async with asyncio.timeout_at(end):
+                    await job.note("cont")
+            except Exception as error:  # it does go on, and is continued once more at the worst
+                vm.log.warning("cont_not_noted", job=job.id, error=repr(error))
+
+
+async def _runs(vm: Session) -> bool:
+    try:
+        return bool((await vm.execute("query-status")).get("running"))
+    except CommandRefused:
+        return False  # a storage daemon runs no guest

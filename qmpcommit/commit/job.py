@@ -147,8 +147,12 @@ class CommitJob:
         return self._driver.outcome
 
     async def note(self, step: str) -> None:
-        """Have its ledger note what is about to be done around it, as for a whole group."""
-        await self._driver.note(step)
+        """Have its ledger note what is done around it, as for a whole group.
+
+        Where the job is goes without saying: what is written of that stays as it is.
+        """
+        if self._around.ledger is not None:
+            await self._around.ledger.note(step)
 
     async def settled(self) -> None:
         """Wait until QEMU has done its part; stale files may not have been cleared away yet."""

@@ -80,6 +80,7 @@ def error_of(
             f" {state.error}. The guest writes to {plan.base.filename} now; {plan.top.filename} is"
             " stale. Lay an overlay over it (blockdev-snapshot), or go on with the base",
             error=state.error,
+            pivoted=True,
         )
     if error is None and state.by == "deadline" and state.verdict is Verdict.CANCELLED:
         error = deadline_error(plan, state, timeout or 0)

@@ -46,7 +46,7 @@ class Notes:
 
 @asynccontextmanager
 async def killed_at(
-    step: str, folder: Path, chain: Chain, fresh: Path, *, running: bool = True
+    step: str, folder: Path, chain: Chain, fresh: Path, *, running: bool = True, refused: str = ""
 ) -> AsyncIterator[tuple[Machine, Notes]]:
     """A recycle whose process was killed when it had noted a step: it did and said no more."""
     notes = Notes(step)
@@ -54,6 +54,7 @@ async def killed_at(
         machine(folder, chain, running=running) as qemu,
         proxy(folder, qemu.qmp) as between,
     ):
+        between.to_qemu = lambda message: "refuse" if message.get("execute") == refused else "pass"
         async with qc.Session.connect(between.path, patience=0.1) as vm:
             policy = qc.Recycle(str(fresh))
             job = await vm.commit("vda", policy=policy, delete=True, ledger=notes)
@@ -100,6 +101,34 @@ async def test_a_recycle_whose_process_is_killed_is_ended_by_the_next(
         await qemu.quit()
     for path in (fresh, chain.base):
         assert_disk(path, chain.pictures[-1])
+
+
+async def test_an_overlay_is_told_of_although_the_guest_went_on_before(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("job-dismiss", folder, chain, fresh) as (qemu, notes):
+        async with qc.Session.connect(qemu.qmp) as vm:
+            assert (await vm.query_status()).running
+            outcome = await (await take_up(vm, notes, fresh)).wait()
+            assert outcome.action == "recycle"
+            assert outcome.active is not None
+            assert outcome.active.filename == str(fresh)
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+
+
+async def test_an_overlay_is_undone_although_the_guest_went_on_before(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("job-dismiss", folder, chain, fresh, refused="job-complete") as (
+        qemu,
+        notes,
+    ):
+        async with qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.CommitFailed, match="refused by the proxy"):
+                await (await take_up(vm, notes, fresh)).wait()
+            await nothing_left(vm, chain.top, chain.base)
+        await qemu.quit()
+    assert not fresh.exists()
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_guest_that_was_paused_goes_on_although_its_overlay_can_not_be_made_again(
