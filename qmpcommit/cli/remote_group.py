@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpcommit.cli.group import Named, group_text, status_of
+from qmpcommit.cli.group import Named, group_text, policies_of, status_of
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.remote import connect
 from qmpcommit.cli.running import Run
@@ -31,8 +31,6 @@ _ASKED = (
 
 def check(policy: AnyPolicy) -> None:
     """What the daemon does not do with several disks; raises `click.UsageError`."""
-    if policy.kind == "recycle":
-        raise click.UsageError("The daemon recycles one disk at a time; leave --daemon out")
     if policy.kind == "hold":
         raise click.UsageError(
             "A group that the daemon holds is decided over its API (POST"
@@ -70,10 +68,17 @@ class _Following:
         self, named: Named, request: Mapping[str, Any], hold_limit: float
     ) -> GroupOutcome:
         """Raises what `Client.commit_group` and `RemoteGroup.wait` raise, and `Interrupted`."""
+        policy = request["policy"]
+        own: list[AnyPolicy | None] = [None] * len(named)
+        if policy.kind == "recycle":
+            own = [*policies_of(policy, named)]
         try:
             group = self._group = await self._host.commit_group(
-                [(self._host.vm(name), disk) for name, disk in named],
-                policy=request["policy"],
+                [
+                    (self._host.vm(name), disk, each)
+                    for (name, disk), each in zip(named, own, strict=True)
+                ],
+                policy=None if policy.kind == "recycle" else policy,
                 hold_limit=hold_limit,
                 timeout=self._run.remaining,
                 **{name: request[name] for name in _ASKED},

@@ -13,7 +13,12 @@ from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import is_alive
 from qmpcommit.errors import ConnectError, GroupFailed, MonitorLost, QmpCommitError, VMGone
 
-_VERDICTS = {"pivot": Verdict.PIVOTED, "keep": Verdict.KEPT, "abort": Verdict.CANCELLED}
+_VERDICTS = {
+    "pivot": Verdict.PIVOTED,
+    "recycle": Verdict.RECYCLED,
+    "keep": Verdict.KEPT,
+    "abort": Verdict.CANCELLED,
+}
 
 
 def end_of(
@@ -24,6 +29,8 @@ def end_of(
     state = noted.state
     if outcome is not None:
         state = state._replace(verdict=_VERDICTS.get(outcome.action))
+    elif error is not None and error.facts.get("pivoted") is True:  # and what follows failed
+        state = state._replace(verdict=Verdict.PIVOTED)
     elif isinstance(error, VMGone):
         state = state._replace(verdict=Verdict.VM_GONE)
     else:

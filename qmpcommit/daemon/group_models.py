@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.commit.group import HOLD_LIMIT
+from qmpcommit.commit.group import HOLD_LIMIT, ONE_OVERLAY
 from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.pending import group_job_id
-from qmpcommit.commit.policy import Policy
+from qmpcommit.commit.policy import Policy, Recycle
 from qmpcommit.daemon.config import Seconds, VMName
 from qmpcommit.daemon.models import Command, CommitRequest, CommitState, Layer, Name, Rate
 
@@ -47,7 +47,10 @@ class _Model(BaseModel):
 
 
 class GroupMemberRequest(_Model):
-    """One disk of a group; it has a policy of its own, or the group has one for all."""
+    """One disk of a group; it has a policy of its own, or the group has one for all.
+
+    A `recycle` is its own, for each disk needs its own fresh overlay.
+    """
 
     vm: VMName
     disk: Name
@@ -58,8 +61,9 @@ class GroupRequest(_Model):
     """Disks of one VM or of several, committed at one instant: all of them or none.
 
     `hold_limit` is for how many seconds at most their I/O may be held, `timeout` for how many
-    all of it may take, from now; a `policy` for all is asked once, when all are READY. The rest
-    is as for a commit, and for all members.
+    all of it may take, from now; a `policy` for all is asked once, when all are READY. A guest
+    whose disks are recycled is paused once for all of them, and goes on when the last has its
+    fresh overlay. The rest is as for a commit, and for all members.
     """
 
     model_config = ConfigDict(
@@ -90,9 +94,8 @@ class GroupRequest(_Model):
             raise ValueError("give the group a policy, or each member its own, not both")
         if self.policy is None and not all(member.policy for member in self.members):
             raise ValueError("give the group a policy, or each member its own")
-        policies = [self.policy, *(member.policy for member in self.members)]
-        if any(getattr(policy, "kind", "") == "recycle" for policy in policies):
-            raise ValueError("the daemon does not recycle the disks of a group; pivot or keep them")
+        if isinstance(self.policy, Recycle) and len(self.members) > 1:
+            raise ValueError(ONE_OVERLAY)
         return self
 
     def requests(self, group: str) -> list[CommitRequest]:

@@ -3,7 +3,8 @@
 Each member is a promise of its own, whose steps are noted as a single commit's are. What the
 group adds is one note, durable while all disks are held and before the first job is finalized:
 that all of them are to be. A daemon that finds it finalizes what is held still; one that does
-not cancels it, which QEMU undoes, and begins the group again.
+not cancels it, which QEMU undoes, and begins the group again. Guests that were paused for recycles
+go on when that is right: see `group_guests`.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.group import GroupMember
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, outcome_of
-from qmpcommit.commit.group_resume import ResumableGroup
+from qmpcommit.commit.group_resume import HAND_OVER, ResumableGroup
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.ledger import load_state
 from qmpcommit.commit.policy import Hold
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.group_ends import end_of, error_of, is_clean, is_unsure
+from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_models import GroupRequest
 from qmpcommit.daemon.keeping import asked_of, error_dict, storage_of
-from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.promise import Promise, is_settled
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
 from qmpcommit.errors import (
@@ -129,6 +133,7 @@ class Groups:
     def __init__(self, engine: Engine) -> None:
         self._engine, self._keeper = engine, engine.keeper
         self._journal = engine.journal
+        self._guests = Guests(engine.registry, engine.keeper)
         self.live: dict[str, Group] = {}
 
     # -- what the engine calls --------------------------------------------------------------------
@@ -176,6 +181,10 @@ class Groups:
                 group.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
                 with suppress(CommandRefused):  # somebody else was first
                     await session.execute(order, {"id": job_id})
+            if not group.finalizes:  # else it would write to its bases before all are laid over
+                here = (vm.name, vm.identity)
+                for paused in paused_for(p for p in group.members if (p.vm, p.identity) == here):
+                    await let_go_on(session, paused)
 
     def owned(self, vm: str) -> set[str]:
         """None beside those of its promises, which the engine knows."""
@@ -197,6 +206,9 @@ class Groups:
             group.handed_over = True
         driven = [group.commit for group in groups if group.commit is not None]
         await asyncio.gather(*(commit.hand_over() for commit in driven))
+        settling = [g.task for g in groups if g.finalizes and g.commit is None and g.task]
+        if settling:
+            await asyncio.wait(settling, timeout=HAND_OVER)
         tasks = {group.task for group in groups if group.task is not None}
         if any(commit.stage == "over" for commit in driven):
             await asyncio.wait(tasks, timeout=LAST_WORDS)
@@ -418,6 +430,7 @@ class Groups:
                     await asyncio.Event().wait()  # the next daemon goes on
                 group.torn = _interrupted(group, commit, error, again=again)
                 if not group.torn:
+                    await self._let_go(group)
                     await self._end(group, error=error, ends=commit.ends)
                 return not group.torn
             finally:
@@ -425,8 +438,14 @@ class Groups:
                 for promise in group.members:
                     promise.job = None
                 await to_the_end(commit.leave())
+        await self._let_go(group)
         await self._end(group, outcome=outcome, ends=commit.ends)
         return True
+
+    async def _let_go(self, group: Group) -> None:
+        """Its guests, whose monitor was lost when they were to go on."""
+        guests = paused_for(group.members)
+        await asyncio.gather(*(self._guests.go_on(paused, settled=False) for paused in guests))
 
     async def _follow(
         self,
@@ -451,6 +470,7 @@ class Groups:
 
     async def _resume(self, promise: Promise, session: Session, barrier: Barrier) -> CommitJob:
         """Take up one that was not decided yet; while it is READY its group decides."""
+        await self._keeper.repay(promise, session)
         plan, noted, files = promise.resumed(promise.identity)
         object.__setattr__(plan, "policy", Hold())
         around = self._keeper.around(promise)
@@ -526,21 +546,38 @@ class Groups:
         """End the jobs one by one, as it was noted: finalized all of them, or cancelled."""
         group.log.info("settling", finalize=group.finalizes)
         begun = [promise for promise in group.members if promise.begun]
-        return await asyncio.gather(*(self._settle_one(group, promise) for promise in begun))
+        for promise in begun:
+            promise.settled.clear()
+        waiting = {
+            paused[0].vm: asyncio.create_task(self._guests.go_on(paused, settled=group.finalizes))
+            for paused in paused_for(begun)
+        }
+        try:
+            ends = await asyncio.gather(*(self._settle_one(group, promise) for promise in begun))
+            seconds = {vm: await going_on for vm, going_on in waiting.items()}
+        finally:
+            await asyncio.gather(*(stop(going_on) for going_on in waiting.values()))
+        return [_paused(end, seconds.get(p.vm)) for p, end in zip(begun, ends, strict=True)]
 
     async def _settle_one(self, group: Group, promise: Promise) -> MemberEnd:
         outcome, error = None, None
         before = promise.decision
+        noted = promise.noted["state"]
         if group.finalizes:
             promise.barrier = _pass
-            promise.noted["state"]["prepared"] = True
+            noted["prepared"] = True
+            if is_settled(load_state(noted)):
+                promise.settled.set()
         else:
             promise.barrier = _refuse
             promise.decision = "abort"
+            noted["tries"] = noted["tries"] or 1  # so that no overlay is made, and no guest paused
         try:
             outcome = await self._keeper.outcome_of(promise)
         except QmpCommitError as failed:
             error = failed
+        finally:
+            promise.settled.set()
         promise.decision = before
         return end_of(promise, outcome, error)
 
@@ -611,6 +648,13 @@ def _interrupted(
     if group.finalizes or group.decision == "abort" or isinstance(error, DeadlineExceeded):
         return isinstance(error, _AWAY)
     return isinstance(error, _AWAY) or (again and commit.state.culprit is not None)
+
+
+def _paused(end: MemberEnd, seconds: float | None) -> MemberEnd:
+    """The end of one that was recycled, with for how long its guest was seen to wait."""
+    if seconds is None or end.outcome is None or end.outcome.action != "recycle":
+        return end
+    return end._replace(outcome=replace(end.outcome, guest_paused=seconds))
 
 
 async def _pass() -> str | None:

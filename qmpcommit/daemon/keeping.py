@@ -164,7 +164,7 @@ class Keeper:
     async def _resume(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
         plan, noted, files = promise.resumed(vm.identity)
         if noted.same_vm is not False:
-            await self._repay(promise, session)
+            await self.repay(promise, session)
         promise.log.info("resuming", step=promise.noted.get("step"), same_vm=noted.same_vm)
         return await session.resume(
             plan,
@@ -184,7 +184,7 @@ class Keeper:
             "ledger": promise,
         }
 
-    async def _repay(self, promise: Promise, session: Session) -> None:
+    async def repay(self, promise: Promise, session: Session) -> None:
         """What a former process did to the guest and could not undo any more."""
         repair = promise.noted.get("repair")
         with suppress(CommandRefused):

@@ -14,7 +14,7 @@ from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
 from qmpcommit.daemon.models import CommitRequest
@@ -62,7 +62,8 @@ class Promise:
 
     It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
     last one, from which another process goes on. `group` is the id of the group that it is a
-    member of, and `barrier` what is then awaited while its disk is held.
+    member of, and `barrier` what is then awaited while its disk is held; `settled` is set when
+    QEMU has done its part, after which no guest has to wait for it.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Promise:
         self.barrier: Barrier | None = None
         self.may_run = asyncio.Event()
         self.found = asyncio.Event()
+        self.settled = asyncio.Event()
         self.over = asyncio.Event()
         self._journal, self._metrics = journal, metrics
         self._ready_at: float | None = None
@@ -253,6 +255,8 @@ class Promise:
 
     def moved(self, state: State) -> None:
         """The machine has reached another phase."""
+        if is_settled(state):
+            self.settled.set()
         if state.phase.value == self.phase or state.finished:
             return
         self.phase = state.phase.value
@@ -286,7 +290,8 @@ class Promise:
             state=state,
             same_vm=before == identity if before and identity else None,
             recycle=Recycle(recycle) if recycle else None,
-            stopped=bool(self.noted.get("stopped")),
+            # Its group lets the guest go on, when the last of its disks is where it has to be.
+            stopped=bool(self.noted.get("stopped")) and not self.group,
             outcome=CommitOutcome.model_validate(outcome) if outcome else None,
             times={name: datetime.fromisoformat(at) for name, at in self.noted["times"].items()},
         )
@@ -305,6 +310,11 @@ class Promise:
             left = max(0.0, self.ready + policy.timeout - time.time())
             return Hold(timeout=left, otherwise=policy.otherwise)
         return policy if policy is not None else Pivot()  # an intermediate layer asks none
+
+
+def is_settled(state: State) -> bool:
+    """Whether QEMU has done its part, seen with one's own eyes."""
+    return state.finished and state.verdict not in (Verdict.VM_GONE, Verdict.MONITOR_LOST)
 
 
 def _json(value: Any) -> str | None:

@@ -3,7 +3,8 @@
 Steps count from when the first commit, group, round or window is asked for. A step is what the
 journal or QEMU is told, and each file that goes: there is a place to die before it and one after
 it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
-file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name.
+file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name. With ``QMPCOMMIT_RECOVERS`` steps
+count from the start: those of a recovery, before anything is asked for.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PLACES = os.environ["QMPCOMMIT_PLACES"]
 class Counter:
     """How many places were passed; nothing is counted before a commit was asked for."""
 
-    asked = False
+    asked = "QMPCOMMIT_RECOVERS" in os.environ
     passed = 0
 
 
