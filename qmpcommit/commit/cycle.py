@@ -332,16 +332,15 @@ async def _discard(
 ) -> tuple[Discarded, ...]:
     """Exchange them; `noted` tells what was done for some, by their place."""
     vms = [vm for vm, _ in found]
-    ran: dict[Session, bool] = {}
-    for vm, plan in zip(vms, plans, strict=True):
-        ran[vm] = ran.get(vm) or await runs(vm) or await _clear(vm, plan)
+    stopped = {vm for vm, plan in zip(vms, plans, strict=True) if await _clear(vm, plan)}
     paths = [absolute(plan.top, vm.cwd) for vm, plan in zip(vms, plans, strict=True)]
     exchanges = []
     for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
         file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
         known = (noted or {}).get(place)
         made = Exchange(vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known)
-        made.running = bool(noted) or ran[vm]
+        if vm in stopped:
+            made.running = True
         exchanges.append(made)
     warnings = await exchange_all(exchanges)
     ends = []

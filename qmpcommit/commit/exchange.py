@@ -82,8 +82,6 @@ class Exchange:
         if self._laid(graph):
             return
         self._check(graph)
-        if self.running is None:
-            self.running = await runs(self.vm)
         await self._note("stop", running=self.running)
         await self._fresh.freeze(again=self._again)
         await self._note("lay")
@@ -226,6 +224,9 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
     away: what is its own stays as it is until that is repeated, all else is as it was.
     """
     left = [each for each in exchanges if not each.over]
+    ran = {each.vm: each.running for each in exchanges if each.running is not None}
+    for each in left:  # before the first of a guest's disks has it stopped
+        each.running = ran[each.vm] = ran[each.vm] if each.vm in ran else await runs(each.vm)
     begun: list[Exchange] = []
     try:
         for at in left:
@@ -234,10 +235,10 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
         for at in left:
             await at.swap()
     except (CommandRefused, CommitFailed, ChainError) as error:
-        stuck = await to_the_end(_all_back(begun))
+        stuck = await to_the_end(put_back(begun))
         raise _not_exchanged(at, error, stuck) from error
     except QmpCommitError:
-        await to_the_end(_all_back([each for each in begun if each.vm is not at.vm]))
+        await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
         raise
     warnings = {each: await each.close() for each in left}
     for each in {each.vm: each for each in left}.values():
@@ -247,7 +248,7 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
     return [warnings.get(each, []) for each in exchanges]
 
 
-async def _all_back(begun: Sequence[Exchange]) -> list[str]:
+async def put_back(begun: Sequence[Exchange]) -> list[str]:
     """What could not be put back, and why; a guest goes on when all its disks are back."""
     stuck: dict[Session, str] = {}
     for each in reversed(begun):
