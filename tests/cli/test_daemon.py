@@ -358,7 +358,6 @@ WRONG = {
     "offline": ["--daemon", "commit", "--offline", "/x.qcow2", "--pivot"],
     "demo": ["--daemon", "demo"],
     "a group's hold": ["--daemon", "commit", "web1", "vda", "vdb", "--hold"],
-    "a group's recycle": ["--daemon", "commit", "w", "a", "b", "--recycle", "/tmp/{disk}"],
     "the daemon itself": ["--daemon", "daemon", "--config", "/x"],
     "a bad address": ["--daemon=tcp:nowhere", "chain", "web1"],
     "an empty address": ["--daemon", "tcp:", "chain", "web1"],

@@ -237,7 +237,7 @@ class World:
         for number in range(writes):
             await self.write(7 * number, 3)
         if slow:
-            with suppress(qc.CommandRefused):  # it has ended, or is about to
+            with suppress(qc.CommandRefused, qc.JobNotFound):  # it has ended, or is about to
                 await job.set_bandwidth(0)
         await self.settle()
 
@@ -385,7 +385,7 @@ class World:
         outcome: qc.CommitOutcome | None = None
         try:
             adopted = await self.vm.adopt(job_id, policy=_policy(end))
-            with suppress(qc.CommandRefused):  # a paused or slow one would take its time
+            with suppress(qc.CommandRefused, qc.JobNotFound):  # a paused one would take its time
                 await adopted.set_bandwidth(0)
                 await self.vm.execute("job-resume", {"id": adopted.id})
             outcome = await adopted.wait()
