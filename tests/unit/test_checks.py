@@ -13,8 +13,7 @@ import qmpcommit as qc
 from qmpcommit.block import files
 from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, build_graph
-from qmpcommit.commit import checks
-from qmpcommit.commit.checks import NAMES, Finding, check_commit, growth, refuse
+from qmpcommit.commit.checks import NAMES, Finding, check_commit, growth, read_only, refuse
 from qmpcommit.commit.plan import Plan, Request, plan_commit
 from tests.ground.images import MIB
 from tests.unit.test_chain import edges
@@ -292,7 +291,7 @@ def test_backing_names_on_disk(full: str, expected: str) -> None:
     ],
 )
 def test_read_only_on_a_command_line(option: str, expected: bool | None) -> None:
-    assert checks._declared(option, "f") is expected
+    assert read_only._declared(option, "f") is expected
 
 
 # -- one error for all ----------------------------------------------------------------------------

@@ -13,8 +13,16 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.files import Locks, Place
-from qmpcommit.commit import checks
-from qmpcommit.commit.checks import Finding, check_commit
+from qmpcommit.commit.checks import (
+    CHECKS,
+    Finding,
+    check_commit,
+    finding,
+    on_disk,
+    read_only,
+    room,
+    sharing,
+)
 from tests.unit.test_checks import SIZE, found, layer, level, made, protocol
 
 
@@ -25,19 +33,19 @@ def test_a_file_that_can_not_be_read_is_told_and_the_other_checks_go_on(
         raise PermissionError(13, "Permission denied", "/i/base")
         yield
 
-    monkeypatch.setattr(checks, "_corrupt", unreadable)
+    monkeypatch.setitem(CHECKS, "corrupt", unreadable)
     graph, plan = made()
-    (finding,) = found("corrupt", graph, plan)
-    assert finding.level == "note"
-    assert "/i/base: Permission denied" in finding.message
+    (told,) = found("corrupt", graph, plan)
+    assert told.level == "note"
+    assert "/i/base: Permission denied" in told.message
 
 
 def test_sizes_that_qemu_does_not_tell_are_not_compared() -> None:
     for name in ("top", "base"):
         node = layer(name)
         del node["image"]["virtual-size"]
-        (finding,) = found("size", *made(node))
-        assert (finding.level, "does not tell" in finding.message) == ("note", True)
+        (told,) = found("size", *made(node))
+        assert (told.level, "does not tell" in told.message) == ("note", True)
 
 
 @pytest.mark.parametrize(("driver", "expected"), [("file", "note"), ("nbd", "refuse")])
@@ -52,8 +60,8 @@ def test_a_base_without_a_format_grows_if_its_protocol_does(driver: str, expecte
 def test_a_base_outside_the_disk_has_no_backing_names_to_compare() -> None:
     graph, plan = made()
     other = replace(plan, disk=replace(plan.disk, chain=plan.disk.chain[:2]))
-    (finding,) = found("on-disk-backing", graph, other)
-    assert (finding.level, "not in the disk's chain" in finding.message) == ("note", True)
+    (told,) = found("on-disk-backing", graph, other)
+    assert (told.level, "not in the disk's chain" in told.message) == ("note", True)
 
 
 def test_layers_that_the_graph_does_not_have_are_not_checked() -> None:
@@ -67,7 +75,7 @@ def test_whether_a_process_that_ended_declared_a_node_is_not_known(tmp_path: Pat
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    assert checks._declared_read_only("base", pid) is None
+    assert read_only._declared_read_only("base", pid) is None
 
 
 @pytest.mark.parametrize(
@@ -83,14 +91,14 @@ def test_whether_a_process_that_ended_declared_a_node_is_not_known(tmp_path: Pat
     ],
 )
 def test_a_plain_file_is_found_in_every_way_to_write_it(name: str, plain: str) -> None:
-    assert checks._plain(name) == plain
+    assert on_disk._plain(name) == plain
 
 
 def test_locks_whose_owner_can_not_be_told_are_a_note(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(checks, "locate", lambda *_, **__: Place(str(tmp_path), ""))
-    monkeypatch.setattr(checks, "image_locks", lambda *_: Locks("unknown"))
+    monkeypatch.setattr(finding, "locate", lambda *_, **__: Place(str(tmp_path), ""))
+    monkeypatch.setattr(sharing, "image_locks", lambda *_: Locks("unknown"))
     notes = [f for f in found("base-shared", *made()) if "is locked, but" in f.message]
     assert [f.level for f in notes] == ["note"]
 
@@ -109,30 +117,29 @@ def test_a_header_that_can_not_be_read_leaves_what_qemu_read(
 ) -> None:
     for name in ("mid", "base", "other"):
         (tmp_path / name).touch()  # no qcow2; and there is no top
-    monkeypatch.setattr(
-        checks, "locate", lambda name, **_: Place(str(tmp_path / os.path.basename(name)), "")
-    )
+    for module in (finding, on_disk):
+        monkeypatch.setattr(
+            module, "locate", lambda name, **_: Place(str(tmp_path / os.path.basename(name)), "")
+        )
     wrong: Any = {"backing-filename": "/i/other", "full-backing-filename": "/i/other"}
     for name in ("top", "mid"):
-        (finding,) = found("on-disk-backing", *made(layer(name, **wrong)))
-        assert finding.level == "refuse"
-        assert f"/i/{name} names '/i/other' as its backing file (as QEMU read it)" in (
-            finding.message
-        )
+        (told,) = found("on-disk-backing", *made(layer(name, **wrong)))
+        assert told.level == "refuse"
+        assert f"/i/{name} names '/i/other' as its backing file (as QEMU read it)" in (told.message)
 
 
 @pytest.mark.parametrize("why", ["no header", "a file beside it"])
 def test_room_on_a_device_that_is_not_known_to_be_used_is_a_note(
     why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "locate", lambda *_, **__: Place("/dev/vg/base", ""))
-    monkeypatch.setattr(checks, "is_block_device", lambda _: True)
-    monkeypatch.setattr(checks, "device_size", lambda _: 1 << 20)
+    monkeypatch.setattr(finding, "locate", lambda *_, **__: Place("/dev/vg/base", ""))
+    monkeypatch.setattr(room, "is_block_device", lambda _: True)
+    monkeypatch.setattr(room, "device_size", lambda _: 1 << 20)
     header = None if why == "no header" else SimpleNamespace(backing=None)
-    monkeypatch.setattr(checks, "read_header", lambda _: header)
+    monkeypatch.setattr(room, "read_header", lambda _: header)
     beside = protocol("data", "host_device"), "base data-file data-file"
     graph, plan = made(beside[0], joined=(beside[1],)) if header else made()
-    (finding,) = found("free-space", graph, plan)
-    assert finding.level == "note"
-    assert "it is not known what /i/base uses of its 1 MiB" in finding.message
-    assert finding.numbers["needed"] > 1 << 20
+    (told,) = found("free-space", graph, plan)
+    assert told.level == "note"
+    assert "it is not known what /i/base uses of its 1 MiB" in told.message
+    assert told.numbers["needed"] > 1 << 20

@@ -1,0 +1,78 @@
+"""Whether QEMU can write to the base."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from qmpcommit.block.files import read_only_because
+from qmpcommit.commit.checks.finding import Case, Finding, flat_options, refused
+
+
+def read_only_base(case: Case) -> Iterator[Finding]:
+    """A base that QEMU can't reopen for writing.
+
+    A format node that is read-only is reopened by QEMU itself, whether it is implicit or was
+    declared so. Its protocol node is reopened with it if it has its mode from it; one that was
+    given ``read-only=on`` itself is not, and the commit is refused.
+    """
+    base = case.plan.base
+    leaf = case.graph.leaf(base.node_name)
+    place = case.place(leaf)
+    why = read_only_because(place.path, case.pid) if place.path else ""
+    if why and (leaf.raw.get("ro") or base.read_only):
+        yield refused("read-only-base", f"the base {base.filename} can't be written: {why}")
+        return
+    if not leaf.raw.get("ro"):
+        return
+    declared = _declared_read_only(leaf.name, case.pid)
+    if declared:
+        yield refused(
+            "read-only-base",
+            f"the node '{leaf.name}' under the base {base.filename} was opened with read-only=on,"
+            " and QEMU will refuse to write to it: blockdev-reopen it and"
+            f" '{base.node_name}' with read-only off first",
+        )
+    elif declared is None and not leaf.name.startswith("#block"):
+        yield Finding(
+            "read-only-base", "note",
+            f"the node '{leaf.name}' under the base {base.filename} is read-only; QEMU will refuse"
+            " the commit if it was opened with read-only=on of its own",
+        )  # fmt: skip
+
+
+def _declared_read_only(name: str, pid: int | None) -> bool | None:
+    """Whether QEMU's command line declares this node read-only; None where it is not there."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = [os.fsdecode(word) for word in file.read().split(b"\0")]
+    except OSError:
+        return None
+    for option, value in pairwise(words):
+        if option in ("-blockdev", "--blockdev"):
+            found = _declared(value, name)
+            if found is not None:
+                return found
+    return None
+
+
+def _declared(value: str, name: str) -> bool | None:
+    """The ``read-only`` beside this ``node-name``, in either form of ``-blockdev``."""
+    options: dict[str, Any] = {}
+    if value.startswith("{"):
+        try:
+            options = flat_options(json.loads(value))
+        except ValueError:
+            return None
+    else:
+        for part in value.replace(",,", "\0").split(","):
+            key, _, given = part.partition("=")
+            options[key] = given.replace("\0", ",")
+    for key, given in options.items():
+        if given == name and (key == "node-name" or key.endswith(".node-name")):
+            said = options.get(key.removesuffix("node-name") + "read-only")
+            return said is True or said in ("on", "yes", "true", "y")
+    return None
