@@ -216,18 +216,19 @@ async def close_windows(
     return outcomes
 
 
-async def recover_window(vm: Session, noted: NotedWindow) -> Window | None:
+async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) -> Window | None:
     """Take up a window whose process was killed at any step, from its ``create`` note on.
 
     The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
     which the caller may leave open or close (`close_window` takes up commits that were begun);
     of what was not laid, or was closed already, nothing is left. None where no disk writes to an
-    overlay of it. Safe to repeat.
+    overlay of it. Safe to repeat. Whoever knows that its guest was let go on, or was never
+    quiesced, says so with `held`: its agent need not answer then.
 
     Raises `QuiesceFailed` where the guest may still be frozen, `WindowError` where QEMU still
     creates an overlay of it.
     """
-    if noted.freeze is not None:
+    if noted.freeze is not None and held:
         await thaw(vm, noted.freeze, noted.agent)
     await end_jobs(vm, [each.overlay for each in noted.disks.values()])
     if noted.freeze is not None:

@@ -5,41 +5,142 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import Any
+from typing import Any, cast
 
 from qmpcommit.commit.quiesce import How
+from qmpcommit.commit.window import new_window_name
 from qmpcommit.commit.window_records import Frozen, NotedWindow
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
-from qmpcommit.daemon.window_models import WindowDisk, WindowRequest, WindowView
+from qmpcommit.daemon.window_models import (
+    VMWindowView,
+    WindowDisk,
+    WindowRequest,
+    WindowState,
+    WindowView,
+)
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.journal import Journal
+from qmpcommit.log import Log
 from qmpcommit.values import Record
 
 _HELD = ("freeze", "lay", "thaw")
+_OPEN = ("open", "close", "merge")
 
 
 class LeasedWindow(Undertaking[WindowRequest]):
     """A window: "opening", "open", "closing", then "done" or "failed".
 
-    It is the ledger of `open_window`. `opened` is set when it is open or has ended; `failure` is
-    then what it ended with. `changed` wakes whoever waits for the end of its lease.
+    `parts` has what is done on each of its VMs. `opened` is set when it is open or has ended;
+    `failure` is then what it ended with. `changed` wakes whoever waits for the end of its lease.
+    `undo` is why it is closed without having been open: on not all of its VMs it was.
     """
 
     kind = "window"
     asks = WindowRequest
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
+    def __init__(
+        self, vm: str, request: WindowRequest, journal: Journal, *, known_as: str = ""
+    ) -> None:
+        super().__init__(vm, request, journal, known_as=known_as)
         self.opened = asyncio.Event()
         self.changed = asyncio.Event()
         self.lock = asyncio.Lock()
         self.failure: QmpCommitError | None = None
-        self.problem = ""
         self.found_again = False
+        self.parts = [Part(self, name, disks) for name, disks in request.disks.items()]
+
+    @classmethod
+    def new(cls, request: WindowRequest, journal: Journal) -> LeasedWindow:
+        """A new one, whose names are chosen."""
+        window = cls(",".join(sorted(request.disks)), request, journal)
+        window.expires = window.created + request.lease
+        for part in window.parts:
+            part.know(name=new_window_name())
+        return window
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was noted of all its VMs that it is open there."""
+        return all(part.is_open for part in self.parts)
+
+    @property
+    def undo(self) -> dict[str, Any] | None:
+        """The error for which it is closed again."""
+        return self.noted.get("undo")
+
+    @property
+    def left(self) -> float:
+        """Seconds until its lease ends; not above zero when it has ended."""
+        return (self.expires or 0.0) - time.time()
+
+    async def save(self) -> None:
+        """Write what is known now, durable when this returns."""
+        await self._save()
+
+    def view(self) -> WindowView:
+        """As the API shows it; looks at the overlays' files."""
+        outcomes = (self.outcome or {}).get("outcomes") or (self.error or {}).get("closed") or {}
+        views = [part.view(outcomes.get(part.vm, ())) for part in self.parts]
+        problems = [] if self.state in ENDED else [p.problem for p in self.parts if p.problem]
+        stood = [each.quiesced for each in views if each.quiesced is not None]
+        alone = len(views) == 1
+        return WindowView(
+            id=self.id,
+            vm=self.vm,
+            state=cast(WindowState, self.state),
+            name=",".join(each.name for each in views),
+            disks=views[0].disks if alone else {},
+            windows=[] if alone else views,
+            created=self.created,
+            quiesced=max(stood, default=None),
+            lease=self.request.lease,
+            expires=self.expires,
+            ended=self.ended,
+            commits=[commit for each in views for commit in each.commits],
+            outcomes=[outcome for each in views for outcome in each.outcomes],
+            problem="; ".join(problems) or None,
+            error=self.error,
+        )
+
+
+class Part:
+    """The window on one VM, where `disks` are asked for and the overlays carry `name`.
+
+    It is the ledger of `open_window`. `problem` says what keeps it waiting, and `closed` is set
+    when nothing is left of it.
+    """
+
+    def __init__(self, window: LeasedWindow, vm: str, disks: list[str]) -> None:
+        self.vm, self.disks = vm, disks
+        self.problem = ""
+        self.closed = False
+        self.log = Log(vm=vm, window=window.id)
+        self._window = window
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What another process needs to go on with it."""
+        return dict(self._window.noted.get("parts", {}).get(self.vm, {}))
 
     @property
     def name(self) -> str:
-        """The window's own name, which its overlays carry."""
+        """The window's own name on this VM."""
         return str(self.noted.get("name", ""))
+
+    @property
+    def agent(self) -> str | None:
+        """The socket of the guest's agent."""
+        return self._window.request.agents.get(self.vm)
+
+    @property
+    def identity(self) -> str:
+        """Which QEMU it was begun on."""
+        return str(self.noted.get("identity") or "")
+
+    @property
+    def cwd(self) -> str | None:
+        """That QEMU's working directory."""
+        return self.noted.get("cwd")
 
     @property
     def laid(self) -> NotedWindow | None:
@@ -54,10 +155,20 @@ class LeasedWindow(Undertaking[WindowRequest]):
         return {} if laid is None else dict(laid.disks)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it was noted that all of its overlays are laid, and the guest goes on."""
+        return self.noted.get("step") in _OPEN
+
+    @property
     def held(self) -> How | None:
         """How its guest was quiesced by a process that may not have let it go on any more."""
         step, how = self.noted.get("step"), self.noted.get("how")
-        return how if self.state == "opening" and step in _HELD else None
+        return how if step in _HELD else None
+
+    @property
+    def may_be_held(self) -> bool:
+        """Whether its guest may be quiesced: what this process has noted of it is known here."""
+        return self._window.found_again or self.held is not None
 
     @property
     def jobs(self) -> dict[str, str]:
@@ -65,52 +176,40 @@ class LeasedWindow(Undertaking[WindowRequest]):
         return dict(self.noted.get("jobs") or {})
 
     @property
-    def left(self) -> float:
-        """Seconds until its lease ends; not above zero when it has ended."""
-        return (self.expires or 0.0) - time.time()
+    def commits(self) -> list[str]:
+        """The commits that close it."""
+        return list(self.noted.get("commits") or ())
 
-    async def note(self, step: str, **facts: Any) -> None:
-        """A step that is about to be taken; `Undertaking.note` with records made plain."""
+    def know(self, **facts: Any) -> None:
+        """Facts that the next note writes down."""
         plain = {
             name: value.model_dump(mode="json") if isinstance(value, Record) else value
             for name, value in facts.items()
         }
-        await super().note(step, **plain)
+        parts = {**self._window.noted.get("parts", {}), self.vm: {**self.noted, **plain}}
+        self._window.noted = {**self._window.noted, "parts": parts}
+
+    async def note(self, step: str, **facts: Any) -> None:
+        """A step that is about to be taken, with what a recovery has to know of it."""
+        self.know(**facts, step=step)
+        await self._window.save()
 
     def path(self, each: Frozen) -> str:
         """Where the overlay's file is on this host."""
-        return os.path.join(str(self.noted.get("cwd") or ""), each.overlay)
+        return os.path.join(self.cwd or "", each.overlay)
 
-    def view(self) -> WindowView:
+    def view(self, outcomes: Any = ()) -> VMWindowView:
         """As the API shows it; looks at the overlays' files."""
-        over = self.state in ENDED
-        outcomes = (self.outcome or self.error or {}).get("outcomes") or []
-        return WindowView.model_validate(
-            {
-                "id": self.id,
-                "vm": self.vm,
-                "state": self.state,
-                "name": self.name,
-                "disks": {
-                    asked: WindowDisk(
-                        disk=each.disk,
-                        filename=each.filename,
-                        overlay=each.overlay,
-                        node_name=each.node_name,
-                        size=allocated(self.path(each)),
-                    )
-                    for asked, each in self.frozen.items()
-                },
-                "created": self.created,
-                "quiesced": self.noted.get("quiesced"),
-                "lease": self.request.lease,
-                "expires": self.expires,
-                "ended": self.ended,
-                "commits": list(self.noted.get("commits") or ()),
-                "outcomes": outcomes,
-                "problem": None if over else self.problem or None,
-                "error": self.error,
-            }
+        return VMWindowView(
+            vm=self.vm,
+            name=self.name,
+            disks={
+                asked: WindowDisk(**each.model_dump(), size=allocated(self.path(each)))
+                for asked, each in self.frozen.items()
+            },
+            quiesced=self.noted.get("quiesced"),
+            commits=self.commits,
+            outcomes=list(outcomes),
         )
 
 

@@ -210,7 +210,7 @@ class Promise:
 
     async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""
-        await write_when_possible(self._journal, self.log, *statements, events=events)
+        await write_when_possible(self._journal, self.log, lambda: statements, events=events)
 
     # -- the ledger -------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
@@ -142,8 +142,9 @@ class Undertaking(Generic[R]):
         self.over.set()
 
     async def _save(self, *events: Event, beside: Sequence[Statement] = ()) -> None:
-        written = (self.row(), *beside)
-        await write_when_possible(self._journal, self.log, *written, events=events)
+        # The row as it is then: what others have noted meanwhile is not taken back.
+        made = lambda: (self.row(), *beside)  # noqa: E731
+        await write_when_possible(self._journal, self.log, made, events=events)
 
     def row(self) -> Statement:
         """What brings its row up to date."""
@@ -160,12 +161,16 @@ class Undertaking(Generic[R]):
 
 
 async def write_when_possible(
-    journal: Journal, log: Log, *statements: Statement, events: Sequence[Event] = ()
+    journal: Journal,
+    log: Log,
+    made: Callable[[], Sequence[Statement]],
+    *,
+    events: Sequence[Event] = (),
 ) -> None:
-    """Write a unit, waiting for room: what runs goes on as it is meanwhile."""
+    """Write a unit, waiting for room, made anew at each try: what runs goes on meanwhile."""
     while True:
         try:
-            await journal.write(*statements, events=events)
+            await journal.write(*made(), events=events)
             return
         except JournalFull as error:
             log.warning("journal_full", why=error.message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Annotated
 
@@ -12,7 +13,12 @@ from qmpcommit.daemon.api import Key, VMPath, fingerprint
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.openapi import problems
-from qmpcommit.daemon.window_models import Renewal, WindowRequest, WindowView
+from qmpcommit.daemon.window_models import (
+    Renewal,
+    VMWindowRequest,
+    WindowRequest,
+    WindowView,
+)
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import WindowNotFound
 
@@ -22,6 +28,15 @@ WindowPath = Annotated[str, Path(max_length=64, pattern="^[0-9A-Za-z-]+$")]
 def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
     """Add them to the app."""
 
+    async def opened(
+        opening: Awaitable[tuple[LeasedWindow, bool]], response: Response
+    ) -> WindowView:
+        window, again = await opening
+        response.headers["Location"] = f"/v1/windows/{window.id}"
+        if again:
+            response.headers["Idempotent-Replay"] = "true"
+        return await asyncio.to_thread(window.view)
+
     @app.post(
         "/v1/vms/{vm}/windows",
         status_code=201,
@@ -29,15 +44,26 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
         tags=["windows"],
     )
     async def open_window(
-        vm: VMPath, asked: WindowRequest, response: Response, idempotency_key: Key = None
+        vm: VMPath, asked: VMWindowRequest, response: Response, idempotency_key: Key = None
     ) -> WindowView:
         """Open a window: the disks' files stand still until it is closed, or its lease ends."""
+        engine.vm(vm)
         place = f"windows of {vm}"
-        window, again = await windows.open(vm, asked, idempotency_key, fingerprint(place, asked))
-        response.headers["Location"] = f"/v1/windows/{window.id}"
-        if again:
-            response.headers["Idempotent-Replay"] = "true"
-        return await asyncio.to_thread(window.view)
+        opening = windows.open(asked.of(vm), idempotency_key, fingerprint(place, asked))
+        return await opened(opening, response)
+
+    @app.post(
+        "/v1/windows",
+        status_code=201,
+        responses=problems(404, 409, 422, 502, 504, 507, body=True),
+        tags=["windows"],
+    )
+    async def open_group_window(
+        asked: WindowRequest, response: Response, idempotency_key: Key = None
+    ) -> WindowView:
+        """Open a window over disks of several VMs, which all stand still at one instant."""
+        opening = windows.open(asked, idempotency_key, fingerprint("windows", asked))
+        return await opened(opening, response)
 
     @app.get("/v1/windows", responses=problems(422), tags=["windows"])
     async def list_windows(
@@ -54,7 +80,8 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
             orphans = windows.watch.orphans(vm)
             found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
         sql = (
-            "SELECT * FROM undertakings WHERE kind = 'window' AND (?1 IS NULL OR vm = ?1)"
+            "SELECT * FROM undertakings WHERE kind = 'window'"
+            " AND (?1 IS NULL OR instr(',' || vm || ',', ',' || ?1 || ','))"
             " AND (?2 IS NULL OR state = ?2) ORDER BY created DESC, rowid DESC LIMIT ?3"
         )
         for row in await engine.journal.read(sql, vm, state, limit - len(found)):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.daemon.config import FilePath, Seconds
+from qmpcommit.daemon.config import FilePath, Seconds, VMName
 from qmpcommit.daemon.models import Name, Rate
 
 LONGEST_LEASE = 86400.0
@@ -15,7 +15,13 @@ LONGEST_LEASE = 86400.0
 
 WindowState = Literal["opening", "open", "closing", "done", "failed", "orphan"]
 
-WINDOW_EXAMPLE: dict[str, Any] = {"disks": ["vda", "vdb"], "freeze": "pause", "lease": 60}
+VM_WINDOW_EXAMPLE: dict[str, Any] = {"disks": ["vda", "vdb"], "freeze": "pause", "lease": 60}
+
+WINDOW_EXAMPLE: dict[str, Any] = {
+    "members": [{"vm": "web1", "disk": "vda"}, {"vm": "db1", "disk": "vda"}],
+    "freeze": "pause",
+    "lease": 60,
+}
 
 WINDOW_VIEW_EXAMPLE: dict[str, Any] = {
     "id": "0c1e9b6f4d0f8e2a7c3b1d9e8f705f0c",
@@ -31,6 +37,7 @@ WINDOW_VIEW_EXAMPLE: dict[str, Any] = {
             "size": 196608,
         }
     },
+    "windows": [],
     "created": 1767225600.0,
     "quiesced": 0.012,
     "lease": 60.0,
@@ -44,7 +51,64 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WindowRequest(_Model):
+class _Request(_Model):
+    """What windows over one VM and over several have in common."""
+
+    overlay_dir: FilePath | None = None
+    freeze: Literal["agent", "pause"] | None = None
+    bandwidth: Rate = None
+    lease: Seconds = Field(default=60.0, gt=0, le=LONGEST_LEASE)
+
+
+class WindowMember(_Model):
+    """One disk of a window over several VMs."""
+
+    vm: VMName
+    disk: Name
+
+
+class WindowRequest(_Request):
+    """A window over disks of several VMs at one instant, as the library's `qc.snapshot` takes it.
+
+    All of their overlays are laid, or none. Each guest is quiesced by `freeze` until they are:
+    "pause" stops its vCPUs, "agent" freezes its file systems through its guest agent's socket in
+    `agents`, by the VM's name. `lease` is for how many seconds the window stays open unless it is
+    renewed; `bandwidth`, in bytes per second, is that of each of the commits that close it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [WINDOW_EXAMPLE]}
+    )
+
+    members: list[WindowMember] = Field(min_length=1, max_length=256)
+    agents: dict[VMName, FilePath] = Field(default={}, max_length=256)
+
+    @property
+    def disks(self) -> dict[str, list[str]]:
+        """The disks of each VM."""
+        found: dict[str, list[str]] = {}
+        for member in self.members:
+            found.setdefault(member.vm, []).append(member.disk)
+        return found
+
+    @model_validator(mode="after")
+    def _check(self) -> WindowRequest:
+        vms = self.disks
+        if self.freeze is None and len(vms) > 1:
+            raise ValueError(
+                "several VMs have one instant only while their guests stand still: give freeze,"
+                ' "pause" or "agent"'
+            )
+        lacking = [vm for vm in vms if self.freeze == "agent" and vm not in self.agents]
+        if lacking:
+            raise ValueError(
+                f'freeze="agent" needs the sockets of the guest agents, and agents has none for'
+                f" {', '.join(lacking)}"
+            )
+        return self
+
+
+class VMWindowRequest(_Request):
     """A window over disks of one VM, as the library's `Session.snapshot` takes it.
 
     `freeze` quiesces the guest around the instant: "pause" stops its vCPUs, "agent" freezes its
@@ -54,21 +118,28 @@ class WindowRequest(_Model):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, json_schema_extra={"examples": [WINDOW_EXAMPLE]}
+        extra="forbid", frozen=True, json_schema_extra={"examples": [VM_WINDOW_EXAMPLE]}
     )
 
     disks: list[Name] = Field(min_length=1, max_length=256)
-    overlay_dir: FilePath | None = None
-    freeze: Literal["agent", "pause"] | None = None
     agent: FilePath | None = None
-    bandwidth: Rate = None
-    lease: Seconds = Field(default=60.0, gt=0, le=LONGEST_LEASE)
 
     @model_validator(mode="after")
-    def _check(self) -> WindowRequest:
+    def _check(self) -> VMWindowRequest:
         if self.freeze == "agent" and self.agent is None:
             raise ValueError('freeze="agent" needs the socket of the guest agent (agent)')
         return self
+
+    def of(self, vm: str) -> WindowRequest:
+        """The same, for that VM."""
+        return WindowRequest(
+            members=[WindowMember(vm=vm, disk=disk) for disk in self.disks],
+            agents={} if self.agent is None else {vm: self.agent},
+            overlay_dir=self.overlay_dir,
+            freeze=self.freeze,
+            bandwidth=self.bandwidth,
+            lease=self.lease,
+        )
 
 
 class Renewal(_Model):
@@ -94,13 +165,29 @@ class WindowDisk(_Model):
     size: int | None = None
 
 
+class VMWindowView(_Model):
+    """A window on one of its VMs; `disks` are by the names that they were asked for by.
+
+    `name` is in the overlays' names, `quiesced` for how many seconds the guest stood still.
+    `commits` are the commits that close it, `outcomes` what came of them.
+    """
+
+    vm: str
+    name: str
+    disks: dict[str, WindowDisk] = {}
+    quiesced: float | None = None
+    commits: list[str] = []
+    outcomes: list[CommitOutcome] = []
+
+
 class WindowView(_Model):
     """A window; `disks` are by the names that they were asked for by.
 
-    `quiesced` is for how many seconds the guest stood still, `expires` when the lease ends
-    (seconds since 1970, like all times). `commits` are the commits that close it, `outcomes` what
-    came of them. `problem` says what keeps it waiting, `error` why it failed. One whose state is
-    "orphan" was opened by nobody here, and has its name for an id.
+    One over several VMs has no `disks` but `windows`, one on each VM, and `vm` and `name` are
+    theirs, with commas between. `quiesced` is for how many seconds a guest stood still at most,
+    `expires` when the lease ends (seconds since 1970, like all times). `commits` are the commits
+    that close it, `outcomes` what came of them. `problem` says what keeps it waiting, `error` why
+    it failed. One whose state is "orphan" was opened by nobody here, and has its name for an id.
     """
 
     model_config = ConfigDict(
@@ -112,6 +199,7 @@ class WindowView(_Model):
     state: WindowState
     name: str
     disks: dict[str, WindowDisk] = {}
+    windows: list[VMWindowView] = []
     created: float | None = None
     quiesced: float | None = None
     lease: float | None = None

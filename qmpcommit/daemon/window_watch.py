@@ -129,7 +129,7 @@ class Watch:
 
     def orphans(self, vm: str | None = None) -> list[Orphan]:
         """Windows that are none of ours."""
-        ours = {window.name for window in self._live.values()}
+        ours = {part.name for window in self._live.values() for part in window.parts}
         return [
             orphan
             for name, found in self._found.items()
@@ -144,11 +144,12 @@ class Watch:
 
     def forget(self, window: LeasedWindow) -> None:
         """One has ended; where it could not be closed, it is an orphan as it was found."""
-        found = [each for each in self._found.get(window.vm, ()) if each.name != window.name]
-        if window.state == "failed" and window.noted.get("step") in ("open", "close", "merge"):
-            disks = {each.disk: each for each in window.frozen.values()}
-            found.append(Orphan(window.vm, window.name, disks, window.noted.get("cwd")))
-        self._found[window.vm] = found
+        for part in window.parts:
+            found = [each for each in self._found.get(part.vm, ()) if each.name != part.name]
+            if window.state == "failed" and part.is_open and not part.closed:
+                disks = {each.disk: each for each in part.frozen.values()}
+                found.append(Orphan(part.vm, part.name, disks, part.cwd))
+            self._found[part.vm] = found
 
     def gauge(self) -> None:
         """The gauges, as it is now."""
@@ -169,9 +170,10 @@ class Watch:
         for window in self._live.values():
             if window.state in ("open", "closing"):
                 age = time.time() - window.created
-                for each in window.frozen.values():
-                    path = window.path(each)
-                    yield Seen(window.vm, window.name, each.disk, path, age, -window.left)
+                for part in window.parts:
+                    for each in part.frozen.values():
+                        path = part.path(each)
+                        yield Seen(part.vm, part.name, each.disk, path, age, -window.left)
         for orphan in self.orphans():
             for each in orphan.disks.values():
                 age = age_of(orphan.name) or 0.0

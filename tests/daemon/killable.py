@@ -4,7 +4,8 @@ Steps count from when the first commit, group, round or window is asked for. A s
 journal or QEMU is told, and each file that goes: there is a place to die before it and one after
 it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
 file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name. With ``QMPCOMMIT_RECOVERS`` steps
-count from the start: those of a recovery, before anything is asked for.
+count from the start: those of a recovery, before anything is asked for. ``QMPCOMMIT_REFUSES`` is a
+VM and a QMP command that it refuses, as QEMU does what it can't do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.windows import Windows
+from qmpcommit.errors import CommandRefused
 from qmpcommit.journal import Journal
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
@@ -26,6 +28,7 @@ from qmpcommit.session import Session
 DIE_AT = int(os.environ["QMPCOMMIT_DIE_AT"])
 DIE_IN = os.environ.get("QMPCOMMIT_DIE_IN")
 PLACES = os.environ["QMPCOMMIT_PLACES"]
+REFUSES = os.environ.get("QMPCOMMIT_REFUSES", "").split()
 
 
 class Counter:
@@ -69,6 +72,14 @@ def unlink(*args: Any, **more: Any) -> None:
     place("after unlink")
 
 
+async def execute(self: Session, command: str, *args: Any, **more: Any) -> Any:
+    """`Session.execute`, of which one may be refused."""
+    if [self.name, command] == REFUSES:
+        raise CommandRefused(f"{command} refused", command=command, desc="it won't",
+                             error_class="GenericError")  # fmt: skip
+    return await EXECUTE(self, command, *args, **more)
+
+
 def counted_from(owner: Any, name: str) -> None:
     """From the first call of this method on it counts."""
     call = getattr(owner, name)
@@ -80,7 +91,7 @@ def counted_from(owner: Any, name: str) -> None:
     setattr(owner, name, counted)
 
 
-UNLINK = os.unlink
+UNLINK, EXECUTE = os.unlink, Session.execute
 os.unlink = unlink
 counted_from(Engine, "take")
 counted_from(Groups, "take")
@@ -89,5 +100,6 @@ counted_from(Windows, "open")
 around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
 around(Agent, "freeze", lambda self: "guest-fsfreeze-freeze")
 around(Agent, "thaw", lambda self: "guest-fsfreeze-thaw")
+Session.execute = execute  # type: ignore[method-assign, assignment]
 around(Session, "execute", lambda self, command, *rest: str(command))
 qmpcommit.cli.main.main()

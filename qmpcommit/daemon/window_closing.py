@@ -1,0 +1,196 @@
+"""Closing a window: each overlay is committed back by one of the daemon's ordinary commits.
+
+Their jobs' ids are noted first, so that a daemon which is started again finds them and asks for
+nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any, NamedTuple
+
+from qmpcommit.block.chain import Disk
+from qmpcommit.commit.plan import JOB_PREFIX
+from qmpcommit.commit.policy import Pivot
+from qmpcommit.commit.window_records import Frozen
+from qmpcommit.commit.window_remains import clear, disk_over, merge_back
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.leased_window import LeasedWindow, Part
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.window_opening import Opening
+from qmpcommit.daemon.window_reach import AGAIN, AWAY, ask, nothing
+from qmpcommit.errors import QmpCommitError, QueueFull, WindowError
+from qmpcommit.journal import JournalFull
+from qmpcommit.session import Session
+
+ROUNDS = 3
+"""How often the commit of an overlay is asked for that ends otherwise than in a pivot."""
+
+Outcomes = dict[str, list[dict[str, Any]]]
+"""What the commits on each VM came to."""
+
+
+class _End(NamedTuple):
+    """What became of one overlay."""
+
+    part: Part
+    each: Frozen
+    outcome: dict[str, Any] | None
+    error: QmpCommitError | None
+
+
+class Closing:
+    """Closes windows on the VMs of an engine."""
+
+    def __init__(self, engine: Engine, opening: Opening) -> None:
+        self._engine, self._opening = engine, opening
+
+    async def close(self, window: LeasedWindow) -> Outcomes:
+        """Close it on each of its VMs, whatever the others come to.
+
+        Raises `WindowError` that names the overlays which stay.
+        """
+        rate = window.request.bandwidth
+        closing = [self._close(part, rate) for part in window.parts]
+        found = await asyncio.gather(*closing, return_exceptions=True)
+        ends: list[_End] = []
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+            ends += each
+        outcomes: Outcomes = {part.vm: [] for part in window.parts}
+        for end in ends:
+            if end.outcome is not None:
+                outcomes[end.part.vm].append(end.outcome)
+        failed = [end for end in ends if end.error is not None]
+        if failed:
+            raise WindowError(
+                ". ".join(_what_stays(part, failed) for part in window.parts if not part.closed),
+                vm=window.vm,
+                overlays=[end.each.overlay for end in failed],
+                outcomes=[outcome for each in outcomes.values() for outcome in each],
+                closed=outcomes,
+            )
+        return outcomes
+
+    async def _close(self, part: Part, rate: int | None) -> list[_End]:
+        """On one VM, where its guest goes on first if it was not let go on."""
+        if not part.is_open:
+            try:
+                laid = await self._opening.recover(part)
+            except QmpCommitError as error:
+                return [_End(part, each, None, error) for each in part.frozen.values()]
+            if not laid:
+                part.closed = True
+                return []
+        frozen = part.frozen
+        if not part.jobs:
+            await part.note("close", jobs={asked: _job_id(each) for asked, each in frozen.items()})
+        merging = (self._merge(part, asked, each, rate) for asked, each in frozen.items())
+        found = await asyncio.gather(*merging, return_exceptions=True)
+        ends = []
+        for each, end in zip(frozen.values(), found, strict=True):
+            if isinstance(end, BaseException) and not isinstance(end, QmpCommitError):
+                raise end
+            failed = isinstance(end, QmpCommitError)
+            ends.append(_End(part, each, None if failed else end, end if failed else None))  # type: ignore[arg-type]
+        part.closed = all(end.error is None for end in ends)
+        return ends
+
+    async def _merge(
+        self, part: Part, asked: str, each: Frozen, rate: int | None
+    ) -> dict[str, Any] | None:
+        """One overlay by a promise; None where no disk writes to it any more."""
+        error: QmpCommitError | None = None
+        for _ in range(ROUNDS):
+            promise = await self._promised(part, asked)
+            if promise is None:
+                disk = await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each))
+                if disk is None:
+                    return None
+                if self._is_being_merged(part, disk):
+                    merged = await ask(self._engine, part, lambda vm: merge_back(vm, each, rate))
+                    return None if merged is None else merged.model_dump(mode="json")
+                promise = await self._take(part, asked, each, rate)
+            await part.note("merge", commits=list(dict.fromkeys([*part.commits, promise.id])))
+            await promise.over.wait()
+            if not promise.ended:
+                raise asyncio.CancelledError  # the daemon stops
+            outcome = promise.outcome or {}
+            if outcome.get("action") == "pivot":
+                return outcome
+            why = (promise.error or {}).get("message") or f"it ended with {outcome.get('action')}"
+            error = WindowError(f"commit {promise.id}: {why}", vm=part.vm)
+            part.log.warning("window_not_merged", disk=each.disk, why=error.message)
+            await part.note("close", jobs={**part.jobs, asked: _job_id(each)})
+        assert error is not None
+        if await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each)) is None:
+            return None
+        raise error
+
+    async def _promised(self, part: Part, asked: str) -> Promise | None:
+        """The commit that was asked for already, perhaps by a former daemon."""
+        job_id = part.jobs[asked]
+        for promise in self._engine.live.values():
+            if (promise.vm, promise.job_id) == (part.vm, job_id):
+                return promise
+        sql = "SELECT id FROM commits WHERE vm = ? AND job_id = ?"
+        rows = await self._engine.journal.read(sql, part.vm, job_id)
+        return await self._engine.commit(rows[0]["id"]) if rows else None
+
+    def _is_being_merged(self, part: Part, disk: Disk) -> bool:
+        """Whether a commit of ours is there that nobody owns: an undoing that was cut off."""
+        owned = {promise.job_id for promise in self._engine.live.values()}
+        return any(job.startswith(JOB_PREFIX) and job not in owned for job in disk.jobs)
+
+    async def _take(self, part: Part, asked: str, each: Frozen, rate: int | None) -> Promise:
+        request = CommitRequest(
+            disk=each.overlay,
+            policy=Pivot(),
+            shallow=True,
+            delete=True,
+            bandwidth=rate,
+            job_id=part.jobs[asked],
+        )
+        while True:
+            try:
+                promise, _ = await self._engine.take(part.vm, request, None, "")
+            except (QueueFull, JournalFull, *AWAY) as error:
+                part.problem = error.message
+                await ask(self._engine, part, nothing)
+                await asyncio.sleep(AGAIN)
+            else:
+                part.problem = ""
+                return promise
+
+    async def _disk_over(self, part: Part, session: Session, each: Frozen) -> Disk | None:
+        """The disk that writes to this overlay; raises where it holds data and none does."""
+        _, graph = await session.look()
+        disk = disk_over(graph, each.overlay)
+        if disk is not None:
+            return disk
+        remains = await clear(session, [each.overlay])
+        if not remains:
+            return None
+        vm = self._engine.registry.vms.get(part.vm)
+        before, now = part.identity, vm.identity if vm is not None else ""
+        anew = f"{part.vm} was started anew; " if before and now and before != now else ""
+        what = "; ".join(each.message for each in remains)
+        raise WindowError(f"{anew}no disk of {part.vm} writes to this overlay: {what}", vm=part.vm)
+
+
+def _what_stays(part: Part, failed: list[_End]) -> str:
+    mine = [end for end in failed if end.part is part and end.error is not None]
+    what = "; ".join(f"{end.each.overlay}: {end.error.message}" for end in mine if end.error)
+    return (
+        f"the window {part.name} on {part.vm} could not be closed. It stays, and was not deleted,"
+        f" since it may hold the newest data: {what}"
+    )
+
+
+def _job_id(each: Frozen) -> str:
+    stem = each.node_name.removesuffix("-top")
+    stem = stem if stem.startswith(JOB_PREFIX) else f"{JOB_PREFIX}window"
+    return f"{stem}-{os.urandom(4).hex()}"
