@@ -221,7 +221,8 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
 
     Raises `ChainError` or `CommitFailed` where that can't be: the disks and the guests are then as
     they were, or the message names those that are not. What `Monitor.execute` raises where a VM is
-    away: what is its own stays as it is until that is repeated, all else is as it was.
+    away: what is its own stays as it is until that is repeated, all else is as it was; or, where
+    all were exchanged already, all else is done.
     """
     left = [each for each in exchanges if not each.over]
     ran = {each.vm: each.running for each in exchanges if each.running is not None}
@@ -240,12 +241,30 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
     except QmpCommitError:
         await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
         raise
-    warnings = {each: await each.close() for each in left}
-    for each in {each.vm: each for each in left}.values():
-        await each.let_go()
-    for each in left:
-        warnings[each] += await each.tidy()
+    warnings = await _finish(left)
     return [warnings.get(each, []) for each in exchanges]
+
+
+async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
+    """All are exchanged: the guests go on, also where another's VM is away by now."""
+    warnings: dict[Exchange, list[str]] = {}
+    lost: list[QmpCommitError] = []
+    by_vm: dict[Session, list[Exchange]] = {}
+    for each in exchanged:
+        by_vm.setdefault(each.vm, []).append(each)
+    for mine in by_vm.values():
+        try:
+            closed = {each: await each.close() for each in mine}
+            await mine[-1].let_go()
+        except QmpCommitError as error:
+            lost.append(error)
+        else:
+            warnings |= closed
+    for each in warnings:
+        warnings[each] += await each.tidy()
+    if lost:
+        raise lost[0]
+    return warnings
 
 
 async def put_back(begun: Sequence[Exchange]) -> list[str]:

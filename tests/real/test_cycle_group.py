@@ -202,6 +202,36 @@ async def test_where_a_qemu_dies_the_other_goes_on_as_before(folder: Path) -> No
         assert_disk(chain.top, chain.pictures[-1])
 
 
+@pytest.mark.parametrize("dies", ["one", "two"])
+async def test_where_a_qemu_dies_after_the_exchange_the_other_goes_on(
+    folder: Path, dies: str
+) -> None:
+    """All are discarded by then: the other guest is reset and does not stand still."""
+
+    class Killing(Watched):
+        async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+            if (self.name, command) == (dies, "blockdev-del"):
+                g.qemus[dies].signal(signal.SIGKILL)
+                await g.qemus[dies].ended()
+            return await super().execute(command, *more, **options)
+
+    async with ground(folder) as g:
+        g.vms[dies].__class__ = Killing
+        with pytest.raises((qc.MonitorLost, qc.VMGone)):
+            await qc.discard(g.disks, guest="reset", delete=True)
+        (other,) = {"one", "two"} - {dies}
+        assert (await g.vms[other].execute("query-status"))["running"]
+        assert g.sent.count((other, "system_reset")) == 1
+        left = [(vm, name) for vm, name in g.disks if vm is g.vms[other]]
+        fresh = [Path((await vm.disk(name)).chain[0].filename) for vm, name in left]
+        await g.qemus[other].quit()
+    theirs = g.chains[:2] if other == "one" else g.chains[2:]
+    for chain, overlay in zip(theirs, fresh, strict=True):
+        assert not chain.top.exists()
+        assert_disk(chain.base, chain.pictures[0])
+        assert_disk(overlay, chain.pictures[0])
+
+
 async def test_what_can_not_be_put_back_is_named(folder: Path) -> None:
     async with ground(folder) as g:
         one = g.vms["one"]
