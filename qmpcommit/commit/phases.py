@@ -463,9 +463,10 @@ def _seen(state: State, job: JobSeen) -> Step:
     match job.status:
         case "concluded":
             end = state.end or Ended(False)
-            if end.error is None and job.error is not None and not end.cancelled:
-                end = end._replace(error=job.error)
-            if was.end is None and job.error is not None and _was_cancelled(state, job.error):
+            if job.error is not None and not _was_cancelled(state, job.error):
+                # QEMU 5.2 calls a keep that fails cancelled; only the job's own error tells.
+                end = end._replace(cancelled=False, error=end.error or job.error)
+            elif job.error is not None and was.end is None:
                 end = end._replace(cancelled=True, error=None)
             end = end._replace(done=job.done, total=job.total)
             return _ended(state._replace(end=end, listed=True))

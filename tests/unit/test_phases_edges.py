@@ -438,8 +438,10 @@ def test_the_end_is_told_by_its_event_and_by_the_job() -> None:
     assert end == Ended(False, "Input/output error", 4, 10)
     first = Ended(False, "the first error", 1, 2)
     assert after(taken(Choice.KEEP), first, asked)[0].end == first._replace(done=4, total=10)
-    cancelled = Ended(True)
-    assert after(taken(Choice.KEEP), cancelled, asked)[0].end == Ended(True, None, 4, 10)
+    cancelled = concluded("Operation canceled", done=4)
+    assert after(taken(Choice.KEEP), Ended(True), cancelled)[0].end == Ended(True, None, 4, 10)
+    # As QEMU 5.2 tells of a keep that fails.
+    assert after(taken(Choice.KEEP), Ended(True), asked)[0].end == end
     well = after(taken(Choice.KEEP), Ended(False), concluded())[0].end
     assert well == Ended(False, None, 10, 10)
 
