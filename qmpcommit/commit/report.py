@@ -179,7 +179,8 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
         return None if state.tries and finalized else False
     if state.end.cancelled or state.end.error is not None:
         return False
-    return None if state.doubt else True
+    # An order that QEMU was not heard to take may have come second, after another client's keep.
+    return True if state.accepted and not state.doubt else None
 
 
 def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded:
