@@ -154,6 +154,8 @@ class Driver:
         finally:
             if self._inside and self._around.gate is not None:
                 self._around.gate.release()
+            if self._consulting is not None:  # it is stopped, and has not failed
+                self._consulting.remove_done_callback(self._settled)
             for task in (self._consulting, self._stalling, self._preparing):
                 if task is not None:
                     await stop(task)

@@ -416,7 +416,9 @@ async def test_adopting_what_is_not_there_or_no_commit(folder: Path) -> None:
         await vm.execute("job-cancel", {"id": "m"})
 
 
-async def test_a_session_that_ends_cancels_its_jobs_and_leaves_others(folder: Path) -> None:
+async def test_a_session_that_ends_cancels_its_jobs_and_leaves_others(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
@@ -428,6 +430,7 @@ async def test_a_session_that_ends_cancels_its_jobs_and_leaves_others(folder: Pa
             await job.detach()
             with pytest.raises(qc.MonitorLost, match="qmpcommit-mine"):
                 await job.wait()
+            assert "policy_failed" not in caplog.text
         async with qc.Session.connect(qemu.qmp) as vm:
             await vm.adopt("qmpcommit-mine")
         (left,) = await qemu.execute("query-jobs")
