@@ -112,7 +112,9 @@ async def test_killed_anywhere_the_next_process_closes_it(folder: Path, freeze: 
             assert around <= set(seen) or STRIDE > 1
         await qemu.quit()
     if STRIDE == 1:
-        assert {"before blockdev-create", "after transaction", "after block-commit"} <= set(seen)
+        assert {"before blockdev-create", "after transaction"} <= set(seen)
+        # The last place is that of either disk's commit: which one is first differs.
+        assert {"before block-commit", "after block-commit"} & set(seen)
         assert {"after block-job-complete", "after job-finalize", "before unlink"} & set(seen)
     assert len(seen) > 60 // STRIDE
     for chain in chains:
