@@ -113,13 +113,25 @@ class CommitJob:
     @property
     def error(self) -> BaseException | None:
         """What `wait` raises, once that is known."""
-        return self._driver.error if self.done else None
+        return self._failure if self.done else None
+
+    @property
+    def _failure(self) -> BaseException | None:
+        """What it ended with; a task that is stopped before its first step can't note it itself."""
+        driver = self._driver
+        if self._task is not None and self.done and driver.error is None and driver.outcome is None:
+            driver.error = MonitorLost(
+                f"job {self.id} on {self.plan.disk} of {self.plan.vm} was given up before it began."
+                " Nothing was sent",
+                **self._where(),
+            )
+        return driver.error
 
     async def started(self) -> None:
         """Wait until QEMU has taken the job; raises what `wait` would if it did not."""
         await self._until(lambda: self.state.phase is not Phase.STARTING)
-        if self._driver.error is not None and not self.state.began:
-            raise self._driver.error
+        if self._failure is not None and not self.state.began:
+            raise self._failure
 
     async def seen(self) -> None:
         """Wait until an adopted job's status is known."""
@@ -132,8 +144,8 @@ class CommitJob:
         intermediate layer that has ended, since that has no second phase.
         """
         await self._until(lambda: self.state.phase in (Phase.READY, Phase.DECIDED))
-        if self.done and self._driver.error is not None:
-            raise self._driver.error
+        if self.done and self._failure is not None:
+            raise self._failure
 
     async def wait(self) -> CommitOutcome:
         """The outcome, or the `QmpCommitError` that the commit ended with.
@@ -141,8 +153,8 @@ class CommitJob:
         Cancelling the wait does not cancel the commit: see `cancel`.
         """
         await self._until(lambda: False)
-        if self._driver.error is not None:
-            raise self._driver.error
+        if self._failure is not None:
+            raise self._failure
         assert self._driver.outcome is not None
         return self._driver.outcome
 

@@ -359,7 +359,9 @@ class World:
         await self._hang_up(after)
         await asyncio.wait({committing})
         if not committing.cancelled() and committing.exception() is not None:
-            assert isinstance(committing.exception(), qc.QmpCommitError), committing.exception()
+            assert isinstance(committing.exception(), qc.QmpCommitError), repr(
+                committing.exception()
+            )
         self.flight = InFlight(None, base, top, decided=True)
         await self._take_up(job_id, end)
 

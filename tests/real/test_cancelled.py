@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.plan import Request
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.images import MIB, Picture, assert_disk
 from tests.ground.machines import Machine, machine, storage_daemon
@@ -128,6 +130,25 @@ async def _flatten(qemus: list[Machine]) -> None:
 def _beside(disk: qc.Disk) -> str:
     assert disk.active is not None
     return str(Path(disk.active.filename).parent / f"fresh-{next(NUMBERS)}.qcow2")
+
+
+async def test_a_commit_that_is_given_up_before_its_first_step(folder: Path) -> None:
+    """Whoever waits for it is told so; that nothing was sent is seen in QEMU and on the disks."""
+    chain = small(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            for wait in (qc.CommitJob.wait, qc.CommitJob.ready, qc.CommitJob.started):
+                job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+                waiting = asyncio.create_task(wait(job))
+                job.start(lambda: None)
+                await job.detach()
+                with pytest.raises(qc.MonitorLost, match="Nothing was sent"):
+                    await waiting
+                assert isinstance(job.error, qc.MonitorLost)
+            assert await vm.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(chain.base, Picture(4 * MIB))
+    assert_disk(chain.top, _picture(thrown_away=False))
 
 
 STORIES = [
