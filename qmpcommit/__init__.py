@@ -27,8 +27,8 @@ _HOMES = {
     "commit.plan": "Plan",
     "commit.quiesce": "Quiet quiesced thaw",
     "commit.window": "close_window new_window_name open_window recover_window",
-    "commit.window_group": "GroupWindow snapshot",
-    "commit.window_records": "Frozen NotedWindow OpenWindow Window",
+    "commit.window_group": "snapshot",
+    "commit.window_records": "Frozen GroupWindow NotedWindow OpenWindow Window",
     "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"

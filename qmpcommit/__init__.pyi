@@ -40,9 +40,9 @@ from qmpcommit.commit.window import close_window as close_window
 from qmpcommit.commit.window import new_window_name as new_window_name
 from qmpcommit.commit.window import open_window as open_window
 from qmpcommit.commit.window import recover_window as recover_window
-from qmpcommit.commit.window_group import GroupWindow as GroupWindow
 from qmpcommit.commit.window_group import snapshot as snapshot
 from qmpcommit.commit.window_records import Frozen as Frozen
+from qmpcommit.commit.window_records import GroupWindow as GroupWindow
 from qmpcommit.commit.window_records import NotedWindow as NotedWindow
 from qmpcommit.commit.window_records import OpenWindow as OpenWindow
 from qmpcommit.commit.window_records import Window as Window

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +14,7 @@ from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.window_records import GroupWindow
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -91,15 +92,13 @@ def window(
     if len(wanted) == 1:
         request |= {"disks": wanted[qmp], "agent": agents[0] if agents else None}
         return run(options, lambda running: _window(running, qmp, command, request))
-    _check_several(options, freeze, wanted, agents)
+    _check_several(freeze, wanted, agents)
     sockets = dict(zip(wanted, agents, strict=False))
     return run(options, lambda running: _windows(running, wanted, sockets, command, request))
 
 
-def _check_several(options: Options, freeze: Any, wanted: Any, agents: Sequence[str]) -> None:
+def _check_several(freeze: Any, wanted: Any, agents: Sequence[str]) -> None:
     """What windows on several VMs need; raises `click.UsageError`."""
-    if options.daemon is not None:
-        raise click.UsageError("Through the daemon a window is on one VM; leave out --and")
     if freeze is None:
         raise click.UsageError(
             "Several VMs have one instant only while their guests stand still: --freeze pause, or"
@@ -138,22 +137,42 @@ async def _windows(
     request: dict[str, Any],
 ) -> Answer:
     """The same over several VMs."""
-    from qmpcommit.commit.window_group import snapshot
-
-    async with AsyncExitStack() as stack:
-        vms = {qmp: await stack.enter_async_context(running.connect(qmp)) for qmp in wanted}
-        pairs = [(vms[qmp], disk) for qmp, disks in wanted.items() for disk in disks]
-        sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
-        async with snapshot(pairs, agents=sockets, **request) as window:
-            files = {}
-            for number, of in enumerate(window.of.values(), 1):
-                for disk, frozen in of.items():
-                    files[f"{number}.{disk}"] = frozen.filename
-                    if [name for _, name in pairs].count(disk) == 1:
-                        files[disk] = frozen.filename
-            status = await _run(running, [_filled(word, files) for word in command])
-        each = [{"vm": vm.name, **_told(of)} for vm, of in window.of.items()]
+    async with _over_several(running, wanted, agents, request) as window:
+        names = [disk for _, disk in window]
+        files = {}
+        for number, of in enumerate(window.of.values(), 1):
+            for disk, frozen in of.items():
+                files[f"{number}.{disk}"] = frozen.filename
+                if names.count(disk) == 1:
+                    files[disk] = frozen.filename
+        status = await _run(running, [_filled(word, files) for word in command])
+    each = [{"vm": getattr(vm, "name", vm), **_told(of)} for vm, of in window.of.items()]
     return _closed(running, {"status": status, "windows": each}, files, status)
+
+
+@asynccontextmanager
+async def _over_several(
+    running: Run,
+    wanted: Mapping[str, list[str]],
+    agents: Mapping[str, str],
+    request: dict[str, Any],
+) -> AsyncIterator[GroupWindow[Any]]:
+    """Opened from here over the VMs' monitors, or by the daemon that knows them."""
+    async with AsyncExitStack() as stack:
+        if running.options.daemon is not None:
+            from qmpcommit.cli.remote import connect
+
+            host = await stack.enter_async_context(connect(running.options))
+            named = [(vm, disk) for vm, disks in wanted.items() for disk in disks]
+            opening: Any = host.snapshot(named, agents=agents, **request)
+        else:
+            from qmpcommit.commit.window_group import snapshot
+
+            vms = {qmp: await stack.enter_async_context(running.connect(qmp)) for qmp in wanted}
+            pairs = [(vms[qmp], disk) for qmp, disks in wanted.items() for disk in disks]
+            sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
+            opening = snapshot(pairs, agents=sockets, **request)
+        yield await stack.enter_async_context(opening)
 
 
 def _told(window: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote, urlencode
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.client.vm import RemoteVM
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.commit.quiesce import How
+    from qmpcommit.commit.window_records import GroupWindow
     from qmpcommit.daemon.models import CommitView, VMView
 
 PAUSE = (0.02, 0.5)
@@ -197,6 +200,39 @@ class Client:
         from qmpcommit.client.group import list_groups
 
         return await list_groups(self, limit)
+
+    # -- windows ----------------------------------------------------------------------------------
+
+    def snapshot(
+        self,
+        disks: Iterable[tuple[RemoteVM | str, str]],
+        *,
+        freeze: How = "pause",
+        agents: Mapping[Any, str | os.PathLike[str]] | None = None,
+        overlay_dir: str | os.PathLike[str] | None = None,
+        bandwidth: int | str | None = None,
+        lease: float = 60.0,
+    ) -> AbstractAsyncContextManager[GroupWindow[str]]:
+        """One instant of several VMs: ``async with host.snapshot([("web1", "vda"), ...])``.
+
+        As `qc.snapshot`, for all or none; ``window["web1", "vda"].filename`` stands still. The
+        daemon holds it open as `RemoteVM.snapshot` says. `agents` are the sockets of the guest
+        agents on the daemon's host, by VM or its name. Raises what `RemoteVM.snapshot` raises;
+        where a VM's window can't be closed, the others are, and `WindowError` tells which stays.
+        """
+        from qmpcommit.client.window import group_snapshot
+
+        return group_snapshot(
+            self,
+            disks,
+            overlay_dir=overlay_dir,
+            freeze=freeze,
+            agents=agents,
+            bandwidth=bandwidth,
+            lease=lease,
+        )
+
+    # -- events -----------------------------------------------------------------------------------
 
     def events(
         self, after: int | None = None, *, vm: str | None = None, commit: str | None = None

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.client.problems import error_from
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
-from qmpcommit.commit.window_records import Frozen, Window
+from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
 from qmpcommit.errors import ConnectError, DaemonError, MonitorLost, QmpCommitError, WindowError
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
+    from qmpcommit.client.host import Client
     from qmpcommit.client.vm import RemoteVM
 
 HOLD = 20.0
@@ -38,74 +39,156 @@ async def snapshot(
     """A window over these disks for the length of the block; see `RemoteVM.snapshot`."""
     if isinstance(disks, str) or not disks:
         raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
-    lease = parse_seconds(lease, "lease")
     asked = {
         "disks": list(disks),
-        "overlay_dir": None if overlay_dir is None else os.fspath(overlay_dir),
-        "freeze": freeze,
         "agent": None if agent is None else os.fspath(agent),
-        "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
-        "lease": lease,
+        **_common(overlay_dir, freeze, bandwidth, lease),
     }
-    headers = {"idempotency-key": uuid.uuid4().hex}
-    body = {name: value for name, value in asked.items() if value is not None}
-    # A cancelled client's window is closed by its lease.
-    view = _parse(vm, await vm.client.ask("POST", f"{vm.path}/windows", body, headers=headers))
-    path = f"/v1/windows/{view['id']}"
-    members = ("disk", "filename", "overlay", "node_name")
-    frozen = {
-        name: Frozen(**{member: each[member] for member in members})
-        for name, each in view["disks"].items()
-    }
-    window = Window(view["name"], frozen)
-    window.quiesced = view["quiesced"]
-    renewing = asyncio.create_task(_renew(vm, path, lease), name=f"lease of {window.name}")
+    held = _Held(vm.client, vm.name)
+    window = _window(await held.open(f"{vm.path}/windows", asked))
     try:
         yield window
     finally:
-        await stop(renewing)
-        early, window.outcomes = await to_the_end(_close(vm, path))
-    if early:
-        raise WindowError(
-            f"the window {window.name} on {vm.name} was closed before it was done with: its lease"
-            " had ended, or somebody closed it. Nothing is lost, but what was read from its files"
-            " is perhaps not of one instant: repeat it",
-            vm=vm.name,
-        )
+        window.outcomes = _outcomes(await held.close())
+    held.check()
 
 
-async def _renew(vm: RemoteVM, path: str, lease: float) -> None:
-    while True:
-        await asyncio.sleep(lease / 3)
-        try:
-            _parse(vm, await vm.client.ask("POST", f"{path}/lease", {"seconds": lease}))
-        except (ConnectError, MonitorLost):
-            continue  # it may be back before the lease ends
-        except QmpCommitError:
-            return  # it was closed by somebody else, which its end tells
-
-
-async def _close(vm: RemoteVM, path: str) -> tuple[bool, list[CommitOutcome]]:
-    """Have it closed, and wait for its end; whether it was closed already, and the outcomes.
-
-    Raises the error that it ended with.
-    """
-    view = _parse(vm, await vm.client.ask("GET", path))
-    early = view["state"] != "open"
-    view = _parse(vm, await vm.client.ask("DELETE", path))
-    while view["ended"] is None:
-        view = _parse(vm, await vm.client.ask("GET", f"{path}?wait={HOLD:g}", hold=HOLD))
-    if view["error"] is not None:
-        raise error_from(view["error"])
-    return early, [CommitOutcome.model_validate(each) for each in view["outcomes"]]
-
-
-def _parse(vm: RemoteVM, reply: Any) -> dict[str, Any]:
+@asynccontextmanager
+async def group_snapshot(
+    client: Client,
+    disks: Iterable[tuple[RemoteVM | str, str]],
+    *,
+    overlay_dir: str | os.PathLike[str] | None = None,
+    freeze: How = "pause",
+    agents: Mapping[Any, str | os.PathLike[str]] | None = None,
+    bandwidth: int | str | None = None,
+    lease: float = 60.0,
+) -> AsyncIterator[GroupWindow[str]]:
+    """A window over disks of several VMs for the length of the block; see `Client.snapshot`."""
+    members = [{"vm": _name(vm), "disk": str(disk)} for vm, disk in disks]
+    if not members:
+        raise WindowError("name the disks of the window, at least one")
+    asked = {
+        "members": members,
+        "agents": {_name(vm): os.fspath(agent) for vm, agent in (agents or {}).items()},
+        **_common(overlay_dir, freeze, bandwidth, lease),
+    }
+    names = list(dict.fromkeys(member["vm"] for member in members))
+    held = _Held(client, ", ".join(names))
+    view = await held.open("/v1/windows", asked)
+    window = GroupWindow({each["vm"]: _window(each) for each in _each(view)})
     try:
-        found = vm.client.parse(reply)
-    except QmpCommitError as error:
-        error.add(vm=vm.name)
-        raise
-    if not isinstance(found, dict):
-        raise DaemonError("the daemon's answer is no window", vm=vm.name)
-    return found
+        yield window
+    finally:
+        for each in _each(await held.close()):
+            window.of[each["vm"]].outcomes = _outcomes(each)
+    held.check()
+
+
+class _Held:
+    """A window that is held open here: its lease is renewed until it is closed."""
+
+    def __init__(self, client: Client, vm: str) -> None:
+        self._client, self._vm = client, vm
+        self._path, self._name = "", ""
+        self._early = False
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def open(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Open it; it is what the daemon shows of it."""
+        headers = {"idempotency-key": uuid.uuid4().hex}
+        body = {name: value for name, value in asked.items() if value is not None}
+        # A cancelled client's window is closed by its lease.
+        view = self._parse(await self._client.ask("POST", path, body, headers=headers))
+        self._path, self._name = f"/v1/windows/{view['id']}", view["name"]
+        renewing = self._renew(asked["lease"])
+        self._renewing = asyncio.create_task(renewing, name=f"lease of {self._name}")
+        return view
+
+    async def close(self) -> dict[str, Any]:
+        """Have it closed, and wait for its end; raises the error that it ended with."""
+        if self._renewing is not None:
+            await stop(self._renewing)
+        return await to_the_end(self._close())
+
+    def check(self) -> None:
+        """Raise `WindowError` where it was closed before `close` was called."""
+        if self._early:
+            raise WindowError(
+                f"the window {self._name} on {self._vm} was closed before it was done with: its"
+                " lease had ended, or somebody closed it. Nothing is lost, but what was read from"
+                " its files is perhaps not of one instant: repeat it",
+                vm=self._vm,
+            )
+
+    async def _renew(self, lease: float) -> None:
+        while True:
+            await asyncio.sleep(lease / 3)
+            try:
+                asked = {"seconds": lease}
+                self._parse(await self._client.ask("POST", f"{self._path}/lease", asked))
+            except (ConnectError, MonitorLost):
+                continue  # it may be back before the lease ends
+            except QmpCommitError:
+                return  # it was closed by somebody else, which its end tells
+
+    async def _close(self) -> dict[str, Any]:
+        view = self._parse(await self._client.ask("GET", self._path))
+        self._early = view["state"] != "open"
+        view = self._parse(await self._client.ask("DELETE", self._path))
+        while view["ended"] is None:
+            path = f"{self._path}?wait={HOLD:g}"
+            view = self._parse(await self._client.ask("GET", path, hold=HOLD))
+        if view["error"] is not None:
+            raise error_from(view["error"])
+        return view
+
+    def _parse(self, reply: Any) -> dict[str, Any]:
+        try:
+            found = self._client.parse(reply)
+        except QmpCommitError as error:
+            error.add(vm=self._vm)
+            raise
+        if not isinstance(found, dict):
+            raise DaemonError("the daemon's answer is no window", vm=self._vm)
+        return found
+
+
+def _common(
+    overlay_dir: str | os.PathLike[str] | None,
+    freeze: How | None,
+    bandwidth: int | str | None,
+    lease: float,
+) -> dict[str, Any]:
+    return {
+        "overlay_dir": None if overlay_dir is None else os.fspath(overlay_dir),
+        "freeze": freeze,
+        "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
+        "lease": parse_seconds(lease, "lease"),
+    }
+
+
+def _name(vm: RemoteVM | str) -> str:
+    return str(getattr(vm, "name", vm))
+
+
+def _each(view: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The windows on its VMs; one on a single VM tells of itself."""
+    return list(view["windows"]) or [view]
+
+
+def _window(view: Mapping[str, Any]) -> Window:
+    members = ("disk", "filename", "overlay", "node_name")
+    window = Window(
+        view["name"],
+        {
+            name: Frozen(**{member: each[member] for member in members})
+            for name, each in view["disks"].items()
+        },
+    )
+    window.quiesced = view["quiesced"]
+    return window
+
+
+def _outcomes(view: Mapping[str, Any]) -> list[CommitOutcome]:
+    return [CommitOutcome.model_validate(each) for each in view["outcomes"]]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window import close_window, open_window
-from qmpcommit.commit.window_records import Frozen, Window
+from qmpcommit.commit.window_records import GroupWindow, Window
 from qmpcommit.errors import InvalidRequest, WindowError
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -28,26 +28,6 @@ Agents = Mapping["Session", str | os.PathLike[str]]
 """The sockets of the VMs' guest agents."""
 
 
-class GroupWindow(Mapping[tuple["Session", str], Frozen]):
-    """The frozen disks of a window over several VMs: ``window[vm, "vda"].filename``.
-
-    `of` has each VM's own window, with its name, outcomes, and for how long its guest stood still.
-    """
-
-    def __init__(self, of: Mapping[Session, Window]) -> None:
-        self.of = dict(of)
-
-    def __getitem__(self, disk: tuple[Session, str]) -> Frozen:
-        vm, name = disk
-        return self.of[vm][name]
-
-    def __iter__(self) -> Iterator[tuple[Session, str]]:
-        return ((vm, name) for vm, window in self.of.items() for name in window)
-
-    def __len__(self) -> int:
-        return sum(len(window) for window in self.of.values())
-
-
 @asynccontextmanager
 async def snapshot(
     disks: Iterable[tuple[Session, str]],
@@ -56,7 +36,7 @@ async def snapshot(
     agents: Agents | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
-) -> AsyncIterator[GroupWindow]:
+) -> AsyncIterator[GroupWindow[Session]]:
     """One instant of several VMs: ``async with qc.snapshot([(vm1, "vda"), (vm2, "vda")])``.
 
     As `Session.snapshot`, for all or none. Every guest is quiesced while the overlays of all are

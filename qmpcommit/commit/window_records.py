@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import WINDOW_MARK
 from qmpcommit.commit.quiesce import How
 from qmpcommit.values import Record, record
+
+V = TypeVar("V")
 
 MARK = WINDOW_MARK
 """In the name of each overlay of a window, before the window's own number."""
@@ -72,6 +75,27 @@ class Window(Mapping[str, Frozen]):
 
     def __len__(self) -> int:
         return len(self._frozen)
+
+
+class GroupWindow(Mapping[tuple[V, str], Frozen], Generic[V]):
+    """The frozen disks of a window over several VMs: ``window[vm, "vda"].filename``.
+
+    A VM is its `Session`, or its name where the daemon holds the window open. `of` has each VM's
+    own window, with its name, outcomes, and for how long its guest stood still.
+    """
+
+    def __init__(self, of: Mapping[V, Window]) -> None:
+        self.of = dict(of)
+
+    def __getitem__(self, disk: tuple[V, str]) -> Frozen:
+        vm, name = disk
+        return self.of[vm][name]
+
+    def __iter__(self) -> Iterator[tuple[V, str]]:
+        return ((vm, name) for vm, window in self.of.items() for name in window)
+
+    def __len__(self) -> int:
+        return sum(len(window) for window in self.of.values())
 
 
 @record
