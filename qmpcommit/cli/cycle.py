@@ -25,7 +25,6 @@ OTHERWISE = 3
 @click.option(
     "--keep-if",
     metavar="CMD",
-    required=True,
     help="Exit status 0 keeps the changes, 1 to 125 throws them away; any other changes nothing.",
 )
 @click.option("--overlay", metavar="FILE", help="The next overlay, or a folder for it or them.")
@@ -36,7 +35,7 @@ OTHERWISE = 3
 def cycle(
     words: tuple[str, ...],
     *,
-    keep_if: str,
+    keep_if: str | None,
     overlay: str | None,
     guest: Any,
     delete: bool,
@@ -50,10 +49,25 @@ def cycle(
 
     Several disks end the same way, and are kept at one instant; CMD is asked once, with a line
     for each in every variable. Disks of several VMs are given as QMP:DISK.
+
+    With --daemon it is a round of the [[cycle]] that the daemon's configuration has for DISK,
+    which says all the rest; it goes on if you leave it.
     """
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
+    if options.daemon is not None:
+        if keep_if or overlay or guest or delete:
+            raise click.UsageError(
+                "The [[cycle]] of the daemon's configuration says what a round does; leave"
+                " --keep-if, --overlay, --reset, --stop and --delete out"
+            )
+        vm, disk = _place(words)
+        from qmpcommit.cli.remote_cycle import cycle as cycle_there
+
+        return run(options, lambda running: cycle_there(running, vm, disk))
+    if keep_if is None:
+        raise click.UsageError("Missing option '--keep-if'")
     disks = disk_pairs(words, by_name=False) or [(words[0], disk) for disk in words[1:]]
     if not disks:
         raise click.UsageError("Missing argument 'DISK'")
@@ -83,6 +97,14 @@ async def _cycle(running: Run, disks: Sequence[tuple[str, str]], request: dict[s
         status=0 if rounds[0].result == "kept" else OTHERWISE,
         quiet=running.options.quiet,
     )
+
+
+def _place(words: Sequence[str]) -> tuple[str, str]:
+    """The VM and the disk; raises `click.UsageError`."""
+    places = disk_pairs(words, by_name=True) or [(words[0], disk) for disk in words[1:]]
+    if len(places) != 1:
+        raise click.UsageError("Through the daemon give one VM and one DISK, which has a [[cycle]]")
+    return places[0]
 
 
 def _said(done: Round) -> str:

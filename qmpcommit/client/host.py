@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from qmpcommit.commit.policy import AnyPolicy
     from qmpcommit.commit.quiesce import How
     from qmpcommit.commit.window_records import GroupWindow
+    from qmpcommit.daemon.cycle_models import CycleView
     from qmpcommit.daemon.models import CommitView, VMView
+    from qmpcommit.daemon.rule_models import RuleView
 
 PAUSE = (0.02, 0.5)
 """Seconds between two tries, at first and at most."""
@@ -231,6 +233,23 @@ class Client:
             bandwidth=bandwidth,
             lease=lease,
         )
+
+    # -- the configuration's cycles and rules -----------------------------------------------------
+
+    async def cycles(self) -> list[CycleView]:
+        """The golden cycles: when each comes next, the round that runs, and what came of the last.
+
+        `RemoteVM.cycle` runs a round now.
+        """
+        from qmpcommit.client.cycle import list_cycles
+
+        return await list_cycles(self)
+
+    async def rules(self) -> list[RuleView]:
+        """The flatten rules: what each saw last, what came of it, and when it looks again."""
+        from qmpcommit.client.cycle import list_rules
+
+        return await list_rules(self)
 
     # -- events -----------------------------------------------------------------------------------
 

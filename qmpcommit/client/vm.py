@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.quiesce import How
     from qmpcommit.commit.window_records import Window
+    from qmpcommit.daemon.cycle_models import RoundView
     from qmpcommit.daemon.models import VMView
 
 TAKING_BACK = 5.0
@@ -189,6 +190,20 @@ class RemoteVM:
             bandwidth=bandwidth,
             lease=lease,
         )
+
+    async def cycle(self, disk: str, *, idempotency_key: str | None = None) -> RoundView:
+        """Run a round of the ``[[cycle]]`` that the daemon has for this disk, and wait for its end.
+
+        `result` tells whether the overlay's changes were "kept" or "discarded". A lost reply is
+        asked for again under `idempotency_key`, one of its own by default, so that there is never
+        a second round; the wait goes on over a restart of the daemon. Cancelling it does not end
+        the round. Raises the error that the round ended with, `VMNotFound`, `InvalidRequest`
+        where the disk has no cycle, `JobConflict` while another round of it is under way,
+        `QueueFull`, `KeyReused`, `DaemonUnreachable`, `DaemonLost` or `DaemonError`.
+        """
+        from qmpcommit.client.cycle import begin
+
+        return await (await begin(self, disk, idempotency_key)).wait()
 
     async def _promise(self, body: dict[str, Any], key: str | None) -> tuple[RemoteJob, bool]:
         """The promised commit, and whether it is new."""

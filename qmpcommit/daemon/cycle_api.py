@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI, Response
+import asyncio
+from contextlib import suppress
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Response
 
 from qmpcommit.daemon.api import CommitPath, Key, VMPath, fingerprint
 from qmpcommit.daemon.cycle_models import CycleView, RoundRequest, RoundView
@@ -19,9 +23,17 @@ def routes(app: FastAPI, cycles: Cycles) -> None:
         return await cycles.views()
 
     @app.get("/v1/cycles/{round_id}", responses=problems(404, 422), tags=["cycles"])
-    async def get_round(round_id: CommitPath) -> RoundView:
-        """One round of a cycle."""
-        return (await cycles.round(round_id)).view()
+    async def get_round(
+        round_id: CommitPath,
+        wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
+    ) -> RoundView:
+        """One round of a cycle, and its result or error in the end."""
+        found = await cycles.round(round_id)
+        if wait:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await found.over.wait()
+        return found.view()
 
     @app.post(
         "/v1/vms/{vm}/cycles",
