@@ -36,7 +36,10 @@ SLOW = 1.0
 
 
 class VM:
-    """One VM; `session` is there while it is connected, `error` says why it is not."""
+    """One VM; `session` is there while it is connected, `error` says why it is not.
+
+    `unresolved` tells that it was connected, and what has to be done first has not been done.
+    """
 
     def __init__(self, name: str, qmp: str, connect: Connect, origin: Origin) -> None:
         self.name, self.qmp, self.connect, self.origin = name, qmp, connect, origin
@@ -47,6 +50,7 @@ class VM:
         self.last_identity = ""
         self.up = asyncio.Event()
         self.lost = asyncio.Event()
+        self.unresolved = False
         self.users = 0
         self.keeper: asyncio.Task[None] | None = None
         self.opening = asyncio.Lock()
@@ -220,6 +224,9 @@ class Registry:
                         took = time.monotonic() - began
             except QmpCommitError as error:
                 self._failed(vm, error)
+            except Exception as error:  # a bug of ours must not leave a VM without its keeper
+                self.log.warning("bug", vm=vm.name, error=repr(error))
+                self._failed(vm, QmpCommitError(f"internal error: {error!r}"))
             else:
                 pause = BACKOFF[0]
                 await vm.lost.wait()
@@ -242,11 +249,14 @@ class Registry:
                 session = vm.session = vm.new_session()
                 session.gate = self.clearing
                 session.subscribers.add(lambda message: None, vm.link)
-            if not vm.up.is_set() or not session.connected:
+            if vm.unresolved or not vm.up.is_set() or not session.connected:
                 await session.open()
+                vm.unresolved = True  # until it is done: whoever comes next does it again
                 with session.sensible("query-jobs"):
                     await self._on_up(vm)
+                vm.unresolved = False
                 if vm.up.is_set():
+                    vm.state, vm.error = "connected", None
                     self._on_change(vm, "connected")
             return session
 

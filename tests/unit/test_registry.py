@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.registry import VM, Registry, is_alive, name_of, process_identity
-from qmpcommit.errors import ConnectError
+from qmpcommit.errors import ConnectError, MonitorLost
 from tests.ground.fake_monitor import fake_monitor
 
 
@@ -42,7 +42,9 @@ def test_a_process_is_not_mistaken_for_a_later_one() -> None:
 
 @asynccontextmanager
 async def registry(
-    config: dict[str, Any], log: list[tuple[str, str]] | None = None
+    config: dict[str, Any],
+    log: list[tuple[str, str]] | None = None,
+    first: Callable[[VM], Awaitable[object]] | None = None,
 ) -> AsyncIterator[Registry]:
     seen = log if log is not None else []
 
@@ -50,7 +52,7 @@ async def registry(
         seen.append((vm.name, "up"))
 
     made = Registry(
-        Config.model_validate(config), on_up, lambda vm, what: seen.append((vm.name, what))
+        Config.model_validate(config), first or on_up, lambda vm, what: seen.append((vm.name, what))
     )
     made.start()
     try:
@@ -152,6 +154,47 @@ async def test_a_lost_connection_comes_back(folder: Path) -> None:
             async with asyncio.timeout(20):
                 await known.vms["web1"].lost.wait()
     assert log.count(("web1", "lost")) >= 2
+
+
+@pytest.mark.parametrize("error", [MonitorLost("not now"), RuntimeError("a bug")], ids=repr)
+async def test_what_has_to_be_done_first_is_tried_until_it_is_done(
+    error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmpcommit.daemon.registry.BACKOFF", (0.01, 0.02))
+    config = {"vm": [{"name": "web1", "qmp": f"{folder}/fake"}]}
+    tried = 0
+    enough, done = asyncio.Event(), asyncio.Event()
+
+    async def first(vm: VM) -> None:
+        nonlocal tried
+        tried += 1
+        if not enough.is_set():
+            if tried == 3:
+                enough.set()
+            raise error
+        done.set()
+
+    async with fake_monitor(folder) as fake, registry(config, None, first) as known:
+        vm = known.vms["web1"]
+        async with asyncio.timeout(20):
+            await enough.wait()
+            assert (vm.state, done.is_set()) == ("away", False)
+            await done.wait()
+            async with known.use(vm):
+                assert (vm.state, vm.error) == ("connected", None)
+        assert (tried, fake.connections) == (4, 1), "once it is done it is not done again"
+
+
+async def test_nobody_uses_a_vm_before_that_is_done(folder: Path) -> None:
+    async def never(vm: VM) -> None:
+        raise MonitorLost("not now")
+
+    config = {"vm": [{"name": "web1", "qmp": f"{folder}/fake"}]}
+    async with fake_monitor(folder), registry(config, None, never) as known:
+        for _ in range(3):
+            with pytest.raises((MonitorLost, ConnectError)):
+                async with known.use(known.vms["web1"], wait=20):
+                    raise AssertionError("nothing was resolved")
 
 
 async def test_monitors_that_hang_keep_no_others_waiting(folder: Path) -> None:
