@@ -42,6 +42,7 @@ from qmpcommit.session import Session
 
 HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0
+LOOK_AGAIN = 0.5
 """Seconds."""
 
 MAX_BEGINS = 3
@@ -210,15 +211,17 @@ class Keeper:
             vm = self._registry.vms.get(promise.vm)
             if vm is not None and vm.connect == "on-demand":
                 with suppress(ConnectError):
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(LOOK_AGAIN)
                     async with self._registry.use(vm):
-                        return
-            elif vm is not None and vm.up.is_set():
+                        if not is_another(vm, promise):
+                            return
+            elif vm is not None and vm.up.is_set() and not is_another(vm, promise):
                 return
             else:
+                away = vm is not None and not vm.up.is_set()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(0.5):
-                        await (vm.up.wait() if vm is not None else asyncio.sleep(1))
+                    async with asyncio.timeout(LOOK_AGAIN):
+                        await (vm.up.wait() if vm is not None and away else asyncio.sleep(1))
             alive = is_alive(promise.identity)
             waited = time.monotonic() - begun
             if promise.identity and not alive and waited > min(2.0, limit):
@@ -283,6 +286,13 @@ class Keeper:
         if times.ready and times.ended:
             seconds = (times.ended - times.ready).total_seconds()
             self._metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
+
+
+def is_another(vm: VM, promise: Promise) -> bool:
+    """Whether another process answers for the VM while the one that has the job lives on."""
+    if not promise.identity or vm.identity in ("", promise.identity):
+        return False
+    return is_alive(promise.identity)
 
 
 def error_dict(error: QmpCommitError) -> dict[str, Any]:
