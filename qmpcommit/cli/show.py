@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 def outcome_text(outcome: CommitOutcome) -> str:
     """What happened, which image is active now, what is invalid, how much and how long."""
-    active = outcome.active or outcome.top
+    active: object = outcome.active or outcome.top
     base, top = outcome.base.filename, outcome.top.filename
+    if not outcome.top.node_name:  # the job had ended when it was taken up
+        base, top = "its base", "its overlay"
+        active = outcome.active or "the image that 'qmpcommit chain' shows"
     happened = {
         "pivot": f"pivoted. The guest now writes to {active}.",
         "recycle": f"recycled. The guest now writes to the fresh overlay {active}; {base} holds"

@@ -36,8 +36,11 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
     elif by == "another client":
         asked = f"; this commit had asked for {state.decision}" if state.decision else ""
         warnings.append(f"another client ended the job with {action}{asked}")
+    known = bool(plan.top.node_name)  # else it was adopted when it had ended
     if action == "abort" or (action == "keep" and plan.between):
         warnings.append(_halfway(plan, action))
+    elif not known:
+        warnings.append("which images the job worked on is not known; 'qmpcommit chain' shows them")
     if state.doubt:
         warnings.append("QEMU was shutting down when the job ended")
     return CommitOutcome(
@@ -48,9 +51,9 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
         job_id=plan.job_id,
         base=plan.base,
         top=plan.top,
-        active=active,
+        active=active if active is not None and active.node_name else None,
         decided_by=by,
-        invalidated=plan.invalidated if action in ("pivot", "recycle", "none") else [],
+        invalidated=plan.invalidated if known and action in ("pivot", "recycle", "none") else [],
         bytes_committed=state.done,
         timings=timings,
         warnings=warnings,
@@ -58,6 +61,11 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
 
 
 def _halfway(plan: Plan, action: str) -> str:
+    if not plan.top.node_name:
+        return (
+            "the layers below the job's overlay, which are not known here, may hold part of its"
+            " data: they are valid only under it. 'qmpcommit chain' shows them"
+        )
     below = [image.filename for image in (*plan.between, plan.base)]
     only = f"valid only under {plan.top.filename}"
     if action == "abort":

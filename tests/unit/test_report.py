@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.cli.show import outcome_text
 from qmpcommit.commit import report
 from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import Timings
@@ -176,3 +177,13 @@ def test_an_outcome_says_who_decided_and_what_is_invalid(
     assert outcome.bytes_committed == 5
     assert len(outcome.warnings) == len(warnings)
     assert all(w in told for w, told in zip(warnings, outcome.warnings, strict=True))
+
+
+@pytest.mark.parametrize("verdict", [Verdict.CANCELLED, Verdict.PIVOTED, Verdict.KEPT])
+def test_an_outcome_names_no_image_that_is_not_known(verdict: Verdict) -> None:
+    state = State(two_phase=True, verdict=verdict)
+    outcome = report.outcome_of(ENDED_BEFORE, state, UNKNOWN, Timings())
+    assert (outcome.active, outcome.invalidated) == (None, [])
+    assert any("'qmpcommit chain' shows" in warning for warning in outcome.warnings)
+    assert "(unknown)" not in outcome_text(outcome)
+    assert "the image that 'qmpcommit chain' shows" in outcome_text(outcome)
