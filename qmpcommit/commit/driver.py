@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import read_graph
@@ -240,6 +240,8 @@ class Driver:
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
+            case _:
+                assert_never(action)
 
     async def _freeze(self, recycle: Recycle) -> None:
         again = self._frozen_before
@@ -361,8 +363,7 @@ class Driver:
             return Where.UNUSED
         layers = [image.node_name for image in now.chain]
         if not self.plan.two_phase:
-            if self.plan.base.node_name not in layers:
-                return Where.OTHER
+            # Without it they hold its data, also where another client has merged the base away.
             return Where.OTHER if self.plan.top.node_name in layers else Where.MERGED
         if layers[0] == self.plan.base.node_name:
             return Where.BASE

@@ -340,7 +340,7 @@ class CommitJob:
                         " its outcome tells how",
                         **self._where(),
                     )
-            case None:
+            case _:
                 self._driver.tell(facts.Decided(choice, "caller"))
         return _Ending(self)
 
@@ -353,11 +353,9 @@ class CommitJob:
         self._timers.append(asyncio.get_running_loop().call_later(seconds, call))
 
     def _hard_stop(self) -> None:
-        if self._task is not None and not self._task.done():
-            self._driver.error = report.deadline_error(
-                self.plan, self.state, self._driver.timeout or 0
-            )
-            self._task.cancel()
+        assert self._task is not None
+        self._driver.error = report.deadline_error(self.plan, self.state, self._driver.timeout or 0)
+        self._task.cancel()
 
     def _where(self) -> dict[str, object]:
         return {"vm": self.plan.vm, "disk": self.plan.disk.name, "job_id": self.id}

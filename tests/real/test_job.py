@@ -1,0 +1,290 @@
+"""A commit under way and its caller: decisions, deadlines, hooks, and whoever lets it go."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import converge as converge_module
+from qmpcommit.commit import job as job_module
+from qmpcommit.commit.aftermath import Around, Barrier
+from qmpcommit.commit.converge import ConvergeReport
+from qmpcommit.commit.phases import Phase
+from qmpcommit.commit.plan import Request
+from tests.ground.images import MIB, assert_disk, make_chain
+from tests.ground.machines import machine, storage_daemon
+from tests.ground.proxy import let_pass, proxy
+
+
+class Door:
+    """A barrier: `held` is set when the disk waits before it, which it does until `open` is."""
+
+    def __init__(self) -> None:
+        self.held, self.open = asyncio.Event(), asyncio.Event()
+        self.met = 0
+
+    async def __call__(self) -> str | None:
+        self.met += 1
+        self.held.set()
+        await self.open.wait()
+        return None
+
+
+async def held_by(vm: qc.Session, door: Barrier, policy: Any) -> qc.CommitJob:
+    """A commit of a group's kind, whose disk is held when it is decided."""
+    return await vm.launch(await vm.prepare(Request(disk="top"), policy, Around(barrier=door)))
+
+
+async def until_decided(job: qc.CommitJob) -> None:
+    async with asyncio.timeout(20):
+        while job.phase is Phase.READY:
+            await asyncio.sleep(0)
+
+
+async def nothing_runs(vm: qc.Session) -> None:
+    assert await vm.execute("query-jobs") == []
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+async def test_what_is_decided_or_over_can_not_be_decided_otherwise(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            door = Door()
+            job = await held_by(vm, door, qc.Hold())
+            await job.ready()
+            pivoted = job.pivot()
+            await until_decided(job)
+            with pytest.raises(qc.JobConflict, match="is decided already: pivot"):
+                job.keep()
+            again = job.pivot()
+            door.open.set()
+            await pivoted
+            await again
+            assert (await job.wait()).action == "pivot"
+            with pytest.raises(qc.JobConflict, match="has ended already; its outcome tells how"):
+                job.keep()
+            await job.pivot()  # as it has ended
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_its_caller_may_decide_for_a_fresh_overlay(folder: Path) -> None:
+    chain, fresh = make_chain(folder, bulk=33 * MIB), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("vda", policy=qc.Hold(), bandwidth="1MiB")
+            with pytest.raises(qc.NotReady, match="recycle again when it is READY"):
+                job.recycle(folder / "too-early.qcow2")
+            await job.set_bandwidth(0)
+            await job.ready()
+            await job.recycle(fresh)
+            outcome = await job.wait()
+            assert (outcome.action, outcome.decided_by) == ("recycle", "caller")
+            assert [image.filename for image in (await vm.disk("vda")).chain] == [
+                str(fresh), str(chain.base)
+            ]  # fmt: skip
+            assert (await vm.query_status()).running
+        await qemu.quit()
+    assert not (folder / "too-early.qcow2").exists()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_a_policy_that_fails_after_its_caller_has_decided_is_no_news(folder: Path) -> None:
+    chain = make_chain(folder)
+    jobs: list[qc.CommitJob] = []
+    launched = asyncio.Event()
+
+    async def late(ready: qc.Ready) -> qc.Pivot:
+        await launched.wait()
+        jobs[0].keep()
+        await until_decided(jobs[0])
+        raise ZeroDivisionError
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            door = Door()
+            jobs.append(await held_by(vm, door, late))
+            launched.set()
+            async with asyncio.timeout(20):
+                await door.held.wait()
+            door.open.set()
+            outcome = await jobs[0].wait()
+            assert (outcome.action, outcome.decided_by) == ("keep", "caller")
+            await nothing_runs(vm)
+        await qemu.quit()
+    for path in (chain.base, chain.top):
+        assert_disk(path, chain.pictures[-1])
+
+
+# -- before it begins, and when it is let go --------------------------------------------------------
+
+
+async def test_one_that_was_never_sent_has_nothing_to_end(folder: Path) -> None:
+    async with storage_daemon(folder, make_chain(folder)) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+            job.timeout = 5.0
+            assert job.timeout == 5.0
+            await job.abandon()
+            await job.detach()
+            assert (job.outcome, job.error) == (None, None)
+            await nothing_runs(vm)
+
+
+async def test_whoever_leaves_a_job_can_wait_until_no_disk_is_held(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            door = Door()
+            job = await held_by(vm, door, qc.Pivot())
+            await door.held.wait()
+            letting = asyncio.create_task(job.let_go())
+            await asyncio.wait({letting}, timeout=0.1)
+            assert not letting.done()
+            door.open.set()
+            async with asyncio.timeout(20):
+                await letting
+            assert job.state.status != "pending"
+            await job.wait()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_held_disk_is_let_go_where_nobody_follows_its_job_any_more(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            door = Door()
+            job = await held_by(vm, door, qc.Pivot())
+            await door.held.wait()
+            with vm.events("BLOCK_JOB_CANCELLED") as cancelled:
+                await job.detach()
+                async with asyncio.timeout(20):
+                    await anext(cancelled)
+            with pytest.raises(qc.MonitorLost, match="no longer followed"):
+                await job.wait()
+            (disk,) = await vm.disks()
+            assert disk.chain[0].filename == str(chain.top), "the pivot is undone"
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+
+
+async def test_a_job_that_does_not_heed_its_deadline_is_left_and_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cancellation does not reach QEMU, nor does what would be asked after it."""
+    monkeypatch.setattr(job_module, "GRACE", 0.2)
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path) as vm:
+            job = await vm.commit("top", policy=qc.Hold(), timeout=1.0)
+            await job.ready()
+            between.to_qemu = lambda message: "drop"
+            with pytest.raises(qc.DeadlineExceeded, match="is left in QEMU") as late:
+                await job.wait()
+            assert f"qmpcommit abort QMP {job.id}" in str(late.value)
+            between.to_qemu = let_pass
+        async with qc.Session.connect(between.path) as vm:
+            (left,) = await vm.execute("query-jobs")
+            assert (left["id"], left["status"]) == (job.id, "ready")
+            assert (await (await vm.adopt(job.id, policy=qc.Abort())).wait()).action == "abort"
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+class Exit(BaseException):
+    """What ends a process, as `SystemExit` does."""
+
+
+async def test_what_ends_the_process_in_a_hook_is_what_the_commit_ends_with(folder: Path) -> None:
+    chain = make_chain(folder)
+
+    async def hook(outcome: qc.CommitOutcome) -> None:
+        raise Exit
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("top", policy=qc.Pivot(), on_pivot=hook, delete=True)
+            with pytest.raises(Exit):
+                await job.wait()
+            assert isinstance(job.error, Exit)
+            await job.detach()
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert chain.top.exists()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+# -- a guest that is held back for it -----------------------------------------------------------------
+
+
+async def test_the_outcome_tells_what_was_done_to_the_guest(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("top", policy=qc.Pivot(), converge=qc.Converge(deadline=60))
+            outcome = await job.wait()
+            assert outcome.converge is not None
+            assert (outcome.converge["steps"], outcome.converge["restored"]) == ((), True)
+            assert outcome.warnings == []
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("decision", ["pivot", "fails"])
+async def test_limits_that_are_not_back_are_told_of_with_the_outcome(
+    decision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+
+    async def not_restored(*args: Any, **options: Any) -> ConvergeReport:
+        return ConvergeReport(verdict="ready", seconds=1.0, restored=False, remark="QEMU says no")
+
+    async def policy(ready: qc.Ready) -> qc.Pivot:
+        if decision == "fails":
+            raise ZeroDivisionError
+        return qc.Pivot()
+
+    monkeypatch.setattr(converge_module, "converge", not_restored)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("top", policy=policy, converge=qc.Converge(deadline=60))
+            if decision == "fails":
+                with pytest.raises(qc.CommitFailed):
+                    await job.wait()
+                assert job.outcome is None
+            else:
+                (warning,) = (await job.wait()).warnings
+                assert warning == "the disk's former I/O limits are not back: QEMU says no"
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.top if decision == "fails" else chain.base, chain.pictures[-1])
+
+
+async def test_a_job_that_is_let_go_leaves_no_watch_over_its_guest(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("top", policy=qc.Hold(), converge=qc.Converge(deadline=60))
+            await job.ready()
+            await job.detach()
+            names = [task.get_name() for task in asyncio.all_tasks()]
+            assert not [name for name in names if name.endswith(job.id)]
+            async with qc.Session.connect(qemu.qmp2) as other:
+                await (await other.adopt(job.id, policy=qc.Abort())).wait()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
