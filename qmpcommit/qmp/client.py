@@ -14,6 +14,9 @@ from qemu.qmp.message import Message
 READ_LIMIT = 64 * 1024 * 1024
 """Bytes that one QMP message may have; a schema is 0.25 MB, 200 layers with bitmaps a few MB."""
 
+PATIENCE = 2.0
+"""Seconds for which the end of a connection is waited for, and once more when it was hung up."""
+
 # What qemu.qmp logs as errors reaches our callers as exceptions; without a handler of the
 # application's own, Python would print those lines to standard error.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -58,10 +61,10 @@ def hang_up(sock: socket.socket) -> None:
 async def dispose(client: QMPClient, sock: socket.socket | None) -> None:
     """Disconnect a client of ours whatever state it is in, within seconds; never raises."""
     closing = asyncio.ensure_future(client.disconnect())
-    done, _ = await asyncio.wait({closing}, timeout=2.0)
+    done, _ = await asyncio.wait({closing}, timeout=PATIENCE)
     if not done and sock is not None:
         hang_up(sock)  # a stopped QEMU reads nothing, so the flush above would wait for ever
-        done, _ = await asyncio.wait({closing}, timeout=2.0)
+        done, _ = await asyncio.wait({closing}, timeout=PATIENCE)
     if not done:
         closing.cancel()
         await asyncio.wait({closing})

@@ -173,9 +173,8 @@ class Monitor(Queries):
                 f"the shared QMPClient of {self.name} is not connected; connect it first",
                 vm=self.name,
             )
-        if not self._watchers:
-            self._client = client
-            self._start(self._follow(client))
+        self._client = client
+        self._start(self._follow(client))
 
     async def _connect_past_events(self) -> None:
         """Connect, once more if the handshake failed.
