@@ -151,7 +151,7 @@ async def test_what_follows_the_end_waits_at_the_gate(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
-# -- a job whose storage may make it wait, asked for among others ------------------------------------
+# -- a job whose storage may make it wait, asked for among others ---------------------------------
 
 
 async def room(stall: qc.Stall) -> None:

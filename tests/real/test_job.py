@@ -125,19 +125,21 @@ async def test_a_policy_that_fails_after_its_caller_has_decided_is_no_news(folde
         assert_disk(path, chain.pictures[-1])
 
 
-# -- before it begins, and when it is let go --------------------------------------------------------
+# -- before it begins, and when it is let go ------------------------------------------------------
 
 
 async def test_one_that_was_never_sent_has_nothing_to_end(folder: Path) -> None:
-    async with storage_daemon(folder, make_chain(folder)) as qemu:
-        async with qc.Session.connect(qemu.qmp) as vm:
-            job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
-            job.timeout = 5.0
-            assert job.timeout == 5.0
-            await job.abandon()
-            await job.detach()
-            assert (job.outcome, job.error) == (None, None)
-            await nothing_runs(vm)
+    async with (
+        storage_daemon(folder, make_chain(folder)) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+        job.timeout = 5.0
+        assert job.timeout == 5.0
+        await job.abandon()
+        await job.detach()
+        assert (job.outcome, job.error) == (None, None)
+        await nothing_runs(vm)
 
 
 async def test_whoever_leaves_a_job_can_wait_until_no_disk_is_held(folder: Path) -> None:
@@ -228,7 +230,7 @@ async def test_what_ends_the_process_in_a_hook_is_what_the_commit_ends_with(fold
     assert_disk(chain.base, chain.pictures[-1])
 
 
-# -- a guest that is held back for it -----------------------------------------------------------------
+# -- a guest that is held back for it -------------------------------------------------------------
 
 
 async def test_the_outcome_tells_what_was_done_to_the_guest(folder: Path) -> None:
