@@ -123,8 +123,10 @@ async def test_again(made: Tested, options: Sequence[str]) -> None:
 
 async def test_all(folder: Path, options: Sequence[str]) -> list[Tested]:
     """Every QEMU, as many at once as there are processors; oldest first."""
-    development = ("-X", "dev")  # asyncio's debug mode, once
-    system = Tested("the machine's own", version_of(Qemu.installed()), flags=development)
+    once = ["-X", "dev"]  # asyncio's debug mode
+    if "COVERAGE_FILE" in os.environ:
+        once += ["-m", "coverage", "run", "--parallel-mode"]
+    system = Tested("the machine's own", version_of(Qemu.installed()), flags=once)
     if not system.version:
         system.missing = "qemu-system-x86_64 or qemu-storage-daemon is not installed"
     room = asyncio.Semaphore(os.cpu_count() or 1)

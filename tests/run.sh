@@ -8,7 +8,9 @@
 #   ./tests/run.sh --soak MINUTES                         random operations beside a model of the
 #                                                         disks; memory and open files must not grow
 #   ./tests/run.sh --all-python [PYTEST ARGUMENT ...]     unit tests on every Python found
-#   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of commit/ and qmp/
+#   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of commit/ and qmp/, all of
+#                                                         which tests/unit and tests/real must reach
+#   ./tests/run.sh --coverage-report                      the same, of what was measured before
 #   ./tests/run.sh --mutants [MUTMUT ARGUMENT ...]        changes to what decides that no test notices;
 #                                                         10 minutes on two idle cores, not in CI
 #
@@ -19,6 +21,9 @@
 #
 # Tests that kill a process or break its line at every step take a while; QMPCOMMIT_TEST_STRIDE=N
 # has them try every N-th step, beginning with a random one.
+#
+# With COVERAGE_FILE=PATH, --debug-asyncio and --all-qemu (the latter on the machine's own QEMU)
+# leave beside PATH which lines they have run, for --coverage-report: in CI that costs no run more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/setup.sh
@@ -59,7 +64,7 @@ case ${1:-} in
     shift
     need_venv test
     [ $# -gt 0 ] || set -- tests/unit tests/real
-    exec "$VENV/bin/python" -X dev -m pytest "$@"
+    exec "$VENV/bin/python" -X dev ${COVERAGE_FILE:+-m coverage run --parallel-mode} -m pytest "$@"
     ;;
 --soak)
     shift
@@ -71,6 +76,11 @@ case ${1:-} in
     need_venv test
     [ $# -gt 0 ] || set -- tests/unit tests/real
     "$VENV/bin/python" -m coverage run -m pytest "$@"
+    exec "$VENV/bin/python" -m coverage report
+    ;;
+--coverage-report)
+    need_venv test
+    "$VENV/bin/python" -m coverage combine --quiet
     exec "$VENV/bin/python" -m coverage report
     ;;
 --mutants)

@@ -169,3 +169,85 @@ async def test_one_that_was_killed_is_finished_by_the_next(
     assert_disk(chain.base, chain.pictures[0])
     assert_disk(Path(done.overlay), chain.pictures[0])
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+
+    async def note(name: str, **facts: Any) -> None:
+        if name == "reopen":
+            raise Killed
+
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cycle_module, "_no_note", note)
+            with pytest.raises(Killed):
+                await vm.discard("vda", guest="reset")
+        done = await vm.cycle("vda", keep_if=["false; exit 126"], guest="reset")
+        assert done.result == "discarded"
+        assert done.discarded is not None
+        assert done.discarded.former == str(chain.top)
+        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        assert (await qemu.execute("query-status"))["running"]
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(Path(done.overlay), chain.pictures[0])
+
+
+async def test_an_overlay_whose_file_is_gone_is_not_taken_for_a_discards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is discarded as any overlay is: what lies below it is whole, and is not thrown away."""
+    chain = make_chain(folder)
+
+    async def note(name: str, **facts: Any) -> None:
+        if name == "reopen":
+            raise Killed
+
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cycle_module, "_no_note", note)
+            with pytest.raises(Killed):
+                await vm.discard("vda", guest="reset")
+        laid = (await chain_now(vm))[0]
+        laid.unlink()
+        done = await vm.discard("vda", guest="reset")
+        assert done.former == str(laid)
+        assert await chain_now(vm) == [Path(done.overlay), chain.top, chain.base]
+        await qemu.quit()
+    assert_disk(Path(done.overlay), chain.pictures[-1])
+
+
+async def test_a_disk_with_a_job_has_no_round(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Hold(), job_id="qmpcommit-theirs")
+        await job.ready()
+        for do in (vm.discard("vda"), vm.cycle("vda", keep_if=YES)):
+            with pytest.raises(qc.JobConflict, match=r"block job \(qmpcommit-theirs\)"):
+                await do
+        await job.abort()
+        assert await chain_now(vm) == [chain.top, chain.base]
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_the_next_overlay_may_be_named(folder: Path) -> None:
+    chain = make_chain(folder)
+    named = folder / "next.qcow2"
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        done = await vm.discard("vda", overlay=named)
+        assert done.overlay == str(named)
+        assert await chain_now(vm) == [named, chain.base]
+        await vm.close()
+        await qemu.quit()
+    assert_disk(named, chain.pictures[0])

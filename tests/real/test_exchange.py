@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,142 @@ async def test_another_process_goes_on_from_any_step(folder: Path, step: str) ->
     assert not chain.top.exists()
     assert_disk(chain.base, chain.pictures[0])
     assert_disk(fresh, chain.pictures[0])
+
+
+async def test_what_was_done_before_its_last_note_is_not_done_again(folder: Path) -> None:
+    """The guest went on, and the old overlay is deleted: it is neither reset nor looked for."""
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+
+    class Forgetful(Notes):
+        async def note(self, step: str, **facts: Any) -> None:
+            if step == "exchanged":
+                raise asyncio.CancelledError
+            await super().note(step, **facts)
+
+    async with machine(folder, chain, running=True) as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            notes = Forgetful()
+            plan = await plan_of(session)
+            file = identify(absolute(plan.top, session.cwd), session.peer_pid)
+            with suppress(asyncio.CancelledError):
+                await exchange(session, plan, fresh, notes)
+        assert not chain.top.exists()
+        async with qc.Session.connect(vm.qmp) as session:
+            with session.events("RESET", "STOP", "RESUME") as heard:
+                again = Notes()
+                made = Exchange(session, plan, str(fresh), guest="reset", note=again.note,
+                                file=file, noted=notes.noted)  # fmt: skip
+                assert await made.run() == []
+            assert [event async for event in heard.raw()] == []
+            assert again.steps[-1] == "exchanged"
+            (disk,) = await session.disks()
+            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+        assert (await vm.execute("query-status"))["running"]
+        await vm.quit()
+    assert_disk(fresh, chain.pictures[0])
+
+
+@pytest.mark.parametrize("other", ["a job", "another chain"])
+async def test_what_others_do_to_the_disk_meanwhile_is_seen_first(other: str, folder: Path) -> None:
+    chain = make_chain(folder, 2)
+    async with (
+        machine(folder, chain, running=True) as vm,
+        qc.Session.connect(vm.qmp) as session,
+    ):
+        plan = await plan_of(session)
+        job = await session.commit("vda", policy=qc.Hold(), job_id="qmpcommit-theirs")
+        await job.ready()
+        why = r"it has a block job \(qmpcommit-theirs\)"
+        if other == "another chain":
+            await job.pivot()
+            why = "its chain is another one by now"
+        with pytest.raises(qc.ChainError, match=f"{why}. Nothing was discarded"):
+            await exchange(session, plan, folder / "fresh.qcow2", Notes())
+        if other == "a job":
+            await job.abort()
+        assert (await vm.execute("query-status"))["running"]
+        await session.close()
+        await vm.quit()
+    assert not (folder / "fresh.qcow2").exists()
+    assert_disk(chain.top if other == "a job" else chain.base, chain.pictures[-1])
+
+
+async def test_a_qemu_that_knows_only_the_older_command_is_asked_with_that(folder: Path) -> None:
+    """As QEMU before 6.1 does; a newer one plays it here."""
+
+    class Older(qc.Session):
+        async def execute(
+            self, command: str, arguments: Mapping[str, object] | None = None, **more: object
+        ) -> Any:
+            if command == "blockdev-reopen":
+                raise CommandRefused("no such command", command=command, desc="no such command",
+                                     error_class="CommandNotFound")  # fmt: skip
+            if command == "x-blockdev-reopen":
+                asked.append(command)
+                try:
+                    return await super().execute("blockdev-reopen", {"options": [arguments]})
+                except CommandRefused as error:
+                    if error.error_class != "CommandNotFound":
+                        raise
+            return await super().execute(command, arguments, **more)
+
+    asked: list[str] = []
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain) as vm, Older.connect(vm.qmp) as session:
+        assert await exchange(session, await plan_of(session), fresh, Notes()) == []
+        assert asked == ["x-blockdev-reopen"]
+        (disk,) = await session.disks()
+        assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+        await session.close()
+        await vm.quit()
+    assert_disk(fresh, chain.pictures[0])
+
+
+async def test_what_qemu_has_is_believed_and_not_what_it_answers(folder: Path) -> None:
+    class Lying(qc.Session):
+        """It takes the command, and does nothing."""
+
+        async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+            if command.endswith("blockdev-reopen"):
+                return {}
+            return await super().execute(command, *more, **options)
+
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, running=True) as vm,
+        Lying.connect(vm.qmp) as session,
+    ):
+        with pytest.raises(qc.CommitFailed, match="although QEMU took all commands"):
+            await exchange(session, await plan_of(session), fresh, Notes())
+        (disk,) = await session.disks()
+        assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
+        assert (await vm.execute("query-status"))["running"]
+        await session.close()
+        await vm.quit()
+    assert not fresh.exists()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_qemu_that_ends_when_all_is_exchanged_keeps_the_old_file(folder: Path) -> None:
+    chain = make_chain(folder, 2)
+    fresh = folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as vm:
+
+        class Ending(qc.Session):
+            async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+                answer = await super().execute(command, *more, **options)
+                if command == "cont":
+                    vm.kill()
+                    await vm.ended()
+                return answer
+
+        async with Ending.connect(vm.qmp) as session:
+            notes = Notes()
+            (warning,) = await exchange(session, await plan_of(session), fresh, notes)
+            assert warning.startswith(f"{chain.top} stays: ")
+            assert notes.steps[-1] == "exchanged"
+    assert_disk(fresh, chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])

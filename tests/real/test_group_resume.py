@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import qmpcommit as qc
 from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.group_resume import ResumableGroup
+from qmpcommit.commit.group_resume import ResumableGroup, Resume
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import MIB, assert_disk, make_chain
 from tests.ground.machines import storage_daemon
+from tests.ground.proxy import proxy
 
 HELD = State(
     two_phase=True,
@@ -104,3 +106,134 @@ async def test_a_policy_is_asked_once_by_a_group_that_is_taken_up(folder: Path) 
         await qemu.quit()
     for path in (chain.base, chain.top):
         assert_disk(path, chain.pictures[-1])
+
+
+async def left_ready(vm: qc.Session) -> tuple[ResumableGroup, qc.CommitJob]:
+    """A group whose process has left its one job READY."""
+    left = ResumableGroup([(vm, "top")], policy=qc.Hold())
+    await left.start()
+    await left.ready()
+    await left.leave()
+    return left, left.jobs[0]
+
+
+def taking(vm: qc.Session, job: qc.CommitJob) -> Resume:
+    async def resume(barrier: Barrier) -> qc.CommitJob:
+        return await vm.resume(job.plan, Resumed(job.state), barrier=barrier)
+
+    return resume
+
+
+async def test_it_tells_how_far_it_is_and_who_decided(folder: Path) -> None:
+    chain = make_chain(folder, bulk=33 * MIB)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            group = ResumableGroup([(vm, "top")], policy=qc.Hold(), bandwidth="1MiB")
+            assert group.stage == "copying"
+            await group.start()
+            assert (group.stage, group.decided_by) == ("copying", "")
+            await group.jobs[0].set_bandwidth(0)
+            await group.ready()
+            assert (group.stage, group.decided_by) == ("ready", "")
+            group.pivot()
+            await group.wait()
+            assert (group.stage, group.decided_by) == ("over", "caller")
+            await group.hand_over()  # there is nothing any more
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_what_is_not_decided_is_handed_over_as_it_is(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            group = ResumableGroup([(vm, "top")], policy=qc.Hold(), timeout=600)
+            await group.start()
+            await group.ready()
+            await group.hand_over()
+            await group.leave()
+            (left,) = await vm.execute("query-jobs")
+            assert left["status"] == "ready"
+            next_one = ResumableGroup([(vm, "top")], policy=qc.Hold(), known_as=group.id)
+            await next_one.take_up([taking(vm, group.jobs[0])])
+            await next_one.ready()
+            next_one.pivot()
+            assert (await next_one.wait()).action == "pivot"
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["all held", "never held"])
+async def test_what_is_decided_is_ended_or_undone_before_it_is_handed_over(
+    heard: bool, folder: Path
+) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path) as vm:
+            group = ResumableGroup([(vm, "top")], policy=qc.Hold(), hold_limit=600)
+            await group.start()
+            await group.ready()
+            if not heard:
+                between.to_client = lambda message: (
+                    "drop" if message.get("data", {}).get("status") == "pending" else "pass"
+                )
+            group.pivot()
+            async with asyncio.timeout(20):
+                while group.stage == "ready":
+                    await asyncio.sleep(0)
+            await group.hand_over()
+            await group.leave()
+            assert await vm.execute("query-jobs") == []
+            active = (await vm.disks())[0].chain[0].filename
+            assert active == str(chain.base if heard else chain.top)
+        await qemu.quit()
+    assert_disk(chain.base if heard else chain.top, chain.pictures[-1])
+
+
+async def test_its_deadline_counts_for_what_is_taken_up_too(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            left, job = await left_ready(vm)
+            group = ResumableGroup([(vm, "top")], policy=qc.Hold(), known_as=left.id, timeout=0.2)
+            await group.take_up([taking(vm, job)])
+            with pytest.raises(qc.DeadlineExceeded, match=r"0\.2 s"):
+                await group.wait()
+            assert await vm.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_where_one_can_not_be_taken_up_the_others_stay_as_they_are(folder: Path) -> None:
+    chain = make_chain(folder)
+
+    async def broken(barrier: Barrier) -> qc.CommitJob:
+        raise qc.MonitorLost("its monitor is away")
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            left, job = await left_ready(vm)
+            members = [(vm, "top"), (vm, "other")]
+            group = ResumableGroup(members, policy=qc.Hold(), known_as=left.id)
+            with pytest.raises(qc.MonitorLost, match="its monitor is away"):
+                await group.take_up([taking(vm, job), broken])
+            assert vm.jobs == ()
+            (listed,) = await vm.execute("query-jobs")
+            assert (listed["id"], listed["status"]) == (job.id, "ready")
+            await (await vm.adopt(job.id, policy=qc.Abort())).wait()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_abort_meets_those_too_that_are_taken_up_after_it(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            left, job = await left_ready(vm)
+            group = ResumableGroup([(vm, "top")], policy=qc.Hold(), known_as=left.id)
+            group.abort()
+            await group.take_up([taking(vm, job)])
+            assert (await group.wait()).action == "abort"
+            assert await vm.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.qmp.subscriptions import Subscribers
+from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 
 ABOUT_J1 = [
     {"event": "JOB_STATUS_CHANGE", "data": {"id": "j1", "status": "ready"}},
@@ -59,3 +59,13 @@ def test_one_that_closes_while_it_hears_disturbs_nobody() -> None:
     everybody.add(lambda m: heard.append(2), job="j1")
     everybody.message(ABOUT_J1[0])
     assert heard == [2]
+
+
+async def test_what_is_read_raw_ends_with_its_stream() -> None:
+    everybody = Subscribers()
+    with EventStream(everybody, frozenset({"STOP"}), limit=10) as stream:
+        for message in FOR_ALL:
+            everybody.message(message)
+        everybody.end()
+        assert [data async for data in stream.raw()] == [{}]
+    assert everybody.none

@@ -1,0 +1,88 @@
+"""A client that its owner has connected, and connects again; a QEMU that is another one by then."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from qemu.qmp import QMPClient, Runstate
+
+import qmpcommit as qc
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import storage_daemon
+from tests.ground.proxy import proxy
+
+
+@asynccontextmanager
+async def connected(path: str) -> AsyncIterator[QMPClient]:
+    client = QMPClient("web1")
+    await client.connect(path)
+    try:
+        yield client
+    finally:
+        with suppress(EOFError, OSError):
+            await client.disconnect()
+
+
+async def test_a_loss_that_nobody_hears_of_is_seen_by_the_next_command(folder: Path) -> None:
+    async with (
+        storage_daemon(folder, make_chain(folder)) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        connected(between.path) as client,
+        qc.Session.over(client) as vm,
+    ):
+        assert await vm.execute("query-jobs") == []
+        await between.cut()
+        async with asyncio.timeout(20):
+            while vm._watchers:
+                await asyncio.sleep(0)
+        with pytest.raises(qc.ConnectError, match="is not connected; connect it first"):
+            await vm.execute("query-jobs")
+        with suppress(EOFError, OSError):
+            await client.disconnect()
+        await client.connect(between.path)
+        assert await vm.execute("query-jobs") == []
+
+
+async def test_a_qemu_that_hangs_is_waited_for_over_a_connection_that_is_not_ours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        async with connected(qemu.qmp) as client:
+            async with qc.Session.over(client, command_timeout=0.3) as vm:
+                silent = asyncio.Event()
+                drop = vm.drop
+
+                def noticed() -> None:
+                    drop()
+                    silent.set()
+
+                monkeypatch.setattr(vm, "drop", noticed)
+                job = await vm.commit("top", policy=qc.Hold())
+                await job.ready()
+                qemu.stop()
+                job.pivot()
+                async with asyncio.timeout(20):
+                    await silent.wait()
+                assert client.runstate is Runstate.RUNNING
+                qemu.cont()
+                assert (await job.wait()).action == "pivot"
+            assert client.runstate is Runstate.RUNNING
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_what_another_qemu_can_do_is_asked_anew(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        vm = await qc.Session.connect(qemu.qmp)
+        before = await vm.features()
+        assert await vm.features() is before
+    async with storage_daemon(folder, chain) as qemu:
+        assert await vm.restore() is False, "another process answers"
+        assert await vm.features() is not before
+        await vm.close()
