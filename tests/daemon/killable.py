@@ -5,11 +5,13 @@ journal or QEMU is told, and each file that goes: there is a place to die before
 it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
 file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name. With ``QMPCOMMIT_RECOVERS`` steps
 count from the start: those of a recovery, before anything is asked for. ``QMPCOMMIT_REFUSES`` is a
-VM and a QMP command that it refuses, as QEMU does what it can't do.
+VM and a QMP command that it refuses, as QEMU does what it can't do; ``QMPCOMMIT_SLOW`` one that
+takes half a second longer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -29,6 +31,7 @@ DIE_AT = int(os.environ["QMPCOMMIT_DIE_AT"])
 DIE_IN = os.environ.get("QMPCOMMIT_DIE_IN")
 PLACES = os.environ["QMPCOMMIT_PLACES"]
 REFUSES = os.environ.get("QMPCOMMIT_REFUSES", "").split()
+SLOW = os.environ.get("QMPCOMMIT_SLOW", "").split()
 
 
 class Counter:
@@ -73,7 +76,9 @@ def unlink(*args: Any, **more: Any) -> None:
 
 
 async def execute(self: Session, command: str, *args: Any, **more: Any) -> Any:
-    """`Session.execute`, of which one may be refused."""
+    """`Session.execute`, of which one may be refused, and one is slow."""
+    if [self.name, command] == SLOW:
+        await asyncio.sleep(0.5)
     if [self.name, command] == REFUSES:
         raise CommandRefused(f"{command} refused", command=command, desc="it won't",
                              error_class="GenericError")  # fmt: skip

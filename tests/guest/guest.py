@@ -94,7 +94,7 @@ class Guest:
             self._news.notify_all()
 
     def order(self, what: str) -> None:
-        """Tell the guest's script: ``write``, ``agent``, ``spin N`` or ``stop``."""
+        """Tell the guest's script: ``write``, ``agent``, ``count N``, ``spin N`` or ``stop``."""
         self.writer.write(f"{what}\n".encode())
 
     async def says(self, what: str) -> None:
@@ -108,6 +108,11 @@ class Guest:
         self._spins += 1
         self.order(f"spin {self._spins}")
         await self.says(f"spun {self._spins}")
+
+    async def counts(self, number: int) -> None:
+        """Have it write this to its file ``count``, and wait until that is on its disk."""
+        self.order(f"count {number}")
+        await self.says(f"counted {number}")
 
     async def more(self, writes: int = 10) -> None:
         """Wait until it has synced and acknowledged so many more writes."""
@@ -192,10 +197,21 @@ def assert_files(active: Path, made: Guest, *, clean: bool = True) -> None:
     shutil.rmtree(files)
 
 
+def count_in(image: Path, folder: Path) -> int:
+    """What the file ``count`` of this image's file system holds, as a reboot would find it."""
+    raw = folder / "count.raw"
+    run(QEMU.img, "convert", "-U", "-O", "raw", image, raw)
+    done = tool("e2fsck", "-p", raw)
+    assert done.returncode in (0, 1), f"the journal is not replayed: {done.stdout}"
+    told = tool("debugfs", "-R", "cat /count", raw).stdout
+    raw.unlink()
+    return int(told)
+
+
 def journal_is_empty(active: Path) -> bool:
     """Whether the file system needs no replay of its journal before it can be trusted."""
     raw = active.parent / "journal.raw"
-    run(QEMU.img, "convert", "-O", "raw", active, raw)
+    run(QEMU.img, "convert", "-U", "-O", "raw", active, raw)
     told = tool("debugfs", "-R", "features", raw).stdout
     raw.unlink()
     assert "has_journal" in told

@@ -40,6 +40,10 @@ while read -r order; do
             qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t /run >/dev/ttyS0 2>&1 &
         done
         ;;
+    count*)  # in place, so that it is on the disk itself when it is acknowledged
+        printf '%08d' "${order#count }" | dd of=/mnt/count conv=notrunc,fsync 2>/dev/null
+        echo "counted ${order#count }"
+        ;;
     spin*)  # as much work as 20 writes, on no disk
         for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
             dd if=/dev/urandom of=/tmp/spin bs=4096 count=16 2>/dev/null
