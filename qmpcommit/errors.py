@@ -65,10 +65,12 @@ class VMGone(QmpCommitError):
 
     `pivoted` is True when the pivot is known to have happened before (the base holds the
     disk), False when it is known not to have (the overlay does), None when it can't be told.
+    `overlay` is the file of a recycle's fresh overlay that may be left.
     """
 
-    FACTS = ("vm", "disk", "job_id", "pivoted", "base", "top")
+    FACTS = ("vm", "disk", "job_id", "pivoted", "base", "top", "overlay")
     pivoted: bool | None
+    overlay: str | None
 
 
 class CommandRefused(QmpCommitError):

@@ -19,7 +19,7 @@ from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.commit.recycle import FreshOverlay, Left
 from qmpcommit.errors import CommandRefused, CommitFailed, DeadlineExceeded, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 
@@ -89,10 +89,13 @@ class Care:
         self._log.info("bitmaps_carried", names=list(carrying.names))
         return facts.Prepared()
 
-    def restore(self, recycle: Recycle, *, stopped: bool) -> None:
-        """Take up the fresh overlay of a former process, which paused the guest if `stopped`."""
+    def restore(self, recycle: Recycle, *, stopped: bool, laid: bool) -> None:
+        """Take up the fresh overlay of a former process, which paused the guest if `stopped`.
+
+        It may have put it over the base if `laid`.
+        """
         self._overlay = self._fresh(recycle)
-        self._overlay.restore(stopped=stopped)
+        self._overlay.restore(stopped=stopped, laid=laid)
 
     def _fresh(self, recycle: Recycle) -> FreshOverlay:
         around = self._around
@@ -135,6 +138,10 @@ class Care:
         if self._overlay is not None:
             with suppress(QmpCommitError):
                 await self._overlay.undo()
+
+    async def left(self) -> Left | None:
+        """The fresh overlay's file that a QEMU which has ended left behind, if one is there."""
+        return await self._overlay.left() if self._overlay is not None else None
 
     async def fresh(self) -> Image | None:
         """The fresh overlay as QEMU has it; None where there is none."""

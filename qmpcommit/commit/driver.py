@@ -23,6 +23,7 @@ from qmpcommit.commit.hearing import Hearing
 from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
+from qmpcommit.commit.recycle import Left
 from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, QmpCommitError, VMGone
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop, to_the_end
@@ -34,6 +35,7 @@ RETRY = 0.25
 """The same, after QEMU has refused what it was asked."""
 
 _FOREVER_REFUSED = {"CommandNotFound"}
+_LAYS = (phases.Verdict.PIVOTED, phases.Verdict.RECYCLED)
 _NO_UNDOING = (phases.Verdict.RECYCLED, phases.Verdict.VM_GONE, phases.Verdict.MONITOR_LOST)
 
 
@@ -51,6 +53,13 @@ class Resumed(NamedTuple):
     stopped: bool = False
     outcome: CommitOutcome | None = None
     times: Mapping[str, datetime] = {}
+
+    @property
+    def left(self) -> Left | None:
+        """What may be left of its fresh overlay if its QEMU has ended."""
+        if self.recycle is None:
+            return None
+        return Left(self.recycle.overlay, laid=self.state.verdict in _LAYS)
 
 
 class Driver:
@@ -86,6 +95,7 @@ class Driver:
         self._hearing = Hearing(plan.job_id, self.tell)
         self._ledger = around.ledger
         self._frozen_before = self._stopped_before = self._inside = False
+        self._left: Left | None = None
         if resumed is not None:
             prepares = resumed.state.prepares
             self._take_up(resumed)
@@ -117,10 +127,13 @@ class Driver:
         if self.recycle is not None:
             self._frozen_before = facts.Duty.FREEZE in self._owed
             self._stopped_before = resumed.stopped
-            if not self._frozen_before and resumed.same_vm is not False:
+            if resumed.same_vm is False:
+                self._left = resumed.left
+            elif not self._frozen_before:
                 # Although the guest goes on, the overlay may be there to be told of, or undone.
                 stopped = resumed.stopped and self.state.frozen
-                self._care.restore(self.recycle, stopped=stopped)
+                laid = self.state.verdict in _LAYS
+                self._care.restore(self.recycle, stopped=stopped, laid=laid)
 
     async def note(self, step: str, **more: Any) -> None:
         """A step is written down before it is taken, where somebody wants that."""
@@ -443,7 +456,12 @@ class Driver:
         state, plan = self.state, self.plan
         if state.verdict not in _NO_UNDOING:
             await self._care.undo()
-        error = report.error_of(plan, state, self.timeout, self._lost, self._policy_error)
+        left = self._left
+        if left is None and state.verdict is phases.Verdict.VM_GONE:
+            left = await self._care.left()
+        error = report.error_of(
+            plan, state, self.timeout, self._lost, self._policy_error, left=left
+        )
         if error is not None:
             self.error = error
             self.log.warning("failed", verdict=state.verdict and state.verdict.value)

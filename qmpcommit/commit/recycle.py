@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
@@ -41,6 +41,26 @@ def node_stem(job_id: str) -> str:
     return f"{JOB_PREFIX}{hashlib.sha256(job_id.encode()).hexdigest()[:12]}"
 
 
+class Left(NamedTuple):
+    """A fresh overlay's file that a QEMU has left: `laid` over the base, perhaps, or never used."""
+
+    filename: str
+    laid: bool
+
+
+def has_ended(pid: int | None) -> bool:
+    """Whether a process of this host is seen to have ended; one that nobody knows is not."""
+    if pid is None:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except FileNotFoundError:
+        return os.path.exists("/proc/self/stat")
+    except (OSError, IndexError):
+        return False
+
+
 class FreshOverlay:
     """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
 
@@ -63,12 +83,16 @@ class FreshOverlay:
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
-        self._begun = self._tried = False
+        self._begun = self._tried = self._laid = self._restored = False
         self._ledger = ledger
 
-    def restore(self, *, stopped: bool) -> None:
-        """Take up what a former process did; it paused the guest if `stopped`."""
-        self._begun = self._tried = True
+    def restore(self, *, stopped: bool, laid: bool = False) -> None:
+        """Take up what a former process did; it paused the guest if `stopped`.
+
+        It may have put the overlay over the base if `laid`.
+        """
+        self._begun = self._tried = self._restored = True
+        self._laid = laid
         if stopped:
             self._stopped_at = asyncio.get_running_loop().time()
 
@@ -123,6 +147,7 @@ class FreshOverlay:
             if not image.node_name.startswith("#"):
                 with suppress(CommandRefused):  # then QEMU refuses the overlay, and says why
                     await self._monitor.execute("blockdev-del", {"node-name": image.node_name})
+        self._laid = True
         arguments = {"node": self._plan.base.node_name, "overlay": self.node}
         await self._monitor.execute("blockdev-snapshot", arguments)
 
@@ -147,6 +172,22 @@ class FreshOverlay:
         if self._monitor.peer_pid is not None:  # QEMU runs on this host
             with suppress(OSError):
                 await asyncio.to_thread(os.unlink, self._path)
+
+    async def left(self) -> Left | None:
+        """What is left of it now that QEMU has ended: unlinked, where it is nobody's but ours."""
+        if not self._begun:
+            return None
+        if self._laid:
+            return Left(self.filename, laid=True)
+        if not self._restored and has_ended(self._monitor.peer_pid):
+            try:
+                await asyncio.to_thread(os.unlink, self._path)
+            except FileNotFoundError:
+                return None
+            except OSError:
+                return Left(self.filename, laid=False)
+            return None
+        return Left(self.filename, laid=False)
 
     async def image(self) -> Image:
         """The overlay as QEMU has it."""

@@ -7,6 +7,7 @@ from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import Action, CommitOutcome, Timings
 from qmpcommit.commit.phases import PIVOTS, State, Verdict
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.recycle import Left
 from qmpcommit.errors import (
     CommitFailed,
     DeadlineExceeded,
@@ -79,9 +80,14 @@ def error_of(
     timeout: float | None,
     lost: QmpCommitError | None,
     policy_error: BaseException | None,
+    *,
+    left: Left | None = None,
 ) -> QmpCommitError | None:
-    """The error of a commit that did not; None where there is an outcome."""
-    error = _by_verdict(plan, state, lost)
+    """The error of a commit that did not; None where there is an outcome.
+
+    `left` is what may be left of a recycle's fresh overlay whose QEMU has ended.
+    """
+    error = _by_verdict(plan, state, lost, left)
     if error is None and state.verdict is Verdict.PIVOTED and state.error is not None:
         error = CommitFailed(
             f"{_subject(plan)} has pivoted, but no fresh overlay could be laid over the base:"
@@ -108,7 +114,9 @@ def error_of(
     return error
 
 
-def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCommitError | None:
+def _by_verdict(
+    plan: Plan, state: State, lost: QmpCommitError | None, left: Left | None
+) -> QmpCommitError | None:
     subject = _subject(plan)
     match state.verdict:
         case Verdict.REFUSED:
@@ -134,7 +142,7 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
                 vanished=True,
             )
         case Verdict.VM_GONE:
-            return _gone(plan, state, lost)
+            return _gone(plan, state, lost, left)
         case Verdict.MONITOR_LOST:
             return MonitorLost(
                 f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
@@ -145,8 +153,9 @@ def _by_verdict(plan: Plan, state: State, lost: QmpCommitError | None) -> QmpCom
     return None
 
 
-def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
-    pivoted = _pivoted(plan, state)
+def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | None) -> VMGone:
+    laid = left is not None and left.laid  # which is done only after the pivot was seen
+    pivoted = True if laid else _pivoted(plan, state)
     top, base = plan.top.filename, plan.base.filename
     ordered = "Another client may have pivoted, and whether"
     if state.decision in PIVOTS:
@@ -158,6 +167,12 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
             f"The active image {plan.disk.chain[0].filename} is still the one to boot; whether its"
             f" backing file is now {base} is in its header (qemu-img info)"
         )
+    elif left is not None and laid:
+        what = (
+            f"The pivot had completed before, and {left.filename} was being laid over {base}: boot"
+            f" from {left.filename}, which shows all of {base} and what the guest wrote since;"
+            f" {top} is stale"
+        )
     elif pivoted:
         what = f"The pivot had completed before: boot from {base}; {top} is stale"
     elif pivoted is None:
@@ -168,8 +183,13 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None) -> VMGone:
         )
     else:
         what = f"Nothing was pivoted: {top} is still the image to boot, and it is whole"
+    if left is not None and not laid:
+        what += f". The fresh overlay {left.filename} was never used: delete it if it is there"
     why = lost.message if lost is not None else f"QEMU of {plan.vm} has ended"
-    return VMGone(f"{_subject(plan)}: {why}. {what}", pivoted=pivoted, base=base, top=top)
+    gone = VMGone(f"{_subject(plan)}: {why}. {what}", pivoted=pivoted, base=base, top=top)
+    if left is not None:
+        gone.add(overlay=left.filename)
+    return gone
 
 
 def _pivoted(plan: Plan, state: State) -> bool | None:

@@ -239,7 +239,7 @@ class Keeper:
         if noted.outcome is not None:
             state = noted.state
         lost = VMGone(f"{promise.vm} is gone: {why}")
-        return error_of(plan, state, None, lost, None) or lost
+        return error_of(plan, state, None, lost, None, left=noted.left) or lost
 
     def _on_pivot(self, promise: Promise) -> OnPivot | None:
         command = promise.request.on_pivot

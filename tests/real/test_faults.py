@@ -218,9 +218,10 @@ class Run:
 
     async def _commit(self, struck: Struck) -> None:
         session = qc.Session.connect(
-            struck.between.path, timeout=1, command_timeout=1, patience=LIMIT / 2
+            struck.between.path, timeout=LIMIT / 3, command_timeout=1, patience=LIMIT / 2
         )
         async with session as vm:
+            vm.timeout = 1  # before that nothing is struck: a busy machine only takes its time
             struck.begin()
             try:
                 job = await vm.commit(
@@ -342,8 +343,14 @@ class Run:
     def _after_a_kill(self) -> Any:
         """The image that it says is to be booted holds everything."""
         in_base, in_top = self.shows(self.chain.base), self.shows(self.chain.top)
-        fresh = self.shows(self.folder / "fresh.qcow2")
+        overlay = self.folder / "fresh.qcow2"
+        fresh = self.shows(overlay)
         pivoted = self.error.pivoted if isinstance(self.error, qc.VMGone) else False
+        if isinstance(self.error, qc.VMGone) and overlay.exists():
+            if self.error.overlay != overlay.name or pivoted is not True:
+                yield f"{overlay.name} is left: {self.error}"
+            if not fresh:
+                yield f"{overlay.name} is to be booted, and is not whole"
         if self.outcome is not None:
             pivoted = self.outcome.action in ("pivot", "recycle")
         match pivoted:

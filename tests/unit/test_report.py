@@ -14,6 +14,7 @@ from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import Timings
 from qmpcommit.commit.phases import State, Verdict
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.recycle import Left
 from tests.unit.test_checks import made
 
 _, WHOLE = made()
@@ -187,3 +188,16 @@ def test_an_outcome_names_no_image_that_is_not_known(verdict: Verdict) -> None:
     assert any("'qmpcommit chain' shows" in warning for warning in outcome.warnings)
     assert "(unknown)" not in outcome_text(outcome)
     assert "the image that 'qmpcommit chain' shows" in outcome_text(outcome)
+
+
+@pytest.mark.parametrize("laid", [True, False])
+def test_a_vm_that_is_gone_leaves_word_of_a_fresh_overlay(laid: bool) -> None:
+    state = State(two_phase=True, verdict=Verdict.VM_GONE, decision=Choice.RECYCLE)
+    left = Left("/i/fresh", laid)
+    gone = report.error_of(WHOLE, state, None, None, None, left=left)
+    assert isinstance(gone, qc.VMGone)
+    assert (gone.pivoted, gone.overlay) == (laid, "/i/fresh")
+    assert ("boot from /i/fresh" in str(gone)) is laid
+    assert ("/i/top is still the image to boot" in str(gone)) is not laid
+    assert ("/i/fresh was never used: delete it" in str(gone)) is not laid
+    assert "/i/fresh" not in str(report.error_of(WHOLE, state, None, None, None))
