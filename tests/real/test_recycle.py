@@ -324,27 +324,27 @@ async def test_an_interrupted_recycle_is_told_of_until_its_overlay_is_laid(folde
             assert interrupted_recycles(await vm.graph()) == []
 
 
-@pytest.mark.parametrize("step", ["stop", "job-complete", "overlay", "thaw"])
+@pytest.mark.parametrize("dies_at", ["stop", "job-complete", "overlay", "thaw"])
 async def test_a_fresh_overlay_whose_qemu_dies_is_deleted_or_to_be_booted(
-    step: str, folder: Path
+    dies_at: str, folder: Path
 ) -> None:
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
     async with machine(folder, chain, running=True) as qemu, qc.Session.connect(qemu.qmp) as vm:
 
         class Kills(Notes):
-            async def note(self, noted: str, state: State | None = None, **facts: Any) -> None:
-                if noted == step:
+            async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+                if step == dies_at:
                     assert fresh.exists()
                     qemu.kill()
 
         job = await vm.commit("vda", policy=qc.Recycle(str(fresh)), ledger=Kills(""))
         with pytest.raises(qc.VMGone) as gone:
             await job.wait()
-    if step == "thaw":
+    if dies_at == "thaw":
         assert (gone.value.pivoted, gone.value.overlay) == (True, str(fresh))
         assert f"boot from {fresh}" in str(gone.value)
         assert_disk(fresh, chain.pictures[-1])
     else:
         assert (gone.value.overlay, fresh.exists()) == (None, False)
-        assert gone.value.pivoted is {"stop": False, "job-complete": None, "overlay": True}[step]
+        assert gone.value.pivoted is {"stop": False, "job-complete": None, "overlay": True}[dies_at]
         assert_disk(chain.base if gone.value.pivoted else chain.top, chain.pictures[-1])
