@@ -330,10 +330,13 @@ async def test_without_it_a_writing_guest_keeps_the_job_from_ready(folder: Path)
     chain = bootable(folder)
     async with slow_machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await running(vm)
+        clock = asyncio.get_running_loop().time
         job = await vm.commit("vda", policy=qc.Hold())
+        began, before = clock(), await written(vm)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WITHOUT):
                 await job.ready()
+        rate = (await written(vm) - before) / (clock() - began)
         overtaken = job.phase.value == "ready"
         if not overtaken:
             assert await remaining(vm, job) > 8 * MIB
@@ -341,6 +344,8 @@ async def test_without_it_a_writing_guest_keeps_the_job_from_ready(folder: Path)
         await job.wait()
         if overtaken and QEMU.version >= (11,):
             pytest.skip("the commit of QEMU 11 overtakes this guest without help")
+        if overtaken and rate < SLOW:
+            pytest.skip(f"this machine's guest wrote {rate:.0f} B/s, too little to be in the way")
         assert not overtaken
 
 
