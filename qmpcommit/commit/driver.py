@@ -376,8 +376,9 @@ class Driver:
             return Where.UNUSED
         layers = [image.node_name for image in now.chain]
         if not self.plan.two_phase:
-            # Without it they hold its data, also where another client has merged the base away.
-            return Where.OTHER if self.plan.top.node_name in layers else Where.MERGED
+            if self.plan.top.node_name in layers:
+                return Where.TOP
+            return Where.MERGED if self.plan.base.node_name in layers else Where.OTHER
         if layers[0] == self.plan.base.node_name:
             return Where.BASE
         return Where.TOP if layers[0] == self.plan.top.node_name else Where.OTHER

@@ -37,7 +37,7 @@ class Where(StrEnum):
 
     BASE = "base"
     TOP = "top"
-    MERGED = "merged"  # intermediate layer: no longer in the chain
+    MERGED = "merged"  # intermediate layer: no longer in the chain, over a base that is
     OTHER = "other"  # neither: somebody changed the chain
     UNUSED = "unused"  # no device or export uses the disk, so nothing can be seen
 

@@ -384,7 +384,8 @@ def _order(state: State) -> Step:
     """Send the decision, once more if it was refused for a state that has passed."""
     assert state.decision is not None
     if not state.linked:
-        return state._replace(phase=Phase.DECIDED), []  # asked and sent when the link is back
+        # Asked and sent when the link is back; a freeze that was due for another decision is not.
+        return state._replace(phase=Phase.DECIDED, in_flight=False), []
     if state.tries >= MAX_TRIES:
         return _give_up(state, state.refusal or "")
     order = ORDERS[state.decision]
@@ -573,10 +574,12 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
     if end is not None and end.error is not None:
         return Verdict.FAILED, end.error, ()
     if not state.two_phase:
-        if where in (Where.MERGED, Where.UNUSED):
+        if where is Where.MERGED:
             return Verdict.MERGED, None, gone if end is None else ()
         if end is None:
             return Verdict.VANISHED, None, ()
+        if where is not Where.TOP:  # QEMU's word counts; its base may have been merged away since
+            return Verdict.MERGED, None, ()
         return Verdict.FAILED, "QEMU reported success, but the layer is still in the chain", ()
     if where is Where.BASE:
         return Verdict.PIVOTED, None, gone if end is None else ()

@@ -192,6 +192,4 @@ class World:
 
     def where(self) -> Where:
         """The block graph."""
-        if self.two_phase:
-            return self.disk
-        return self.disk if self.disk is Where.MERGED else Where.OTHER
+        return self.disk

@@ -116,7 +116,7 @@ def test_an_intermediate_layer_that_becomes_ready_is_completed() -> None:
 
 
 def test_an_intermediate_layer_still_in_the_chain_is_a_failure() -> None:
-    state, _ = play(*CREATED, *COMPLETED, concluded(), GraphRead(Where.OTHER), two_phase=False)
+    state, _ = play(*CREATED, *COMPLETED, concluded(), GraphRead(Where.TOP), two_phase=False)
     assert state.verdict is Verdict.FAILED
 
 

@@ -360,6 +360,14 @@ def test_a_frozen_guest_is_nothing_to_any_other_decision() -> None:
     assert after(decided(Choice.RECYCLE), Decided(Choice.ABORT, "caller"), Frozen())[1] == []
 
 
+def test_an_abort_over_a_freeze_without_a_link_is_sent_when_the_link_is_back() -> None:
+    ready = after(ONE, *RUNNING, BecameReady(), News.LINK_LOST, Decided(Choice.RECYCLE, "policy"))
+    assert ready[1] == [Duty.FREEZE]
+    aborted = after(ready, Decided(Choice.ABORT, "deadline"), Frozen("the monitor was lost"))
+    seen = Answered(JobSeen("standby", 10, 10))
+    assert after(aborted, LinkBack(True), seen)[1] == [Command.ABORT]
+
+
 def recycled() -> Step:
     pivoted = after(decided(Choice.RECYCLE), Frozen(), Accepted(Command.PIVOT), Ended(False))
     return after(pivoted, concluded(), GraphRead(Where.BASE))
@@ -412,8 +420,14 @@ def test_who_dismissed_it_is_said_only_where_somebody_did() -> None:
 
 def test_a_layer_whose_end_is_unknown_has_vanished() -> None:
     gone = after(LAYER, *RUNNING, Answered(None))
-    assert after(gone, GraphRead(Where.OTHER))[0].verdict is Verdict.VANISHED
-    assert after(gone, GraphRead(Where.UNUSED))[0].verdict is Verdict.MERGED
+    for where in (Where.TOP, Where.OTHER, Where.UNUSED):
+        assert after(gone, GraphRead(where))[0].verdict is Verdict.VANISHED
+
+
+@pytest.mark.parametrize("where", [Where.MERGED, Where.OTHER, Where.UNUSED])
+def test_a_layer_is_merged_as_qemu_says_whatever_others_did_to_its_base(where: Where) -> None:
+    ended = after(LAYER, *RUNNING, Ended(False, None, 10, 10), concluded(), GraphRead(where))
+    assert (ended[0].verdict, ended[0].trail) == (Verdict.MERGED, ())
 
 
 def test_a_disk_that_nobody_uses_says_why_its_pivot_is_believed() -> None:
