@@ -169,8 +169,11 @@ async def test_what_is_no_json(folder: Path) -> None:
     async with served(folder) as d:
         for what, body in bodies.items():
             answer = await d.request("POST", "/v1/vms/off/commits", body)
-            expected = 422 if what in ("nothing", "many members") else 400
-            assert_problem(answer, expected)
+            expected = [422 if what in ("nothing", "many members") else 400]
+            if what == "deep and closed":
+                expected.append(422)  # newer Pythons read so deep, and find no disk's name there
+            assert answer.status in expected, answer.body
+            assert_problem(answer, answer.status)
             assert len(answer.body) < 8192, what
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         assert_problem(await d.request("POST", "/v1/vms/off/commits", b"disk=a", form), 422)
