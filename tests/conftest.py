@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -33,15 +33,15 @@ def folder() -> Iterator[Path]:
 
 @pytest_asyncio.fixture(autouse=True)
 async def nothing_left_behind(request: pytest.FixtureRequest) -> AsyncIterator[None]:
-    """No task and no socket outlives a test, and asyncio has nothing to complain of."""
-    before = _sockets()
+    """No task, socket and process outlives a test, and asyncio has nothing to complain of."""
+    before = _sockets(), _children()
     with _complaints() as complaints:
         yield
         await _end_of_test(before)
     assert not complaints, f"asyncio complains: {complaints}"
 
 
-async def _end_of_test(before: set[str]) -> None:
+async def _end_of_test(before: tuple[set[str], set[int]]) -> None:
     async with asyncio.timeout(10):
         while left := asyncio.all_tasks() - {asyncio.current_task()}:
             done, _ = await asyncio.wait(left, timeout=2)
@@ -49,8 +49,10 @@ async def _end_of_test(before: set[str]) -> None:
     await asyncio.sleep(0)
     if sys.flags.dev_mode:
         gc.collect()  # what was forgotten speaks up now
-    left_open = _sockets() - before
+    left_open = _sockets() - before[0]
     assert not left_open, f"sockets left open: {left_open}"
+    running = {number: _command(number) for number in _children() - before[1]}
+    assert not running, f"processes left behind: {running}"
 
 
 @contextmanager
@@ -76,6 +78,21 @@ def _sockets() -> set[str]:
         if target.startswith("socket:"):
             found.add(target)
     return found
+
+
+def _children() -> set[int]:
+    """Processes of ours, those that have ended and are waited for by nobody included."""
+    found: set[int] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):
+            found.update(map(int, Path(f"/proc/self/task/{thread}/children").read_text().split()))
+    return found
+
+
+def _command(number: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ")
+    return "ended"
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.ground.complaints import WATCHED, complaints
+
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-m", "qmpcommit.cli.main"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, **WATCHED, "PYTHONPATH": str(ROOT)}
 
 
 @dataclass
@@ -50,6 +52,7 @@ def qmpcommit(*words: object, **more: str) -> Said:
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
+    assert not complaints(done.stderr)
     return Said(done.returncode, done.stdout, done.stderr)
 
 
@@ -75,6 +78,7 @@ async def end(process: asyncio.subprocess.Process) -> Said:
             await process.wait()
     assert process.returncode is not None
     assert b"Traceback" not in err, err.decode()
+    assert not complaints(err.decode())
     return Said(process.returncode, out.decode(), err.decode())
 
 

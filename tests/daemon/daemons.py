@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cli.command import ENVIRONMENT
+from tests.ground.complaints import complaints
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -76,7 +77,7 @@ class Daemon:
         with (self.folder / "daemon.log").open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *self.through, sys.executable, "-m", self.module, "daemon", "--config", str(path),
-                stdout=log, stderr=log, env={**ENVIRONMENT, **self.environment},
+                stdout=log, stderr=log, env={**ENVIRONMENT, **_debug(), **self.environment},
                 pass_fds=self.fds,
             )  # fmt: skip
         return self.process
@@ -190,6 +191,11 @@ class Daemon:
                 await asyncio.sleep(0.01)
 
 
+def _debug() -> dict[str, str]:
+    """Asyncio's debug mode for the daemon, where the tests run in it."""
+    return {"PYTHONASYNCIODEBUG": "1"} if sys.flags.dev_mode else {}
+
+
 def _split(text: str) -> tuple[str, str]:
     """What comes before the first table, and the tables."""
     at = text.find("[")
@@ -206,6 +212,7 @@ async def daemon(folder: Path, config: str = "", **environment: str) -> AsyncIte
     try:
         await made.start()
         yield made
+        assert not complaints(made.log)
     except BaseException:
         if (folder / "daemon.log").exists():
             print(made.log[-8000:])
