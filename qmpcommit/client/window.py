@@ -10,10 +10,18 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.client.problems import error_from
+from qmpcommit.client.vm import TAKING_BACK
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
-from qmpcommit.errors import ConnectError, DaemonError, MonitorLost, QmpCommitError, WindowError
+from qmpcommit.errors import (
+    ConnectError,
+    DaemonError,
+    DaemonLost,
+    MonitorLost,
+    QmpCommitError,
+    WindowError,
+)
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 
@@ -95,20 +103,48 @@ class _Held:
         self._renewing: asyncio.Task[None] | None = None
 
     async def open(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Open it; it is what the daemon shows of it."""
-        headers = {"idempotency-key": uuid.uuid4().hex}
-        body = {name: value for name, value in asked.items() if value is not None}
-        # A cancelled client's window is closed by its lease.
-        view = self._parse(await self._client.ask("POST", path, body, headers=headers))
-        self._path, self._name = f"/v1/windows/{view['id']}", view["name"]
+        """Open it; it is what the daemon shows of it. One that nobody waits for is closed."""
+        asking = asyncio.create_task(self._open(path, asked))
+        try:
+            view = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            doubt = await to_the_end(self._take_back(asking))
+            if doubt is not None:
+                raise asyncio.CancelledError from doubt
+            raise
         renewing = self._renew(asked["lease"])
         self._renewing = asyncio.create_task(renewing, name=f"lease of {self._name}")
         return view
 
+    async def _open(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        headers = {"idempotency-key": uuid.uuid4().hex}
+        body = {name: value for name, value in asked.items() if value is not None}
+        view = self._parse(await self._client.ask("POST", path, body, headers=headers))
+        self._path, self._name = f"/v1/windows/{view['id']}", view["name"]
+        return view
+
+    async def _take_back(self, asking: asyncio.Task[dict[str, Any]]) -> QmpCommitError | None:
+        """Have a window closed that was opened meanwhile; why that is perhaps left to its lease."""
+        try:
+            async with asyncio.timeout(TAKING_BACK):
+                await asyncio.wait({asking})
+                asking.result()
+                self._parse(await self._client.ask("DELETE", self._path))
+        except DaemonLost as doubt:
+            return doubt
+        except QmpCommitError:
+            pass  # it was refused, or is closed already
+        except TimeoutError:
+            await stop(asking)
+            return DaemonLost(
+                f"the daemon did not answer whether it has opened a window on {self._vm}; perhaps"
+                " it has, and closes it when its lease has ended",
+                vm=self._vm,
+            )
+        return None
+
     async def close(self) -> dict[str, Any]:
         """Have it closed, and wait for its end; raises the error that it ended with."""
-        if self._renewing is not None:
-            await stop(self._renewing)
         return await to_the_end(self._close())
 
     def check(self) -> None:
@@ -133,6 +169,8 @@ class _Held:
                 return  # it was closed by somebody else, which its end tells
 
     async def _close(self) -> dict[str, Any]:
+        if self._renewing is not None:
+            await stop(self._renewing)
         view = self._parse(await self._client.ask("GET", self._path))
         self._early = view["state"] != "open"
         view = self._parse(await self._client.ask("DELETE", self._path))

@@ -66,6 +66,16 @@ async def _in_pieces(qemus: list[Machine]) -> None:
         await qc.close_window(vm, window)
 
 
+async def _recovered(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        window = await qc.open_window(vm, ["vda"], freeze="pause")
+        try:
+            noted = qc.NotedWindow(window.name, dict(window), freeze="pause")
+            assert await qc.recover_window(vm, noted) is not None
+        finally:
+            await qc.close_window(vm, window)
+
+
 async def _windows_of_two(qemus: list[Machine]) -> None:
     async with (
         qc.Session.connect(qemus[0].qmp) as one,
@@ -82,6 +92,34 @@ async def _group_of_two(qemus: list[Machine]) -> None:
 async def _paused(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm, qc.quiesced(vm, "pause"):
         await vm.query_status()
+        await vm.query_block()
+
+
+async def _thawed(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        try:
+            await vm.execute("stop")
+            await qc.thaw(vm, "pause")
+        finally:
+            await vm.execute("cont")
+
+
+async def _pivot(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        disk = await vm.disk("vda")
+        if len(disk.chain) < 2:
+            await _overlaid(vm, disk)
+        job = await vm.commit("vda", policy=qc.Hold(), delete=True)
+        await job.ready()
+        await job.pivot()
+
+
+async def _recycle_by_hand(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        fresh = _beside(await vm.disk("vda"))
+        job = await vm.commit("vda", policy=qc.Hold(), delete=True)
+        await job.ready()
+        await job.recycle(fresh)
 
 
 async def _recycle(qemus: list[Machine]) -> None:
@@ -94,6 +132,17 @@ async def _recycle(qemus: list[Machine]) -> None:
 async def _discard(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm:
         await vm.discard("vda", guest="reset", delete=True)
+
+
+async def _discard_of_two(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as one, qc.Session.connect(qemus[1].qmp) as other:
+        await qc.discard([(one, "vda"), (other, "vda")], guest="reset", delete=True)
+
+
+async def _cycle_of_two(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as one, qc.Session.connect(qemus[1].qmp) as other:
+        disks = [(one, "vda"), (other, "vda")]
+        await qc.cycle(disks, keep_if=["true"], guest="reset", delete=True)
 
 
 async def _cycle(qemus: list[Machine]) -> None:
@@ -113,18 +162,20 @@ async def _discarding_cycles(qemus: list[Machine]) -> None:
 async def _flatten(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm:
         disk = await vm.disk("export0")
-        if len(disk.chain) < 3 and disk.active is not None:
-            node = f"n{next(NUMBERS)}"
-            names = {"snapshot-file": _beside(disk), "snapshot-node-name": node}
-            await vm.execute(
-                "blockdev-snapshot-sync", {"node-name": disk.active.node_name, **names}
-            )
+        if len(disk.chain) < 3:
+            await _overlaid(vm, disk)
         steps = vm.flatten("export0", keep=2, delete=True)
         try:
             async for _ in steps:
                 pass
         finally:
             await steps.aclose()  # type: ignore[attr-defined]
+
+
+async def _overlaid(vm: qc.Session, disk: qc.Disk) -> None:
+    assert disk.active is not None
+    names = {"snapshot-file": _beside(disk), "snapshot-node-name": f"n{next(NUMBERS)}"}
+    await vm.execute("blockdev-snapshot-sync", {"node-name": disk.active.node_name, **names})
 
 
 def _beside(disk: qc.Disk) -> str:
@@ -158,12 +209,18 @@ STORIES = [
     ("machine", _paused_window),
     ("machine", _in_pieces),
     ("machine", _paused),
+    ("machine", _recovered),
+    ("machine", _thawed),
+    ("machine", _pivot),
     ("machine", _recycle),
+    ("machine", _recycle_by_hand),
     ("machine", _discard),
     ("machine", _cycle),
     ("machine", _discarding_cycles),
     ("machines", _windows_of_two),
     ("machines", _group_of_two),
+    ("machines", _discard_of_two),
+    ("machines", _cycle_of_two),
 ]
 
 

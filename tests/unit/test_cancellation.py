@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.plan import Request
 from tests.ground.cancelling import STEPS, ends_before, listeners, settle, small, sockets
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, storage_daemon
@@ -46,6 +49,16 @@ ASKING: dict[str, Call] = {
     "plan": lambda vm, _: vm.plan("export0", policy=qc.Pivot()),
     "execute": lambda vm, _: vm.execute("query-version"),
     "set_write_threshold": lambda vm, _: vm.set_write_threshold("top", 0),
+    "look": lambda vm, _: vm.look(),
+    "query_block_exports": lambda vm, _: vm.query_block_exports(),
+    "query_block_jobs": lambda vm, _: vm.query_block_jobs(),
+    "query_jobs": lambda vm, _: vm.query_jobs(),
+    "query_named_block_nodes": lambda vm, _: vm.query_named_block_nodes(),
+    "query_qmp_schema": lambda vm, _: vm.query_qmp_schema(),
+    "query_version": lambda vm, _: vm.query_version(),
+    "close_windows": lambda vm, _: vm.close_windows(),
+    "prepare": lambda vm, _: vm.prepare(Request(disk="export0"), qc.Keep(), Around()),
+    "resolve_pending": lambda vm, _: qc.resolve_pending(vm),
 }
 
 
@@ -70,6 +83,24 @@ async def test_asking(name: str, folder: Path) -> None:
 async def _connect(qemu: Machine) -> None:
     vm = await qc.Session.connect(qemu.qmp)
     await vm.close()
+
+
+async def _opened(qemu: Machine) -> None:
+    vm = qc.Session.connect(qemu.qmp)
+    try:
+        await vm.open()
+        await vm.features()
+    finally:
+        await vm.close()
+
+
+async def _lost(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        vm.drop()
+        while vm.connected:
+            await asyncio.sleep(0)
+        await vm.restore()
+        assert vm.connected
 
 
 async def _open(qemu: Machine) -> None:
@@ -98,6 +129,60 @@ async def _group(qemu: Machine) -> None:
     await qc.commit_group([(qemu.qmp, "export0")], policy=qc.Keep())
 
 
+async def _in_steps(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.prepare(Request(disk="export0"), qc.Keep(), Around())
+        await vm.launch(job)
+        await job.started()
+        await job.settled()
+        await job.wait()
+
+
+async def _by_hand(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.ready()
+        await job.keep()
+
+
+async def _given_up(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.abandon()
+        other = await vm.commit("export0", policy=qc.Hold())
+        await other.cancel()
+
+
+async def _group_of_a_session(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        await vm.commit_group({"export0": qc.Keep()})
+
+
+def _of_one(vm: qc.Session, policy: qc.Policy) -> qc.GroupCommit:
+    return qc.GroupCommit([qc.GroupMember(vm, "export0", policy)])
+
+
+async def _group_in_steps(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        group = _of_one(vm, qc.Keep())
+        await group.prepare()
+        await group.start()
+        await group.ready()
+        await group.wait()
+
+
+async def _group_run(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        await _of_one(vm, qc.Keep()).run()
+
+
+async def _group_given_up(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        group = _of_one(vm, qc.Hold())
+        await group.start()
+        await group.abandon("nobody wants it")
+
+
 WHOLE: list[Callable[[Machine], Coroutine[Any, Any, None]]] = [
     _connect,
     _open,
@@ -105,6 +190,15 @@ WHOLE: list[Callable[[Machine], Coroutine[Any, Any, None]]] = [
     _commit,
     _abort,
     _group,
+    _opened,
+    _lost,
+    _in_steps,
+    _by_hand,
+    _given_up,
+    _group_of_a_session,
+    _group_in_steps,
+    _group_run,
+    _group_given_up,
 ]
 
 
@@ -131,6 +225,9 @@ IN_A_JOB: dict[str, Callable[[qc.CommitJob], Coroutine[Any, Any, Any]]] = {
     "wait": lambda job: job.wait(),
     "progress": _progress,
     "set_bandwidth": lambda job: job.set_bandwidth("1MiB"),
+    "note": lambda job: job.note("nothing"),
+    "let_go": lambda job: job.let_go(),
+    "started": lambda job: job.started(),
 }
 
 
@@ -163,6 +260,7 @@ async def test_adopt(folder: Path) -> None:
 
             async def work(taken: list[qc.CommitJob] = taken) -> None:
                 taken.append(await other.adopt(job.id))
+                await taken[0].seen()
 
             over = await ends_before(work(), step)
             for each in taken:
@@ -174,6 +272,56 @@ async def test_adopt(folder: Path) -> None:
             if over:
                 break
         assert step > 1
+
+
+async def _detached(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.ready()
+        await job.detach()
+
+
+async def _released(qemu: Machine) -> None:
+    vm = await qc.Session.connect(qemu.qmp)
+    try:
+        await vm.commit("export0", policy=qc.Hold())
+    finally:
+        await vm.release()
+
+
+async def _resumed(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.ready()
+        await job.detach()
+        again = await vm.resume(job.plan, Resumed(job.state))
+        await again.abort()
+
+
+LEAVING = [_detached, _released, _resumed]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("work", LEAVING)
+async def test_what_is_left_in_qemu_on_purpose_can_be_taken_up(
+    work: Callable[[Machine], Coroutine[Any, Any, None]], folder: Path
+) -> None:
+    daemon = storage_daemon(folder, small(folder))
+    async with daemon as qemu, qc.Session.connect(qemu.qmp2) as other:
+        before = (asyncio.all_tasks(), sockets())
+        left = 0
+        for step in range(1, STEPS):
+            over = await ends_before(work(qemu), step)
+            await settle()
+            assert (asyncio.all_tasks(), sockets()) == before, step
+            for each in await other.execute("query-jobs"):
+                left += 1
+                await (await other.adopt(each["id"])).abort()
+            assert await other.execute("query-jobs") == [], step
+            if over:
+                break
+        assert step > 1
+        assert left
 
 
 @pytest.mark.timeout(300)
