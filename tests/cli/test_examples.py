@@ -113,6 +113,8 @@ async def test_one_disk_that_fails_does_not_stop_the_others(folder: Path) -> Non
         "group_commit.py",
         "quiesce.py",
         "golden_cycle.py",
+        "flatten_chain.py",
+        "backup_window.py",
     ],
 )
 async def test_without_arguments_it_says_how_to_run_it(name: str) -> None:
@@ -170,3 +172,20 @@ async def test_golden_cycle(folder: Path) -> None:
         await qemu.quit()
     (overlay,) = set(folder.glob("*.qcow2")) - {chain.base}
     assert_disk(overlay, chain.pictures[0])
+
+
+async def test_flatten_chain(folder: Path) -> None:
+    long = make_chain(folder, 4)
+    short = make_chain(folder, 2, names=("base2", "top2"))
+    async with machine(folder, long, short) as qemu:
+        said = await example("flatten_chain.py", qemu.qmp, "2")
+        assert (said.status, said.err) == (0, "")
+        assert said.out.count("merged into") == 2
+        assert "vdb: has 2 layers, left alone" in said.out
+        assert f"{long.base} <- {long.top}\n" in said.out
+        said = await example("flatten_chain.py", qemu.qmp, "2", "vda")
+        assert "vda: has 2 layers, left alone" in said.out
+        await qemu.quit()
+    assert [path for path in long.files if path.exists()] == [long.base, long.top]
+    for chain in (long, short):
+        assert_disk(chain.top, chain.pictures[-1])

@@ -10,6 +10,7 @@ import pytest
 
 import qmpcommit as qc
 from tests.cli.command import run as qmpcommit
+from tests.cli.test_examples import example
 from tests.daemon.test_group_windows import NAMES, host
 from tests.daemon.test_windows import closed, end_of, overlays
 from tests.ground.images import assert_disk
@@ -114,4 +115,21 @@ async def test_the_command_is_as_without_a_daemon(folder: Path) -> None:
         )  # fmt: skip
         assert (wrong.status, wrong.error["type"]) == (4, "DiskNotFound")
         assert overlays(folder) == []
+        await at.nothing_is_left()
+
+
+async def test_the_example_backs_all_up_as_they_were(folder: Path) -> None:
+    async with host(folder) as at:
+        backup = folder / "backup"
+        backup.mkdir()
+        said = await example("backup_host.py", at.d.socket, str(backup), "web1:vda", "db1:vda")
+        assert (said.status, said.err) == (0, "")
+        for name in NAMES:
+            assert f"{name}: stood still for " in said.out
+            assert f"{name}: {at.chains[name][0].top} takes the guest's writes again" in said.out
+            assert_disk(backup / f"{name}-vda.qcow2", at.chains[name][0].pictures[-1])
+        wrong = await example("backup_host.py", at.d.socket, str(backup), "web1:vda", "db1:none")
+        assert wrong.status == 1
+        assert wrong.err.startswith("DiskNotFound: ")
+        assert "python examples/backup_host.py SOCKET" in (await example("backup_host.py")).err
         await at.nothing_is_left()
