@@ -50,6 +50,9 @@ def _goes_on(begun: RemoteRound | None) -> str:
 
 
 def _said(done: RoundView) -> str:
+    overlays = [each.overlay for each in done.disks] or [done.overlay]
     if done.result == "kept":
-        return f"kept: the base has the changes, {done.overlay} begins empty"
-    return f"discarded: {done.overlay} begins empty over the base"
+        said = [f"kept: the base has the changes, {overlay} begins empty" for overlay in overlays]
+    else:
+        said = [f"discarded: {overlay} begins empty over the base" for overlay in overlays]
+    return "\n".join(said)

@@ -17,16 +17,23 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.commit.aftermath import close_layers, remove_file
+from qmpcommit.commit.aftermath import close_layers, remove_file, users
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Pivot
+from qmpcommit.commit.policy import Abort, Pivot
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.errors import ChainError, CommandRefused, CommitFailed, QmpCommitError
+from qmpcommit.errors import (
+    ChainError,
+    CommandRefused,
+    CommitFailed,
+    JobNotFound,
+    QmpCommitError,
+)
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
@@ -37,6 +44,9 @@ Guest = Literal["reset", "stop"]
 
 Note = Callable[..., Awaitable[None]]
 """Writes a step down, with what another process has to know: ``await note(step, **facts)``."""
+
+OnDecision = Callable[[Literal["exchange", "back"]], Awaitable[object]]
+"""Awaited when all overlays lie, before the first disk is exchanged; or before any is put back."""
 
 
 class Exchange:
@@ -121,8 +131,11 @@ class Exchange:
 
     async def back(self) -> None:
         """Have the old overlay again, however far it was; the guest stands still still."""
+        job_id = f"{self.plan.job_id}-back"
+        if self._again:
+            await self._end_former(job_id)
         graph = await self.vm.graph()
-        if not self._laid(graph):
+        if not self._laid(graph) or not users(graph, self._fresh.node):
             await self._fresh.undo()
             return
         if self._below(graph) != self.plan.top.node_name:
@@ -133,13 +146,24 @@ class Exchange:
             shallow=True,
             delete=True,
             override=["on-disk-backing"],  # the empty one names the base already
+            job_id=job_id,
         )
         await job.wait()
+
+    async def _end_former(self, job_id: str) -> None:
+        """End what a killed process has begun of `back`: the empty overlay is committed anew."""
+        with suppress(JobNotFound, CommitFailed):
+            job = await self.vm.adopt(job_id, policy=Abort(), pending="cancel")
+            await job.wait()
 
     async def go_on(self) -> None:
         """The guest goes on as before, after `back`."""
         if self.running and not await runs(self.vm):
             await self.vm.execute("cont")
+
+    async def forget(self) -> None:
+        """Note that all of it is as before, and nothing is known of the guest any more."""
+        await self._note("back", running=None, let_go=False)
 
     # -- what they need ---------------------------------------------------------------------------
 
@@ -214,16 +238,21 @@ class Exchange:
         return [problem] if problem is not None else []
 
 
-async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
+async def exchange_all(
+    exchanges: Sequence[Exchange], *, on_decision: OnDecision | None = None
+) -> list[list[str]]:
     """Carry them out, or what is left of them: all or none; the warnings of each.
 
-    No guest goes on before all its disks, and those of all others, are exchanged.
+    No guest goes on before all its disks, and those of all others, are exchanged. What
+    `on_decision` writes down tells a recovery which way each of them has to go: before
+    "exchange" all can be put back (`put_back`), after it all can be exchanged (`complete`).
 
     Raises `ChainError` or `CommitFailed` where that can't be: the disks and the guests are then as
     they were, or the message names those that are not. What `Monitor.execute` raises where a VM is
     away: what is its own stays as it is until that is repeated, all else is as it was; or, where
     all were exchanged already, all else is done.
     """
+    decide = on_decision or _no_decision
     left = [each for each in exchanges if not each.over]
     ran = {each.vm: each.running for each in exchanges if each.running is not None}
     for each in left:  # before the first of a guest's disks has it stopped
@@ -233,14 +262,34 @@ async def exchange_all(exchanges: Sequence[Exchange]) -> list[list[str]]:
         for at in left:
             begun.append(at)
             await at.lay()
+        await decide("exchange")
         for at in left:
             await at.swap()
     except (CommandRefused, CommitFailed, ChainError) as error:
+        await decide("back")
         stuck = await to_the_end(put_back(begun))
         raise _not_exchanged(at, error, stuck) from error
     except QmpCommitError:
+        await decide("back")
         await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
         raise
+    warnings = await _finish(left)
+    return [warnings.get(each, []) for each in exchanges]
+
+
+async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
+    """Carry out what is left for the disks of one VM after the decision; the warnings of each.
+
+    Raises `CommitFailed` where QEMU does not exchange one of them: all of these are then as they
+    were, or the message names those that are not. What `Monitor.execute` raises.
+    """
+    left = [each for each in exchanges if not each.over]
+    try:
+        for at in left:
+            await at.swap()
+    except (CommandRefused, CommitFailed) as error:
+        stuck = await to_the_end(put_back(left))
+        raise _not_exchanged(at, error, stuck) from error
     warnings = await _finish(left)
     return [warnings.get(each, []) for each in exchanges]
 
@@ -287,7 +336,14 @@ async def put_back(begun: Sequence[Exchange]) -> list[str]:
                 f"the guest of {each.vm.name} may be stopped still ({error.message}): let it go on"
                 " with 'cont'"
             )
+    for each in begun:
+        if each.vm not in stuck:
+            await each.forget()
     return list(stuck.values())
+
+
+async def _no_decision(which: str) -> None:
+    """Without a journal a recovery goes on with what it finds."""
 
 
 def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[str]) -> QmpCommitError:

@@ -188,6 +188,13 @@ class Flatten(_Section):
         return self
 
 
+class CycleDisk(_Section):
+    """A disk that always ends as those of the same cycle do."""
+
+    vm: VMName
+    disk: Pattern
+
+
 class Cycle(_Section):
     """A schedule: an overlay's changes are carried into the base if they deserve it, or discarded.
 
@@ -196,10 +203,15 @@ class Cycle(_Section):
     overlay's changes (0) or they are thrown away (1 to 125); anything else changes nothing.
     Either way an empty overlay begins, in `overlay_dir` or beside the former one, which `delete`
     has deleted. After a discard the `guest` is reset, or stays stopped.
+
+    `together` names further disks, of this VM or of others, that always end the same way: all are
+    kept at one instant, or all are discarded before any of the guests goes on, or nothing is
+    changed. `keep_if` is asked once for all of them, with a line a disk in each variable.
     """
 
     vm: VMName
     disk: Pattern
+    together: Annotated[tuple[CycleDisk, ...], Field(max_length=255)] = ()
     every: Annotated[Seconds, Field(ge=0.05)] | None = None
     at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
     keep_if: Annotated[tuple[CommandWord, ...], Field(min_length=1, max_length=256)]
@@ -215,6 +227,11 @@ class Cycle(_Section):
         if self.overlay_dir is not None and not self.overlay_dir.startswith("/"):
             raise ValueError("overlay_dir is an absolute path")
         return self
+
+    @property
+    def disks(self) -> tuple[tuple[str, str], ...]:
+        """All its disks in their order, each with its VM first."""
+        return ((self.vm, self.disk), *((each.vm, each.disk) for each in self.together))
 
 
 class Config(_Section):
@@ -244,11 +261,25 @@ class Config(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several VMs are called {', '.join(twice)}")
-        disks = [(cycle.vm, cycle.disk) for cycle in self.cycle]
+        disks = [place for cycle in self.cycle for place in cycle.disks]
         again = sorted({f"{vm} {disk}" for vm, disk in disks if disks.count((vm, disk)) > 1})
         if again:
-            raise ValueError(f"several cycles are for {', '.join(again)}")
+            raise ValueError(f"cycles name a disk more than once: {', '.join(again)}")
+        for cycle in self.cycle:
+            self._check_room_for(cycle)
         return self
+
+    def _check_room_for(self, cycle: Cycle) -> None:
+        """Disks that are kept at one instant are committed at once."""
+        vms = [vm for vm, _ in cycle.disks]
+        of_one = max(vms.count(vm) for vm in vms)
+        for name, needed in (("commits", len(vms)), ("per_vm", of_one)):
+            limit = getattr(self.limits, name)
+            if needed > limit:
+                raise ValueError(
+                    f"the cycle of {cycle.disk} of {cycle.vm} commits {needed} disks at once, and"
+                    f" limits.{name} is {limit}"
+                )
 
 
 def load(path: str | os.PathLike[str]) -> Config:

@@ -18,6 +18,15 @@ ROUND_EXAMPLE: dict[str, Any] = {
     "ended": 1767225612.0,
     "overlay": "/vms/web1/scratch.cycle-20260101T000000Z-1f2e3d4c.qcow2",
     "commit": "0e1d2c3b4a59687786950a1b2c3d4e5f",
+    "disks": [
+        {
+            "vm": "web1",
+            "disk": "vda",
+            "overlay": "/vms/web1/scratch.cycle-20260101T000000Z-1f2e3d4c.qcow2",
+            "commit": "0e1d2c3b4a59687786950a1b2c3d4e5f",
+        }
+    ],
+    "group": None,
     "result": "kept",
     "warnings": [],
     "error": None,
@@ -48,11 +57,29 @@ class RoundRequest(BaseModel):
     disk: Name
 
 
+class RoundDisk(BaseModel):
+    """A disk of a round: its new overlay, and the commit that has carried the former one's changes.
+
+    All disks of a round end the same way.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, json_schema_extra={"examples": [ROUND_EXAMPLE["disks"][0]]}
+    )
+
+    vm: str
+    disk: str
+    overlay: str | None = None
+    commit: str | None = None
+
+
 class RoundView(BaseModel):
     """A round: `state` is "asking" its command, "keeping", "discarding", or how it ended.
 
     `result` is there when it is done; `overlay` is the new one, `commit` the one that carries the
-    former overlay's changes into the base. `error` tells why it failed, and what the disk is in.
+    former overlay's changes into the base. `disks` has that of each disk, the first one included,
+    and `group` is the group commit of several. `error` tells why it failed, and what the disk
+    is in.
     """
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [ROUND_EXAMPLE]})
@@ -65,6 +92,8 @@ class RoundView(BaseModel):
     ended: float | None = None
     overlay: str | None = None
     commit: str | None = None
+    disks: list[RoundDisk] = []
+    group: str | None = None
     result: Literal["kept", "discarded"] | None = None
     warnings: list[str] = []
     error: dict[str, Any] | None = None

@@ -57,6 +57,9 @@ async def test_a_round_by_the_client(folder: Path, keep: bool) -> None:
             assert (before.running, before.last, before.last_kept) == (None, None, None)
             ended = await client.vm("web1").cycle("vda")
             assert (ended.result, ended.state) == ("kept" if keep else "discarded", "done")
+            assert [(each.vm, each.disk) for each in ended.disks] == [("web1", "vda")]
+            assert (ended.disks[0].overlay, ended.disks[0].commit) == (ended.overlay, ended.commit)
+            assert (ended.commit is not None) == keep
             (after,) = await client.cycles()
             assert (after.running, after.last) == (None, ended)
             assert (after.last_kept is not None) == keep

@@ -17,7 +17,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.cycle import new_overlay
 from qmpcommit.daemon.config import Cycle
-from qmpcommit.daemon.cycles import until_next
+from qmpcommit.daemon.cycle_times import until_next
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.test_recovery import killable
 from tests.ground.images import Chain, assert_disk, make_chain

@@ -134,7 +134,12 @@ WRONG = {
     f"{CYCLE}every = 5\noverlay_dir = 'vms'": "cycle.0: .*absolute",
     f"{CYCLE.replace('reset', 'pause')}every = 5": "cycle.0.guest: ",
     f"{CYCLE.replace(TRUE, '[]')}every = 5": "cycle.0.keep_if: ",
-    f"{CYCLE}every = 5\n{CYCLE}every = 6": "top: .*several cycles are for a vda",
+    f"{CYCLE}every = 5\ntogether = [{{vm = 'a', disk = 'vda'}}]": "top: .*more than once: a vda",
+    f"{CYCLE}every = 5\ntogether = [{{vm = 'b'}}]": "cycle.0.together.0.disk: Field required",
+    f"{CYCLE}every = 5\ntogether = [{{vm = 'a', disk = 'b'}}, {{vm = 'a', disk = 'c'}}]": (
+        "top: .*vda of a commits 3 disks at once, and limits.per_vm is 2"
+    ),
+    f"{CYCLE}every = 5\n{CYCLE}every = 6": "top: .*more than once: a vda",
     "x = [": "is no TOML",
     "a = 1\na = 2": "is no TOML",
 }

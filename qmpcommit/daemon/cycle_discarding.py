@@ -1,0 +1,182 @@
+"""What a round throws away: of all of its disks, on however many VMs, or of none.
+
+Disks of one VM are carried forward by whoever finds them half-way. Those of several VMs go the
+way that was noted when all fresh overlays were laid: exchanged if that was before the end of the
+process that laid them, and else put back, whereupon it begins again. So no VM ever waits for
+another one with its guest paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from qmpcommit.block.files import FileId
+from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
+from qmpcommit.commit.plan import Plan
+from qmpcommit.daemon.cycle_asking import sessions
+from qmpcommit.daemon.cycle_round import Decided, Round
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.registry import VM, is_alive
+from qmpcommit.errors import CommitFailed, ConnectError, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.session import Session
+
+AGAIN = 0.5
+"""Seconds between two tries to reach a VM in the middle of an exchange."""
+
+
+class Discarding:
+    """Exchanges overlays for empty ones, and ends what a former daemon has begun of that."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def discard(self, found: Round) -> dict[str, Any]:
+        """The round's outcome; a VM that is away in between is waited for."""
+        try:
+            await self._discard(found)
+        except CommitFailed as error:
+            already = [f"{part['disk']} of {part['vm']}" for part in found.parts if _over(part)]
+            if not already:
+                raise
+            text = f"{error.message}. But {' and '.join(already)} was discarded already"
+            raise CommitFailed(text, **error.facts) from None
+        warnings = [text for part in found.parts for text in part.get("warnings") or []]
+        return {"result": "discarded", "warnings": warnings}
+
+    async def _discard(self, found: Round) -> None:
+        end = time.monotonic() + self._engine.config.limits.gone_after
+        while not _done(found):
+            await self._settle_all(found, end)
+            if _done(found):
+                break
+            try:
+                async with sessions(self._engine, found.vms, AGAIN) as held:
+                    await self._exchange(found, held)
+            except VMGone:
+                raise
+            except (ConnectError, MonitorLost):
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(AGAIN)
+
+    async def settle(self, found: Round, vm: VM, session: Session) -> None:
+        """End what was begun in this VM's QEMU, without a look at any other.
+
+        Raises `VMGone` where it was begun in another QEMU, `CommitFailed` where it can't be ended.
+        """
+        for part in found.parts:
+            began = part.get("identity")
+            if part["vm"] == vm.name and began and vm.identity and began != vm.identity:
+                raise _gone(found, vm.name)
+        begun = [
+            each for each in self._exchanges(found, {vm.name: session})
+            if each.running is not None and not each.over
+        ]  # fmt: skip
+        if not begun:
+            return
+        if found.decided != "back" and len(found.vms) == 1:
+            await self._exchange(found, {vm.name: session})
+            return
+        found.exchanging.add(vm.name)
+        try:
+            if found.decided == "exchange":
+                await self._warn(found, begun, await complete(begun))
+            else:
+                stuck = await put_back(begun)
+                if stuck:
+                    raise CommitFailed(". ".join(stuck), vm=vm.name)
+        finally:
+            found.exchanging.discard(vm.name)
+
+    async def _settle_all(self, found: Round, end: float) -> None:
+        """Settle it on each VM, before anything is said of one on which that can't be."""
+        settling = (self._settle_soon(found, name, end) for name in found.vms)
+        errors = [error for error in await asyncio.gather(*settling) if error is not None]
+        if errors:
+            raise errors[0]
+
+    async def _settle_soon(self, found: Round, name: str, end: float) -> QmpCommitError | None:
+        """Why it can't be settled on this VM."""
+        identities = [part.get("identity") for part in found.parts if part["vm"] == name]
+        while True:
+            try:
+                vm = self._engine.vm(name)
+                async with self._engine.registry.use(vm, wait=AGAIN) as session:
+                    await self.settle(found, vm, session)
+            except VMGone as error:
+                return error
+            except (ConnectError, MonitorLost):
+                dead = any(each and not is_alive(each) for each in identities)
+                if dead or time.monotonic() > end:
+                    return _gone(found, name)
+                await asyncio.sleep(AGAIN)
+            except QmpCommitError as error:
+                return error
+            else:
+                return None
+
+    async def _exchange(self, found: Round, held: dict[str, Session]) -> None:
+        exchanges = self._exchanges(found, held)
+
+        async def decide(which: Decided) -> None:
+            await found.note(which, decided=which)
+
+        found.exchanging |= held.keys()
+        try:
+            warnings = await exchange_all(exchanges, on_decision=decide)
+        finally:
+            found.exchanging -= held.keys()
+        await self._warn(found, exchanges, warnings)
+
+    async def _warn(
+        self, found: Round, exchanges: Sequence[Exchange], warnings: Sequence[list[str]]
+    ) -> None:
+        said = {
+            each.plan.job_id: text for each, text in zip(exchanges, warnings, strict=True) if text
+        }
+        for number, part in enumerate(found.parts):
+            if part["job_id"] in said:
+                await found.note_of(number, "exchanged", warnings=said[part["job_id"]])
+
+    def _exchanges(self, found: Round, held: dict[str, Session]) -> list[Exchange]:
+        """Those of the disks of these VMs, from where they are."""
+        return [
+            Exchange(
+                held[part["vm"]],
+                Plan.model_validate(part["plan"]),
+                part["overlay"],
+                guest=found.request.guest,
+                note=partial(found.note_of, number),
+                file=FileId(*part["file"]) if part.get("file") else None,
+                noted=part,
+            )
+            for number, part in enumerate(found.parts)
+            if part["vm"] in held
+        ]
+
+
+def _done(found: Round) -> bool:
+    return all(map(_over, found.parts))
+
+
+def _over(part: Mapping[str, Any]) -> bool:
+    return part.get("step") == "exchanged"
+
+
+def _gone(found: Round, name: str) -> VMGone:
+    """The QEMU in which an exchange was begun has ended."""
+    mine = [part for part in found.parts if part["vm"] == name]
+    formers = " and ".join(part["plan"]["top"]["filename"] for part in mine)
+    text = f"nothing was discarded: boot {formers}"
+    if found.decided == "exchange":
+        fresh = " and ".join(part["overlay"] for part in mine)
+        text = (
+            f"its changes were to be discarded: boot {fresh}, which is empty and starts from the"
+            f" base; {formers} is whole still where it was not deleted"
+        )
+    disks = " and ".join(part["disk"] for part in mine)
+    return VMGone(f"{name} is gone in the middle of a round for {disks}; {text}", vm=name)

@@ -1,0 +1,103 @@
+"""What a round keeps is carried into the bases: by a commit, or of several disks by a group."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from qmpcommit.commit.policy import Recycle
+from qmpcommit.daemon.cycle_round import Round
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.group_models import GroupMemberRequest, GroupRequest
+from qmpcommit.daemon.groups import Group, Groups
+from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.errors import ChainError, ConnectError, MonitorLost
+from qmpcommit.journal import JournalFull
+
+AGAIN = 0.5
+"""Seconds between two tries to reach a VM in the middle of a round."""
+
+T = TypeVar("T")
+
+
+class Keeping:
+    """Has the bases take what rounds have found good."""
+
+    def __init__(self, engine: Engine, groups: Groups) -> None:
+        self._engine, self._groups = engine, groups
+
+    async def keep(self, found: Round) -> dict[str, Any]:
+        """The round's outcome; what a former daemon has promised for it is found again."""
+        group: Group | None = None
+        ended: Promise | Group
+        if found.request.together:
+            ended = group = await self._group(found)
+            commits = [promise.id for promise in group.members]
+        else:
+            ended = await self._promise(found)
+            commits = [ended.id]
+        await ended.over.wait()
+        told = ended.outcome or {}
+        if ended.state != "done" or told.get("action") != "recycle":
+            said = (ended.error or {}).get("message") or (
+                "what was to carry its changes into the base was cancelled"
+            )
+            raise ChainError(str(said), commit=commits[0])
+        warnings = list(told.get("warnings") or [])
+        for each in told.get("outcomes") or []:
+            warnings += [text for text in each.get("warnings") or [] if text not in warnings]
+        return {
+            "result": "kept",
+            "commits": commits,
+            "group": group.id if group is not None else None,
+            "warnings": warnings,
+        }
+
+    async def _group(self, found: Round) -> Group:
+        """The disks' recycles at one instant; a key of the round's own finds them again."""
+        request = GroupRequest(
+            members=[
+                GroupMemberRequest(
+                    vm=part["vm"], disk=part["disk"], policy=Recycle(part["overlay"])
+                )
+                for part in found.parts
+            ],
+            shallow=True,
+            delete=found.request.delete,
+        )
+        key = f"the round {found.id} of a cycle"
+        return (await self._when_there(lambda: self._groups.take(request, key, found.id)))[0]
+
+    async def _promise(self, found: Round) -> Promise:
+        """The disk's recycle, which is found again by its job's id."""
+        (part,) = found.parts
+        for promise in self._engine.live.values():
+            if (promise.vm, promise.job_id) == (found.vm, part["job_id"]):
+                return promise
+        sql = "SELECT * FROM commits WHERE vm = ? AND job_id = ? AND created >= ?"
+        rows = await self._engine.journal.read(sql, found.vm, part["job_id"], found.created)
+        if rows:
+            return Promise.load(rows[0], self._engine.journal, self._engine.metrics)
+        request = CommitRequest(
+            disk=found.disk,
+            policy=Recycle(part["overlay"]),
+            shallow=True,
+            delete=found.request.delete,
+            job_id=part["job_id"],
+        )
+        taking = self._when_there(lambda: self._engine.take(found.vm, request, None, ""))
+        return (await taking)[0]
+
+    async def _when_there(self, take: Callable[[], Awaitable[T]]) -> T:
+        """What is promised when its VMs are there: they may be connected still after a restart."""
+        end = time.monotonic() + self._engine.config.limits.gone_after
+        while True:
+            try:
+                return await take()
+            except (ConnectError, MonitorLost, JournalFull):
+                if time.monotonic() > end:
+                    raise
+                await asyncio.sleep(AGAIN)
