@@ -194,7 +194,8 @@ async def test_one_that_nobody_here_opened_is_listed_and_can_be_closed(folder: P
     async with storage_daemon(folder, chain, style="implicit") as vm:
         async with qc.Session.connect(vm.qmp) as session:
             window = await qc.open_window(session, ["top"])
-        config = f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n[limits]\nwindow_size = 1\n'
+        limits = "[limits]\nwindow_size = 1\nwindow_age = 0.01\n"
+        config = f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n{limits}'
         async with daemon(folder, config) as d:
             await d.connected("web1")
             (orphan,) = (await d.get("/v1/windows?vm=web1&state=orphan")).json
@@ -207,7 +208,7 @@ async def test_one_that_nobody_here_opened_is_listed_and_can_be_closed(folder: P
             assert f'qmpcommit_window_overlay_bytes{{disk="{disk["disk"]}",vm="web1"}}' in metrics
             assert '"orphan_window"' in d.log
             async with asyncio.timeout(30):
-                while '"window_large"' not in d.log:
+                while '"window_large"' not in d.log or '"window_old"' not in d.log:
                     await d.get("/healthz")
             answers = await asyncio.gather(
                 *(d.request("DELETE", f"/v1/windows/{window.name}") for _ in range(3))
