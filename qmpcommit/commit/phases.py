@@ -496,7 +496,7 @@ def _seen_ready(state: State) -> Step:
         return _ready(state)
     if state.phase is not Phase.DECIDED or state.in_flight:
         return state, []  # seen before the decision was sent
-    if state.status == "standby":
+    if state.status == "standby" and state.decision is not Choice.ABORT:
         # A job that somebody paused stays in standby, and the decision needs it running. In the
         # standby of a drain QEMU refuses to resume, and says "ready" again by itself.
         if state.resumed:
