@@ -17,6 +17,10 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
+# No test fails because the machine is busy.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 # Fewer examples, and always the same, so that a mutant survives every run or none.
 settings.register_profile(
     "mutants", max_examples=10, derandomize=True, database=None, deadline=None

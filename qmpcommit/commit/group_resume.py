@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 from qmpcommit.commit import group_phases
@@ -66,17 +65,23 @@ class ResumableGroup(GroupCommit):
         """
         if self.state.stage in (Stage.GATHERING, Stage.OVER):
             return
-        if not await self._settled(HAND_OVER):
-            # Without effect where the jobs are being finalized.
-            self._tell(group_phases.Stop("whoever held its disks had to stop"))
-            await self._settled(CANCELLING)
+        if await self._settled(HAND_OVER):
+            return
+        # Without effect where the jobs are being finalized.
+        self._tell(group_phases.Stop("whoever held its disks had to stop"))
+        await self._settled(CANCELLING)
 
     async def _settled(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(*(job.settled() for job in self.jobs))
-                return True
-        return False
+        settling = asyncio.create_task(self._all_settled())
+        try:
+            done, _ = await asyncio.wait({settling}, timeout=seconds)
+        finally:
+            await stop(settling)
+        return bool(done)
+
+    async def _all_settled(self) -> None:
+        for job in self.jobs:
+            await job.settled()
 
     async def leave(self) -> None:
         """Follow the jobs no longer, and leave them as they are in QEMU."""

@@ -98,7 +98,10 @@ async def test_its_caller_may_decide_for_a_fresh_overlay(folder: Path) -> None:
     assert_disk(fresh, chain.pictures[-1])
 
 
-async def test_a_policy_that_fails_after_its_caller_has_decided_is_no_news(folder: Path) -> None:
+@pytest.mark.parametrize("failure", [ZeroDivisionError, asyncio.CancelledError])
+async def test_a_policy_that_fails_after_its_caller_has_decided_is_no_news(
+    failure: type[BaseException], folder: Path
+) -> None:
     chain = make_chain(folder)
     jobs: list[qc.CommitJob] = []
     launched = asyncio.Event()
@@ -107,7 +110,7 @@ async def test_a_policy_that_fails_after_its_caller_has_decided_is_no_news(folde
         await launched.wait()
         jobs[0].keep()
         await until_decided(jobs[0])
-        raise ZeroDivisionError
+        raise failure
 
     async with storage_daemon(folder, chain) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:

@@ -200,6 +200,7 @@ def test_an_unknown_event() -> None:
     event = parse_event(message("SOMETHING_NEW", {"a": 1}))
     assert isinstance(event, UnknownEvent)
     assert (event.name, event.data, event.problem) == ("SOMETHING_NEW", {"a": 1}, None)
+    assert event.to_message() == message("SOMETHING_NEW", {"a": 1})
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,14 @@ def test_a_lost_monitor_while_a_decision_is_in_flight() -> None:
     assert after(lost, LinkBack(True), Answered(JobSeen("ready")))[1] == [Command.PIVOT]
 
 
+def test_a_link_that_is_lost_is_made_again_until_it_is_back() -> None:
+    state, _ = after(ONE, *RUNNING, News.LINK_LOST)
+    assert phases.step(state, News.TICK) == (state, [Duty.RELINK])
+    back, actions = phases.step(state, LinkBack(True))
+    assert (back.linked, actions) == (True, [Duty.ASK])
+    assert phases.step(back, LinkBack(True)) == (back, [])
+
+
 # -- a job that waits on storage errors -----------------------------------------------------------
 
 
