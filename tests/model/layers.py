@@ -22,16 +22,26 @@ NOT_THERE = -1
 
 @dataclass
 class Layer:
-    """One image: `own` are the clusters that it has itself, `clusters` its size."""
+    """One image: `own` are the clusters that it has itself, `clusters` its size.
+
+    It may have `perhaps` as many: QEMU lengthens the base of a commit as it begins, and one that
+    was aborted may have begun or not.
+    """
 
     path: Path
     clusters: int
     own: dict[int, Values] = field(default_factory=dict)
+    perhaps: int = 0
 
     @property
     def node(self) -> str:
         """The node-name that it is opened as."""
         return self.path.stem
+
+    @property
+    def most(self) -> int:
+        """The largest size that it may have."""
+        return max(self.clusters, self.perhaps)
 
 
 class Layers:
@@ -53,28 +63,37 @@ class Layers:
             found |= own - {NOT_THERE}
             if NOT_THERE not in own:
                 return frozenset(found)
-            if cluster >= layer.clusters:
+            if cluster >= layer.most:
                 break
+            if cluster >= layer.clusters:
+                found |= ZERO
         return frozenset(found | ZERO)
 
     def copied(self, base: int, top: int, cluster: int) -> Values:
         """What a base has of a cluster of its own once (base, top], as it is now, is in it."""
         length = self.chain[top].clusters
-        owns = [
-            ZERO if layer.clusters <= cluster < length else layer.own.get(cluster)
-            for layer in self.chain[base + 1 : top + 1]
-        ]
+        owns = [self._owned(layer, cluster, length) for layer in self.chain[base + 1 : top + 1]]
         found = self.shown(top, cluster) if any(owns) else frozenset()
         if not any(own is not None and NOT_THERE not in own for own in owns):
             found |= self.chain[base].own.get(cluster, frozenset({NOT_THERE}))
         return found
 
+    def _owned(self, layer: Layer, cluster: int, length: int) -> Values | None:
+        """What a layer has of a cluster of its own for a copy of that length: zeroes beyond it."""
+        if not layer.clusters <= cluster < length:
+            return layer.own.get(cluster)
+        if cluster >= layer.most:
+            return ZERO
+        return layer.own.get(cluster, frozenset({NOT_THERE})) | ZERO
+
     def grow(self, place: int, clusters: int) -> None:
         """A layer gets longer: QEMU zeroes what is new where what is below would show there."""
         layer = self.chain[place]
-        if place and self.chain[place - 1].clusters > layer.clusters:
+        if place and self.chain[place - 1].most > layer.clusters:
+            surely = self.chain[place - 1].clusters > layer.clusters
             for cluster in range(layer.clusters, clusters):
-                layer.own.setdefault(cluster, ZERO)
+                new = surely and cluster >= layer.most
+                layer.own.setdefault(cluster, ZERO if new else ZERO | {NOT_THERE})
         layer.clusters = max(layer.clusters, clusters)
 
     def write(self, cluster: int, value: int) -> None:
@@ -95,6 +114,12 @@ class Layers:
             own = self.chain[base].own.get(cluster, frozenset({NOT_THERE}))
             values = own | self.shown(top, cluster) | seen.get(cluster, set())
             self.chain[base].own[cluster] = values
+        layer, length = self.chain[base], self.chain[top].clusters
+        if base and self.chain[base - 1].most > layer.clusters:
+            for cluster in range(layer.clusters, length):
+                own = layer.own.get(cluster, frozenset({NOT_THERE}))
+                layer.own[cluster] = own | ZERO
+        layer.perhaps = max(layer.perhaps, length)
 
     def merged(self, base: int, top: int) -> None:
         """The layers above the base, up to top, are not in the chain any more."""
