@@ -238,7 +238,10 @@ class Windows:
     async def _fail(self, window: LeasedWindow, error: QmpCommitError) -> None:
         undo = window.undo
         if undo is not None and error is not window.failure and undo["message"] != error.message:
-            why = f"{undo['message']}. What it had begun could not all be undone: {error.message}"
+            why = (
+                f"the window on {window.vm} did not open on all of its VMs, and what it had begun"
+                f" could not all be undone: {error.message}"
+            )
             error = WindowError(why, **error.facts)
         error.add(vm=window.vm)
         window.failure = error
