@@ -82,7 +82,7 @@ flags=()
 case ${1:-} in
 --all-python)
     shift
-    [ $# -gt 0 ] || set -- tests/unit tests/real/test_cycle.py tests/daemon/test_api.py
+    [ $# -gt 0 ] || set -- tests/unit tests/real/test_cycle.py
     on_all_pythons "$@"
     exit
     ;;

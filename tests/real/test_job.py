@@ -226,7 +226,8 @@ async def test_what_ends_the_process_in_a_hook_is_what_the_commit_ends_with(fold
             with pytest.raises(Exit):
                 await job.wait()
             assert isinstance(job.error, Exit)
-            await job.detach()
+            assert job._task is not None
+            assert isinstance(job._task.exception(), Exit), "and whoever runs the loop hears of it"
             await nothing_runs(vm)
         await qemu.quit()
     assert chain.top.exists()
