@@ -69,7 +69,7 @@ async def list_cycles(client: Client) -> list[CycleView]:
     from qmpcommit.daemon.config import Cycle
     from qmpcommit.daemon.cycle_models import CycleView
 
-    found = client.parse(await client.ask("GET", "/v1/cycles"))
+    found = client.parse_list(await client.ask("GET", "/v1/cycles"))
     return [_configured(CycleView, "cycle", Cycle, each) for each in found]
 
 
@@ -78,7 +78,7 @@ async def list_rules(client: Client) -> list[RuleView]:
     from qmpcommit.daemon.config import Flatten
     from qmpcommit.daemon.rule_models import RuleView
 
-    found = client.parse(await client.ask("GET", "/v1/rules"))
+    found = client.parse_list(await client.ask("GET", "/v1/rules"))
     return [_configured(RuleView, "rule", Flatten, each) for each in found]
 
 

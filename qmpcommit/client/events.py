@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 from qmpcommit.client.http import Connection, Lost
-from qmpcommit.client.problems import problem, transient
+from qmpcommit.client.problems import problem, sensible, transient
+from qmpcommit.errors import DaemonError
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 SILENCE = 45.0
 """Seconds without a byte after which a stream counts as lost; the daemon speaks every 15 s."""
+
+LONGEST = 1 << 24
+"""Bytes that one event may have; no commit's outcome comes near to it."""
 
 _FOLLOWING = "its events are followed no longer"
 
@@ -55,14 +59,21 @@ class Parser:
         self.last: str | None = None
         self._rest = b""
         self._event, self._data = "", list[str]()
+        self._size = 0
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that are complete now."""
+        """The messages that are complete now; raises `DaemonError` for one without an end."""
+        self._size += len(data)
+        if self._size > LONGEST:
+            raise DaemonError(
+                f"what follows as events has none within {LONGEST >> 20} MiB: it is no qmpcommitd"
+            )
         *lines, self._rest = (self._rest + data).split(b"\n")
         found = []
         for raw in lines:
             line = raw.removesuffix(b"\r").decode(errors="replace")
             if not line:
+                self._size = len(self._rest)
                 if self._data:
                     text = "\n".join(self._data)
                     found.append(Message(self.last or "", self._event or "message", text))
@@ -134,7 +145,11 @@ class Events:
                 await self._hang_up()  # what was read of an event is read again
                 raise
             self._tries = self._client.tries(_FOLLOWING)
-            self._found = self._parser.feed(data)
+            try:
+                self._found = self._parser.feed(data)
+            except DaemonError:
+                await self._hang_up()
+                raise
             if not self._found and self._parser.last is not None:
                 self.last = _number(self._parser.last, self.last)  # where the stream begins
         message = self._found.pop(0)
@@ -177,12 +192,13 @@ class Events:
 
 
 def _number(text: str, otherwise: int | None) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else otherwise
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else otherwise
 
 
 def _event(message: Message) -> DaemonEvent:
-    data = json.loads(message.data)
-    at = float(data.pop("at", 0.0))
-    commit = str(data["id"]) if message.event == "commit" else None
     number = _number(message.id, None)
-    return DaemonEvent(number or 0, message.event, at, str(data.get("vm", "")), commit, data)
+    with sensible("event"):
+        data = json.loads(message.data)
+        at = float(data.pop("at", 0.0))
+        commit = str(data["id"]) if message.event == "commit" else None
+        return DaemonEvent(number or 0, message.event, at, str(data.get("vm", "")), commit, data)

@@ -194,7 +194,7 @@ async def find_group(client: Client, group_id: str) -> RemoteGroup:
 
 async def list_groups(client: Client, limit: int) -> list[RemoteGroup]:
     """`Client.groups`."""
-    found = client.parse(await client.ask("GET", f"/v1/groups?limit={limit}"))
+    found = client.parse_list(await client.ask("GET", f"/v1/groups?limit={limit}"))
     return [RemoteGroup(client, _view(each)) for each in found]
 
 

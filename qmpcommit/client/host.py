@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.client.events import Events
 from qmpcommit.client.http import Lost, Reply, Wire
-from qmpcommit.client.problems import problem, transient
+from qmpcommit.client.problems import problem, sensible, transient
 from qmpcommit.errors import (
     CommitNotFound,
     DaemonError,
@@ -97,7 +97,7 @@ class Client:
 
     async def vms(self) -> list[VMView]:
         """The VMs that the daemon knows, by name."""
-        return [vm_view(each) for each in self.parse(await self.ask("GET", "/v1/vms"))]
+        return [vm_view(each) for each in self.parse_list(await self.ask("GET", "/v1/vms"))]
 
     def vm(self, name: str) -> RemoteVM:
         """The VM of that name; nothing is asked yet. Raises `VMNotFound` for what is no name."""
@@ -150,7 +150,7 @@ class Client:
 
         asked = {"vm": vm, "state": state, "limit": limit}
         query = urlencode({name: value for name, value in asked.items() if value is not None})
-        found = self.parse(await self.ask("GET", f"/v1/commits?{query}"))
+        found = self.parse_list(await self.ask("GET", f"/v1/commits?{query}"))
         return [RemoteJob(self, commit_view(each)) for each in found]
 
     async def commit(self, commit_id: str) -> RemoteJob:
@@ -303,6 +303,14 @@ class Client:
             raise problem(reply, self.wire.address)
         return reply.json
 
+    def parse_list(self, reply: Reply) -> list[Any]:
+        """As `parse`, of what is a list; raises `DaemonError` where it is none."""
+        found = self.parse(reply)
+        with sensible("list"):
+            if not isinstance(found, list):
+                raise TypeError(f"a {type(found).__name__}")
+        return found
+
 
 class Tries:
     """How long a daemon that does not answer is asked again."""
@@ -368,7 +376,7 @@ def view_as(model: Any, value: object) -> Any:
         if isinstance(value, dict):
             value = {name: member for name, member in value.items() if name in known}
         return model.model_validate(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DaemonError(
             f"the daemon shows something else than a {model.__name__}: {error}"
-        ) from (None)
+        ) from None

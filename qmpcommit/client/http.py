@@ -151,11 +151,7 @@ class Wire:
                 connection = await self._take()
                 try:
                     head = await connection.ask(method, path, {**self._headers, **headers}, body)
-                    content = bytearray()
-                    async for part in connection.body():
-                        content += part
-                        if len(content) > _LARGEST:
-                            raise Lost("its answer is too large", connected=True)
+                    content = await _whole(connection)
                 except BaseException:
                     await self._drop(connection)
                     raise
@@ -166,7 +162,7 @@ class Wire:
             self._idle.append(connection)
         else:
             await connection.close()
-        return Reply(head.status_code, _fields(head), bytes(content))
+        return Reply(head.status_code, _fields(head), content)
 
     async def stream(
         self, path: str, headers: Mapping[str, str], *, timeout: float
@@ -179,7 +175,7 @@ class Wire:
                     head = await connection.ask("GET", path, {**self._headers, **headers}, None)
                     if head.status_code == 200:
                         return Reply(200, _fields(head), b""), connection
-                    content = b"".join([part async for part in connection.body()])
+                    content = await _whole(connection)
                 except BaseException:
                     await self._drop(connection)
                     raise
@@ -215,6 +211,16 @@ class Wire:
     async def _drop(self, connection: Connection) -> None:
         self._busy.discard(connection)
         await connection.close()
+
+
+async def _whole(connection: Connection) -> bytes:
+    """An answer's body, of bounded size."""
+    content = bytearray()
+    async for part in connection.body():
+        content += part
+        if len(content) > _LARGEST:
+            raise Lost("its answer is too large", connected=True)
+    return bytes(content)
 
 
 def _fields(head: h11.Response) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +14,19 @@ from qmpcommit.qmp.address import Address
 
 _PREFIX = "urn:qmpcommit:"
 _ELSEWHERE = {"JournalError": "qmpcommit.journal", "JournalFull": "qmpcommit.journal"}
-_RESERVED = frozenset(dir(QmpCommitError)) | {"message", "facts"}
+_RESERVED = frozenset(dir(QmpCommitError)) | {"message", "facts", "self"}
+
+
+@contextmanager
+def sensible(what: str) -> Iterator[None]:
+    """What has another shape than the daemon's answers have is told as a `DaemonError`."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise DaemonError(
+            f"what the daemon shows is no {what}: {error!r:.500}. Perhaps something else answers"
+            " at its address, or a daemon of another version"
+        ) from None
 
 
 def error_from(described: Mapping[str, Any]) -> QmpCommitError:

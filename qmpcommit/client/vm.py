@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmpcommit.block.chain import Disk, find_disk
 from qmpcommit.client.job import RemoteJob
+from qmpcommit.client.problems import sensible
 from qmpcommit.commit.plan import Plan, check_job_id
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, check_command, parse_policy
 from qmpcommit.errors import (
@@ -51,7 +52,8 @@ class RemoteVM:
     async def disks(self) -> list[Disk]:
         """All disks of the VM with their backing chains, active layer first."""
         found = self._parse(await self.client.ask("GET", f"{self.path}/disks"))
-        return [Disk.model_validate(each) for each in found]
+        with sensible("list of disks"):
+            return [Disk.model_validate(each) for each in found]
 
     async def disk(self, name: str) -> Disk:
         """The disk of that name; raises `DiskNotFound` with the candidates."""
@@ -60,12 +62,14 @@ class RemoteVM:
     async def jobs(self) -> list[dict[str, Any]]:
         """The block jobs as QEMU lists them (``query-block-jobs``), each with its ``commit``."""
         found = self._parse(await self.client.ask("GET", f"{self.path}/jobs"))
-        return list(found)
+        with sensible("list of jobs"):
+            return [dict(each) for each in found]
 
     async def recycles(self) -> list[dict[str, str]]:
         """Overlays that an interrupted recycle left open, each with what to do ``next``."""
         found = self._parse(await self.client.ask("GET", f"{self.path}/recycles"))
-        return list(found)
+        with sensible("list of recycles"):
+            return [dict(each) for each in found]
 
     async def job(self, name: str) -> RemoteJob:
         """The commit of this VM with that id or job id; raises `JobNotFound`.
@@ -100,12 +104,13 @@ class RemoteVM:
 
         body = request_body(disk, policy=policy, **request)
         found = self._parse(await self.client.ask("POST", f"{self.path}/plans", body))
-        plan = Plan.model_validate(found)
-        return replace(
-            plan,
-            policy=parse_policy(plan.policy) if plan.policy is not None else None,
-            findings=[Finding.model_validate(each) for each in plan.findings],
-        )
+        with sensible("plan"):
+            plan = Plan.model_validate(found)
+            return replace(
+                plan,
+                policy=parse_policy(plan.policy) if plan.policy is not None else None,
+                findings=[Finding.model_validate(each) for each in plan.findings],
+            )
 
     async def commit(
         self,

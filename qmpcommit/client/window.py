@@ -9,14 +9,13 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from qmpcommit.client.problems import error_from
+from qmpcommit.client.problems import error_from, sensible
 from qmpcommit.client.vm import TAKING_BACK
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
 from qmpcommit.errors import (
     ConnectError,
-    DaemonError,
     DaemonLost,
     MonitorLost,
     QmpCommitError,
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 HOLD = 20.0
 """Seconds that the daemon is asked to wait for the window's end."""
+
+_WINDOW = "window"
 
 
 @asynccontextmanager
@@ -53,11 +54,13 @@ async def snapshot(
         **_common(overlay_dir, freeze, bandwidth, lease),
     }
     held = _Held(vm.client, vm.name)
-    window = _window(await held.open(f"{vm.path}/windows", asked))
+    view = await held.open(f"{vm.path}/windows", asked)
     try:
+        window = _window(view)
         yield window
     finally:
-        window.outcomes = _outcomes(await held.close())
+        outcomes = _outcomes(await held.close())
+    window.outcomes = outcomes
     held.check()
 
 
@@ -84,11 +87,14 @@ async def group_snapshot(
     names = list(dict.fromkeys(member["vm"] for member in members))
     held = _Held(client, ", ".join(names))
     view = await held.open("/v1/windows", asked)
-    window = GroupWindow({each["vm"]: _window(each) for each in _each(view)})
     try:
+        with sensible(_WINDOW):
+            window = GroupWindow({each["vm"]: _window(each) for each in _each(view)})
         yield window
     finally:
-        for each in _each(await held.close()):
+        ended = await held.close()
+    with sensible(_WINDOW):
+        for each in _each(ended):
             window.of[each["vm"]].outcomes = _outcomes(each)
     held.check()
 
@@ -120,7 +126,8 @@ class _Held:
         headers = {"idempotency-key": uuid.uuid4().hex}
         body = {name: value for name, value in asked.items() if value is not None}
         view = self._parse(await self._client.ask("POST", path, body, headers=headers))
-        self._path, self._name = f"/v1/windows/{view['id']}", view["name"]
+        with sensible(_WINDOW):
+            self._path, self._name = f"/v1/windows/{view['id']}", str(view["name"])
         return view
 
     async def _take_back(self, asking: asyncio.Task[dict[str, Any]]) -> QmpCommitError | None:
@@ -172,13 +179,14 @@ class _Held:
         if self._renewing is not None:
             await stop(self._renewing)
         view = self._parse(await self._client.ask("GET", self._path))
-        self._early = view["state"] != "open"
+        self._early = view.get("state") != "open"
         view = self._parse(await self._client.ask("DELETE", self._path))
-        while view["ended"] is None:
+        while view.get("ended") is None:
             path = f"{self._path}?wait={HOLD:g}"
             view = self._parse(await self._client.ask("GET", path, hold=HOLD))
-        if view["error"] is not None:
-            raise error_from(view["error"])
+        with sensible(_WINDOW):
+            if view["error"] is not None:
+                raise error_from(view["error"])
         return view
 
     def _parse(self, reply: Any) -> dict[str, Any]:
@@ -187,8 +195,9 @@ class _Held:
         except QmpCommitError as error:
             error.add(vm=self._vm)
             raise
-        if not isinstance(found, dict):
-            raise DaemonError("the daemon's answer is no window", vm=self._vm)
+        with sensible(_WINDOW):
+            if not isinstance(found, dict):
+                raise TypeError(f"a {type(found).__name__}")
         return found
 
 
@@ -217,16 +226,16 @@ def _each(view: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _window(view: Mapping[str, Any]) -> Window:
     members = ("disk", "filename", "overlay", "node_name")
-    window = Window(
-        view["name"],
-        {
-            name: Frozen(**{member: each[member] for member in members})
+    with sensible(_WINDOW):
+        frozen = {
+            name: Frozen.model_validate({member: each[member] for member in members})
             for name, each in view["disks"].items()
-        },
-    )
-    window.quiesced = view["quiesced"]
+        }
+        window = Window(str(view["name"]), frozen)
+        window.quiesced = view["quiesced"]
     return window
 
 
 def _outcomes(view: Mapping[str, Any]) -> list[CommitOutcome]:
-    return [CommitOutcome.model_validate(each) for each in view["outcomes"]]
+    with sensible(_WINDOW):
+        return [CommitOutcome.model_validate(each) for each in view["outcomes"]]

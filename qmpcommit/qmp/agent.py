@@ -26,6 +26,7 @@ from qmpcommit.qmp.address import Address
 from qmpcommit.tasks import to_the_end
 
 _SENTINEL = b"\xff"
+_TOLD = 500  # characters of the guest's that an error repeats
 _READ_LIMIT = 16 * 1024 * 1024  # bytes; an answer of the commands used here has some hundred
 
 
@@ -81,15 +82,18 @@ class Agent:
         They stay frozen when this connection ends, until somebody thaws them. When this raises
         or is cancelled they may be frozen or not, so thaw them then, over a new connection.
         """
-        return int(await self.execute("guest-fsfreeze-freeze", timeout=timeout))
+        command = "guest-fsfreeze-freeze"
+        return self._number(command, await self.execute(command, timeout=timeout))
 
     async def thaw(self) -> int:
         """Thaw all file systems; how many were (``guest-fsfreeze-thaw``). Safe to repeat."""
-        return int(await self.execute("guest-fsfreeze-thaw"))
+        command = "guest-fsfreeze-thaw"
+        return self._number(command, await self.execute(command))
 
     async def status(self) -> str:
         """``thawed`` or ``frozen`` (``guest-fsfreeze-status``)."""
-        return str(await self.execute("guest-fsfreeze-status"))
+        status = await self.execute("guest-fsfreeze-status")
+        return status if isinstance(status, str) else f"a {type(status).__name__}"
 
     async def execute(
         self,
@@ -115,7 +119,9 @@ class Agent:
                 await self.close()
         if "error" in reply:
             error = reply["error"]
-            told = error.get("desc") if isinstance(error, dict) else str(error)
+            told = error.get("desc") if isinstance(error, dict) else error
+            # The guest says it, in any length.
+            told = told[:_TOLD] if isinstance(told, str) else "it does not say why"
             raise self._failed(f"refused {command}: {told}", desc=told, command=command)
         return reply.get("return")
 
@@ -124,6 +130,14 @@ class Agent:
         self._send(_SENTINEL, "guest-sync-delimited", {"id": mark})
         while (await self._reply(synchronizing=True)).get("return") != mark:
             pass  # an answer to somebody who has left
+
+    def _number(self, command: str, value: object) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        raise self._failed(
+            f"answered {command} with a {type(value).__name__} instead of a number of file systems",
+            command=command,
+        )
 
     def _send(self, before: bytes, command: str, arguments: Mapping[str, object] | None) -> None:
         if self._streams is None:
