@@ -159,6 +159,8 @@ class Driver:
             with self._monitor.subscribers.while_in(hearing.message, hearing.link, job=self.id):
                 if not self._monitor.connected:
                     self.tell(facts.News.LINK_LOST)
+                    if self._owed == [facts.Duty.ASK]:
+                        self._owed = []  # when it is back, and the same QEMU answers
                 await self._drive()
                 await self._conclude()
         except BaseException:

@@ -333,9 +333,8 @@ class Monitor(Queries):
 
     def drop(self) -> None:
         """Give up a connection that no longer answers; subscribers hear of its loss."""
-        client, sock = self._client, self._sock
-        if self._shared is None and client is not None and sock is not None:
-            hang_up(sock)
+        if self._client is not None and self._sock is not None:  # a shared client's is not ours
+            hang_up(self._sock)
 
     # -- commands and events ----------------------------------------------------------------------
 

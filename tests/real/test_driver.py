@@ -109,6 +109,25 @@ async def test_a_commit_is_taken_up_while_its_monitor_is_away(folder: Path) -> N
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_a_commit_is_not_looked_for_in_a_qemu_that_has_come_instead(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        vm = await qc.Session.connect(qemu.qmp)
+        before = await vm.commit("top", policy=qc.Hold())
+        await before.ready()
+        await before.detach()
+    async with asyncio.timeout(20):
+        while vm.connected:
+            await asyncio.sleep(0)
+    async with storage_daemon(folder, chain):
+        job = await vm.resume(before.plan, Resumed(before.state))
+        with pytest.raises(qc.VMGone, match="Nothing was pivoted"):
+            await job.wait()
+        await nothing_runs(vm)
+        await vm.close()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_others_are_met_anew_where_the_line_broke_while_the_disk_was_held(
     folder: Path,
 ) -> None:

@@ -213,7 +213,8 @@ async def test_what_was_done_before_its_last_note_is_not_done_again(folder: Path
                 made = Exchange(session, plan, str(fresh), guest="reset", note=again.note,
                                 file=file, noted=notes.noted)  # fmt: skip
                 assert await made.run() == []
-            assert [event async for event in heard.raw()] == []
+            # A guest that finds nothing to boot resets itself, however often.
+            assert [each async for each in heard.raw() if not each.get("guest")] == []
             assert again.steps[-1] == "exchanged"
             (disk,) = await session.disks()
             assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]

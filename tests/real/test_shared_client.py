@@ -45,6 +45,11 @@ async def test_a_loss_that_nobody_hears_of_is_seen_by_the_next_command(folder: P
             await client.disconnect()
         await client.connect(between.path)
         assert await vm.execute("query-jobs") == []
+        lost = asyncio.Event()
+        vm.subscribers.add(lambda message: None, lambda up: lost.set())
+        await between.cut()
+        async with asyncio.timeout(20):
+            await lost.wait()
 
 
 async def test_a_qemu_that_hangs_is_waited_for_over_a_connection_that_is_not_ours(
