@@ -38,6 +38,8 @@ sock = socket.socket(socket.AF_UNIX)\n\
 sock.settimeout(4)\n\
 sock.connect('/run/qmpcommit/qmpcommitd.sock')\n\
 sock.sendall(b'GET /healthz HTTP/1.0\\r\\n\\r\\n')\n\
-raise SystemExit(b' 200 ' not in sock.recv(64))\n"]
+answer = sock.recv(64)\n\
+sock.close()\n\
+raise SystemExit(b' 200 ' not in answer)\n"]
 ENTRYPOINT ["qmpcommit"]
 CMD ["daemon", "--config", "/etc/qmpcommit/config.toml"]
