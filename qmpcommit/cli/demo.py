@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from qmpcommit.cli.demo_qemu import Chain, Programs
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.outcome import CommitOutcome
-    from qmpcommit.session import Session
 
 
 @click.command()
@@ -143,7 +141,9 @@ class Demo:
             picture_then = bytes(chain.picture)
             return Keep()
 
-        async with await self._connected(monitor) as vm:
+        vm = self._running.connect(monitor)
+        await vm.restore()  # its socket's file is there a moment before QEMU listens
+        async with vm:
             address = {"type": "unix", "data": {"path": nbd}}
             await vm.execute("nbd-server-start", {"addr": address})
             export = {"type": "nbd", "id": "guest", "node-name": "overlay", "writable": True}
@@ -163,18 +163,6 @@ class Demo:
         if outcome.action != decision:
             raise DemoFailed(f"QEMU did '{outcome.action}', and '{decision}' was asked")
         return outcome, picture_then
-
-    async def _connected(self, monitor: str) -> Session:
-        """A socket's file is there a moment before QEMU listens at it."""
-        import asyncio
-
-        from qmpcommit.errors import ConnectError
-
-        for _ in range(200):
-            with suppress(ConnectError):
-                return await self._running.connect(monitor).open()
-            await asyncio.sleep(0.01)
-        return await self._running.connect(monitor).open()
 
     def _said(self, outcome: CommitOutcome) -> str:
         now = Path(outcome.active.filename).name if outcome.active else "?"
