@@ -11,9 +11,10 @@ from qmpcommit.commit.policy import Recycle
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.group_models import GroupMemberRequest, GroupRequest
-from qmpcommit.daemon.groups import Group, Groups
+from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.promised_group import Group
 from qmpcommit.errors import ChainError, ConnectError, MonitorLost
 from qmpcommit.journal import JournalFull
 

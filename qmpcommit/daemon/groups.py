@@ -12,27 +12,27 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.group import GroupMember
-from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, outcome_of
+from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.group_resume import HAND_OVER, ResumableGroup
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.ledger import load_state
 from qmpcommit.commit.policy import Hold
 from qmpcommit.daemon.engine import Engine, key_row
-from qmpcommit.daemon.group_ends import end_of, error_of, is_clean, is_unsure
+from qmpcommit.daemon.group_ends import is_clean, is_unsure
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_models import GroupRequest
-from qmpcommit.daemon.keeping import asked_of, error_dict, storage_of
-from qmpcommit.daemon.promise import Promise, is_settled
+from qmpcommit.daemon.group_settling import Settling
+from qmpcommit.daemon.keeping import asked_of, storage_of
+from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.undertaking import ENDED, Undertaking
+from qmpcommit.daemon.undertaking import ENDED
 from qmpcommit.errors import (
     CommandRefused,
     CommitNotFound,
@@ -44,7 +44,6 @@ from qmpcommit.errors import (
     NotReady,
     QmpCommitError,
 )
-from qmpcommit.journal import Journal
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
 
@@ -54,77 +53,7 @@ MAX_TRIES = 3
 LAST_WORDS = 0.2
 """Seconds that a group which has just ended gets to say so before the daemon stops."""
 
-_COPYING = ("starting", "copying", "ready")
 _AWAY = (ConnectError, MonitorLost)
-
-
-class Group(Undertaking[GroupRequest]):
-    """A group that was answered with 202; `members` are its promises, in their order.
-
-    `commit` is there while it is driven from here. `torn` tells that it can't go on as it is: its
-    jobs are cancelled, and it begins again.
-    """
-
-    kind: ClassVar[str] = "group"
-    asks: ClassVar[type[GroupRequest]] = GroupRequest
-
-    def __init__(
-        self, vm: str, request: GroupRequest, journal: Journal, *, known_as: str = ""
-    ) -> None:
-        super().__init__(vm, request, journal, known_as=known_as)
-        self.members: list[Promise] = []
-        self.commit: ResumableGroup | None = None
-        self.torn = False
-        self.handed_over = False
-        self.changed = asyncio.Event()
-
-    @property
-    def finalizes(self) -> bool:
-        """Whether it was noted that all jobs are to be finalized."""
-        return bool(self.noted.get("finalize"))
-
-    @property
-    def decision(self) -> Literal["pivot", "keep", "abort"] | None:
-        """What a caller has decided."""
-        return self.noted.get("decision")
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything may have been sent."""
-        return any(promise.begun for promise in self.members)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether what the journal holds can be driven: nothing sent, or all and none decided."""
-        if self.finalizes or self.torn or self.decision == "abort":
-            return False
-        copying = [p for p in self.members if p.begun and p.noted["state"]["phase"] in _COPYING]
-        return not self.begun or len(copying) == len(self.members)
-
-    def left(self, now: float) -> float | None:
-        """Seconds until its deadline; None where it has none."""
-        timeout = self.request.timeout
-        return None if timeout is None else self.created + timeout - now
-
-    async def finalize(self, by: str) -> None:
-        """All disks are held and all jobs are to be finalized; raises `JournalFull`."""
-        before = self.noted
-        self.noted = {**before, "finalize": True, "by": by}
-        try:
-            await self._journal.write(self.row())
-        except QmpCommitError:
-            self.noted = before
-            raise
-
-    async def decide(self, action: str) -> None:
-        """A decision that was answered is not forgotten; raises `JournalFull`."""
-        before = self.noted
-        self.noted = {**before, "decision": action}
-        try:
-            await self._journal.write(self.row())
-        except QmpCommitError:
-            self.noted = before
-            raise
 
 
 class Groups:
@@ -134,6 +63,7 @@ class Groups:
         self._engine, self._keeper = engine, engine.keeper
         self._journal = engine.journal
         self._guests = Guests(engine.registry, engine.keeper)
+        self._settling = Settling(engine, self._guests, self._ended)
         self.live: dict[str, Group] = {}
 
     # -- what the engine calls --------------------------------------------------------------------
@@ -354,10 +284,10 @@ class Groups:
             if await self._turn(group):
                 await self._keep(group)
         except QmpCommitError as error:
-            await self._end(group, error=error)
+            await self._settling.end(group, error=error)
         except Exception as error:  # a bug of ours must not leave a group without an end
             group.log.warning("bug", error=repr(error))
-            await self._end(group, error=QmpCommitError(f"internal error: {error!r}"))
+            await self._settling.end(group, error=QmpCommitError(f"internal error: {error!r}"))
 
     async def _turn(self, group: Group) -> bool:
         """Wait in the queue; False where it ended there."""
@@ -370,7 +300,7 @@ class Groups:
         except TimeoutError:
             raise _late(group) from None
         if group.decision == "abort":
-            await self._end(group)
+            await self._settling.end(group)
             return False
         leaving = [promise.leaving() for promise in group.members]
         told = [promise.event() for promise in group.members]
@@ -388,15 +318,15 @@ class Groups:
                 if await self._drive(group):
                     return
                 continue
-            ends = await self._settle(group)
+            ends = await self._settling.settle(group)
             tries += 1
             clean = all(is_clean(end) for end in ends)
             left = group.left(time.time())
             if group.finalizes or not clean or group.decision == "abort":
-                await self._conclude(group, ends)
+                await self._settling.conclude(group, ends)
                 return
             if tries >= MAX_TRIES or (left is not None and left <= 0):
-                await self._conclude(group, ends)
+                await self._settling.conclude(group, ends)
                 return
             group.log.info("begin_again", tries=tries)
             group.torn = False
@@ -431,7 +361,7 @@ class Groups:
                 group.torn = _interrupted(group, commit, error, again=again)
                 if not group.torn:
                     await self._let_go(group)
-                    await self._end(group, error=error, ends=commit.ends)
+                    await self._settling.end(group, error=error, ends=commit.ends)
                 return not group.torn
             finally:
                 group.commit = None
@@ -439,7 +369,7 @@ class Groups:
                     promise.job = None
                 await to_the_end(commit.leave())
         await self._let_go(group)
-        await self._end(group, outcome=outcome, ends=commit.ends)
+        await self._settling.end(group, outcome=outcome, ends=commit.ends)
         return True
 
     async def _let_go(self, group: Group) -> None:
@@ -540,99 +470,7 @@ class Groups:
             for task in tasks:
                 await stop(task)
 
-    # -- ends -------------------------------------------------------------------------------------
-
-    async def _settle(self, group: Group) -> list[MemberEnd]:
-        """End the jobs one by one, as it was noted: finalized all of them, or cancelled."""
-        group.log.info("settling", finalize=group.finalizes)
-        begun = [promise for promise in group.members if promise.begun]
-        for promise in begun:
-            promise.settled.clear()
-        waiting = {
-            paused[0].vm: asyncio.create_task(self._guests.go_on(paused, settled=group.finalizes))
-            for paused in paused_for(begun)
-        }
-        try:
-            ends = await asyncio.gather(*(self._settle_one(group, promise) for promise in begun))
-            seconds = {vm: await going_on for vm, going_on in waiting.items()}
-        finally:
-            await asyncio.gather(*(stop(going_on) for going_on in waiting.values()))
-        return [_paused(end, seconds.get(p.vm)) for p, end in zip(begun, ends, strict=True)]
-
-    async def _settle_one(self, group: Group, promise: Promise) -> MemberEnd:
-        outcome, error = None, None
-        before = promise.decision
-        noted = promise.noted["state"]
-        if group.finalizes:
-            promise.barrier = _pass
-            noted["prepared"] = True
-            if is_settled(load_state(noted)):
-                promise.settled.set()
-        else:
-            promise.barrier = _refuse
-            promise.decision = "abort"
-            noted["tries"] = noted["tries"] or 1  # so that no overlay is made, and no guest paused
-        try:
-            outcome = await self._keeper.outcome_of(promise)
-        except QmpCommitError as failed:
-            error = failed
-        finally:
-            promise.settled.set()
-        promise.decision = before
-        return end_of(promise, outcome, error)
-
-    async def _conclude(self, group: Group, ends: Sequence[MemberEnd]) -> None:
-        """Its end, after its members were settled one by one."""
-        complete = len(ends) == len(group.members)
-        all_done = complete and all(end.outcome is not None for end in ends)
-        statuses = {end.outcome.status for end in ends if end.outcome is not None}
-        aborted = group.decision == "abort" and statuses == {"cancelled"}
-        if all_done and (statuses == {"completed"} or aborted):
-            by = "caller" if aborted else str(group.noted.get("by", "another client"))
-            await self._end(group, outcome=outcome_of(group.id, ends, by=by), ends=ends)
-        elif group.decision == "abort" and not group.finalizes and "completed" not in statuses:
-            await self._end(group, ends=ends)
-        else:
-            await self._end(group, error=error_of(group.finalizes, ends), ends=ends)
-
-    async def _end(
-        self,
-        group: Group,
-        *,
-        outcome: GroupOutcome | None = None,
-        error: QmpCommitError | None = None,
-        ends: Sequence[MemberEnd] = (),
-    ) -> None:
-        """Its end and its members', durable together; without an outcome or an error, cancelled."""
-        by_job = {end.plan.job_id: end for end in ends}
-        endings = []
-        for promise in group.members:
-            end = by_job.get(promise.job_id)
-            own: Any = end.error if end is not None else None
-            if end is not None and end.outcome is not None:
-                endings.append(promise.ending("done", end.outcome, None))
-                self._keeper.count(promise, end.outcome)
-                if end.outcome.held is not None and end.outcome.status == "completed":
-                    self._engine.metrics.held.observe(end.outcome.held)
-            elif own is not None or error is not None:
-                why = own if isinstance(own, QmpCommitError) else error
-                why = why or QmpCommitError(repr(own))
-                endings.append(promise.ending("failed", None, error_dict(why)))
-            else:
-                endings.append(promise.ending("cancelled", None, None))
-        state = "failed" if error is not None else "done" if outcome is not None else "cancelled"
-        how = type(error).__name__ if error is not None else outcome.action if outcome else state
-        self._engine.metrics.groups.labels(how).inc()
-        group.log.info("group_ended", how=how)
-        await group.end(
-            state,
-            outcome=outcome.model_dump(mode="json") if outcome is not None else None,
-            error=error_dict(error) if error is not None else None,
-            beside=[end.statement for end in endings],
-            events=[end.event for end in endings],
-        )
-        for promise, ending in zip(group.members, endings, strict=True):
-            promise.ended_as(ending)
+    def _ended(self, group: Group) -> None:
         del self.live[group.id]
         self._engine.ended(*group.members)
 
@@ -648,21 +486,6 @@ def _interrupted(
     if group.finalizes or group.decision == "abort" or isinstance(error, DeadlineExceeded):
         return isinstance(error, _AWAY)
     return isinstance(error, _AWAY) or (again and commit.state.culprit is not None)
-
-
-def _paused(end: MemberEnd, seconds: float | None) -> MemberEnd:
-    """The end of one that was recycled, with for how long its guest was seen to wait."""
-    if seconds is None or end.outcome is None or end.outcome.action != "recycle":
-        return end
-    return end._replace(outcome=replace(end.outcome, guest_paused=seconds))
-
-
-async def _pass() -> str | None:
-    return None
-
-
-async def _refuse() -> str | None:
-    return "its group was not decided when the daemon that held its disk ended"
 
 
 def _late(group: Group) -> DeadlineExceeded:
