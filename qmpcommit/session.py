@@ -356,13 +356,17 @@ class Session(Monitor):
     async def commit_group(
         self,
         disks: Mapping[str, AnyPolicy | PolicyCall | dict[str, Any] | str] | Iterable[str],
+        *,
+        freeze: Literal["agent", "pause"] | None = None,
+        agent: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> GroupOutcome:
         """Commit several disks at one instant: all of them or none.
 
-        `disks` gives each its policy, or only names them, with one `policy` for all. The rest is
-        as for `GroupCommit`, whose `run` this is: all jobs become READY, all disks are held for
-        some milliseconds, and all bases show that one instant.
+        `disks` gives each its policy, or only names them, with one `policy` for all. All jobs
+        become READY, all disks are held for some milliseconds, and all bases show that one
+        instant. `freeze` quiesces the guest around it: its file systems through the guest agent's
+        socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
         """
         from qmpcommit.commit.group import GroupCommit, GroupMember
 
@@ -370,7 +374,8 @@ class Session(Monitor):
             members = [GroupMember(self, str(disk), policy) for disk, policy in disks.items()]
         else:
             members = [GroupMember(self, str(disk)) for disk in disks]
-        return await GroupCommit(members, **options).run()
+        agents = {} if agent is None else {self: agent}
+        return await GroupCommit(members, freeze=freeze, agents=agents, **options).run()
 
     def snapshot(
         self,

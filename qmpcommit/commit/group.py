@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 from qmpcommit.commit import group_phases
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Choice
+from qmpcommit.commit.freeze_marks import thaw_abandoned
+from qmpcommit.commit.group_freeze import Freezes
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.commit.group_pause import Pauses
 from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
@@ -40,6 +42,7 @@ from qmpcommit.commit.policy import (
     parse_policy,
 )
 from qmpcommit.commit.preconditions import ask_whether
+from qmpcommit.commit.quiesce import How, Notes, Sockets, check_sockets
 from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
@@ -76,6 +79,11 @@ class GroupCommit:
     are cancelled. `hold_limit` is for how many seconds disks may be held, and guests paused before
     that; `timeout` for how many all of it may take before it is cancelled; `only_if` is asked once,
     before anything is sent.
+    `freeze` quiesces the guests of all its VMs for the instant, for ten seconds at most, from when
+    all are READY until their own disks have ended: it freezes their file systems through their
+    agents' sockets in `agents`, by their session ("agent"), or pauses their vCPUs ("pause"). All
+    stand still before the first disk is held; if one can't be quiesced all are cancelled.
+    `freeze_notes` are told of a VM's freeze and thaw before they are sent.
     `on_decision` is awaited while all disks are held, before the first job is finalized: what
     it writes down tells a recovery that they all have to be. `known_as` is the group's id (eight
     hexadecimal digits), by default a random one. `options` are those of `Session.commit`, for
@@ -93,6 +101,9 @@ class GroupCommit:
         hold_limit: float = HOLD_LIMIT,
         timeout: float | None = None,
         only_if: Sequence[str] | None = None,
+        freeze: How | None = None,
+        agents: Sockets[Session] | None = None,
+        freeze_notes: Mapping[Session, Notes] | None = None,
         on_decision: OnDecision | None = None,
         known_as: str | None = None,
         **options: Any,
@@ -107,7 +118,18 @@ class GroupCommit:
         self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
         self._on_decision = on_decision
         hold_limit = parse_seconds(hold_limit, "hold limit")
-        self.state = group_phases.begin(len(self.members), hold_limit)
+        self.state = group_phases.begin(len(self.members), hold_limit, freezes=freeze is not None)
+        self._freeze, self._agents = freeze, dict(agents or {})
+        self._freezes: Freezes | None = None
+        if freeze is not None:
+            self._freezes = Freezes(
+                self.id,
+                freeze,
+                self._agents,
+                on_quiet=self._is_quiet,
+                on_failure=self._is_not_quiet,
+                notes=freeze_notes,
+            )
         self._decisions: dict[int, Settled] = {}
         self._asking: asyncio.Task[None] | None = None
         self._following: list[asyncio.Task[None]] = []
@@ -120,7 +142,7 @@ class GroupCommit:
         self._gate = asyncio.Event()
         self._refusal: str | None = None
         self._late = False
-        self._policy_error: Exception | None = None
+        self._cause: Exception | None = None
         self._by = ""
         self._check_members()
 
@@ -134,6 +156,7 @@ class GroupCommit:
     def _check_members(self) -> None:
         if not self.members:
             raise InvalidRequest("a group commit needs at least one disk")
+        check_sockets(self._freeze, (member.vm for member in self.members), self._agents)
         if isinstance(self._policy, Recycle) and len(self.members) > 1:
             raise InvalidRequest(ONE_OVERLAY)
 
@@ -162,6 +185,7 @@ class GroupCommit:
         if self._timeout is not None:
             self._call_later(self._timeout, self._time_is_up)
         try:
+            await self._thaw_abandoned()
             jobs = await self.prepare()
             if self._only_if is not None:
                 await ask_whether(self._only_if, jobs[0].plan)
@@ -200,11 +224,12 @@ class GroupCommit:
             culprit=self.state.culprit,
             finalized=finalized,
             timeout=self._timeout if self._late else None,
+            problems=self._freezes.problems if self._freezes is not None else (),
         )
         meant = self._meant_to_abort and all(end.outcome is not None for end in ends)
         if error is not None and (finalized or not meant or not _none_done(ends)):
-            if self._policy_error is not None:
-                error.__cause__ = self._policy_error
+            if self._cause is not None:
+                error.__cause__ = self._cause
             raise error
         return self._outcome(ends)
 
@@ -230,6 +255,12 @@ class GroupCommit:
         await self._clear()
 
     # -- start ------------------------------------------------------------------------------------
+
+    async def _thaw_abandoned(self) -> None:
+        """A guest that a killed run has left frozen can't be frozen again."""
+        if self._freeze is not None:
+            vms = dict.fromkeys(member.vm for member in self.members)
+            await asyncio.gather(*(thaw_abandoned(vm, self._agents.get(vm)) for vm in vms))
 
     async def prepare(self) -> tuple[CommitJob, ...]:
         """Check all members, and send nothing; raises what `start` raises before that."""
@@ -346,7 +377,7 @@ class GroupCommit:
             self._tell(group_phases.Ready(number))
 
     def _policy_failed(self, error: Exception) -> None:
-        self._policy_error = error
+        self._cause = error
         self._tell(group_phases.Stop(f"the policy failed ({error!r})"))
 
     def check_ready(self) -> None:
@@ -375,6 +406,8 @@ class GroupCommit:
             self._call_later(left, partial(self._tell, group_phases.Tick()))
         for action in actions:
             match action:
+                case GroupAction.QUIESCE:
+                    self._quiesce()
                 case GroupAction.DECIDE:
                     self._decide()
                 case GroupAction.FINALIZE:
@@ -384,11 +417,43 @@ class GroupCommit:
                 case _:
                     assert_never(action)
 
-    def _decide(self) -> None:
+    def _recycles(self) -> dict[Session, list[CommitJob]]:
+        """The jobs that are to be recycled, of each VM that has such."""
         recycles: dict[Session, list[CommitJob]] = {}
         for number, settled in self._decisions.items():
             if isinstance(settled.decision, Recycle):
                 recycles.setdefault(self.members[number].vm, []).append(self.jobs[number])
+        return recycles
+
+    def _quiesce(self) -> None:
+        assert self._freezes is not None
+        guests: dict[Session, list[CommitJob]] = {}
+        for member, job in zip(self.members, self.jobs, strict=True):
+            guests.setdefault(member.vm, []).append(job)
+        # Their recycles pause these anyway, before the first disk is held, and for longer.
+        paused = [vm for vm in self._recycles() if self._freeze == "pause"]
+        self._freezes.begin({vm: guests[vm] for vm in guests if vm not in paused}, self._goes_on)
+        for vm in paused:
+            self._is_quiet(vm)
+
+    def _is_quiet(self, vm: Session) -> None:
+        for number, member in enumerate(self.members):
+            if member.vm is vm:
+                self._tell(group_phases.Quiesced(number))
+
+    def _is_not_quiet(self, vm: Session, why: str, error: Exception | None) -> None:
+        if self.state.stage in (Stage.FREEZING, Stage.DECIDED):
+            self._cause = error
+        first = next(n for n, member in enumerate(self.members) if member.vm is vm)
+        self._tell(group_phases.NotQuiesced(first, why))
+
+    async def _goes_on(self, vm: Session) -> None:
+        """Before its file systems are thawed, a guest that a recycle has paused has to go on."""
+        if self._pauses is not None:
+            await self._pauses.goes_on(vm)
+
+    def _decide(self) -> None:
+        recycles = self._recycles()
         if recycles:
             self._pauses = Pauses(recycles)
             self._pausing = asyncio.ensure_future(self._pause_first(self._pauses))
@@ -434,6 +499,8 @@ class GroupCommit:
             if not job.done:
                 job.decide(Abort(), by)
         self._gate.set()
+        if self._freezes is not None:
+            self._freezes.give_up()
         if self._asking is not None:
             self._asking.cancel()
 
@@ -461,19 +528,30 @@ class GroupCommit:
                 await stop(task)
         if self._pauses is not None:
             await self._pauses.over()
+        if self._freezes is not None:
+            await self._freezes.over()
 
     def _outcome(self, ends: Sequence[MemberEnd]) -> GroupOutcome:
-        if self._pauses is None:
-            return outcome_of(self.id, ends, by=self._by)
-        paused = self._pauses.seconds
+        paused = self._pauses.seconds if self._pauses is not None else {}
+        quiesced = self._freezes.seconds if self._freezes is not None else {}
+        if self._freeze == "pause":
+            quiesced = {**paused, **quiesced}
         ends = [
-            end._replace(outcome=replace(end.outcome, guest_paused=paused.get(member.vm)))
+            end._replace(
+                outcome=replace(
+                    end.outcome,
+                    guest_paused=paused.get(member.vm, end.outcome.guest_paused),
+                    quiesced=quiesced.get(member.vm),
+                )
+            )
             if end.outcome is not None
             else end
             for member, end in zip(self.members, ends, strict=True)
         ]
         outcome = outcome_of(self.id, ends, by=self._by)
-        return replace(outcome, warnings=[*self._pauses.problems, *outcome.warnings])
+        problems = [*(self._pauses.problems if self._pauses is not None else ()),
+                    *(self._freezes.problems if self._freezes is not None else ())]  # fmt: skip
+        return replace(outcome, warnings=[*problems, *outcome.warnings])
 
     @property
     def ends(self) -> list[MemberEnd]:
@@ -504,12 +582,16 @@ def _none_done(ends: Sequence[MemberEnd]) -> bool:
 
 
 async def commit_group(
-    members: Iterable[GroupMember | tuple[Any, ...]], **options: Any
+    members: Iterable[GroupMember | tuple[Any, ...]],
+    *,
+    agents: Sockets[Session | str | os.PathLike[str]] | None = None,
+    **options: Any,
 ) -> GroupOutcome:
     """Commit disks of several VMs at one instant: all of them or none.
 
     `members` are tuples of a session (or a monitor's address, which is connected for it), a disk
-    and, unless one `policy` is given to all, a policy. `options` are those of `GroupCommit`.
+    and, unless one `policy` is given to all, a policy; `agents` has the guest agents' sockets by
+    these sessions or addresses. `options` are those of `GroupCommit`.
     Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation cancels all.
     """
     from qmpcommit.session import Session
@@ -524,4 +606,8 @@ async def commit_group(
                     opened[address] = await stack.enter_async_context(Session.connect(address))
                 vm = opened[address]  # noqa: PLW2901
             named.append((vm, *more))
-        return await GroupCommit(named, **options).run()
+        sockets: dict[Any, str | os.PathLike[str]] = {
+            vm if isinstance(vm, Session) else opened.get(os.fspath(vm), vm): socket
+            for vm, socket in (agents or {}).items()
+        }
+        return await GroupCommit(named, agents=sockets, **options).run()

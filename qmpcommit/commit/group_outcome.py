@@ -23,7 +23,9 @@ class GroupOutcome(Record):
     where a policy or the caller wanted no end; `decided_by` who decided that. `outcomes` are the
     members' own, in their order; each tells in `held` for how long its disk's I/O was held.
     `held` is the longest of these, in seconds, and `instant` the one moment that all bases show,
-    on QEMU's own clock: all disks were held then.
+    on QEMU's own clock: all disks were held then. `quiesced` is for how many seconds the guest
+    stood still that did so longest, where a `freeze` was asked for; each of `outcomes` tells it of
+    its own.
     """
 
     group: str
@@ -33,6 +35,7 @@ class GroupOutcome(Record):
     decided_by: str = ""
     instant: datetime | None = None
     held: float | None = None
+    quiesced: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -96,6 +99,7 @@ def outcome_of(group: str, ends: Sequence[MemberEnd], *, by: str) -> GroupOutcom
     completed = all(outcome.status == "completed" for outcome in outcomes)
     since = [end.timings.decided for end in ends if end.timings.decided is not None]
     holds = [end.held for end in ends if end.held is not None]
+    stood = [o.quiesced for o in outcomes if o.quiesced is not None]
     return GroupOutcome(
         group=group,
         status="completed" if completed else "cancelled",
@@ -104,6 +108,7 @@ def outcome_of(group: str, ends: Sequence[MemberEnd], *, by: str) -> GroupOutcom
         decided_by=by,
         instant=max(since) if completed and len(since) == len(ends) else None,
         held=max(holds) if holds else None,
+        quiesced=max(stood) if stood else None,
         warnings=[f"{o.disk} of {o.vm}: {w}" for o in outcomes for w in o.warnings],
     )
 
@@ -115,11 +120,12 @@ def error_of(
     culprit: int | None,
     finalized: bool,
     timeout: float | None = None,
+    problems: Sequence[str] = (),
 ) -> QmpCommitError | None:
     """The error of a group that did not end as it was meant to; None where it did.
 
     `why` is why it was cancelled (empty where all were `finalized`), `culprit` the member that
-    it was cancelled for.
+    it was cancelled for; `problems` is what of the guests a person has to see to.
     """
     sides = {True: [], False: [], None: []}  # type: dict[bool | None, list[MemberEnd]]
     for end in ends:
@@ -129,26 +135,28 @@ def error_of(
     if finalized and not sides[False] and not sides[None]:
         return cause if isinstance(cause, QmpCommitError) else None
     if finalized or sides[True] or sides[None]:
-        error = _split(sides, why, cause)
+        error = _split(sides, why, cause, problems)
     else:
-        error = _failed(ends, why, culprit, cause, timeout)
+        error = _failed(ends, why, culprit, cause, timeout, problems)
     error.add(outcomes=[end.dump() for end in ends])
     error.__cause__ = cause
     return error
 
 
-def _failed(
+def _failed(  # noqa: PLR0917
     ends: Sequence[MemberEnd],
     why: str,
     culprit: int | None,
     cause: BaseException | None,
     timeout: float | None,
+    problems: Sequence[str],
 ) -> QmpCommitError:
     text = f"the group commit of {_names(ends)} was cancelled: {_reason(ends, why, culprit, cause)}"
     text += (
         ". No disk was pivoted or kept: each goes on writing to its overlay, which is whole. The"
         " bases may hold part of the overlays' data and are valid only under them. Commit again"
     )
+    text = ". But ".join([text, *problems])
     if timeout is not None:
         return DeadlineExceeded(text)
     kind = GroupFailed(text, error=getattr(cause, "error", None))
@@ -168,7 +176,10 @@ def _reason(
 
 
 def _split(
-    sides: dict[bool | None, list[MemberEnd]], why: str, cause: BaseException | None
+    sides: dict[bool | None, list[MemberEnd]],
+    why: str,
+    cause: BaseException | None,
+    problems: Sequence[str],
 ) -> QmpCommitError:
     def named(ends: Sequence[MemberEnd], *, pivots: bool) -> list[str]:
         return [end.name for end in ends if end.keeps is not pivots]
@@ -193,7 +204,7 @@ def _split(
     text += ": " + "; ".join(f"{', '.join(names)} {what}" for names, what in told if names)
     if cause is not None:
         text += f". The first failure: {getattr(cause, 'message', str(cause) or repr(cause))}"
-    return GroupSplit(text, **facts)
+    return GroupSplit(". But ".join([text, *problems]), **facts)
 
 
 def _names(ends: Sequence[MemberEnd]) -> str:

@@ -34,7 +34,7 @@ class Pauses:
         self.seconds: dict[Session, float] = {}
         self.problems: list[str] = []
         self._recycles = recycles
-        self._thawing: list[asyncio.Task[None]] = []
+        self._thawing: dict[Session, asyncio.Task[None]] = {}
 
     async def pause(self) -> None:
         """Pause those that run; raises what `Monitor.execute` and their ledgers raise."""
@@ -44,8 +44,13 @@ class Pauses:
                 await job.note("stop")
         for vm in running:
             # It is let go on even if the reply to the command is lost.
-            self._thawing.append(asyncio.create_task(self._thaw(vm, self._recycles[vm])))
+            self._thawing[vm] = asyncio.create_task(self._thaw(vm, self._recycles[vm]))
         await asyncio.gather(*(vm.execute("stop") for vm in running))
+
+    async def goes_on(self, vm: Session) -> None:
+        """Wait until this guest goes on again, if it was paused."""
+        if vm in self._thawing:
+            await asyncio.wait({self._thawing[vm]})
 
     async def over(self) -> None:
         """Wait until all go on again; their jobs have to have ended."""
@@ -53,7 +58,7 @@ class Pauses:
             await to_the_end(self._wait())
 
     async def _wait(self) -> None:
-        await asyncio.wait(self._thawing)
+        await asyncio.wait(self._thawing.values())
 
     async def _thaw(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
         clock = asyncio.get_running_loop().time

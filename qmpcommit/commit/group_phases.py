@@ -3,10 +3,18 @@
 ::
 
     GATHERING --all READY, all decided--> DECIDED --all PENDING--> FINALIZING --all ended--> OVER
-        |                                    |                                                ^
-        +--one ended, or was decided         +--one ended, one's monitor lost,                |
-           by somebody else, or a stop          too long a hold, or a stop                    |
-                          +------> CANCELLING <------+ ---------------all ended---------------+
+        |   |                             ^  |                                                ^
+        |   +--(freezes)--> FREEZING -----+  |                                                |
+        |                     |  all quiet   |                                                |
+        +--one ended, or was  |              +--one ended, one's monitor lost,                |
+           decided by some-   +--the same, or   too long a hold, or a stop                    |
+           body else,         |  a guest that   |                                             |
+           or a stop          |  can't be quiet |                                             |
+              +-----------> CANCELLING <--------+ ----------------all ended-------------------+
+
+A group that freezes has its guests quiesced when all is copied and decided, and not before, so
+that they stand still for milliseconds; and before any disk is held, never after, for a freeze
+flushes and a held disk does not. They go on when their own disks have ended, or with CANCEL.
 
 PENDING holds a disk's I/O. When all are PENDING no disk is written, so all bases show that one
 instant, and a write that waited for another's completion can't be in one base without the other.
@@ -26,16 +34,22 @@ class Stage(StrEnum):
     """Where a group is."""
 
     GATHERING = "gathering"
+    FREEZING = "freezing"
     DECIDED = "decided"
     FINALIZING = "finalizing"
     CANCELLING = "cancelling"
     OVER = "over"
 
 
+_UNDECIDED = (Stage.GATHERING, Stage.FREEZING, Stage.DECIDED)
+"""Where all can be cancelled yet."""
+
+
 class Part(NamedTuple):
-    """One member: `ready` is that it is READY and its policy has decided."""
+    """One member: `ready` is that it is READY and decided, `quiet` that its guest stands still."""
 
     ready: bool = False
+    quiet: bool = False
     linked: bool = True
     pending: bool = False
     ended: bool = False
@@ -44,12 +58,14 @@ class Part(NamedTuple):
 class GroupState(NamedTuple):
     """All that is known about a group.
 
+    `freezes` is whether its guests are quiesced before the decisions are carried out;
     `held_since` is when the first member was seen PENDING, on the clock of `step`'s `now`;
     `why` tells why it was cancelled, `culprit` for which member.
     """
 
     parts: tuple[Part, ...]
     hold_limit: float
+    freezes: bool = False
     stage: Stage = Stage.GATHERING
     held_since: float | None = None
     why: str = ""
@@ -75,6 +91,19 @@ class Ready(NamedTuple):
     """The member is READY, and its policy has come to a decision other than to abort."""
 
     member: int
+
+
+class Quiesced(NamedTuple):
+    """The guest of the member's VM stands still."""
+
+    member: int
+
+
+class NotQuiesced(NamedTuple):
+    """The guest of the member's VM can't be quiesced, or not for any longer."""
+
+    member: int
+    why: str
 
 
 class Pending(NamedTuple):
@@ -112,12 +141,13 @@ class Tick(NamedTuple):
     """Time has passed."""
 
 
-GroupFact = Ready | Pending | Lost | Back | Ended | Stop | Tick
+GroupFact = Ready | Quiesced | NotQuiesced | Pending | Lost | Back | Ended | Stop | Tick
 
 
 class GroupAction(StrEnum):
-    """What is owed to every member that has not ended."""
+    """What is owed to every member that has not ended; CANCEL lets their guests go on as well."""
 
+    QUIESCE = "quiesce all guests, now"
     DECIDE = "carry out the decisions, now"
     FINALIZE = "let all end, now"
     CANCEL = "cancel all"
@@ -126,9 +156,9 @@ class GroupAction(StrEnum):
 GroupStep = tuple[GroupState, list[GroupAction]]
 
 
-def begin(members: int, hold_limit: float) -> GroupState:
+def begin(members: int, hold_limit: float, *, freezes: bool = False) -> GroupState:
     """A group whose members are about to copy; `hold_limit` in seconds."""
-    return GroupState((Part(),) * members, hold_limit)
+    return GroupState((Part(),) * members, hold_limit, freezes)
 
 
 def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
@@ -136,6 +166,10 @@ def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
     match fact:
         case Ready(member):
             return _go_on(_with(state, member, ready=True), now)
+        case Quiesced(member):
+            return _go_on(_with(state, member, quiet=True), now)
+        case NotQuiesced(member, why):
+            return _cancel(state, why, member)
         case Pending(member):
             return _pending(_with(state, member, pending=True), member, now)
         case Back(member):
@@ -144,6 +178,8 @@ def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
             state = _with(state, member, linked=False, pending=False)
             if state.stage is Stage.DECIDED:
                 return _cancel(state, "its monitor was lost while the disks were held", member)
+            if state.stage is Stage.FREEZING:
+                return _cancel(state, "its monitor was lost while guests were quiesced", member)
             return state, []
         case Ended(member):
             return _ended(_with(state, member, ended=True), member)
@@ -167,7 +203,7 @@ def _with(state: GroupState, member: int, **change: bool) -> GroupState:
 def _pending(state: GroupState, member: int, now: float) -> GroupStep:
     if state.held_since is None:
         state = state._replace(held_since=now)
-    if state.stage is Stage.GATHERING:
+    if state.stage in (Stage.GATHERING, Stage.FREEZING):
         why = "another client decided it before all disks were ready"
         return _cancel(state, why, member)
     return _go_on(state, now)
@@ -176,6 +212,10 @@ def _pending(state: GroupState, member: int, now: float) -> GroupStep:
 def _go_on(state: GroupState, now: float) -> GroupStep:
     """Once all are where they have to be, the next stage."""
     if state.stage is Stage.GATHERING and all(p.ready and p.linked for p in state.parts):
+        if state.freezes:
+            return state._replace(stage=Stage.FREEZING), [GroupAction.QUIESCE]
+        return state._replace(stage=Stage.DECIDED), [GroupAction.DECIDE]
+    if state.stage is Stage.FREEZING and all(p.quiet and p.linked for p in state.parts):
         return state._replace(stage=Stage.DECIDED), [GroupAction.DECIDE]
     if state.stage is Stage.DECIDED and all(p.pending and p.linked for p in state.parts):
         if state.deadline is not None and now > state.deadline:
@@ -186,7 +226,7 @@ def _go_on(state: GroupState, now: float) -> GroupStep:
 
 def _ended(state: GroupState, member: int) -> GroupStep:
     actions: list[GroupAction] = []
-    if state.stage in (Stage.GATHERING, Stage.DECIDED):
+    if state.stage in _UNDECIDED:
         state, actions = _cancel(state, "it ended before all disks were held", member)
     if all(part.ended for part in state.parts):
         return state._replace(stage=Stage.OVER), []
@@ -194,7 +234,7 @@ def _ended(state: GroupState, member: int) -> GroupStep:
 
 
 def _cancel(state: GroupState, why: str, member: int | None) -> GroupStep:
-    if state.stage not in (Stage.GATHERING, Stage.DECIDED):
+    if state.stage not in _UNDECIDED:
         return state, []
     state = state._replace(stage=Stage.CANCELLING, why=why, culprit=member)
     return state, [GroupAction.CANCEL]

@@ -42,9 +42,10 @@ class CommitOutcome(Record):
     image that the guest writes to now, `invalidated` the files that must never be booted again,
     `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
     `guest_paused` is for how many seconds a recycle paused the guest; `held`
-    for how many the disk's own I/O was held in PENDING, on QEMU's clock; `converge` what was done
-    to a guest that wrote too fast (the members of a `ConvergeReport`); `hook` how the hook ended
-    that persists the VM's new disk path.
+    for how many the disk's own I/O was held in PENDING, on QEMU's clock; `quiesced` for how many
+    the guest stood still for it, frozen or paused, where a `freeze` was asked for; `converge`
+    what was done to a guest that wrote too fast (the members of a `ConvergeReport`); `hook` how
+    the hook ended that persists the VM's new disk path.
     """
 
     status: Literal["completed", "cancelled"]
@@ -62,6 +63,7 @@ class CommitOutcome(Record):
     timings: Timings = Timings()
     guest_paused: float | None = None
     held: float | None = None
+    quiesced: float | None = None
     converge: dict[str, Any] | None = None
     hook: Literal["", "done", "failed"] = ""
     warnings: list[str] = field(default_factory=list)

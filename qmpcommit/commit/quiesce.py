@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from qmpcommit.errors import (
     CommandRefused,
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor
 
 How = Literal["agent", "pause"]
+
+V = TypeVar("V")
+
+Sockets = Mapping[V, str | os.PathLike[str]]
+"""The sockets of guest agents, by their VMs (`Session`s, or whatever stands for one)."""
+
+LIMIT = 10.0
+"""Seconds for which a guest may be quiesced for a window or a group commit."""
 
 NOTE_LIMIT = 1.0
 """Seconds that a thaw waits for its note: a guest does not stay frozen for a slow journal."""
@@ -61,13 +69,30 @@ class Quiet:
     seconds: float | None = None
 
 
+def check_how(how: object) -> None:
+    """Raise `InvalidRequest` for what is no way to quiesce a guest."""
+    if how not in ("agent", "pause", None):
+        raise InvalidRequest(f'a guest is quiesced by "agent", "pause" or None, not {how!r}')
+
+
+def check_sockets(how: How | None, vms: Iterable[Monitor], agents: Sockets[Any]) -> None:
+    """Raise `InvalidRequest` where these VMs' guests can't be quiesced so for want of a socket."""
+    check_how(how)
+    lacking = [vm.name for vm in dict.fromkeys(vms) if how == "agent" and vm not in agents]
+    if lacking:
+        raise InvalidRequest(
+            f"freeze='agent' needs the socket of each guest agent: agents has no socket for"
+            f" {', '.join(lacking)}"
+        )
+
+
 @asynccontextmanager
 async def quiesced(
     vm: Monitor,
     how: How | None,
     *,
     agent: str | os.PathLike[str] | None = None,
-    limit: float = 10.0,
+    limit: float = LIMIT,
     ledger: Notes | None = None,
 ) -> AsyncIterator[Quiet]:
     """Quiesce the guest of `vm` (a `Session`) for the body, for `limit` seconds at most.
@@ -85,8 +110,7 @@ async def quiesced(
     its file systems are frozen already), then with nothing left frozen; or where it can't be
     thawed, which it says. `InvalidRequest` for "agent" without a socket.
     """
-    if how not in ("agent", "pause", None):
-        raise InvalidRequest(f'a guest is quiesced by "agent", "pause" or None, not {how!r}')
+    check_how(how)
     if how == "agent" and agent is None:
         raise InvalidRequest(
             'how="agent" needs the socket of the guest agent (agent="/run/vms/web1/agent.sock")'

@@ -19,10 +19,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
+from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.quiesce import How, Notes, quiesced, thaw
+from qmpcommit.commit.quiesce import LIMIT, How, Notes, quiesced, thaw
 from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.window_records import (
     MARK,
@@ -34,12 +35,11 @@ from qmpcommit.commit.window_records import (
     Window,
 )
 from qmpcommit.commit.window_remains import (
+    Remains,
     clear,
     disk_over,
     end_jobs,
-    marked,
     merge_back,
-    thaw_marked,
 )
 from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError, WindowError
 from qmpcommit.tasks import to_the_end
@@ -48,8 +48,7 @@ from qmpcommit.units import parse_size
 if TYPE_CHECKING:
     from qmpcommit.session import Session
 
-LIMIT = 10.0
-"""Seconds for which a guest may be quiesced while the overlays are laid."""
+_SAY_THE_SOCKET = "close the window with the agent's socket (--agent SOCKET)"
 
 
 def new_window_name() -> str:
@@ -126,7 +125,7 @@ async def open_window(
         for overlay in overlays.values():
             await overlay.open()
         async with (
-            marked(vm, window, freeze),
+            marked(vm, mark_of_window(window), freeze),
             quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
         ):
             if meet is not None:
@@ -201,7 +200,10 @@ async def close_windows(
 ) -> list[CommitOutcome]:
     """Close the windows that somebody left open; see `Session.close_windows`."""
     await end_jobs(vm)
-    remains = await thaw_marked(vm, agent)
+    remains = [
+        Remains(mark.node, f"{mark.message}, so that its writes hang: {_SAY_THE_SOCKET}")
+        for mark in await thaw_marked(vm, agent)
+    ]
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
     outcomes = await to_the_end(_close(vm, left, bandwidth))
     folders = () if overlay_dir is None else (os.fspath(overlay_dir),)
@@ -232,7 +234,7 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
         await thaw(vm, noted.freeze, noted.agent)
     await end_jobs(vm, [each.overlay for each in noted.disks.values()])
     if noted.freeze is not None:
-        await thaw_marked(vm, noted.agent)
+        await thaw_marked(vm, noted.agent, owner=mark_of_window(noted.name))
     _, graph = await vm.look()
     laid = {asked: each for asked, each in noted.disks.items() if disk_over(graph, each.overlay)}
     rest = [each.overlay for each in noted.disks.values() if each not in laid.values()]

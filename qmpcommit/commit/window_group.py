@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from qmpcommit.commit.quiesce import How
+from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.window import close_window, open_window
 from qmpcommit.commit.window_records import GroupWindow, Window
 from qmpcommit.errors import InvalidRequest, WindowError
@@ -24,16 +24,13 @@ from qmpcommit.units import parse_size
 if TYPE_CHECKING:
     from qmpcommit.session import Session
 
-Agents = Mapping["Session", str | os.PathLike[str]]
-"""The sockets of the VMs' guest agents."""
-
 
 @asynccontextmanager
 async def snapshot(
     disks: Iterable[tuple[Session, str]],
     *,
     freeze: How = "pause",
-    agents: Agents | None = None,
+    agents: Sockets[Session] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
 ) -> AsyncIterator[GroupWindow[Session]]:
@@ -58,9 +55,7 @@ async def snapshot(
         )
     parse_size(bandwidth or 0, "bandwidth")
     agents = agents or {}
-    lacking = [vm.name for vm in wanted if freeze == "agent" and vm not in agents]
-    if lacking:
-        raise InvalidRequest(f"agents has no socket for {', '.join(lacking)}")
+    check_sockets(freeze, wanted, agents)
     meet = asyncio.Barrier(len(wanted))
     opening = {
         vm: asyncio.create_task(

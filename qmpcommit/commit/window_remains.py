@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,13 +25,13 @@ from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.qcow2 import bitmap_names, holds_data
 from qmpcommit.commit.aftermath import close_nodes, identify, remove_file
 from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.freeze_marks import marks_among
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import JOB_PREFIX, adopted_plan
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.quiesce import How, thaw
 from qmpcommit.commit.window_records import MARK, NAME, Frozen
-from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed, WindowError
+from qmpcommit.errors import CommandRefused, QmpCommitError, WindowError
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ CLOSED = "qmpcommit-window-closed"
 """A dirty bitmap of this name in an overlay's file says that it was pivoted away from."""
 
 _JOB = re.compile(r"qmpcommit-w[0-9a-f]{8}-\d+-(create-file|create-qcow2|[0-9a-f]{8})")
-_MARKER = re.compile(r"qmpcommit-w[0-9a-f]{8}-(paused|frozen)")
 
 
 @record
@@ -59,77 +58,12 @@ class Remains(Record):
     message: str
 
 
-# -- a guest that is quiesced ---------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def marked(vm: Session, window: str, how: How | None) -> AsyncIterator[None]:
-    """A node in QEMU tells for as long as this lasts that the guest is quiesced for a window.
-
-    If this process is killed meanwhile, `thaw_marked` finds it. It stays where the guest could
-    not be thawed.
-    """
-    if how is None:
-        yield
-        return
-    name = f"{JOB_PREFIX}w{window[-8:]}-{'paused' if how == 'pause' else 'frozen'}"
-    node = {"driver": "null-co", "node-name": name, "read-only": True}
-    try:
-        await vm.execute("blockdev-add", node)
-    except CommandRefused as error:  # a QEMU built without that driver
-        vm.log.warning("freeze_not_marked", error=error.desc)
-        yield
-        return
-    except BaseException:
-        await _unmark(vm, name)
-        raise
-    try:
-        yield
-    except QuiesceFailed as error:
-        if not error.facts.get("frozen"):
-            await _unmark(vm, name)
-        raise
-    except BaseException:
-        await _unmark(vm, name)
-        raise
-    await _unmark(vm, name)
-
-
-async def _unmark(vm: Session, name: str) -> None:
-    with suppress(QmpCommitError):
-        await vm.execute("blockdev-del", {"node-name": name})
-
-
-async def thaw_marked(vm: Session, agent: str | os.PathLike[str] | None = None) -> list[Remains]:
-    """Let a guest go on that was quiesced for a window whose owner was killed.
-
-    Returns what could not be done: one frozen through its agent needs the agent's socket.
-    """
-    remains = []
-    for name in await _markers(vm):
-        how: How = "pause" if name.endswith("paused") else "agent"
-        if how == "agent" and agent is None:
-            text = (
-                f"the guest of {vm.name} was frozen through its agent for a window, and perhaps"
-                " still is, so that its writes hang: close the window with the agent's socket"
-                " (--agent SOCKET)"
-            )
-            remains.append(Remains(name, text))
-            continue
-        await thaw(vm, how, agent)
-        await vm.execute("blockdev-del", {"node-name": name})
-    return remains
-
-
-async def _markers(vm: Session) -> list[str]:
-    nodes = await vm.execute("query-named-block-nodes", {"flat": True})
-    return [n["node-name"] for n in nodes if _MARKER.fullmatch(n.get("node-name") or "")]
-
-
 def remains_of(graph: BlockGraph) -> list[Remains]:
-    """What a killed process left of windows in QEMU, beside the overlays that disks write to."""
-    found = [Remains(name, "a guest was quiesced for a window") for name in graph.nodes
-             if _MARKER.fullmatch(name)]  # fmt: skip
+    """What a killed process left in QEMU of windows, beside the overlays that disks write to.
+
+    And of group commits that had a guest quiesced.
+    """
+    found = [Remains(mark.node, mark.message) for mark in marks_among(graph.nodes)]
     for name in graph.nodes:
         file = str(graph.leaf(name).raw.get("file") or "")
         if MARK in file and not graph.parents.get(name) and not _laid(graph, name):

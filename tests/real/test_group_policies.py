@@ -282,7 +282,7 @@ async def test_what_a_group_can_not_be(folder: Path) -> None:
             with pytest.raises(refused):
                 await vm.commit_group(disks, **options)
             assert await vm.execute("query-jobs") == []
-        late = {"only_if": ["sleep", "0.5"], "timeout": 0.05}
+        late: dict[str, Any] = {"only_if": ["sleep", "0.5"], "timeout": 0.05}
         with vm.events("JOB_STATUS_CHANGE") as begun:
             with pytest.raises(qc.DeadlineExceeded, match=r"within 0\.05 s, so nothing was sent"):
                 await vm.commit_group(TWO, policy=qc.Pivot(), **late)

@@ -70,7 +70,8 @@ async def test_a_guest_that_a_killed_owner_left_quiesced_goes_on(
             else:
                 agent.frozen = 2
             (told,) = remains_of(await vm.graph())
-            assert (told.what, told.message) == (marker, "a guest was quiesced for a window")
+            assert told.what == marker
+            assert "for a window, and perhaps still is" in told.message
             if recover:
                 noted = qc.NotedWindow(NAME, {}, how, agent.path)
                 assert await qc.recover_window(vm, noted) is None

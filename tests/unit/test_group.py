@@ -17,7 +17,9 @@ from qmpcommit.commit.group_phases import (
     GroupFact,
     GroupState,
     Lost,
+    NotQuiesced,
     Pending,
+    Quiesced,
     Ready,
     Stage,
     Stop,
@@ -25,12 +27,15 @@ from qmpcommit.commit.group_phases import (
 )
 
 DECIDE, FINALIZE, CANCEL = GroupAction.DECIDE, GroupAction.FINALIZE, GroupAction.CANCEL
+QUIESCE = GroupAction.QUIESCE
 LIMIT = 2.0
 
 
-def play(*facts: GroupFact, members: int = 2) -> tuple[GroupState, list[GroupAction]]:
+def play(
+    *facts: GroupFact, members: int = 2, freezes: bool = False
+) -> tuple[GroupState, list[GroupAction]]:
     """Feed facts, a tenth of a second apart; all actions, in order."""
-    state, actions = group_phases.begin(members, LIMIT), []
+    state, actions = group_phases.begin(members, LIMIT, freezes=freezes), []
     for number, fact in enumerate(facts):
         state, more = group_phases.step(state, fact, number / 10)
         actions += more
@@ -113,6 +118,51 @@ def test_a_monitor_that_is_lost_while_copying_is_waited_for() -> None:
     assert actions == [DECIDE]
 
 
+def test_guests_are_quiesced_when_all_are_ready_and_before_any_disk_is_held() -> None:
+    facts: list[GroupFact] = [Ready(0), Ready(1), Quiesced(1)]
+    state, actions = play(*facts, freezes=True)
+    assert (state.stage, actions) == (Stage.FREEZING, [QUIESCE])
+    state, actions = play(*facts, Lost(0), freezes=True)
+    assert (state.stage, state.culprit, actions) == (Stage.CANCELLING, 0, [QUIESCE, CANCEL])
+    facts += [Quiesced(0), Pending(0), Pending(1), Ended(0), Ended(1)]
+    state, actions = play(*facts, freezes=True)
+    assert actions == [QUIESCE, DECIDE, FINALIZE]
+    assert (state.stage, state.why) == (Stage.OVER, "")
+
+
+@pytest.mark.parametrize(
+    ("facts", "culprit", "why"),
+    [
+        ([NotQuiesced(1, "refused")], 1, "refused"),
+        ([Quiesced(1), NotQuiesced(0, "refused")], 0, "refused"),
+        ([Quiesced(0), Quiesced(1), NotQuiesced(0, "its limit")], 0, "its limit"),
+        ([Quiesced(0), Quiesced(1), Pending(1), NotQuiesced(0, "its limit")], 0, "its limit"),
+        ([Quiesced(0), Ended(0)], 0, "ended"),
+        ([Quiesced(0), Lost(1)], 1, "monitor"),
+        ([Quiesced(0), Pending(1)], 1, "another client"),
+        ([Quiesced(0), Stop("Ctrl-C")], None, "Ctrl-C"),
+    ],
+)
+def test_one_guest_that_does_not_stand_still_has_none_decided(
+    facts: list[GroupFact], culprit: int | None, why: str
+) -> None:
+    state, actions = play(Ready(0), Ready(1), *facts, freezes=True)
+    assert actions[-1] is CANCEL
+    assert FINALIZE not in actions
+    assert (DECIDE in actions) is (sum(isinstance(fact, Quiesced) for fact in facts) == 2)
+    assert (state.stage, state.culprit) == (Stage.CANCELLING, culprit)
+    assert why in state.why
+    for more in (Quiesced(0), Quiesced(1), NotQuiesced(0, "late"), Pending(0), Pending(1)):
+        state, after = group_phases.step(state, more, 99)
+        assert after == []
+
+
+def test_a_freeze_that_ends_after_the_decision_changes_nothing() -> None:
+    quiet: list[GroupFact] = [Ready(0), Ready(1), Quiesced(0), Quiesced(1)]
+    state, _ = play(*quiet, Pending(0), Pending(1), NotQuiesced(0, "its limit"), freezes=True)
+    assert (state.stage, state.why) == (Stage.FINALIZING, "")
+
+
 class Members(RuleBasedStateMachine):
     """Jobs that obey late, fail, lose their monitor and die: all end the same way, or none does.
 
@@ -126,17 +176,26 @@ class Members(RuleBasedStateMachine):
         self.orders: list[list[GroupAction]] = []
         self.issued: list[GroupAction] = []
         self.died_late: set[int] = set()
+        self.guests: list[str] = []
         self.state = group_phases.begin(1, LIMIT)
 
-    @initialize(members=st.integers(1, 4))
-    def start(self, members: int) -> None:
+    @initialize(members=st.integers(1, 4), freezes=st.booleans())
+    def start(self, members: int, freezes: bool) -> None:
         self.jobs = ["running"] * members
+        self.guests = ["going"] * members
         self.orders = [[] for _ in range(members)]
-        self.state = group_phases.begin(members, LIMIT)
+        self.state = group_phases.begin(members, LIMIT, freezes=freezes)
 
     def tell(self, fact: GroupFact) -> None:
         self.state, actions = group_phases.step(self.state, fact, self.now)
         self.issued += actions
+        if QUIESCE in actions:
+            assert set(self.jobs) == {"ready"}
+            self.guests = ["asked"] * len(self.jobs)
+        if CANCEL in actions:
+            self.guests = ["going"] * len(self.jobs)
+        if DECIDE in actions and self.state.freezes:
+            assert set(self.guests) == {"quiet"}, "decided under a guest that writes"
         if FINALIZE in actions:
             assert set(self.jobs) == {"pending"}, "final before all disks were held"
             held = self.state.held_since
@@ -144,7 +203,7 @@ class Members(RuleBasedStateMachine):
             assert self.now - held <= LIMIT
         for action in actions:
             for orders, job in zip(self.orders, self.jobs, strict=True):
-                if job not in OVER:
+                if job not in OVER and action is not QUIESCE:
                     orders.append(action)
 
     def end(self, member: int, how: str) -> None:
@@ -174,6 +233,19 @@ class Members(RuleBasedStateMachine):
         else:
             assert job == "pending"
             self.end(member, "finalized")
+
+    @rule(member=st.integers(0, 3), stands=st.booleans())
+    def quiesce(self, member: int, stands: bool = True) -> None:
+        if member < len(self.jobs) and self.guests[member] == "asked":
+            self.guests[member] = "quiet" if stands else "going"
+            self.tell(Quiesced(member) if stands else NotQuiesced(member, "refused"))
+
+    @rule(member=st.integers(0, 3))
+    def let_go(self, member: int) -> None:
+        """The freeze has come to its limit."""
+        if member < len(self.jobs) and self.guests[member] == "quiet":
+            self.guests[member] = "going"
+            self.tell(NotQuiesced(member, "its limit"))
 
     @rule(member=st.integers(0, 3))
     def fail(self, member: int) -> None:
@@ -217,9 +289,10 @@ class Members(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever has happened, obeying and waiting bring every member to an end."""
-        for _ in range(3):
+        for _ in range(4):
             for member in range(len(self.jobs)):
                 self.become_ready(member)
+                self.quiesce(member)
                 self.obey(member)
                 self.obey(member)
         if self.jobs:

@@ -1,0 +1,169 @@
+"""A node in QEMU tells that a guest is quiesced, and for what, so that the next process finds it.
+
+A process that is killed while it has a guest quiesced can't thaw it, and leaves this mark. Its
+name begins with ``qmpcommit-w`` for a snapshot window and ``qmpcommit-g`` for a group commit, then
+come eight digits of that window or group, and how the guest was quiesced.
+
+Rests on ``blockdev-add``, ``blockdev-del`` and ``query-named-block-nodes``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from qmpcommit.commit.plan import JOB_PREFIX
+from qmpcommit.commit.quiesce import LIMIT, How, thaw
+from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
+
+if TYPE_CHECKING:
+    from qmpcommit.qmp.monitor import Monitor
+
+_NAME = re.compile(rf"{JOB_PREFIX}([wg][0-9a-f]{{8}})-(paused|frozen)")
+
+GRACE = LIMIT + 1.0
+"""Seconds after which a mark is nobody's any more: no freeze lasts for so long."""
+
+PAUSE = 0.25
+"""Seconds between two looks whether a mark has gone."""
+
+
+class Mark(NamedTuple):
+    """A mark that is there: its `node`, for whose sake (`owner`), and `how` it is quiesced."""
+
+    node: str
+    owner: str
+    how: How
+
+    @property
+    def message(self) -> str:
+        """What a person should know of it."""
+        done = "paused" if self.how == "pause" else "frozen through its agent"
+        what = "a window" if self.owner.startswith("w") else "a group commit or cycle"
+        return f"the guest was {done} for {what}, and perhaps still is"
+
+
+def mark_of_window(window: str) -> str:
+    """The owner that the marks of a window of that name have."""
+    return f"w{window[-8:]}"
+
+
+def mark_of_group(group: str) -> str:
+    """The owner that the marks of a group commit with that id have."""
+    return f"g{group}"
+
+
+def what_to_do(mark: Mark, qmp: str) -> str:
+    """What a person should do about a mark whose owner is gone."""
+    socket = " --agent SOCKET" if mark.how == "agent" else ""
+    return f"'qmpcommit window --close{socket} {shlex.quote(qmp)}' lets the guest go on"
+
+
+@asynccontextmanager
+async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None]:
+    """A node in QEMU tells for as long as this lasts that the guest is quiesced for `owner`.
+
+    If this process is killed meanwhile, `thaw_marked` finds it. It stays where the guest could
+    not be thawed.
+    """
+    if how is None:
+        yield
+        return
+    name = f"{JOB_PREFIX}{owner}-{'paused' if how == 'pause' else 'frozen'}"
+    node = {"driver": "null-co", "node-name": name, "read-only": True}
+    try:
+        await vm.execute("blockdev-add", node)
+    except CommandRefused as error:  # a QEMU built without that driver
+        vm.log.warning("freeze_not_marked", error=error.desc)
+        yield
+        return
+    except BaseException:
+        await _unmark(vm, name)
+        raise
+    try:
+        yield
+    except QuiesceFailed as error:
+        if not error.facts.get("frozen"):
+            await _unmark(vm, name)
+        raise
+    except asyncio.CancelledError as error:
+        if not getattr(error, "__notes__", None):  # `quiesced` notes there that it can't thaw
+            await _unmark(vm, name)
+        raise
+    except BaseException:
+        await _unmark(vm, name)
+        raise
+    await _unmark(vm, name)
+
+
+async def _unmark(vm: Monitor, name: str) -> None:
+    with suppress(QmpCommitError):
+        await vm.execute("blockdev-del", {"node-name": name})
+
+
+def marks_among(nodes: Iterable[str]) -> list[Mark]:
+    """The marks among these node-names."""
+    found = [(node, _NAME.fullmatch(node)) for node in nodes]
+    return [
+        Mark(node, match[1], "pause" if match[2] == "paused" else "agent")
+        for node, match in found
+        if match is not None
+    ]
+
+
+async def marks(vm: Monitor) -> list[Mark]:
+    """The marks in this QEMU, of those too that are at it just now."""
+    nodes = await vm.execute("query-named-block-nodes", {"flat": True})
+    return marks_among(str(node.get("node-name") or "") for node in nodes)
+
+
+async def thaw_marked(
+    vm: Monitor, agent: str | os.PathLike[str] | None = None, *, owner: str | None = None
+) -> list[Mark]:
+    """Let a guest go on that was quiesced by somebody who was killed: for `owner`, or at all.
+
+    Returns the marks of what could not be done: one frozen through its agent needs the agent's
+    socket. Raises what `thaw` raises.
+    """
+    left = []
+    for mark in await marks(vm):
+        if owner not in (None, mark.owner):
+            continue
+        if mark.how == "agent" and agent is None:
+            left.append(mark)
+            continue
+        await thaw(vm, mark.how, agent)
+        await vm.execute("blockdev-del", {"node-name": mark.node})
+    return left
+
+
+async def thaw_abandoned(vm: Monitor, agent: str | os.PathLike[str] | None = None) -> None:
+    """Before a freeze: let a guest go on that a killed process has left quiesced.
+
+    One that somebody has quiesced just now is waited for, for no freeze lasts longer than
+    `GRACE` seconds. Raises `QuiesceFailed` where the agent's socket is needed or does not help.
+    """
+    clock = asyncio.get_running_loop().time
+    end = clock() + GRACE
+    left = set(await marks(vm))
+    while left and clock() < end:
+        await asyncio.sleep(PAUSE)
+        left &= set(await marks(vm))
+    if not left:
+        return
+    vm.log.warning("freeze_was_abandoned", marks=[mark.node for mark in left])
+    stuck = [mark for owner in {mark.owner for mark in left}
+             for mark in await thaw_marked(vm, agent, owner=owner)]  # fmt: skip
+    for mark in stuck:
+        raise QuiesceFailed(
+            f"{vm.name}: {mark.message}, so that its writes hang. If whoever did it is gone:"
+            f" {what_to_do(mark, str(vm.address or 'QMP'))}. Nothing was sent",
+            vm=vm.name,
+            how=mark.how,
+            frozen=True,
+        )
