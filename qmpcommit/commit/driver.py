@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, assert_never
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
@@ -96,11 +97,14 @@ class Driver:
         self._ledger = around.ledger
         self._frozen_before = self._stopped_before = self._inside = False
         self._left: Left | None = None
+        self._follow: Callable[..., phases.Step] | None = None
         if resumed is not None:
             prepares = resumed.state.prepares
-            self._take_up(resumed)
+            self._follow = partial(phases.resume, resumed.state, same_vm=resumed.same_vm)
         elif adopted:
-            self.state, self._owed = phases.adopt(two_phase=plan.two_phase, undoes=undoes)
+            self._follow = partial(phases.adopt, two_phase=plan.two_phase, undoes=undoes)
+        if self._follow is not None:
+            self.state, self._owed = self._follow()
         else:
             self.state, self._owed = phases.begin(
                 two_phase=plan.two_phase,
@@ -117,19 +121,20 @@ class Driver:
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
         self._refused = 0
+        if resumed is not None:
+            self._take_up(resumed)
 
     def _take_up(self, resumed: Resumed) -> None:
         """Go on where a former process stopped."""
-        self.state, self._owed = phases.resume(resumed.state, same_vm=resumed.same_vm)
         self.recycle = resumed.recycle
         self.outcome = resumed.outcome
         self._hearing.times.update(resumed.times)
         if self.recycle is not None:
-            self._frozen_before = facts.Duty.FREEZE in self._owed
+            self._frozen_before = phases.freezes_again(self.state)
             self._stopped_before = resumed.stopped
-            if resumed.same_vm is False:
+            if resumed.same_vm is False or self._frozen_before:
                 self._left = resumed.left
-            elif not self._frozen_before:
+            else:
                 # Although the guest goes on, the overlay may be there to be told of, or undone.
                 stopped = resumed.stopped and self.state.frozen
                 laid = self.state.verdict in _LAYS
@@ -158,9 +163,7 @@ class Driver:
         try:
             with self._monitor.subscribers.while_in(hearing.message, hearing.link, job=self.id):
                 if not self._monitor.connected:
-                    self.tell(facts.News.LINK_LOST)
-                    if self._owed == [facts.Duty.ASK]:
-                        self._owed = []  # when it is back, and the same QEMU answers
+                    self._begin_away()
                 await self._drive()
                 await self._conclude()
         except BaseException:
@@ -174,6 +177,12 @@ class Driver:
             for task in (self._consulting, self._stalling, self._preparing):
                 if task is not None:
                     await stop(task)
+
+    def _begin_away(self) -> None:
+        if self._follow is None:
+            self.tell(facts.News.LINK_LOST)  # what is sent first brings it back
+        else:
+            self.state, self._owed = self._follow(linked=False)
 
     async def _let_go(self) -> None:
         """Nobody follows the job any more: whatever it holds still is let go."""
@@ -459,9 +468,9 @@ class Driver:
         state, plan = self.state, self.plan
         if state.verdict not in _NO_UNDOING:
             await self._care.undo()
-        left = self._left
-        if left is None and state.verdict is phases.Verdict.VM_GONE:
-            left = await self._care.left()
+        left = None
+        if state.verdict is phases.Verdict.VM_GONE:
+            left = await self._care.left() or self._left
         error = report.error_of(
             plan, state, self.timeout, self._lost, self._policy_error, left=left
         )

@@ -187,23 +187,28 @@ def begin(
     return state, [Command.START]
 
 
-def adopt(*, two_phase: bool, undoes: bool = False) -> Step:
+def adopt(*, two_phase: bool, undoes: bool = False, linked: bool = True) -> Step:
     """A job that exists already: QEMU has to be asked where it is.
 
-    One that is PENDING was decided before: it is finalized, or cancelled with `undoes`.
+    One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. `linked`
+    is as for `resume`.
     """
-    state = State(two_phase=two_phase, phase=Phase.COPYING, began=True, undoes=undoes)
-    return state, [Duty.ASK]
+    state = State(
+        two_phase=two_phase, phase=Phase.COPYING, began=True, undoes=undoes, linked=linked
+    )
+    return state, [Duty.ASK if linked else Duty.RELINK]
 
 
-def resume(state: State, *, same_vm: bool | None) -> Step:
+def resume(state: State, *, same_vm: bool | None, linked: bool = True) -> Step:
     """A commit whose follower died: go on from what it wrote down last.
 
     What was noted may have been done or not, so QEMU is asked first, or it is done again where
-    that does no harm. `same_vm` is False when another process answers at the monitor now.
+    that does no harm. `same_vm` is False when another process answers at the monitor now. While
+    the monitor is away (`linked` is False) nothing is asked or done: when it is back, another
+    process may answer.
     """
     state = state._replace(
-        linked=True,
+        linked=linked,
         in_flight=False,
         preparing=False,
         resumed=False,
@@ -213,17 +218,28 @@ def resume(state: State, *, same_vm: bool | None) -> Step:
     )
     if state.finished:
         return state, [Duty.FINISH]
-    if state.phase is Phase.CONFIRMED:
-        if not state.other_vm:
-            return _close(state)
+    if state.other_vm and state.phase is Phase.CONFIRMED:
         remark = "QEMU ended before what follows the commit was done"
         return _finish(state._replace(trail=(*state.trail, remark), frozen=False))
     if state.other_vm:
         return _finish(state._replace(verdict=Verdict.VM_GONE, frozen=False))
-    if state.decision is Choice.RECYCLE and state.frozen and not state.tries:
-        return state._replace(in_flight=True), [Duty.FREEZE]
     if state.phase is Phase.READY:
         state = state._replace(phase=Phase.COPYING)  # so that the policy is asked again
+    if not linked:
+        return state, [Duty.RELINK]
+    return _close(state) if state.phase is Phase.CONFIRMED else _look(state)
+
+
+def freezes_again(state: State) -> bool:
+    """Whether a freeze is due that a former process noted, and may have done or begun."""
+    noted = state.taken_up and state.running and state.decision is Choice.RECYCLE
+    return noted and state.frozen and not state.tries
+
+
+def _look(state: State) -> Step:
+    """Find out where the job is; a freeze is done again before, so that the pivot can follow."""
+    if freezes_again(state):
+        return state._replace(in_flight=True), [Duty.FREEZE]
     return state, [Duty.ASK]
 
 
@@ -521,8 +537,6 @@ def _missing(state: State) -> Step:
         return _close(state) if state.phase is Phase.CONFIRMED else (state, [Duty.READ_GRAPH])
     if not state.began and state.end is None and not state.taken_up:
         return _finish(state._replace(verdict=Verdict.NEVER_BEGAN))
-    if state.other_vm:
-        return _finish(state._replace(verdict=Verdict.VM_GONE))
     return _ended(state._replace(listed=False))
 
 
@@ -601,7 +615,8 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
 def _back(state: State, same_vm: bool | None) -> Step:
     if state.linked:
         return state, []
-    return state._replace(linked=True, other_vm=same_vm is False), [Duty.ASK]
+    state = state._replace(linked=True, other_vm=same_vm is False)
+    return _dead(state, vm_gone=True) if state.other_vm else _look(state)
 
 
 def _dead(state: State, vm_gone: bool) -> Step:

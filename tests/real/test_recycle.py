@@ -149,6 +149,49 @@ async def test_a_guest_that_was_paused_goes_on_although_its_overlay_can_not_be_m
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def lost(vm: qc.Session) -> None:
+    async with asyncio.timeout(20):
+        while vm.connected:
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("step", ["freeze", "stop"])
+async def test_a_freeze_is_made_again_once_its_monitor_is_back(step: str, folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at(step, folder, chain, fresh) as (qemu, notes):
+        async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
+            await between.refuse()
+            await lost(vm)
+            job = await take_up(vm, notes, fresh)
+            await between.open()
+            outcome = await job.wait()
+            assert outcome.action == "recycle"
+            assert outcome.guest_paused is not None
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, chain.pictures[-1])
+
+
+async def test_a_freeze_is_not_made_in_a_qemu_that_has_come_instead(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("stop", folder, chain, fresh) as (qemu, notes):
+        vm = await qc.Session.connect(qemu.qmp)
+    await lost(vm)
+    async with machine(folder, chain, running=True) as qemu:
+        with vm.events("STOP", "RESUME") as heard:
+            job = await take_up(vm, notes, fresh)
+            with pytest.raises(qc.VMGone, match="was never used: delete it") as gone:
+                await job.wait()
+            assert (gone.value.pivoted, gone.value.overlay) == (False, str(fresh))
+            await nothing_left(vm, chain.top, chain.base)
+            await vm.close()
+        assert [each async for each in heard.raw()] == []
+        await qemu.quit()
+    assert fresh.exists()  # it is told of, and somebody else's process made it
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_a_guest_that_stood_still_before_is_not_started(folder: Path) -> None:
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
     async with killed_at("overlay", folder, chain, fresh, running=False) as (qemu, notes):

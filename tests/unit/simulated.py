@@ -36,6 +36,7 @@ class World:
     overlaid: bool = False
     link: bool = True
     alive: bool = True
+    replaced: bool = False
     starts: int = 0
     orders: list[Command] = field(default_factory=list)
     told: deque[Fact] = field(default_factory=deque)

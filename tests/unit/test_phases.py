@@ -447,8 +447,9 @@ def test_an_outcome_that_is_known_survives_the_loss_of_the_monitor() -> None:
 
 
 def test_another_qemu_under_the_same_name() -> None:
-    state, _ = play(*CREATED, News.LINK_LOST, LinkBack(False), Answered(None))
+    state, actions = play(*CREATED, News.LINK_LOST, LinkBack(False))
     assert state.verdict is Verdict.VM_GONE
+    assert actions == [START, Duty.RELINK, Duty.FINISH]
 
 
 def test_a_shutdown_casts_doubt_only_before_the_end() -> None:
@@ -531,6 +532,7 @@ class Driver:
         self.faults = True
         self.consulting = False
         self.stalled = False
+        self.met_other = False
         self.noted: dict[str, Any] | None = None
         if adopted:
             self.state, owed = phases.adopt(two_phase=world.two_phase)
@@ -556,17 +558,20 @@ class Driver:
         """Another process goes on from what was written down."""
         if self.noted is None:
             return
-        self.world.told.clear()
-        self.world.link = self.world.alive
-        self.consulting = self.stalled = False
+        world = self.world
+        world.told.clear()
+        world.link = world.alive and self.draw(4) != 0
+        self.consulting = self.stalled = self.met_other = False
         state = load_state(self.noted)
-        self.state, owed = phases.resume(state, same_vm=True if self.draw(2) else None)
-        if not self.world.alive:
-            self.world.told.append(News.LINK_LOST)
+        same = False if world.replaced and self.draw(2) else True if self.draw(2) else None
+        self.state, owed = phases.resume(state, same_vm=same, linked=world.link)
+        if not world.link and same is not False and not self.state.finished:
+            assert owed == [Duty.RELINK], "QEMU is asked, and may be another one"
         self.carry_out(owed)
 
     def _carry_out(self, owed: list[Action]) -> None:
         for action in owed:
+            assert action is Duty.FINISH or not self.met_other, "another QEMU is asked, or ordered"
             if isinstance(action, Command) or action in (Duty.FREEZE, Duty.OVERLAY, Duty.THAW):
                 self.note()
             match action:
@@ -661,11 +666,14 @@ class Driver:
         if self.world.alive:
             self.world.link = True
             self.world.told.append(LinkBack(True if self.draw(2) else None))
+        elif self.world.replaced:
+            self.world.told.append(LinkBack(False))
         else:
             self.world.told.append(LinkDead(vm_gone=True))
 
     def take(self) -> None:
         fact = self.world.told.popleft() if self.world.told else News.TICK
+        self.met_other = self.met_other or fact == LinkBack(False)
         self.state, owed = phases.step(self.state, fact)
         self.carry_out(owed)
 
@@ -717,6 +725,7 @@ QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
     auto_finalize=st.booleans(),
     prepares=st.booleans(),
     dies=st.integers(0, 200),
+    replaced=st.booleans(),
 )
 def test_every_interleaving_ends_and_tells_the_truth(
     script: list[int],
@@ -728,6 +737,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
     auto_finalize: bool,
     prepares: bool,
     dies: int,
+    replaced: bool,
 ) -> None:
     numbers = iter(draws)
 
@@ -745,6 +755,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
     for at, number in enumerate(script):
         if at == dies:
             world.alive = world.link = False
+            world.replaced = replaced
             world.told.append(News.LINK_LOST)
         if driver.state.finished:
             break
@@ -775,13 +786,13 @@ def check_truth(state: State, world: World, adopted: bool) -> None:
         assert not world.alive
         return
     assert world.starts == 1 or verdict is Verdict.NEVER_BEGAN
-    assert not world.guest_paused, "a guest frozen by us"
+    assert not world.guest_paused or not world.alive, "a guest frozen by us"
     pivoted = verdict in (Verdict.PIVOTED, Verdict.RECYCLED)
     assert pivoted == (world.two_phase and world.disk is Where.BASE)
     if verdict is Verdict.RECYCLED:
         assert world.overlaid
     elif pivoted and state.decision is Choice.RECYCLE:
-        assert state.error, "a guest writes into the base unnoticed"
+        assert state.error or not world.alive, "a guest writes into the base unnoticed"
     assert (verdict is Verdict.MERGED) == (not world.two_phase and world.disk is Where.MERGED)
     if verdict is Verdict.KEPT:
         assert world.will == "keep"

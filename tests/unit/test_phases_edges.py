@@ -551,6 +551,57 @@ def test_a_freeze_that_was_noted_is_done_again_unless_the_pivot_was_sent() -> No
     assert phases.resume(taken(Choice.PIVOT)[0], same_vm=True)[1] == [Duty.ASK]
 
 
+def test_whoever_takes_over_while_the_monitor_is_away_waits_until_the_same_qemu_answers() -> None:
+    ready, _ = after(ONE, *RUNNING, BecameReady())
+    freezing, _ = decided(Choice.RECYCLE)
+    thawing, _ = after(recycled(), Overlaid())
+    due: list[tuple[State, Action]] = [
+        (ONE[0], Duty.ASK),
+        (ready, Duty.ASK),
+        (freezing, Duty.FREEZE),
+        (thawing, Duty.ASK),
+    ]
+    for state, action in due:
+        away = phases.resume(state, same_vm=None, linked=False)
+        assert away[1] == [Duty.RELINK]
+        for same in (True, None):
+            back, actions = after(away, LinkBack(same))
+            assert actions == [action]
+            assert (back.linked, back.in_flight) == (True, action is Duty.FREEZE)
+        other, actions = after(away, LinkBack(False))
+        assert (other.verdict, actions) == (Verdict.VM_GONE, [Duty.FINISH])
+        gone, actions = after(away, LinkDead(False))
+        assert (gone.verdict, actions) == (Verdict.MONITOR_LOST, [Duty.FINISH])
+    assert after(
+        phases.resume(thawing, same_vm=True, linked=False), LinkBack(True), Answered(None)
+    )[1] == [Duty.THAW]
+    away = phases.resume(ready, same_vm=True, linked=False)
+    assert after(away, LinkBack(True), Answered(JobSeen("ready")))[1] == [Duty.CONSULT]
+
+
+def test_an_adopted_job_is_asked_for_when_the_monitor_is_back() -> None:
+    away = phases.adopt(two_phase=True, undoes=True, linked=False)
+    assert away[1] == [Duty.RELINK]
+    assert after(away, LinkBack(True)) == phases.adopt(two_phase=True, undoes=True)
+    assert after(away, LinkBack(False))[0].verdict is Verdict.VM_GONE
+
+
+def test_a_freeze_is_done_once_by_whoever_has_begun_it() -> None:
+    frozen = after(decided(Choice.RECYCLE), News.LINK_LOST, Frozen())
+    assert after(frozen, LinkBack(True))[1] == [Duty.ASK]
+    assert not phases.freezes_again(frozen[0])
+
+
+def test_another_qemu_is_never_asked_nor_has_a_guest_to_thaw() -> None:
+    for state, verdict in (
+        (after(taken(Choice.PIVOT), concluded()), Verdict.VM_GONE),
+        (after(recycled(), Overlaid()), Verdict.VM_GONE),
+        (after(taken(Choice.PIVOT), concluded(), GraphRead(Where.BASE)), Verdict.PIVOTED),
+    ):
+        other, actions = after(state, News.LINK_LOST, LinkBack(False))
+        assert (other.verdict, other.other_vm, actions) == (verdict, True, [Duty.FINISH])
+
+
 def test_whoever_takes_over_at_ready_asks_the_policy_again() -> None:
     ready, _ = after(ONE, *RUNNING, BecameReady())
     start = phases.resume(ready, same_vm=True)
