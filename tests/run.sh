@@ -65,7 +65,8 @@ on_all_pythons() {
         if ! wait "${filling[0]}"; then
             results+=("Python $version: not tested: $(tail -n 1 "$base-$version.log")")
             case $python in "$(realpath "$PYTHONS")"/*) ;; *) failed=1 ;; esac
-        elif "$base-$version/bin/python" -m pytest -q "$@" </dev/null; then
+        elif "$base-$version/bin/python" -m pytest -q \
+            -o cache_dir="$(realpath "$base-$version")/cache" "$@" </dev/null; then
             results+=("Python $version: passed")
         else
             results+=("Python $version: FAILED")
