@@ -10,15 +10,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify, nobody_met
+from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify
 from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import Plan, Request, adopted_plan, check_vm_state, plan_commit
+from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
 from qmpcommit.commit.policy import (
     AnyPolicy,
     Hold,
@@ -31,7 +30,6 @@ from qmpcommit.errors import (
     CommitFailed,
     InvalidRequest,
     JobConflict,
-    JobNotFound,
     QmpCommitError,
 )
 from qmpcommit.qmp.monitor import Monitor
@@ -565,39 +563,15 @@ class Session(Monitor):
         With `Hold`, the default, it is only followed until something is decided. One that is
         PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
         decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
-        Raises `JobNotFound`, or `JobConflict` where
-        it is no commit job.
+        Raises `JobNotFound`, or `JobConflict` where it is no commit job.
         """
         from qmpcommit.commit.policy import parse_policy
+        from qmpcommit.commit.takeover import adopted
 
-        policy = parse_policy(policy)
-        jobs = {job["device"]: job for job in await self.execute("query-block-jobs")}
-        job = jobs.get(job_id)
-        if job is None:
-            raise JobNotFound(
-                f"QEMU of {self.name} has no block job '{job_id}'"
-                f" (its block jobs: {', '.join(jobs) or 'none'})",
-                vm=self.name,
-                job_id=job_id,
-            )
-        if job.get("type") != "commit":
-            raise JobConflict(
-                f"job '{job_id}' of {self.name} is a {job.get('type')} job, not a commit;"
-                " nothing was sent",
-                vm=self.name,
-                job_id=job_id,
-            )
-        graph = await self.graph()
-        plan = adopted_plan(self.name, graph, job_id, policy)
-        following = CommitJob(
-            self,
-            plan,
-            timeout=timeout,
-            adopted=True,
-            auto_finalize=bool(job.get("auto-finalize", True)),
-            undoes=pending == "cancel",
+        asked = parse_policy(policy)
+        following = await self._launch(
+            await adopted(self, job_id, asked, undoes=pending == "cancel", timeout=timeout)
         )
-        following = await self._launch(following)
         try:
             await following.seen()
         except asyncio.CancelledError:
@@ -627,21 +601,11 @@ class Session(Monitor):
         of a group without one is cancelled there, for alone it must not be finalized.
         Raises what `Monitor.execute` raises; how the commit itself ends, `CommitJob.wait` tells.
         """
-        if barrier is not None:
-            state = noted.state._replace(meets=True, prepares=True, auto_finalize=False)
-            noted = noted._replace(state=state)
-        elif noted.state.meets:
-            barrier = nobody_met
-        carrying = None
-        if noted.state.prepares and noted.state.running and noted.same_vm is not False:
-            graph = await self.graph()
-            if {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys():
-                layers = [image.node_name for image in (plan.top, *plan.between)]
-                carrying = plan_carrying(graph, layers, plan.base.node_name)
+        from qmpcommit.commit.takeover import resumed
+
         around = Around(
             on_pivot=on_pivot,
             on_stall=on_stall,
-            carrying=carrying,
             files=files or {},
             cwd=self.cwd,
             converge=converge,
@@ -649,10 +613,7 @@ class Session(Monitor):
             barrier=barrier,
             gate=self.gate,
         )
-        auto_finalize = bool(plan.arguments.get("auto-finalize", True))
-        job = CommitJob(
-            self, plan, timeout=timeout, around=around, auto_finalize=auto_finalize, resumed=noted
-        )
+        job = await resumed(self, plan, noted, around, timeout=timeout)
         self._jobs.add(job)
         job.start(lambda: self._jobs.discard(job))
         return job

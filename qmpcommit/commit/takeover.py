@@ -1,0 +1,78 @@
+"""A commit that exists already: somebody else's job, or one of ours whose process died."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpcommit.block.bitmaps import plan_carrying
+from qmpcommit.commit.aftermath import Around, nobody_met
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.plan import Plan, adopted_plan
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall
+from qmpcommit.errors import JobConflict, JobNotFound
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.driver import Resumed
+    from qmpcommit.session import Session
+
+
+async def adopted(
+    vm: Session,
+    job_id: str,
+    policy: AnyPolicy | PolicyCall,
+    *,
+    undoes: bool,
+    timeout: float | None,
+) -> CommitJob:
+    """What follows the job of that id (``query-block-jobs``), whoever began it.
+
+    One that is PENDING already is cancelled if this `undoes` it, else finalized. Raises
+    `JobNotFound`, or `JobConflict` where it is no commit.
+    """
+    jobs = {job["device"]: job for job in await vm.execute("query-block-jobs")}
+    job = jobs.get(job_id)
+    if job is None:
+        raise JobNotFound(
+            f"QEMU of {vm.name} has no block job '{job_id}'"
+            f" (its block jobs: {', '.join(jobs) or 'none'})",
+            vm=vm.name,
+            job_id=job_id,
+        )
+    if job.get("type") != "commit":
+        raise JobConflict(
+            f"job '{job_id}' of {vm.name} is a {job.get('type')} job, not a commit;"
+            " nothing was sent",
+            vm=vm.name,
+            job_id=job_id,
+        )
+    return CommitJob(
+        vm,
+        adopted_plan(vm.name, await vm.graph(), job_id, policy),
+        timeout=timeout,
+        adopted=True,
+        auto_finalize=bool(job.get("auto-finalize", True)),
+        undoes=undoes,
+    )
+
+
+async def resumed(
+    vm: Session, plan: Plan, noted: Resumed, around: Around, *, timeout: float | None
+) -> CommitJob:
+    """What goes on with a commit of ours from what its `Ledger` holds.
+
+    A member of a group is finalized by the barrier in `around` only; without one it is cancelled.
+    """
+    if around.barrier is not None:
+        state = noted.state._replace(meets=True, prepares=True, auto_finalize=False)
+        noted = noted._replace(state=state)
+    elif noted.state.meets:
+        around = around._replace(barrier=nobody_met)
+    if noted.state.prepares and noted.state.running and noted.same_vm is not False:
+        graph = await vm.graph()
+        if {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys():
+            layers = [image.node_name for image in (plan.top, *plan.between)]
+            around = around._replace(carrying=plan_carrying(graph, layers, plan.base.node_name))
+    auto_finalize = bool(plan.arguments.get("auto-finalize", True))
+    return CommitJob(
+        vm, plan, timeout=timeout, around=around, auto_finalize=auto_finalize, resumed=noted
+    )
