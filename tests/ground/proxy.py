@@ -15,7 +15,7 @@ Hook = Callable[[dict[str, Any]], str]
 """Sees a message and says what becomes of it:
 
 * "pass", "drop", "twice"
-* "cut" (the connection, before it) or "cut after"
+* "cut" (the connection, before it) or "cut after", with no answer to it
 * "hold": it, and what comes after it in its direction, waits for `Proxy.release`
 * "split": it goes in single bytes (a long one in pieces)
 * "refuse": QEMU never sees this command, and the client gets an error for it
@@ -134,8 +134,11 @@ class Proxy:
                         sink.write(line + line)
                     case "refuse":
                         back.write(_refusal(message))
-                    case "pass" | "cut after":
+                    case "pass":
                         sink.write(line)
+                    case "cut after":
+                        sink.write(line)
+                        back.transport.abort()  # an answer may be quicker than we are
                     case _:
                         raise AssertionError(f"no such fate: {fate}")
                 await sink.drain()
