@@ -110,7 +110,7 @@ async def machine(
     folder: Path,
     *chains: Chain,
     style: Style = "blockdev",
-    device: str = "virtio-blk-pci",
+    device: str | Sequence[str] = "virtio-blk-pci",
     iothread: bool = False,
     filters: Sequence[str] = (),
     fmt: str = "qcow2",
@@ -121,8 +121,9 @@ async def machine(
 ) -> AsyncIterator[Machine]:
     """A ``qemu-system-x86_64`` that has not started its (absent) guest, or has, if `running`.
 
-    Its disks are ``vda``, ``vdb``, ...; `filters` (``throttle``, ``copy-on-read``) lie over the
-    first one's active layer. With `style` "drive", each is a ``-drive`` called ``drive0``, ...
+    Its disks are ``vda``, ``vdb``, ..., all of one `device` or each of its own; `filters`
+    (``throttle``, ``copy-on-read``) lie over the first one's active layer. With `style` "drive",
+    each is a ``-drive`` called ``drive0``, ...
     """
     assert qemu.system, "no qemu-system-x86_64"
     qmp, qmp2 = folder / "qmp", folder / "qmp2"
@@ -132,9 +133,10 @@ async def machine(
                "-m", "64", "-qmp", first, "-qmp", f"unix:{qmp2},server=on,wait=off"]  # fmt: skip
     if iothread:
         command += ["-object", "iothread,id=io0"]
-    if device == "scsi-hd":
+    devices = [device] * len(chains) if isinstance(device, str) else device
+    if "scsi-hd" in devices:
         command += ["-device", "virtio-scsi-pci" + (",iothread=io0" if iothread else "")]
-    for number, chain in enumerate(chains):
+    for number, (chain, kind) in enumerate(zip(chains, devices, strict=True)):
         letter = "abcdefgh"[number]
         if style == "drive":
             drive = f"drive{number}"
@@ -143,14 +145,17 @@ async def machine(
             for options in node_options(chain, style, fmt):
                 command += ["-blockdev", options]
             drive = chain.top.stem
-            for kind in filters if number == 0 else ():
-                more = ",throttle-group=tg0" if kind == "throttle" else ""
-                if kind == "throttle":
+            for filter_ in filters if number == 0 else ():
+                more = ",throttle-group=tg0" if filter_ == "throttle" else ""
+                if filter_ == "throttle":
                     command += ["-object", "throttle-group,id=tg0"]
-                command += ["-blockdev", f"driver={kind},node-name={kind}0,file={drive}{more}"]
-                drive = f"{kind}0"
-        thread = ",iothread=io0" if iothread and device == "virtio-blk-pci" else ""
-        command += ["-device", f"{device},drive={drive},id=vd{letter}{thread}"]
+                command += [
+                    "-blockdev",
+                    f"driver={filter_},node-name={filter_}0,file={drive}{more}",
+                ]
+                drive = f"{filter_}0"
+        thread = ",iothread=io0" if iothread and kind == "virtio-blk-pci" else ""
+        command += ["-device", f"{kind},drive={drive},id=vd{letter}{thread}"]
     command += extra
     async with _running(command, folder, [qmp2] if tcp else [qmp, qmp2]) as made:
         if tcp:

@@ -1,4 +1,4 @@
-"""A real guest: Debian's kernel on a tiny initramfs, writing files on its disk."""
+"""A real guest: Debian's kernel on a tiny initramfs, writing files on its disks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -21,6 +21,9 @@ from tests.ground.qemu import QEMU
 from tests.guest.initramfs import Parts, initramfs
 
 SLOTS = 256
+KERNEL = "quiet panic=-1 mitigations=off no_timer_check"
+"""The last for a busy machine, where the guest's clocks are too late for the kernel's taste."""
+
 INIT = Path(__file__).with_name("init.sh")
 ACCEL = os.environ.get("QMPCOMMIT_TEST_ACCEL", "tcg")
 """``kvm`` where that works; a device file alone does not show it."""
@@ -48,22 +51,28 @@ def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def file_system(folder: Path, size: int = 64 * MIB) -> Chain:
+def file_system(
+    folder: Path, size: int = 64 * MIB, names: tuple[str, str] = ("base", "top")
+) -> Chain:
     """``base.qcow2`` with an empty ext4 and an empty overlay ``top.qcow2`` over it."""
     raw = folder / "fs.raw"
     with raw.open("wb") as file:
         file.truncate(size)
     done = tool("mke2fs", "-q", "-F", "-t", "ext4", raw)
     assert done.returncode == 0, done.stderr
-    base = folder / "base.qcow2"
+    base, top = [folder / f"{name}.qcow2" for name in names]
     run(QEMU.img, "convert", "-f", "raw", "-O", "qcow2", raw, base)
     raw.unlink()
-    return Chain([base, create(folder / "top.qcow2", None, backing=base)], [])
+    return Chain([base, create(top, None, backing=base)], [])
 
 
 @dataclass
 class Guest:
-    """A guest that has mounted its disk; `acked` is what it said of each slot, last word."""
+    """A guest that has mounted its disks; `acked` is what it said of each slot, last word.
+
+    It writes to its `disks` in turn, one file after the other; `written` are all that it has
+    acknowledged since it booted.
+    """
 
     qemu: Machine
     agent: str
@@ -71,9 +80,13 @@ class Guest:
     writer: asyncio.StreamWriter
     acked: dict[int, tuple[int, str]] = field(default_factory=dict)
     count: int = 0
+    disks: int = 1
+    written: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # of the acknowledgements, our clock
     said: list[str] = field(default_factory=list)
     _spins: int = 0
+    _boots: int = 0
+    _seen: int = 0
     _news: asyncio.Condition = field(default_factory=asyncio.Condition)
     _listening: asyncio.Task[None] | None = None
 
@@ -83,8 +96,13 @@ class Guest:
                 case ["ack", number, digest]:
                     assert int(number) == self.count
                     self.acked[self.count % SLOTS] = self.count, digest
+                    self.written.append(digest)
                     self.count += 1
                     self.times.append(asyncio.get_running_loop().time())
+                case ["ready"]:  # once more: it was reset
+                    self.acked, self.written, self.count = {}, [], 0
+                    self._boots += 1
+                    self.said = []
                 case words:
                     self.said.append(" ".join(words))
             async with self._news:
@@ -94,7 +112,7 @@ class Guest:
             self._news.notify_all()
 
     def order(self, what: str) -> None:
-        """Tell the guest's script: ``write``, ``agent``, ``count N``, ``spin N`` or ``stop``."""
+        """Tell the guest's script one of its orders: ``write``, ``agent``, ``count N``, ..."""
         self.writer.write(f"{what}\n".encode())
 
     async def says(self, what: str) -> None:
@@ -103,6 +121,13 @@ class Guest:
             await self._news.wait_for(lambda: what in self.said or self._over())
         assert what in self.said, f"the guest said {self.said}, not {what}"
 
+    async def boots(self) -> None:
+        """Wait until it has come up again, having been reset; it has said nothing since then."""
+        async with asyncio.timeout(60), self._news:
+            await self._news.wait_for(lambda: self._boots > self._seen or self._over())
+        assert not self._over(), f"the guest said {self.said}"
+        self._seen = self._boots
+
     async def spin(self) -> None:
         """Wait while the guest's CPU does as much work as 20 writes, without the disk."""
         self._spins += 1
@@ -110,7 +135,7 @@ class Guest:
         await self.says(f"spun {self._spins}")
 
     async def counts(self, number: int) -> None:
-        """Have it write this to its file ``count``, and wait until that is on its disk."""
+        """Have it write this to a file ``count``, and wait until that is on all its disks."""
         self.order(f"count {number}")
         await self.says(f"counted {number}")
 
@@ -132,18 +157,32 @@ class Guest:
         await self.says("gone")
 
 
+def names_in(devices: Sequence[str]) -> list[str]:
+    """What the guest's kernel calls its disks: ``vda``, or ``sda`` on a SCSI controller."""
+    kinds = ["sd" if device == "scsi-hd" else "vd" for device in devices]
+    return [kind + "abcdefgh"[kinds[:number].count(kind)] for number, kind in enumerate(kinds)]
+
+
 @asynccontextmanager
-async def guest(folder: Path, chain: Chain, **options: Any) -> AsyncIterator[Guest]:
-    """A guest, booted and writing; `options` are those of `machine`."""
+async def guest(
+    folder: Path, *chains: Chain, reboots: bool = False, **options: Any
+) -> AsyncIterator[Guest]:
+    """A guest, booted and writing; one that `reboots` when it is reset, or whose QEMU ends then.
+
+    `options` are those of `machine`.
+    """
     parts = Parts.found()
     assert isinstance(parts, Parts)
     script, image = INIT.read_text(), folder / "initramfs"
     image.write_bytes(await asyncio.to_thread(initramfs, parts, script, agent=True))
     console, agent = folder / "console", folder / "agent"
+    device = options.get("device", "virtio-blk-pci")
+    disks = names_in([device] * len(chains) if isinstance(device, str) else device)
     extra = [
-        "-machine", f"accel={ACCEL}", "-m", "256", "-no-reboot",
+        *([] if reboots else ["-no-reboot"]),
+        "-machine", f"accel={ACCEL}", "-m", "256",
         "-kernel", str(parts.kernel), "-initrd", str(image),
-        "-append", "console=ttyS0 quiet panic=-1 mitigations=off",
+        "-append", f"console=ttyS0 {KERNEL} disks={','.join(disks)}",
         "-serial", f"file:{folder / 'kernel.log'}",
         "-chardev", f"socket,id=console,path={console},server=on,wait=off",
         "-serial", "chardev:console",
@@ -151,13 +190,13 @@ async def guest(folder: Path, chain: Chain, **options: Any) -> AsyncIterator[Gue
         "-device", "virtio-serial-pci",
         "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
     ]  # fmt: skip
-    async with machine(folder, chain, extra=extra, **options) as qemu:
+    async with machine(folder, *chains, extra=extra, **options) as qemu:
         reader, writer = await asyncio.open_unix_connection(str(console))
-        made = Guest(qemu, str(agent), reader, writer)
+        made = Guest(qemu, str(agent), reader, writer, disks=len(chains))
         made._listening = asyncio.create_task(made._listen())
         try:
             await qemu.execute("cont")
-            await made.says("ready")
+            await made.boots()
             made.order("write")
             await made.more(5)
             yield made
@@ -171,15 +210,45 @@ async def guest(folder: Path, chain: Chain, **options: Any) -> AsyncIterator[Gue
             writer.close()
 
 
-def assert_files(active: Path, made: Guest, *, clean: bool = True) -> None:
-    """The file system of this image checks clean and holds every acknowledged write.
+def assert_files(active: Path, made: Guest, *, clean: bool = True, disk: int = 0) -> None:
+    """The file system of this image checks clean and holds every acknowledged write to that disk.
 
     One that was cut off (not `clean`) replays its journal first; the write that was then under
     way may be there or not.
     """
-    folder = active.parent
+    found = digests(active, clean=clean)
+    acked = {slot: said for slot, said in made.acked.items() if slot % made.disks == disk}
+    assert acked
+    for slot, (number, digest) in acked.items():
+        if not clean and slot == made.count % SLOTS:
+            continue  # the next write to this slot was under way
+        assert found[slot] == digest, f"write {number} was acknowledged; not in {active.name}"
+
+
+def assert_one_instant(images: Sequence[Path], made: Guest) -> int:
+    """These images of all its disks are what a power cut leaves; the number of the last write.
+
+    All writes up to that one are there, on whichever disk, for each began after the one before it
+    was acknowledged; and none after it.
+    """
+    number_of = {digest: number for number, digest in enumerate(made.written)}
+    found: set[int] = set()
+    for disk, image in enumerate(images):
+        for slot, digest in digests(image, clean=False).items():
+            if slot % made.disks == disk and digest in number_of:
+                found.add(number_of[digest])
+    assert found
+    last = max(found)
+    missing = set(range(max(0, last - SLOTS + 1), last + 1)) - found
+    assert not missing, f"write {last} is there, and of those before it not {sorted(missing)}"
+    return last
+
+
+def digests(image: Path, *, clean: bool) -> dict[int, str]:
+    """What each slot's file holds in this image, whose file system has no faults."""
+    folder = image.parent
     raw, files = folder / "checked.raw", folder / "files"
-    run(QEMU.img, "convert", "-O", "raw", active, raw)
+    run(QEMU.img, "convert", "-U", "-O", "raw", image, raw)
     if not clean:
         done = tool("e2fsck", "-p", raw)
         assert done.returncode in (0, 1), f"the journal is not replayed: {done.stdout}"
@@ -187,14 +256,10 @@ def assert_files(active: Path, made: Guest, *, clean: bool = True) -> None:
     assert done.returncode == 0, f"the file system is damaged: {done.stdout}"
     files.mkdir()
     tool("debugfs", "-R", f"rdump / {files}", raw)
-    assert made.acked
-    for slot, (number, digest) in made.acked.items():
-        if not clean and slot == made.count % SLOTS:
-            continue  # the next write to this slot was under way
-        found = md5((files / str(slot)).read_bytes()).hexdigest()
-        assert found == digest, f"write {number} was acknowledged and is not in {active.name}"
+    found = {int(p.name): md5(p.read_bytes()).hexdigest() for p in files.glob("[0-9]*")}
     raw.unlink()
     shutil.rmtree(files)
+    return found
 
 
 def count_in(image: Path, folder: Path) -> int:

@@ -10,26 +10,36 @@ import pytest
 
 import qmpcommit as qc
 from tests.ground.images import create
-from tests.guest.guest import Guest, assert_files, file_system, guest, needs_guest
+from tests.ground.qemu import QEMU
+from tests.guest.guest import (
+    Guest,
+    assert_files,
+    assert_one_instant,
+    file_system,
+    guest,
+    needs_guest,
+)
 
-pytestmark = needs_guest
+pytestmark = [needs_guest, pytest.mark.timeout(600)]
 
+BOTH = ["virtio-blk-pci", "scsi-hd"]
 KINDS: dict[str, dict[str, Any]] = {
-    "virtio-blk": {},
-    "iothread": {"iothread": True},
+    "blockdev": {},
+    "blockdev-iothread": {"iothread": True},
     "drive": {"style": "drive"},
-    "virtio-scsi": {"device": "scsi-hd"},
+    "drive-iothread": {"style": "drive", "iothread": True},
 }
+"""Of each, a guest with a disk of virtio-blk and one of virtio-scsi."""
 
 
-async def overlay(vm: qc.Session, path: Path) -> None:
+async def overlay(vm: qc.Session, disk: str, path: Path) -> None:
     """A fresh overlay over the running disk, as a VM manager takes a snapshot."""
-    disk = await vm.disk("vda")
-    active = disk.chain[0]
+    active = (await vm.disk(disk)).chain[0]
     create(path, None, backing=active.filename)
     name = path.stem
     if active.node_name.startswith("#"):
-        await vm.execute("blockdev-snapshot-sync", {"device": "drive0", "snapshot-file": str(path),
+        drive = f"drive{'ab'.index(disk[-1])}"
+        await vm.execute("blockdev-snapshot-sync", {"device": drive, "snapshot-file": str(path),
                          "format": "qcow2", "mode": "existing"})  # fmt: skip
         return
     await vm.execute("blockdev-add", {"driver": "qcow2", "node-name": name, "backing": None,
@@ -37,34 +47,59 @@ async def overlay(vm: qc.Session, path: Path) -> None:
     await vm.execute("blockdev-snapshot", {"node": active.node_name, "overlay": name})
 
 
-async def rounds(vm: qc.Session, made: Guest, folder: Path, count: int = 2) -> Path:
-    """Keep, recycle and pivot, in turn, each under the guest's writes; the active image."""
-    active = None
-    for number in range(count):
-        if number:
-            await overlay(vm, folder / f"over{number}.qcow2")
-        for policy in (qc.Keep(), qc.Recycle(overlay=str(folder / f"new{number}.qcow2")),
-                       qc.Pivot()):  # fmt: skip
-            await made.more()
-            outcome = await (await vm.commit("vda", policy=policy, timeout=60)).wait()
-            assert outcome.status == "completed"
-            assert outcome.action == policy.kind
-            active = outcome.active
-            await made.more()
-    assert active is not None
-    return Path(active.filename)
+class Watched(qc.Session):
+    """Lets `guest` work for a while between the decisions of a group's first and second disk."""
+
+    guest: Guest | None = None
+    decisions = 0
+
+    async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+        if command in ("job-complete", "block-job-cancel"):
+            self.decisions += 1
+            if self.guest is not None and self.decisions == 2:
+                await self.guest.spin()
+        return await super().execute(command, *more, **options)
+
+
+def ways(kind: str, fresh: Path) -> list[qc.Keep | qc.Recycle | qc.Pivot]:
+    """Keep, recycle and pivot; but QEMU 5.2 with an iothread aborts in some recycles."""
+    if KINDS[kind].get("iothread") and QEMU.version < (6,):
+        return [qc.Keep(), qc.Pivot()]
+    return [qc.Keep(), qc.Recycle(overlay=str(fresh)), qc.Pivot()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_every_acknowledged_write_is_there_after_commits(kind: str, folder: Path) -> None:
-    chain = file_system(folder)
-    async with guest(folder, chain, **KINDS[kind]) as made:
-        async with qc.Session.connect(made.qemu.qmp) as vm:
-            active = await rounds(vm, made, folder)
+    """Under the writes, each disk alone; then both as a group, at one instant."""
+    chains = [file_system(folder, names=(f"base{n}", f"top{n}")) for n in "01"]
+    bases = [chain.base for chain in chains]
+    async with guest(folder, *chains, device=BOTH, **KINDS[kind]) as made:
+        async with Watched.connect(made.qemu.qmp) as vm:
+            for disk in ("vda", "vdb"):
+                for policy in ways(kind, folder / f"{disk}-new"):
+                    await made.more(4)
+                    outcome = await (await vm.commit(disk, policy=policy, timeout=60)).wait()
+                    assert (outcome.status, outcome.action) == ("completed", policy.kind)
+                await overlay(vm, disk, folder / f"{disk}-over.qcow2")
+            pairs = zip(ways(kind, folder / "vda-2"), ways(kind, folder / "vdb-2"), strict=True)
+            for pair in pairs:
+                await made.more()
+                vm.guest, vm.decisions = made if pair[0].kind == "keep" else None, 0
+                before = made.count
+                together = dict(zip(("vda", "vdb"), pair, strict=True))
+                group = await vm.commit_group(together, hold_limit=60)
+                after = made.count
+                assert (group.status, group.action) == ("completed", pair[0].kind)
+                await made.more()
+                if group.action != "pivot":  # the guest writes to overlays, and the bases stand
+                    assert before - 1 <= assert_one_instant(bases, made) <= after
+            assert [Path(end.active.filename) for end in group.outcomes if end.active] == bases
             assert await vm.query_jobs() == []
         await made.power_off()
-    assert active == chain.base
-    assert_files(active, made)
+    for number, base in enumerate(bases):
+        assert_files(base, made, disk=number)
+    if len(ways(kind, folder)) == 2:
+        pytest.skip("all but recycles held; QEMU 5.2 with an iothread aborts in some of these")
 
 
 async def test_a_guest_that_is_cut_off_after_each_decision_loses_nothing(folder: Path) -> None:
