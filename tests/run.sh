@@ -90,6 +90,7 @@ case ${1:-} in
 --all-qemu)
     shift
     need_venv test
+    need_guest
     exec "$VENV/bin/python" -m tests.all_qemu "${QMPCOMMIT_QEMUS:-.qemus}" "$@"
     ;;
 --debug-asyncio)
