@@ -35,6 +35,9 @@ HEARTBEAT = 10.0
 RETRY = 0.25
 """The same, after QEMU has refused what it was asked."""
 
+WAITING = 100
+"""Events of one job that wait to be taken; of more, none is kept, and QEMU is asked instead."""
+
 _FOREVER_REFUSED = {"CommandNotFound"}
 _LAYS = (phases.Verdict.PIVOTED, phases.Verdict.RECYCLED)
 _NO_UNDOING = (phases.Verdict.RECYCLED, phases.Verdict.VM_GONE, phases.Verdict.MONITOR_LOST)
@@ -93,7 +96,7 @@ class Driver:
         self._monitor, self._around, self._moved = monitor, around, moved
         self._care = Care(monitor, plan, around)
         prepares = not adopted and around.prepares(plan)
-        self._hearing = Hearing(plan.job_id, self.tell)
+        self._hearing = Hearing(plan.job_id, self._hear)
         self._ledger = around.ledger
         self._frozen_before = self._stopped_before = self._inside = False
         self._left: Left | None = None
@@ -121,6 +124,7 @@ class Driver:
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
         self._refused = 0
+        self._missed = False
         if resumed is not None:
             self._take_up(resumed)
 
@@ -148,6 +152,13 @@ class Driver:
     def tell(self, fact: Fact) -> None:
         """A fact, from whoever knows one."""
         self._facts.put_nowait(fact)
+
+    def _hear(self, fact: Fact) -> None:
+        """What is heard; `News` is told once for each connection, and always."""
+        if isinstance(fact, facts.News) or self._facts.qsize() < WAITING:
+            self.tell(fact)
+        else:
+            self._missed = True
 
     @property
     def timings(self) -> Timings:
@@ -220,6 +231,9 @@ class Driver:
             self._inside = True
 
     async def _next_fact(self) -> Fact:
+        if self._missed:
+            self._missed = False
+            return facts.News.TICK
         try:
             async with asyncio.timeout(min(RETRY, HEARTBEAT) if self._refused else HEARTBEAT):
                 return await self._facts.get()

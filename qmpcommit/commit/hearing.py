@@ -20,6 +20,7 @@ class Hearing:
         self.times: dict[str, datetime] = {}
         self._job_id = job_id
         self._tell = tell
+        self._shutting_down = False
 
     def link(self, up: bool) -> None:
         """The monitor's connection ended or came back."""
@@ -30,7 +31,9 @@ class Hearing:
         """An event; called in the reader's own step, so it only sorts."""
         name, data = message["event"], message.get("data")
         if name == "SHUTDOWN":
-            self._tell(facts.News.SHUTTING_DOWN)
+            if not self._shutting_down:  # once is enough to doubt what follows
+                self._shutting_down = True
+                self._tell(facts.News.SHUTTING_DOWN)
         elif not isinstance(data, Mapping):
             return
         elif name == "JOB_STATUS_CHANGE" and data.get("id") == self._job_id:

@@ -38,6 +38,10 @@ class Feed:
         except asyncio.QueueFull:
             self._lost = True  # the stream ends; the client resumes from its last event
             self.close()
+            oldest = self._queue.get_nowait()
+            while not self._queue.empty():  # for a client that may never read them
+                self._queue.get_nowait()
+            self._queue.put_nowait(oldest)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The stream's text."""

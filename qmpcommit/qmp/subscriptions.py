@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+from qemu.qmp.message import Message
+
 if TYPE_CHECKING:
     from qmpcommit.qmp.events import Event
 
@@ -20,6 +22,9 @@ _JOB_IN = {
     "BLOCK_JOB_ERROR": "device",
 }
 """Events that are about one job, and the member with its id."""
+
+WAITING_BYTES = 8 * 1024 * 1024
+"""Bytes, as they came, of the events that wait unread in a stream; one larger waits alone."""
 
 OnMessage = Callable[[Mapping[str, Any]], None]
 OnLink = Callable[[bool], None]
@@ -137,22 +142,37 @@ def _job_of(message: Mapping[str, Any]) -> str | None:
 class EventStream:
     """Typed events of a monitor from the moment this was made: ``async for event in stream``.
 
-    A context manager; leaving it ends the subscription. At most `limit` events wait unread:
-    then the oldest are dropped and counted in `missed`, so a flood costs no memory.
+    A context manager; leaving it ends the subscription. At most `limit` events wait unread, and
+    `WAITING_BYTES` of them: then the oldest are dropped and counted in `missed`, so a flood costs
+    no memory.
     """
 
     def __init__(self, subscribers: Subscribers, names: frozenset[str], limit: int) -> None:
         self.missed = 0
         self._names = names
-        self._waiting: deque[Mapping[str, Any]] = deque(maxlen=limit)
+        self._limit, self._bytes = limit, 0
+        self._waiting: deque[tuple[Mapping[str, Any], int]] = deque()
         self._arrived = asyncio.Event()
         self._subscription = subscribers.add(self._put, ended=self._arrived.set)
 
     def _put(self, message: Mapping[str, Any]) -> None:
         if not self._names or message["event"] in self._names:
-            self.missed += len(self._waiting) == self._waiting.maxlen
-            self._waiting.append(message)
+            size = len(bytes(message)) if isinstance(message, Message) else 0
+            self._waiting.append((message, size))
+            self._bytes += size
+            while len(self._waiting) > self._limit or self._too_large:
+                self._take()
+                self.missed += 1
             self._arrived.set()
+
+    @property
+    def _too_large(self) -> bool:
+        return self._bytes > WAITING_BYTES and len(self._waiting) > 1
+
+    def _take(self) -> Mapping[str, Any]:
+        message, size = self._waiting.popleft()
+        self._bytes -= size
+        return message
 
     def __enter__(self) -> Self:
         return self
@@ -188,4 +208,4 @@ class EventStream:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        return self._waiting.popleft()
+        return self._take()

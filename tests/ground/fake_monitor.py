@@ -97,6 +97,14 @@ class FakeMonitor:
         for writer in self._writers:
             writer.write(data)
 
+    async def flood(self, line: bytes, count: int) -> None:
+        """Send that so many times, no faster than it is read."""
+        for writer in list(self._writers):
+            with suppress(OSError):  # it hung up
+                for _ in range(count):
+                    writer.write(line)
+                    await writer.drain()
+
     def drop(self) -> None:
         """Hang up on whoever is connected."""
         for writer in self._writers:

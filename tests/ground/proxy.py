@@ -42,6 +42,14 @@ class Proxy:
         self._released = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """A message to the clients that QEMU has never sent; no faster than it is read."""
+        for writer in list(self._clients):
+            with suppress(OSError):
+                writer.write(json.dumps(message).encode() + b"\r\n")
+                await writer.drain()
 
     async def open(self) -> None:
         """Listen (again)."""
@@ -85,6 +93,7 @@ class Proxy:
         theirs: asyncio.StreamWriter | None = None
         pumps: list[asyncio.Task[None]] = []
         try:
+            self._clients.add(writer)
             answers, theirs = await asyncio.open_unix_connection(self.target, limit=1 << 26)
             pumps = [
                 asyncio.create_task(self._pump(reader, theirs, writer, True)),
@@ -94,6 +103,7 @@ class Proxy:
         except OSError:
             pass
         finally:
+            self._clients.discard(writer)
             sides = [side for side in (writer, theirs) if side is not None]
             for side in sides:
                 side.transport.abort()  # before anything is awaited: `cut` may cancel that

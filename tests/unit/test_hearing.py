@@ -39,6 +39,11 @@ def test_what_is_about_the_job_is_heard() -> None:
     assert list(hearing.times) == ["started", "ready", "decided", "ended"]
 
 
+def test_a_shutdown_is_told_once() -> None:
+    _, told = hear(*[message("SHUTDOWN", {"guest": False}, at) for at in range(5)])
+    assert told == [facts.News.SHUTTING_DOWN]
+
+
 def test_the_first_time_counts() -> None:
     hearing, _ = hear(
         message("JOB_STATUS_CHANGE", {"id": "j", "status": "aborting"}, 1),

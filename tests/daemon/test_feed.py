@@ -1,0 +1,117 @@
+"""Events that nobody reads: what the daemon keeps of them is bounded, and in the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+import tracemalloc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from qmpcommit.daemon import feed as feed_module
+from qmpcommit.daemon.access import PeerProtocol
+from qmpcommit.daemon.api import create_app
+from qmpcommit.daemon.config import parse
+from qmpcommit.daemon.engine import Engine
+from qmpcommit.journal import Event, Journal
+from tests.daemon.daemons import Daemon
+
+BATCH = 1000
+NOISE = 1 << 20
+"""Bytes that may be in use more or less for any other reason."""
+
+
+@asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[Engine]:
+    """The daemon's API in this process, at `Daemon.socket`."""
+    raw = f'state = "{folder}"\n[listen]\nsocket = "{folder}/d.sock"\n'
+    journal = await Journal(folder / "journal.db").open()
+    engine = Engine(parse(raw.encode(), "c"), journal)
+    settings = uvicorn.Config(
+        create_app(engine), uds=f"{folder}/d.sock", http=PeerProtocol, ws="none", lifespan="off",
+        log_config=None, access_log=False, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    server = uvicorn.Server(settings)
+    task = asyncio.create_task(server._serve())
+    try:
+        async with asyncio.timeout(30):
+            while not server.started:
+                await asyncio.sleep(0.001)
+        yield engine
+    finally:
+        await engine.stop()
+        server.should_exit = True
+        await task
+
+
+async def happen(engine: Engine, count: int) -> None:
+    """So many events are journaled, and told."""
+    happened = Event(0, time.time(), "vm", "web1", None, json.dumps({"name": "web1", "up": True}))
+    for _ in range(count // BATCH):
+        await engine.journal.write(events=[happened] * BATCH)
+
+
+async def ids_of(reader: asyncio.StreamReader) -> list[int]:
+    """Those of all events up to the end of the stream."""
+    ids = []
+    while (line := await reader.readline()) not in (b"", b"0\r\n"):
+        if line.startswith(b"id: "):
+            ids.append(int(line[4:]))
+    return ids
+
+
+async def follow(
+    folder: Path, after: str = ""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_unix_connection(Daemon(folder, "").socket, limit=4096)
+    writer.write(f"GET /v1/events{after} HTTP/1.1\r\nHost: d\r\n\r\n".encode())
+    await reader.readuntil(b"id: ")
+    return reader, writer
+
+
+async def test_a_follower_that_never_reads_is_let_go_and_resumes_from_the_journal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "_BEHIND", 2000)
+    async with serving(folder) as engine:
+        reader, writer = await follow(folder)
+        await reader.readline()
+        await happen(engine, 10 * BATCH)  # more than the sockets and the queue take
+        assert not engine.followers
+        gc.collect()
+        tracemalloc.start()
+        try:
+            await happen(engine, 20 * BATCH)
+            gc.collect()
+            kept = tracemalloc.get_traced_memory()[0]
+            await happen(engine, 80 * BATCH)
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] - kept < NOISE
+        finally:
+            tracemalloc.stop()
+        seen = await ids_of(reader)  # and now it reads after all
+        writer.close()
+        assert seen == list(range(1, len(seen) + 1))
+        assert len(seen) < 10 * BATCH
+        reader, writer = await follow(folder, f"?after={len(seen)}")
+        await reader.readline()
+        await reader.readuntil(b"id: ")
+        assert int(await reader.readline()) == len(seen) + 1
+        writer.close()
+
+
+async def test_of_what_a_follower_has_not_read_nothing_is_kept_for_it(folder: Path) -> None:
+    async with serving(folder) as engine:
+        made = feed_module.Feed(engine, None, None, None)
+        event = Event(0, 0.0, "vm", "web1", None, "{}")
+        for number in range(feed_module._BEHIND + 5):
+            engine._tell(event._replace(id=number + 1))
+        assert made._queue.qsize() == 1
+        told = [text async for text in made]
+        assert [text.split(b"\n")[0] for text in told] == [b": qmpcommit", b"id: 1"]
