@@ -483,17 +483,28 @@ class Session(Monitor):
 
     @overload
     async def cycle(
-        self, disk: str, *, keep_if: KeepIf, **options: Unpack[CycleOptions]
+        self,
+        disk: str,
+        *,
+        keep_if: KeepIf,
+        agent: str | os.PathLike[str] | None = None,
+        **options: Unpack[CycleOptions],
     ) -> Round: ...
     @overload
     async def cycle(
-        self, disk: list[str] | tuple[str, ...], *, keep_if: KeepIf, **options: Unpack[CycleOptions]
+        self,
+        disk: list[str] | tuple[str, ...],
+        *,
+        keep_if: KeepIf,
+        agent: str | os.PathLike[str] | None = None,
+        **options: Unpack[CycleOptions],
     ) -> tuple[Round, ...]: ...
     async def cycle(
         self,
         disk: str | list[str] | tuple[str, ...],
         *,
         keep_if: KeepIf,
+        agent: str | os.PathLike[str] | None = None,
         **options: Unpack[CycleOptions],
     ) -> Round | tuple[Round, ...]:
         """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
@@ -502,7 +513,10 @@ class Session(Monitor):
         variables and has `timeout` seconds (exit status 0 keeps, 1 to 125 discard), or an async
         callable that is given a `Ready`. What deserves it is carried into the base by a `Recycle`,
         what does not is discarded as by `discard`; either way an empty overlay begins. `options`
-        are `timeout` and those of `discard`.
+        are `timeout`, those of `discard`, and `freeze` with its `agent`: what is kept is then
+        taken while the guest stands still, its file systems frozen through the guest agent's
+        socket `agent` ("agent"), or its vCPUs stopped, as for `commit_group` ("pause"; a recycle
+        does that anyway). A discard needs none: nothing of the overlay is left.
 
         Of several disks it is asked once, with a `GroupReady` (a command has a line for each in
         every variable), and all are kept at one instant or all discarded; for those of several VMs
@@ -513,7 +527,8 @@ class Session(Monitor):
         """
         from qmpcommit.commit.cycle import cycle
 
-        ends = await cycle(self._places(disk), keep_if=keep_if, **options)
+        agents = {} if agent is None else {self: agent}
+        ends = await cycle(self._places(disk), keep_if=keep_if, agents=agents, **options)
         return ends[0] if isinstance(disk, str) else ends
 
     @overload
@@ -532,7 +547,9 @@ class Session(Monitor):
         """
         from qmpcommit.commit.cycle import cycles
 
-        async for ends in cycles(self._places(disk), every=every, **options):
+        agent = options.pop("agent", None)
+        agents = {} if agent is None else {self: agent}
+        async for ends in cycles(self._places(disk), every=every, agents=agents, **options):
             yield ends[0] if isinstance(disk, str) else ends
 
     def _places(self, disk: str | list[str] | tuple[str, ...]) -> list[tuple[Session, str]]:

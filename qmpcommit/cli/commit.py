@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.disks import disk_pairs
+from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.errors import CommitFailed
 
@@ -27,6 +28,7 @@ HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0
 """Seconds."""
 
+_NOT_YET_THERE = "The daemon freezes no guests for a group; leave --freeze out"
 _FOREVER = "forever"
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
 
@@ -66,6 +68,7 @@ class CommitCommand(click.Command):
     metavar="S",
     help="With several disks: cancel all if they are held for longer than this (2 s).",
 )
+@freezing
 @click.option("--pivot", is_flag=True, help="At READY, make the base the active image.")
 @click.option("--keep-overlay", is_flag=True, help="At READY, go on with the overlay.")
 @click.option("--abort", is_flag=True, help="At READY, cancel by force (a rehearsal).")
@@ -146,6 +149,8 @@ def commit(
     *,
     others: tuple[tuple[str, str], ...],
     hold_limit: str | None,
+    freeze: Any,
+    agents: tuple[str, ...],
     only_if: str | None,
     base: str | None,
     top: str | None,
@@ -184,7 +189,8 @@ def commit(
     run to READY, the disks' I/O is held for some milliseconds, and all pivot (or keep), or none
     does. A --check is asked once then, and its variables have a line for each disk. --recycle
     takes a folder, or a pattern with {disk}, {number} or {time} in it; a --hold is decided on
-    standard input, by 'pivot', 'keep' or 'abort'. Instead of QMP and its DISKs each disk may be
+    standard input, by 'pivot', 'keep' or 'abort'. --freeze has the guests stand still from when
+    all are READY until their disks have ended. Instead of QMP and its DISKs each disk may be
     given as QMP:DISK, as in: commit /run/a.sock:vda /run/b.sock:vda --pivot
     """
     options = Options.of(as_json, quiet, verbose, timeout)
@@ -234,6 +240,7 @@ def commit(
         named = [(qmp, name) for name in (disk, *more)] + list(others)
         assert policy is not None
         group.policies_of(policy, named)
+        sockets = sockets_of(freeze, [name for name, _ in named], agents)
         limit = HOLD_LIMIT if hold_limit is None else parse_seconds(hold_limit, "hold limit")
         if dry_run:
             return run(options, lambda running: group.plan_group(running, named, request))
@@ -241,11 +248,18 @@ def commit(
             from qmpcommit.cli import remote_group
 
             remote_group.check(policy)
+            if freeze is not None:
+                raise click.UsageError(_NOT_YET_THERE)
             request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
             return run(options, lambda running: remote_group.commit(running, named, request, limit))
-        return run(options, lambda running: group.commit_group(running, named, request, limit))
-    if hold_limit is not None:
-        raise click.UsageError("--hold-limit is for several disks")
+        quiescing = {"freeze": freeze, "agents": sockets}
+        return run(
+            options,
+            lambda running: group.commit_group(running, named, request | quiescing, limit),
+        )
+    for option, value in (("hold-limit", hold_limit), ("freeze", freeze), ("agent", agents)):
+        if value:
+            raise click.UsageError(f"--{option} is for several disks")
     if options.daemon is not None and offline:
         raise click.UsageError("--offline needs no daemon; leave --daemon out")
     if options.daemon is not None and not dry_run:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmpcommit.cli.disks import disk_pairs
+from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.show import show_seconds
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -31,6 +33,7 @@ OTHERWISE = 3
 @click.option("--reset", "guest", flag_value="reset", help="Reset the guest after a discard.")
 @click.option("--stop", "guest", flag_value="stop", help="Leave the guest stopped after a discard.")
 @click.option("--delete", is_flag=True, help="Delete the former overlay.")
+@freezing
 @common
 def cycle(
     words: tuple[str, ...],
@@ -39,6 +42,8 @@ def cycle(
     overlay: str | None,
     guest: Any,
     delete: bool,
+    freeze: Any,
+    agents: tuple[str, ...],
     **given: Any,
 ) -> Answer:
     """Ask CMD whether the overlay's changes are good: carry them into the base, or discard them.
@@ -48,7 +53,8 @@ def cycle(
     --stop. The exit status is 0 where the changes were kept, and 3 where they were discarded.
 
     Several disks end the same way, and are kept at one instant; CMD is asked once, with a line
-    for each in every variable. Disks of several VMs are given as QMP:DISK.
+    for each in every variable. Disks of several VMs are given as QMP:DISK. --freeze has the
+    guests stand still for what is kept; a discard needs no freeze.
 
     With --daemon it is a round of the [[cycle]] that the daemon's configuration has for DISK,
     which says all the rest; it goes on if you leave it.
@@ -57,10 +63,10 @@ def cycle(
     from qmpcommit.cli.running import run
 
     if options.daemon is not None:
-        if keep_if or overlay or guest or delete:
+        if keep_if or overlay or guest or delete or freeze or agents:
             raise click.UsageError(
                 "The [[cycle]] of the daemon's configuration says what a round does; leave"
-                " --keep-if, --overlay, --reset, --stop and --delete out"
+                " --keep-if, --overlay, --reset, --stop, --delete, --freeze and --agent out"
             )
         vm, disk = _place(words)
         from qmpcommit.cli.remote_cycle import cycle as cycle_there
@@ -76,11 +82,18 @@ def cycle(
         "overlay": overlay,
         "guest": guest,
         "delete": delete,
+        "freeze": freeze,
     }
-    return run(options, lambda running: _cycle(running, disks, request))
+    sockets = sockets_of(freeze, [qmp for qmp, _ in disks], agents)
+    return run(options, lambda running: _cycle(running, disks, sockets, request))
 
 
-async def _cycle(running: Run, disks: Sequence[tuple[str, str]], request: dict[str, Any]) -> Answer:
+async def _cycle(
+    running: Run,
+    disks: Sequence[tuple[str, str]],
+    sockets: Mapping[str, str],
+    request: dict[str, Any],
+) -> Answer:
     from qmpcommit.commit.cycle import cycle
 
     async with AsyncExitStack() as stack:
@@ -88,7 +101,10 @@ async def _cycle(running: Run, disks: Sequence[tuple[str, str]], request: dict[s
         for qmp, _ in disks:
             if qmp not in vms:
                 vms[qmp] = await stack.enter_async_context(running.connect(qmp))
-        rounds = await cycle([(vms[qmp], disk) for qmp, disk in disks], **request)
+                if request["freeze"] is None:  # else it is thawed first
+                    await tell_of_frozen(vms[qmp], qmp)
+        agents = {vms[qmp]: socket for qmp, socket in sockets.items()}
+        rounds = await cycle([(vms[qmp], disk) for qmp, disk in disks], agents=agents, **request)
     each = [done.model_dump(mode="json") for done in rounds]
     data = each[0] if len(each) == 1 else {"result": rounds[0].result, "rounds": each}
     return Answer(
@@ -109,7 +125,11 @@ def _place(words: Sequence[str]) -> tuple[str, str]:
 
 def _said(done: Round) -> str:
     if done.kept is not None:
-        return f"kept: {done.kept.base.filename} has the changes, {done.overlay} begins empty"
+        stood = ""
+        if done.kept.quiesced is not None:
+            stood = f"; the guest stood still for {show_seconds(done.kept.quiesced)}"
+        base = done.kept.base.filename
+        return f"kept: {base} has the changes, {done.overlay} begins empty{stood}"
     assert done.discarded is not None
     gone = "is deleted" if done.discarded.deleted else "must not be booted again"
     return (

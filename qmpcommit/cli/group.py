@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.freezing import tell_of_frozen
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
 from qmpcommit.errors import InvalidRequest, JobConflict, NotReady
@@ -112,7 +113,7 @@ async def commit_group(
     """Commit them at one instant; Ctrl-C and the deadline cancel all."""
     from qmpcommit.commit.group import GroupCommit, GroupMember
 
-    apart = ("disk", "policy", *_ALONE)
+    apart = ("disk", "policy", "agents", *_ALONE)
     options = {name: value for name, value in request.items() if name not in apart}
     policy = request["policy"]
     own: list[AnyPolicy | None] = [None] * len(named)
@@ -120,6 +121,9 @@ async def commit_group(
         own = [*policies_of(policy, named)]
     async with AsyncExitStack() as stack:
         vms = await _connected(running, named, stack)
+        if request["freeze"] is None:  # else they are thawed first
+            for qmp, vm in vms.items():
+                await tell_of_frozen(vm, qmp)
         group = GroupCommit(
             [
                 GroupMember(vms[qmp], disk, each)
@@ -128,6 +132,7 @@ async def commit_group(
             policy=None if policy.kind == "recycle" else policy,
             hold_limit=hold_limit,
             timeout=running.remaining,
+            agents={vms[qmp]: socket for qmp, socket in request["agents"].items()},
             **options,
         )
         asking = Asking(group, policy.timeout) if policy.kind == "hold" else None
@@ -227,4 +232,7 @@ def group_text(outcome: GroupOutcome) -> str:
         many = len(outcome.outcomes)
         held = show_seconds(outcome.held)
         lines.append(f"One instant for {many} disks; their I/O was held for at most {held}.")
+    if outcome.quiesced is not None:
+        stood = show_seconds(outcome.quiesced)
+        lines.append(f"The guests stood still for at most {stood}.")
     return "\n".join(lines)

@@ -44,7 +44,7 @@ def tell_of_windows(
         )
     for each in remains:
         click.echo(
-            f"qmpcommit: {each['what']}: {each['message']}. If whoever opened the window is gone:"
+            f"qmpcommit: {each['what']}: {each['message']}. If whoever did it is gone:"
             f" '{close}' (--agent SOCKET if it was frozen through its agent)",
             err=True,
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.options import Answer, Options, common
 
 if TYPE_CHECKING:
@@ -30,19 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--close", is_flag=True, help="Close the windows that a crash has left open.")
 @click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
-@click.option(
-    "--freeze",
-    type=click.Choice(["agent", "pause"]),
-    help="Quiesce the guest for the instant: its file systems through the guest agent, or its"
-    " vCPUs.",
-)
-@click.option(
-    "--agent",
-    "agents",
-    multiple=True,
-    metavar="SOCKET",
-    help="The guest agent's socket; with several VMs one for each, in their order.",
-)
+@freezing
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
 @common
 def window(
@@ -89,25 +78,16 @@ def window(
     wanted = {qmp: disks}
     for other, disk in others:
         wanted.setdefault(other, []).append(disk)
-    if len(wanted) == 1:
-        request |= {"disks": wanted[qmp], "agent": agents[0] if agents else None}
-        return run(options, lambda running: _window(running, qmp, command, request))
-    _check_several(freeze, wanted, agents)
-    sockets = dict(zip(wanted, agents, strict=False))
-    return run(options, lambda running: _windows(running, wanted, sockets, command, request))
-
-
-def _check_several(freeze: Any, wanted: Any, agents: Sequence[str]) -> None:
-    """What windows on several VMs need; raises `click.UsageError`."""
-    if freeze is None:
+    if len(wanted) > 1 and freeze is None:
         raise click.UsageError(
             "Several VMs have one instant only while their guests stand still: --freeze pause, or"
             " --freeze agent"
         )
-    if len(agents) != (len(wanted) if freeze == "agent" else 0):
-        raise click.UsageError(
-            f"Give --agent {len(wanted)} times for --freeze agent, or not at all"
-        )
+    sockets = sockets_of(freeze, wanted, agents)
+    if len(wanted) == 1:
+        request |= {"disks": wanted[qmp], "agent": sockets.get(qmp)}
+        return run(options, lambda running: _window(running, qmp, command, request))
+    return run(options, lambda running: _windows(running, wanted, sockets, command, request))
 
 
 def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -22,11 +22,13 @@ from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.aftermath import identify, users
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all, runs
-from qmpcommit.commit.group import GroupMember, commit_group
+from qmpcommit.commit.freeze_marks import thaw_all_abandoned
+from qmpcommit.commit.group import GroupCommit, GroupMember
 from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot, Ready, Recycle, check_command, run_command
+from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
 from qmpcommit.tasks import to_the_end
@@ -93,9 +95,13 @@ class DiscardOptions(TypedDict, total=False):
 
 
 class CycleOptions(DiscardOptions, total=False):
-    """Of `cycle`; `timeout` is how many seconds a command has for its answer."""
+    """Of `cycle`; `timeout` is how many seconds a command has for its answer.
+
+    `freeze` quiesces the guests for the instant of what is kept, as for a `GroupCommit`.
+    """
 
     timeout: float
+    freeze: How | None
 
 
 async def discard(
@@ -128,17 +134,24 @@ async def cycle(
     overlay: str | os.PathLike[str] | None = None,
     delete: bool = False,
     timeout: float = TIMEOUT,
+    freeze: How | None = None,
+    agents: Sockets[Session] | None = None,
 ) -> tuple[Round, ...]:
     """One round for disks of one or several VMs, which all end the same way.
 
     `disks` are tuples of a session and a disk. See `Session.cycle`; of several disks `keep_if` is
     asked once: a callable is given a `GroupReady`, a command one line a disk in each of its
-    variables. What is kept is kept as a group commit, so that the bases show one instant.
+    variables. What is kept is kept as a group commit, so that the bases show one instant. With
+    `freeze` the guests of all VMs are quiesced for it, by their agents' sockets in `agents` or by
+    a pause; a discard needs none, for nothing of the overlay is left.
     """
     disks = tuple(disks)
     timeout = parse_seconds(timeout, "timeout")
+    check_sockets(freeze, (vm for vm, _ in disks), agents or {})
     if not callable(keep_if):
         keep_if = check_command(keep_if, "keep_if")
+    if freeze is not None:
+        await thaw_all_abandoned({vm for vm, _ in disks}, agents or {})
     found = await _find(disks)
     stem = _interrupted(found)
     if stem is not None:
@@ -156,16 +169,21 @@ async def cycle(
     recycles = [
         GroupMember(vm, disk, Recycle(file)) for (vm, disk), file in zip(disks, fresh, strict=True)
     ]
-    kept = await _keep(recycles, delete)
+    kept = await _keep(recycles, delete, freeze, agents)
     return tuple(
         Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
     )
 
 
-async def _keep(recycles: Sequence[GroupMember], delete: bool) -> Sequence[CommitOutcome]:
-    if len(recycles) > 1:
-        done = await commit_group(recycles, shallow=True, delete=delete)
-        return done.outcomes
+async def _keep(
+    recycles: Sequence[GroupMember],
+    delete: bool,
+    freeze: How | None,
+    agents: Sockets[Session] | None,
+) -> Sequence[CommitOutcome]:
+    if len(recycles) > 1 or freeze is not None:
+        group = GroupCommit(recycles, shallow=True, delete=delete, freeze=freeze, agents=agents)
+        return (await group.run()).outcomes
     ((vm, disk, policy, _),) = recycles
     job = await vm.commit(disk, policy=policy, shallow=True, delete=delete)
     return [await job.wait()]

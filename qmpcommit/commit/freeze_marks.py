@@ -13,12 +13,12 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.commit.plan import JOB_PREFIX
-from qmpcommit.commit.quiesce import LIMIT, How, thaw
+from qmpcommit.commit.quiesce import LIMIT, How, Sockets, thaw
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
 
 if TYPE_CHECKING:
@@ -167,3 +167,8 @@ async def thaw_abandoned(vm: Monitor, agent: str | os.PathLike[str] | None = Non
             how=mark.how,
             frozen=True,
         )
+
+
+async def thaw_all_abandoned(vms: Collection[Monitor], agents: Sockets[Any]) -> None:
+    """`thaw_abandoned` for all of these, at the same time."""
+    await asyncio.gather(*(thaw_abandoned(vm, agents.get(vm)) for vm in vms))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 from qmpcommit.commit import group_phases
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.freeze_marks import thaw_abandoned
+from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.group_freeze import Freezes
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.commit.group_pause import Pauses
@@ -259,8 +259,7 @@ class GroupCommit:
     async def _thaw_abandoned(self) -> None:
         """A guest that a killed run has left frozen can't be frozen again."""
         if self._freeze is not None:
-            vms = dict.fromkeys(member.vm for member in self.members)
-            await asyncio.gather(*(thaw_abandoned(vm, self._agents.get(vm)) for vm in vms))
+            await thaw_all_abandoned({member.vm for member in self.members}, self._agents)
 
     async def prepare(self) -> tuple[CommitJob, ...]:
         """Check all members, and send nothing; raises what `start` raises before that."""
@@ -584,7 +583,7 @@ def _none_done(ends: Sequence[MemberEnd]) -> bool:
 async def commit_group(
     members: Iterable[GroupMember | tuple[Any, ...]],
     *,
-    agents: Sockets[Session | str | os.PathLike[str]] | None = None,
+    agents: Sockets[Any] | None = None,
     **options: Any,
 ) -> GroupOutcome:
     """Commit disks of several VMs at one instant: all of them or none.

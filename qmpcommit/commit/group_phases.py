@@ -169,7 +169,7 @@ def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
         case Quiesced(member):
             return _go_on(_with(state, member, quiet=True), now)
         case NotQuiesced(member, why):
-            return _cancel(state, why, member)
+            return _not_quiesced(state, member, why)
         case Pending(member):
             return _pending(_with(state, member, pending=True), member, now)
         case Back(member):
@@ -198,6 +198,14 @@ def _with(state: GroupState, member: int, **change: bool) -> GroupState:
     parts = list(state.parts)
     parts[member] = parts[member]._replace(**change)
     return state._replace(parts=tuple(parts))
+
+
+def _not_quiesced(state: GroupState, member: int, why: str) -> GroupStep:
+    """One that stood still, and goes on before all did, has waited for another: that is why."""
+    late = [number for number, part in enumerate(state.parts) if not part.quiet]
+    if state.stage is Stage.FREEZING and state.parts[member].quiet and late:
+        return _cancel(state, "its guest could not be quiesced in time", late[0])
+    return _cancel(state, why, member)
 
 
 def _pending(state: GroupState, member: int, now: float) -> GroupStep:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qmpcommit.commit import freeze_marks
 from qmpcommit.commit.plan import JOB_PREFIX
 from qmpcommit.errors import JobConflict, JobNotFound, QmpCommitError
 
@@ -124,13 +125,17 @@ async def held_jobs(vm: Session, qmp: str) -> list[dict[str, str]]:
 
 
 async def name_pending(vm: Session, conflict: JobConflict) -> JobConflict:
-    """The same conflict, or one that says so where the job in the way holds its disk."""
-    job_id = str(conflict.job_id)
+    """The same conflict, or one that says so where the job in the way holds its disk.
+
+    And where a guest is quiesced, as a group that was killed leaves it beside its jobs.
+    """
+    job_id, qmp, text = str(conflict.job_id), str(vm.address or "QMP"), conflict.message
     with suppress(QmpCommitError):
         if job_id in _held(await vm.execute("query-jobs"), ()):
-            return JobConflict(
+            text = (
                 f"{conflict.disk} of {conflict.vm} has a commit that was left PENDING: job {job_id}"
-                f" {what_to_do(job_id, str(vm.address or 'QMP'))}. Nothing was sent",
-                **conflict.facts,
+                f" {what_to_do(job_id, qmp)}. Nothing was sent"
             )
-    return conflict
+        for mark in await freeze_marks.marks(vm):
+            text += f". And {mark.message}: {freeze_marks.what_to_do(mark, qmp)}"
+    return JobConflict(text, **conflict.facts)

@@ -11,46 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import qmpcommit as qc
-from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
+from tests.ground.killing import places
 
 QMP, FREEZE, DIE_AT, PLACES, PATTERN, OFFSET, OVERLAY_DIR = sys.argv[1:]
 DEVICE = "/machine/peripheral/vd{}/virtio-backend"
 
-
-class Counter:
-    """How many places were passed."""
-
-    passed = 0
-
-
-def place(name: str) -> None:
-    """Somewhere to die."""
-    Counter.passed += 1
-    with open(PLACES, "a") as file:
-        file.write(f"{name}\n")
-    if Counter.passed == int(DIE_AT):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 EXECUTE, UNLINK = Session.execute, os.unlink
-FREEZING, THAWING = Agent.freeze, Agent.thaw
-
-
-async def execute(self: Session, command: str, arguments: Any = None, **more: Any) -> Any:
-    """`Session.execute` with places."""
-    if command.startswith(("query-", "x-debug")):
-        return await EXECUTE(self, command, arguments, **more)
-    place(f"before {command}")
-    answer = await EXECUTE(self, command, arguments, **more)
-    place(f"after {command}")
-    return answer
+place = places(PLACES, int(DIE_AT))
 
 
 def unlink(*args: Any, **more: Any) -> None:
@@ -58,22 +31,6 @@ def unlink(*args: Any, **more: Any) -> None:
     place("before unlink")
     UNLINK(*args, **more)
     place("after unlink")
-
-
-async def freezing(self: Agent, **more: Any) -> Any:
-    """`Agent.freeze` with places."""
-    place("before guest-fsfreeze-freeze")
-    answer = await FREEZING(self, **more)
-    place("after guest-fsfreeze-freeze")
-    return answer
-
-
-async def thawing(self: Agent) -> Any:
-    """`Agent.thaw` with places."""
-    place("before guest-fsfreeze-thaw")
-    answer = await THAWING(self)
-    place("after guest-fsfreeze-thaw")
-    return answer
 
 
 class Notes:
@@ -111,7 +68,5 @@ async def main() -> None:
         await qc.close_window(vm, window, ledger=Notes())
 
 
-Session.execute = execute  # type: ignore[method-assign, assignment]
 os.unlink = unlink
-Agent.freeze, Agent.thaw = freezing, thawing  # type: ignore[method-assign]
 asyncio.run(main())

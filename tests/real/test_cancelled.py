@@ -89,6 +89,17 @@ async def _group_of_two(qemus: list[Machine]) -> None:
     await qc.commit_group([(each.qmp, "vda") for each in qemus], policy=qc.Keep())
 
 
+async def _frozen_group_of_two(qemus: list[Machine]) -> None:
+    members = [(each.qmp, "vda") for each in qemus]
+    await qc.commit_group(members, policy=qc.Keep(), freeze="pause")
+
+
+async def _frozen_cycle(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        how: Any = {"guest": "reset", "delete": True, "freeze": "pause"}
+        await vm.cycle("vda", keep_if=["true"], **how)
+
+
 async def _paused(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm, qc.quiesced(vm, "pause"):
         await vm.query_status()
@@ -219,6 +230,8 @@ STORIES = [
     ("machine", _discarding_cycles),
     ("machines", _windows_of_two),
     ("machines", _group_of_two),
+    ("machines", _frozen_group_of_two),
+    ("machine", _frozen_cycle),
     ("machines", _discard_of_two),
     ("machines", _cycle_of_two),
 ]

@@ -137,6 +137,7 @@ def test_guests_are_quiesced_when_all_are_ready_and_before_any_disk_is_held() ->
         ([Quiesced(1), NotQuiesced(0, "refused")], 0, "refused"),
         ([Quiesced(0), Quiesced(1), NotQuiesced(0, "its limit")], 0, "its limit"),
         ([Quiesced(0), Quiesced(1), Pending(1), NotQuiesced(0, "its limit")], 0, "its limit"),
+        ([Quiesced(0), NotQuiesced(0, "its limit")], 1, "in time"),
         ([Quiesced(0), Ended(0)], 0, "ended"),
         ([Quiesced(0), Lost(1)], 1, "monitor"),
         ([Quiesced(0), Pending(1)], 1, "another client"),

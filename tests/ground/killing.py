@@ -1,0 +1,52 @@
+"""Places at which a process kills itself: before and after each step that changes something."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from qmpcommit.qmp.agent import Agent
+from qmpcommit.session import Session
+
+
+def places(write_to: str, die_at: int) -> Callable[[str], None]:
+    """Has `Session` and `Agent` pass places, each named in the file; at the n-th the process dies.
+
+    Answers with what passes one more place.
+    """
+    passed = 0
+    execute, freeze, thaw = Session.execute, Agent.freeze, Agent.thaw
+
+    def place(name: str) -> None:
+        nonlocal passed
+        passed += 1
+        with open(write_to, "a") as file:
+            file.write(f"{name}\n")
+        if passed == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def executing(self: Session, command: str, arguments: Any = None, **more: Any) -> Any:
+        if command.startswith(("query-", "x-debug")):
+            return await execute(self, command, arguments, **more)
+        place(f"before {command}")
+        answer = await execute(self, command, arguments, **more)
+        place(f"after {command}")
+        return answer
+
+    async def freezing(self: Agent, **more: Any) -> Any:
+        place("before guest-fsfreeze-freeze")
+        answer = await freeze(self, **more)
+        place("after guest-fsfreeze-freeze")
+        return answer
+
+    async def thawing(self: Agent) -> Any:
+        place("before guest-fsfreeze-thaw")
+        answer = await thaw(self)
+        place("after guest-fsfreeze-thaw")
+        return answer
+
+    Session.execute = executing  # type: ignore[method-assign, assignment]
+    Agent.freeze, Agent.thaw = freezing, thawing  # type: ignore[method-assign]
+    return place

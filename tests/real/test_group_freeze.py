@@ -1,0 +1,370 @@
+"""Group commits and cycles whose guests stand still for the instant; each ends with the disks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import freeze_marks, group_freeze
+from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import Machine, machine, storage_daemon
+from tests.real.test_agent import FakeAgent, fake_agent
+from tests.real.test_window_group import LIMIT, Two, two
+
+DECIDING = ("job-complete", "block-job-cancel")
+STEPS = ("stop", "job-finalize", "blockdev-snapshot", "cont", *DECIDING)
+KEEP_ALL = {"policy": qc.Keep()}
+
+
+def steps_of(here: Two) -> list[tuple[int, str]]:
+    """From now on what is sent of it to both VMs, and what is done, in this order."""
+    said: list[tuple[int, str]] = []
+    asked: dict[tuple[int, Any], str] = {}
+
+    def heard(number: int, message: dict[str, Any]) -> str:
+        if message.get("execute") in STEPS:
+            asked[number, message["id"]] = message["execute"]
+            said.append((number, message["execute"]))
+        elif step := asked.get((number, message.get("id"))):
+            said.append((number, f"{step} done"))
+        return "pass"
+
+    for number, each in enumerate(here.between):
+        each.to_qemu = each.to_client = partial(heard, number)
+    return said
+
+
+def refuse(command: str, *, times: int = 1) -> Callable[[dict[str, Any]], str]:
+    """A hook that has QEMU refuse this command."""
+    left = [times]
+
+    def fate(message: dict[str, Any]) -> str:
+        if message.get("execute") != command or not left[0]:
+            return "pass"
+        left[0] -= 1
+        return "refuse"
+
+    return fate
+
+
+async def runs(qemu: Machine) -> bool:
+    return bool((await qemu.execute("query-status"))["running"])
+
+
+async def unmarked(vm: qc.Session) -> bool:
+    return await freeze_marks.marks(vm) == []
+
+
+# -- order --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [qc.Pivot(), qc.Keep()], ids=lambda p: p.kind)
+async def test_all_guests_stand_still_from_ready_until_their_own_disks_have_ended(
+    folder: Path, policy: Any
+) -> None:
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        said = steps_of(here)
+        late = here.between[1]
+        passing = late.to_client
+
+        def slow(message: dict[str, Any]) -> str:
+            before = len(said)
+            passing(message)
+            return "hold" if said[before:] == [(1, "stop done")] else "pass"
+
+        late.to_client = slow
+        marks: list[list[str]] = []
+
+        async def held(jobs: Any) -> None:
+            marks.append([m.owner for vm in here.vms for m in await freeze_marks.marks(vm)])
+            assert not any([await runs(qemu) for qemu in here.qemus])
+
+        group = qc.GroupCommit(here.disks, policy=policy, freeze="pause", on_decision=held)
+        going = asyncio.create_task(group.run())
+        await late.held.wait()
+        for _ in range(20):  # the other one's time to go too far
+            await here.vms[0].execute("query-status")
+        assert group.state.stage == "freezing"
+        late.to_client = passing
+        late.release()
+        outcome = await going
+        places = {step: number for number, step in enumerate(said)}
+        decide = "job-complete" if policy.kind == "pivot" else "block-job-cancel"
+        for number in (0, 1):
+            for other in (0, 1):
+                assert places[number, "stop done"] < places[other, decide]
+            assert places[number, "job-finalize"] < places[number, "cont"]
+        assert marks == [[f"g{group.id}"] * 2]
+        for vm, qemu in zip(here.vms, here.qemus, strict=True):
+            assert await runs(qemu)
+            assert await unmarked(vm)
+        stood = [each.quiesced for each in outcome.outcomes]
+        assert all(stood)
+        assert outcome.quiesced == max(each or 0 for each in stood)
+        for qemu, chain in zip(here.qemus, here.chains, strict=True):
+            await qemu.quit()
+            assert_disk(chain.base, chain.pictures[-1])
+            assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_guest_that_its_owner_has_paused_stays_so_and_a_daemon_has_none(
+    folder: Path,
+) -> None:
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    chains = make_chain(folder / "a"), make_chain(folder / "b")
+    async with (
+        machine(folder / "a", chains[0], style="implicit") as qemu,
+        storage_daemon(folder / "b", chains[1]) as daemon,
+        qc.Session.connect(qemu.qmp) as vm,
+        qc.Session.connect(daemon.qmp) as other,
+    ):
+        members = [(vm, "vda"), (other, "top")]
+        outcome = await qc.commit_group(members, policy=qc.Pivot(), freeze="pause")
+        assert (outcome.action, outcome.quiesced) == ("pivot", None)
+        assert not await runs(qemu)
+        assert await unmarked(vm)
+        assert await unmarked(other)
+        for each in (vm, other):
+            await each.close()
+        await qemu.quit()
+        await daemon.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_what_is_recycled_goes_on_only_when_its_overlay_lies(
+    folder: Path, running: bool
+) -> None:
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        if not running:
+            await here.qemus[0].execute("stop")
+        said = steps_of(here)
+        fresh = folder / "one" / "fresh.qcow2"
+        members = [(here.vms[0], "vda", qc.Recycle(str(fresh))), (here.vms[1], "vda", qc.Keep())]
+        outcome = await qc.commit_group(members, freeze="pause")
+        first, second = outcome.outcomes
+        assert (first.action, second.action) == ("recycle", "keep")
+        assert [await runs(qemu) for qemu in here.qemus] == [running, True]
+        assert first.quiesced == first.guest_paused
+        assert (first.quiesced is not None) is running
+        assert second.quiesced
+        places = {step: number for number, step in enumerate(said)}
+        if running:
+            assert [step for step in said if step[1] in ("stop", "cont") and not step[0]] == [
+                (0, "stop"),
+                (0, "cont"),
+            ], "once, for both reasons"
+            assert places[0, "stop done"] < places[1, "block-job-cancel"]
+            assert places[0, "blockdev-snapshot done"] < places[0, "cont"]
+        assert places[1, "stop done"] < places[0, "job-complete"]
+        for vm in here.vms:
+            assert await unmarked(vm)
+        for qemu in here.qemus:
+            await qemu.quit()
+        for chain in here.chains:
+            assert_disk(chain.base, chain.pictures[-1])
+        assert_disk(fresh, here.chains[0].pictures[-1])
+
+
+# -- what goes wrong ----------------------------------------------------------------------------
+
+
+async def none_pivoted(here: Two) -> None:
+    """All guests run on the overlays that they had, and nothing is left."""
+    for vm in here.vms:
+        assert await unmarked(vm)
+    await here.untouched(0, 1)
+
+
+async def test_one_guest_that_can_not_be_paused_has_nothing_committed(folder: Path) -> None:
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        said = steps_of(here)
+        here.between[1].to_qemu = refuse("stop")
+        with pytest.raises(qc.GroupFailed, match=r"vda of two: its guest could not be") as caught:
+            await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
+        assert "refused by the proxy" in caught.value.message
+        assert caught.value.vm == "two"
+        assert not [step for step in said if step[1] in ("job-complete", "job-finalize")]
+        await none_pivoted(here)
+
+
+async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_freeze, "LIMIT", 0.3)
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        late = here.between[1]
+
+        def hold(message: dict[str, Any]) -> str:
+            return "hold" if message.get("execute") == "stop" else "pass"
+
+        late.to_qemu = hold
+        group = qc.GroupCommit(here.disks, policy=qc.Pivot(), freeze="pause")
+        going = asyncio.create_task(group.run())
+        await late.held.wait()
+        while group.state.stage != "cancelling":
+            await asyncio.sleep(0)
+        late.to_qemu = lambda message: "pass"
+        late.release()
+        with pytest.raises(qc.GroupFailed, match="vda of two: its guest could not be"):
+            await going
+        await none_pivoted(here)
+
+
+@pytest.mark.parametrize("step", ["stop done", "job-complete"])
+async def test_a_monitor_that_is_lost_while_they_stand_still(folder: Path, step: str) -> None:
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        said = steps_of(here)
+        broken = here.between[1]
+        passing, cut = broken.to_qemu, [False]
+
+        def fate(message: dict[str, Any]) -> str:
+            passing(message)
+            if not cut[0] and said and said[-1] == (1, step):
+                cut[0] = True
+                return "cut"
+            return "pass"
+
+        broken.to_qemu = broken.to_client = fate
+        with pytest.raises(qc.GroupFailed, match="two"):
+            await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
+        assert cut == [True]
+        broken.to_qemu = broken.to_client = lambda message: "pass"
+        await none_pivoted(here)
+
+
+async def test_a_qemu_that_dies_while_they_stand_still_lets_the_other_go_on(folder: Path) -> None:
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        ends: list[asyncio.Task[None]] = []
+
+        def die(message: dict[str, Any]) -> str:
+            if message.get("execute") == "stop":
+                ends.append(asyncio.create_task(here.die(1)))
+                return "drop"
+            return "pass"
+
+        here.between[1].to_qemu = die
+        with pytest.raises(qc.GroupFailed):
+            await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
+        await ends[0]
+        assert await unmarked(here.vms[0])
+        await here.untouched(0)
+    assert_disk(here.chains[1].top, here.chains[1].pictures[-1])
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"freeze": "hard"}, "not 'hard'"),
+        ({"freeze": "agent"}, "no socket for one, two"),
+    ],
+)
+async def test_what_has_no_meaning_is_refused_before_anything_is_sent(
+    folder: Path, more: dict[str, Any], match: str
+) -> None:
+    async with two(folder) as here:
+        for between in here.between:
+            between.sent.clear()
+        with pytest.raises(qc.InvalidRequest, match=match):
+            await qc.commit_group(here.disks, policy=qc.Pivot(), **more)
+        with pytest.raises(qc.InvalidRequest, match=match):
+            await qc.cycle(here.disks, keep_if=["true"], guest="reset", **more)
+        vm = here.vms[0]
+        with pytest.raises(qc.InvalidRequest, match=match.replace(", two", "")):
+            await vm.commit_group(["vda"], policy=qc.Pivot(), **more)
+        with pytest.raises(qc.InvalidRequest, match=match.replace(", two", "")):
+            await vm.cycle("vda", keep_if=["true"], guest="reset", **more)
+        assert [between.sent for between in here.between] == [[], []]
+        await none_pivoted(here)
+
+
+# -- an agent that does what no real one can be made to do -----------------------------------------
+
+
+async def agents_of(here: Two, folder: Path, stack: AsyncExitStack) -> list[FakeAgent]:
+    return [await stack.enter_async_context(fake_agent(folder / name)) for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("how", ["refuses", "hangs up", "says nothing"])
+async def test_one_agent_that_does_not_freeze_has_nothing_committed(
+    folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_freeze, "LIMIT", 1.0)
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        said = steps_of(here)
+        first, second = await agents_of(here, folder, stack)
+        answers: dict[str, bytes | None] = {
+            "refuses": b'{"error": {"class": "GenericError", "desc": "not today"}}\n',
+            "hangs up": None,
+            "says nothing": b"",
+        }
+        second.instead["guest-fsfreeze-freeze"] = [answers[how]]
+        agents = {vm: fake.path for vm, fake in zip(here.vms, (first, second), strict=True)}
+        with pytest.raises(qc.GroupFailed, match=r"vda of two: its guest could not") as caught:
+            await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="agent", agents=agents)
+        if how != "says nothing":  # else the first's limit comes about when its own does
+            assert isinstance(caught.value.__cause__, qc.QuiesceFailed)
+        if how == "refuses":
+            assert "not today" in caught.value.message
+        assert (first.frozen, second.frozen) == (0, 0)
+        assert not [step for step in said if step[1] in ("job-complete", "job-finalize")]
+        await none_pivoted(here)
+
+
+async def test_a_guest_that_can_not_be_thawed_is_named_and_stays_marked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmpcommit.commit.quiesce.thaw.__kwdefaults__", {"patience": 0.0})
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        first, second = await agents_of(here, folder, stack)
+        refusal = b'{"error": {"class": "GenericError", "desc": "not today"}}\n'
+        second.instead["guest-fsfreeze-thaw"] = [refusal] * 9
+        agents = {vm: fake.path for vm, fake in zip(here.vms, (first, second), strict=True)}
+        outcome = await qc.commit_group(here.disks, policy=qc.Keep(), freeze="agent", agents=agents)
+        assert outcome.action == "keep"
+        assert any("may still be frozen" in said for said in outcome.warnings)
+        assert (first.frozen, second.instead["guest-fsfreeze-thaw"][:1]) == (0, [refusal])
+        (mark,) = await freeze_marks.marks(here.vms[1])
+        assert (mark.owner, mark.how) == (f"g{outcome.group}", "agent")
+        second.instead.clear()
+        second.frozen = 2  # what such an agent has not done
+        monkeypatch.setattr(freeze_marks, "GRACE", 0.0)
+        again = await qc.commit_group(here.disks, **KEEP_ALL, freeze="agent", agents=agents)
+        assert (again.warnings, second.frozen) == ([], 0)
+        await none_pivoted(here)
+
+
+async def test_a_freeze_of_somebody_alive_is_waited_for_and_not_thawed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        fakes = await agents_of(here, folder, stack)
+        vm, (fake, _) = here.vms[0], fakes
+        async with (
+            freeze_marks.marked(vm, "g01234567", "agent"),
+            qc.quiesced(vm, "agent", agent=fake.path),
+        ):
+            asked = len(fake.asked)
+            going = asyncio.create_task(
+                vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agent=fake.path)
+            )
+            looks = here.between[0].sent
+            before = looks.count("query-named-block-nodes")
+            while looks.count("query-named-block-nodes") < before + 3:
+                await asyncio.sleep(0.01)
+            assert len(fake.asked) == asked, "it is left alone"
+        assert (await going).action == "keep"
+        monkeypatch.setattr(freeze_marks, "GRACE", 0.0)
+        async with freeze_marks.marked(vm, "g01234567", "agent"):
+            with pytest.raises(qc.QuiesceFailed, match="--agent SOCKET"):
+                await freeze_marks.thaw_abandoned(vm)
+        await none_pivoted(here)
