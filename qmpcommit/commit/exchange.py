@@ -32,7 +32,9 @@ from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,
     JobNotFound,
+    MonitorLost,
     QmpCommitError,
+    VMGone,
 )
 from qmpcommit.tasks import to_the_end
 
@@ -68,7 +70,7 @@ class Exchange:
         file: FileId | None = None,
         noted: Mapping[str, Any] | None = None,
     ) -> None:
-        self.vm, self.plan, self._filename, self._guest = vm, plan, filename, guest
+        self.vm, self.plan, self.filename, self._guest = vm, plan, filename, guest
         self._note, self._file = note, file
         noted = noted or {}
         self.over = noted.get("step") == "exchanged"
@@ -216,7 +218,7 @@ class Exchange:
             if [image.node_name for image in disk.chain[:2]] == wanted:
                 return
         raise CommitFailed(
-            f"the fresh overlay {self._filename} is not what {self.plan.disk} of {self.vm.name}"
+            f"the fresh overlay {self.filename} is not what {self.plan.disk} of {self.vm.name}"
             " writes to, although QEMU took all commands; look at its chain before the guest goes"
             " on",
             vm=self.vm.name,
@@ -305,6 +307,8 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
         try:
             closed = {each: await each.close() for each in mine}
             await mine[-1].let_go()
+        except (MonitorLost, VMGone) as error:
+            lost.append(_discarded_before(mine, error))
         except QmpCommitError as error:
             lost.append(error)
         else:
@@ -344,6 +348,18 @@ async def put_back(begun: Sequence[Exchange]) -> list[str]:
 
 async def _no_decision(which: str) -> None:
     """Without a journal a recovery goes on with what it finds."""
+
+
+def _discarded_before(mine: Sequence[Exchange], error: QmpCommitError) -> QmpCommitError:
+    """QEMU went while its guest was let go on; with ``-no-reboot`` it ends at the reset."""
+    files = " and ".join(f"{each.filename} ({each.plan.disk})" for each in mine)
+    told = type(error)(
+        f"{error.message}. What was to be discarded is: if QEMU has ended, boot {files}, and never"
+        f" {' or '.join(each.plan.top.filename for each in mine)}",
+        **error.facts,
+    )
+    told.__cause__ = error
+    return told
 
 
 def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[str]) -> QmpCommitError:

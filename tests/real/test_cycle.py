@@ -82,6 +82,23 @@ async def test_never_under_a_running_guest_without_a_word(folder: Path) -> None:
     assert_disk(Path(again.overlay), chain.pictures[0])
 
 
+async def test_a_qemu_that_ends_when_its_guest_is_reset_has_discarded(folder: Path) -> None:
+    """As with ``-no-reboot``: which file to boot is told, and which one never again."""
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, running=True, extra=["-no-reboot"]) as qemu,
+        qc.Session.connect(qemu.qmp, patience=5) as vm,
+    ):
+        with pytest.raises((qc.MonitorLost, qc.VMGone), match="is: if QEMU has ended") as caught:
+            await vm.discard("vda", guest="reset", delete=True)
+        await qemu.ended()
+    (fresh,) = folder.glob("*.cycle-*")
+    assert f"boot {fresh} (vda), and never {chain.top}" in caught.value.message
+    assert_disk(fresh, chain.pictures[0])
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 @pytest.mark.parametrize("command", [["sh", "-c", "exit 127"], ["sh", "-c", "kill -9 $$"]])
 async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> None:
     chain = make_chain(folder)
