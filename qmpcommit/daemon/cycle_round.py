@@ -27,7 +27,6 @@ class Round(Undertaking[Cycle]):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.exchanging: set[str] = set()
-        self._before: RoundView | None = None
 
     @classmethod
     def load(cls, row: Mapping[str, Any], journal: Journal) -> Self:
@@ -70,15 +69,8 @@ class Round(Undertaking[Cycle]):
         parts[number] = {**parts[number], **facts, "step": step}
         await self.note(step, parts=parts)
 
-    async def end(self, *args: Any, **more: Any) -> None:
-        """As `Undertaking.end`; until that is durable it is shown as it was."""
-        self._before = self.view()
-        await super().end(*args, **more)
-
     def view(self) -> RoundView:
         """As the API shows it."""
-        if self._before is not None and not self.over.is_set():
-            return self._before
         told = self.outcome or {}
         commits = told.get("commits") or [told.get("commit")]
         disks = [

@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -48,6 +48,15 @@ class Story(Protocol):
         """Bring the gauges up to date."""
 
 
+class End(NamedTuple):
+    """How one has ended, or where it is."""
+
+    state: str
+    ended: float | None
+    outcome: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+
 class Undertaking(Generic[R]):
     """Something that was promised, and is in the journal before it is begun.
 
@@ -70,6 +79,7 @@ class Undertaking(Generic[R]):
         self.error: dict[str, Any] | None = None
         self.task: asyncio.Task[None] | None = None
         self.over = asyncio.Event()
+        self._end: End | None = None
         self.log = Log(vm=vm, **{self.kind: self.id})
         self._journal = journal
 
@@ -136,9 +146,11 @@ class Undertaking(Generic[R]):
         beside: Sequence[Statement] = (),
         events: Sequence[Event] = (),
     ) -> None:
-        """How it ended, durable before anybody is told; the rest is as for `move`."""
-        self.state, self.ended, self.outcome, self.error = state, time.time(), outcome, error
-        await self._save(self.event(outcome=outcome, error=error), *events, beside=beside)
+        """How it ended, durable before anybody is told or shown it; the rest is as for `move`."""
+        self._end = End(state, time.time(), outcome, error)
+        told = self.event(state=state, outcome=outcome, error=error)
+        await self._save(told, *events, beside=beside)
+        self.state, self.ended, self.outcome, self.error = self._end
         self.over.set()
 
     async def _save(self, *events: Event, beside: Sequence[Statement] = ()) -> None:
@@ -147,11 +159,12 @@ class Undertaking(Generic[R]):
         await write_when_possible(self._journal, self.log, made, events=events)
 
     def row(self) -> Statement:
-        """What brings its row up to date."""
+        """What brings its row up to date: as it is now, or as it is about to end."""
+        end = self._end or End(self.state, self.ended, self.outcome, self.error)
         values = (
-            self.state, json.dumps(self.noted), self.ended,
-            json.dumps(self.outcome) if self.outcome is not None else None,
-            json.dumps(self.error) if self.error is not None else None, self.id,
+            end.state, json.dumps(self.noted), end.ended,
+            json.dumps(end.outcome) if end.outcome is not None else None,
+            json.dumps(end.error) if end.error is not None else None, self.id,
         )  # fmt: skip
         sql = (
             "UPDATE undertakings SET state = ?, noted = ?, ended = ?, outcome = ?, error = ?"
