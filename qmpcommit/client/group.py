@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 from qmpcommit.client.job import HOLD
 from qmpcommit.client.problems import error_from
-from qmpcommit.client.vm import TAKING_BACK, policy_body, request_body
+from qmpcommit.client.vm import TAKING_BACK, name_of, policy_body, request_body
 from qmpcommit.errors import (
     CommitFailed,
     CommitNotFound,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
     from qmpcommit.commit.group_outcome import GroupOutcome
+    from qmpcommit.commit.quiesce import How
     from qmpcommit.daemon.group_models import GroupView
 
 _OPTIONS = {
@@ -126,6 +128,8 @@ async def commit_group(
     *,
     policy: Any,
     hold_limit: float | None,
+    freeze: How | None,
+    agents: Mapping[Any, str | os.PathLike[str]] | None,
     idempotency_key: str | None,
     options: dict[str, Any],
 ) -> RemoteGroup:
@@ -137,9 +141,13 @@ async def commit_group(
     del body["disk"]
     if hold_limit is not None:
         body["hold_limit"] = parse_seconds(hold_limit, "hold limit")
+    if freeze is not None:
+        body["freeze"] = freeze
+    if agents:
+        body["agents"] = {name_of(vm): os.fspath(agent) for vm, agent in agents.items()}
     body["members"] = []
     for name, disk, *own in members:
-        member: dict[str, Any] = {"vm": str(getattr(name, "name", name)), "disk": str(disk)}
+        member: dict[str, Any] = {"vm": name_of(name), "disk": str(disk)}
         if own and own[0] is not None:
             member["policy"] = policy_body(own[0])
         body["members"].append(member)

@@ -170,15 +170,19 @@ class Client:
         *,
         policy: AnyPolicy | dict[str, Any] | str | None = None,
         hold_limit: float | None = None,
+        freeze: How | None = None,
+        agents: Mapping[Any, str | os.PathLike[str]] | None = None,
         idempotency_key: str | None = None,
         **options: Any,
     ) -> RemoteGroup:
         """Have the daemon commit disks at one instant: all of them or none.
 
         `members` are tuples of a VM (or its name), a disk and, unless one `policy` is given to
-        all, a policy. Their I/O is held for at most `hold_limit` seconds (2 by default);
-        `options` are those of `RemoteVM.commit` that make sense for several disks. Raises what
-        that raises; if this is cancelled, so is a group that was promised meanwhile.
+        all, a policy. Their I/O is held for at most `hold_limit` seconds (2 by default).
+        `freeze` quiesces all guests around the instant; `agents` are the sockets of the guest
+        agents on the daemon's host, by VM or its name. `options` are those of `RemoteVM.commit`
+        that make sense for several disks. Raises what that raises; if this is cancelled, so is a
+        group that was promised meanwhile.
         """
         from qmpcommit.client.group import commit_group
 
@@ -187,6 +191,8 @@ class Client:
             members,
             policy=policy,
             hold_limit=hold_limit,
+            freeze=freeze,
+            agents=agents,
             idempotency_key=idempotency_key,
             options=options,
         )

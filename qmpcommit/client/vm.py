@@ -250,6 +250,11 @@ class RemoteVM:
             raise
 
 
+def name_of(vm: RemoteVM | str) -> str:
+    """The name of a VM, which may itself be given."""
+    return str(getattr(vm, "name", vm))
+
+
 def policy_body(policy: Any) -> dict[str, Any]:
     """A policy as it travels; raises `InvalidRequest`."""
     policy = parse_policy(policy)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.client.problems import error_from, sensible
-from qmpcommit.client.vm import TAKING_BACK
+from qmpcommit.client.vm import TAKING_BACK, name_of
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
@@ -76,12 +76,12 @@ async def group_snapshot(
     lease: float = 60.0,
 ) -> AsyncIterator[GroupWindow[str]]:
     """A window over disks of several VMs for the length of the block; see `Client.snapshot`."""
-    members = [{"vm": _name(vm), "disk": str(disk)} for vm, disk in disks]
+    members = [{"vm": name_of(vm), "disk": str(disk)} for vm, disk in disks]
     if not members:
         raise WindowError("name the disks of the window, at least one")
     asked = {
         "members": members,
-        "agents": {_name(vm): os.fspath(agent) for vm, agent in (agents or {}).items()},
+        "agents": {name_of(vm): os.fspath(agent) for vm, agent in (agents or {}).items()},
         **_common(overlay_dir, freeze, bandwidth, lease),
     }
     names = list(dict.fromkeys(member["vm"] for member in members))
@@ -213,10 +213,6 @@ def _common(
         "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
         "lease": parse_seconds(lease, "lease"),
     }
-
-
-def _name(vm: RemoteVM | str) -> str:
-    return str(getattr(vm, "name", vm))
 
 
 def _each(view: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,6 +91,40 @@ Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_sockets(vms: Iterable[str], agents: Mapping[str, str]) -> None:
+    """Raises ValueError where one of these VMs has no guest agent's socket there."""
+    lacking = [vm for vm in vms if vm not in agents]
+    if lacking:
+        raise ValueError(
+            'freeze="agent" needs the sockets of the guest agents, and agents has none for'
+            f" {', '.join(lacking)}"
+        )
+
+
+class Quiescing(_Section):
+    """How guests are quiesced around one instant: `freeze` is "agent", "pause", or none.
+
+    "agent" has each guest's agent flush and freeze its file systems: `agents` are the agents'
+    sockets by the VMs' names, `agent` is that of the only VM. "pause" stops the vCPUs.
+    """
+
+    freeze: Literal["agent", "pause"] | None = None
+    agent: FilePath | None = None
+    agents: dict[VMName, FilePath] = Field(default={}, max_length=256)
+
+    def check_agents(self, vms: Iterable[str]) -> None:
+        """Raises ValueError where one of these VMs has no socket and needs it."""
+        names = list(dict.fromkeys(vms))
+        if self.agent is not None and (len(names) > 1 or self.agents):
+            raise ValueError("agent is for one VM; give several VMs agents, by their names")
+        if self.freeze == "agent":
+            check_sockets(names, self.sockets(names))
+
+    def sockets(self, vms: Iterable[str]) -> dict[str, str]:
+        """The agents' sockets of these VMs."""
+        return {**({} if self.agent is None else dict.fromkeys(vms, self.agent)), **self.agents}
 
 
 class Listen(_Section):
@@ -195,7 +230,7 @@ class CycleDisk(_Section):
     disk: Pattern
 
 
-class Cycle(_Section):
+class Cycle(Quiescing):
     """A schedule: an overlay's changes are carried into the base if they deserve it, or discarded.
 
     A round comes `every` so many seconds, or daily `at` a time of this host. The command
@@ -207,6 +242,9 @@ class Cycle(_Section):
     `together` names further disks, of this VM or of others, that always end the same way: all are
     kept at one instant, or all are discarded before any of the guests goes on, or nothing is
     changed. `keep_if` is asked once for all of them, with a line a disk in each variable.
+
+    With `freeze` the guests are quiesced for the instant of what is kept: their file systems
+    through their agents, or their vCPUs, which a recycle stops anyway.
     """
 
     vm: VMName
@@ -226,6 +264,7 @@ class Cycle(_Section):
             raise ValueError("give every or at: when its rounds come")
         if self.overlay_dir is not None and not self.overlay_dir.startswith("/"):
             raise ValueError("overlay_dir is an absolute path")
+        self.check_agents(vm for vm, _ in self.disks)
         return self
 
     @property

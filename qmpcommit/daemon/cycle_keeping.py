@@ -1,4 +1,7 @@
-"""What a round keeps is carried into the bases: by a commit, or of several disks by a group."""
+"""What a round keeps is carried into the bases: by a commit, or by a group.
+
+A group is for several disks, and for guests that are quiesced.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Keeping:
         """The round's outcome; what a former daemon has promised for it is found again."""
         group: Group | None = None
         ended: Promise | Group
-        if found.request.together:
+        if found.request.together or found.request.freeze is not None:
             ended = group = await self._group(found)
             commits = [promise.id for promise in group.members]
         else:
@@ -68,6 +71,8 @@ class Keeping:
             ],
             shallow=True,
             delete=found.request.delete,
+            freeze=found.request.freeze,
+            agents=found.request.sockets(found.vms),
         )
         key = f"the round {found.id} of a cycle"
         return (await self._when_there(lambda: self._groups.take(request, key, found.id)))[0]

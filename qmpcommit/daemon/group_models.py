@@ -10,7 +10,7 @@ from qmpcommit.commit.group import HOLD_LIMIT, ONE_OVERLAY
 from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.policy import Policy, Recycle
-from qmpcommit.daemon.config import Seconds, VMName
+from qmpcommit.daemon.config import Quiescing, Seconds, VMName
 from qmpcommit.daemon.models import Command, CommitRequest, CommitState, Layer, Name, Rate
 
 GROUP_EXAMPLE: dict[str, Any] = {
@@ -57,13 +57,16 @@ class GroupMemberRequest(_Model):
     policy: Policy | None = None
 
 
-class GroupRequest(_Model):
+class GroupRequest(Quiescing):
     """Disks of one VM or of several, committed at one instant: all of them or none.
 
     `hold_limit` is for how many seconds at most their I/O may be held, `timeout` for how many
     all of it may take, from now; a `policy` for all is asked once, when all are READY. A guest
     whose disks are recycled is paused once for all of them, and goes on when the last has its
-    fresh overlay. The rest is as for a commit, and for all members.
+    fresh overlay. With `freeze` all guests are quiesced for the instant, when all are READY:
+    "agent" freezes their file systems through their agents' sockets in `agents`, by the VMs' names
+    (or `agent`, of the only VM), "pause" stops their vCPUs. The rest is as for a commit, and for
+    all members.
     """
 
     model_config = ConfigDict(
@@ -90,6 +93,7 @@ class GroupRequest(_Model):
     @model_validator(mode="after")
     def _check(self) -> GroupRequest:
         self.requests("0" * 8)
+        self.check_agents(member.vm for member in self.members)
         if self.policy is not None and any(member.policy for member in self.members):
             raise ValueError("give the group a policy, or each member its own, not both")
         if self.policy is None and not all(member.policy for member in self.members):

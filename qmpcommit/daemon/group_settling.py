@@ -11,6 +11,7 @@ from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, outcome_of
 from qmpcommit.commit.ledger import load_state
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.group_ends import end_of, error_of
+from qmpcommit.daemon.group_frozen import Frozen
 from qmpcommit.daemon.group_guests import Guests, paused_for
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.promise import Promise, is_settled
@@ -20,10 +21,16 @@ from qmpcommit.tasks import stop
 
 
 class Settling:
-    """Ends the groups of an engine; `guests` lets theirs go on, `ended` is told of each end."""
+    """Ends the groups of an engine; `ended` is told of each end.
 
-    def __init__(self, engine: Engine, guests: Guests, ended: Callable[[Group], object]) -> None:
-        self._engine, self._keeper, self._guests = engine, engine.keeper, guests
+    `guests` lets go on whom a recycle has paused, `frozen` who was quiesced.
+    """
+
+    def __init__(
+        self, engine: Engine, guests: Guests, frozen: Frozen, ended: Callable[[Group], object]
+    ) -> None:
+        self._engine, self._keeper = engine, engine.keeper
+        self._guests, self._frozen = guests, frozen
         self._ended = ended
 
     async def settle(self, group: Group) -> list[MemberEnd]:
@@ -36,12 +43,29 @@ class Settling:
             paused[0].vm: asyncio.create_task(self._guests.go_on(paused, settled=group.finalizes))
             for paused in paused_for(begun)
         }
+
+        async def laid(vm: str) -> None:
+            for promise in begun:
+                if promise.vm == vm:
+                    await promise.settled.wait()
+            if vm in waiting:
+                await asyncio.wait({waiting[vm]})
+
+        thawing = asyncio.create_task(self._frozen.go_on(group, laid))
         try:
             ends = await asyncio.gather(*(self._settle_one(group, promise) for promise in begun))
             seconds = {vm: await going_on for vm, going_on in waiting.items()}
+            await thawing
         finally:
-            await asyncio.gather(*(stop(going_on) for going_on in waiting.values()))
-        return [_paused(end, seconds.get(p.vm)) for p, end in zip(begun, ends, strict=True)]
+            await asyncio.gather(*(stop(task) for task in (thawing, *waiting.values())))
+        if group.request.freeze == "pause":
+            for vm, paused in seconds.items():
+                group.goes_on_again(vm, paused)
+        stood = group.quiesced
+        return [
+            _stood_still(end, seconds.get(p.vm), stood.get(p.vm))
+            for p, end in zip(begun, ends, strict=True)
+        ]
 
     async def _settle_one(self, group: Group, promise: Promise) -> MemberEnd:
         outcome, error = None, None
@@ -88,6 +112,12 @@ class Settling:
         ends: Sequence[MemberEnd] = (),
     ) -> None:
         """Its end and its members', durable together; without an outcome or an error, cancelled."""
+        for seconds in group.quiesced.values():
+            self._engine.metrics.quiesced.observe(seconds)
+        if outcome is not None and group.problems:
+            outcome = replace(outcome, warnings=[*group.problems, *outcome.warnings])
+        elif error is not None and group.problems:
+            error.add(problems=group.problems)
         by_job = {end.plan.job_id: end for end in ends}
         endings = []
         for promise in group.members:
@@ -120,11 +150,14 @@ class Settling:
         self._ended(group)
 
 
-def _paused(end: MemberEnd, seconds: float | None) -> MemberEnd:
-    """The end of one that was recycled, with for how long its guest was seen to wait."""
-    if seconds is None or end.outcome is None or end.outcome.action != "recycle":
+def _stood_still(end: MemberEnd, paused: float | None, quiesced: float | None) -> MemberEnd:
+    """The end of one, with for how long its guest was seen to wait."""
+    outcome = end.outcome
+    if outcome is None:
         return end
-    return end._replace(outcome=replace(end.outcome, guest_paused=seconds))
+    if outcome.action == "recycle" and paused is not None:
+        outcome = replace(outcome, guest_paused=paused)
+    return end._replace(outcome=replace(outcome, quiesced=quiesced))
 
 
 async def _pass() -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import Hold
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.group_ends import is_clean, is_unsure
+from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_models import GroupRequest
 from qmpcommit.daemon.group_settling import Settling
@@ -50,6 +51,9 @@ from qmpcommit.tasks import stop, to_the_end
 MAX_TRIES = 3
 """How often a group is begun that was cancelled because nobody could follow it."""
 
+HEAD_START = 0.2
+"""Seconds that a guest's thaw gets before the jobs are ended that hold its disks."""
+
 LAST_WORDS = 0.2
 """Seconds that a group which has just ended gets to say so before the daemon stops."""
 
@@ -63,7 +67,8 @@ class Groups:
         self._engine, self._keeper = engine, engine.keeper
         self._journal = engine.journal
         self._guests = Guests(engine.registry, engine.keeper)
-        self._settling = Settling(engine, self._guests, self._ended)
+        self._frozen = Frozen(engine.registry, engine.keeper)
+        self._settling = Settling(engine, self._guests, self._frozen, self._ended)
         self.live: dict[str, Group] = {}
 
     # -- what the engine calls --------------------------------------------------------------------
@@ -95,15 +100,38 @@ class Groups:
         return [by_id[name] for name in group.noted.get("commits", ()) if name in by_id]
 
     async def on_up(self, vm: VM) -> None:
-        """What is held on a VM that was away is ended at once, as it was noted."""
+        """Guests go on, and what is held on a VM that was away is ended, as it was noted."""
         session = vm.session
         assert session is not None
-        waiting = [g for g in self.live.values() if g.commit is None and g.state == "running"]
-        if not any(promise.vm == vm.name for group in waiting for promise in group.members):
+        waiting = [
+            group
+            for group in self.live.values()
+            if group.commit is None
+            and group.state == "running"
+            and any(promise.vm == vm.name for promise in group.members)
+        ]
+        here = (vm.name, vm.identity)
+        for group in waiting:
+            if not group.finalizes:  # else it would write to its bases before all are laid over
+                for paused in paused_for(p for p in group.members if (p.vm, p.identity) == here):
+                    await let_go_on(session, paused)
+        if not waiting:
             return
+        thawing = [
+            asyncio.create_task(self._frozen.at_once(group, vm, session)) for group in waiting
+        ]
+        try:
+            # First of all; but a thaw may write to a disk that is held, and waits for it then.
+            await asyncio.wait(thawing, timeout=HEAD_START)
+            await self._end_held(waiting, vm, session)
+            await asyncio.gather(*thawing)
+        finally:
+            await asyncio.gather(*map(stop, thawing))
+
+    async def _end_held(self, groups: Iterable[Group], vm: VM, session: Session) -> None:
         jobs = await session.execute("query-jobs")
         held = {str(job.get("id")) for job in jobs if job.get("status") == "pending"}
-        for group in waiting:
+        for group in groups:
             mine = {p.job_id for p in group.members if p.vm == vm.name and p.begun}
             group.torn = group.torn or bool(held & mine)
             for job_id in sorted(held & mine):
@@ -111,10 +139,6 @@ class Groups:
                 group.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
                 with suppress(CommandRefused):  # somebody else was first
                     await session.execute(order, {"id": job_id})
-            if not group.finalizes:  # else it would write to its bases before all are laid over
-                here = (vm.name, vm.identity)
-                for paused in paused_for(p for p in group.members if (p.vm, p.identity) == here):
-                    await let_go_on(session, paused)
 
     def owned(self, vm: str) -> set[str]:
         """None beside those of its promises, which the engine knows."""
@@ -191,7 +215,7 @@ class Groups:
         async with AsyncExitStack() as stack:
             sessions = await self._sessions(stack, group, wait=1.0)
             for promise, job in zip(
-                group.members, await self._made(group, sessions).prepare(), strict=True
+                group.members, await self._made(group, sessions, {}).prepare(), strict=True
             ):
                 cwd = sessions[promise.vm].cwd
                 promise.storage = await asyncio.to_thread(storage_of, job.plan, cwd)
@@ -315,7 +339,9 @@ class Groups:
                 promise.decision = group.decision
         while True:
             if group.goes_on:
-                if await self._drive(group):
+                if group.frozen:  # it is to be quiesced anew
+                    await self._first(self._frozen.go_on(group), of=group)
+                if group.goes_on and await self._drive(group):
                     return
                 continue
             ends = await self._settling.settle(group)
@@ -351,7 +377,7 @@ class Groups:
                 group.torn = True
             if not group.goes_on:
                 return False
-            commit = self._made(group, sessions, timeout=left)
+            commit = self._made(group, sessions, identities, timeout=left)
             group.commit = commit
             try:
                 outcome = await self._follow(group, commit, sessions, identities)
@@ -368,6 +394,8 @@ class Groups:
                 for promise in group.members:
                     promise.job = None
                 await to_the_end(commit.leave())
+                for name in identities if not group.handed_over else ():
+                    group.goes_on_again(name, commit.quiesced.get(name))
         await self._let_go(group)
         await self._settling.end(group, outcome=outcome, ends=commit.ends)
         return True
@@ -418,7 +446,12 @@ class Groups:
         return sessions
 
     def _made(
-        self, group: Group, sessions: Mapping[str, Session], *, timeout: float | None = None
+        self,
+        group: Group,
+        sessions: Mapping[str, Session],
+        identities: Mapping[str, str],
+        *,
+        timeout: float | None = None,
     ) -> ResumableGroup:
         """The group as the library drives it."""
         request, rate = group.request, self._keeper.rate
@@ -434,6 +467,7 @@ class Groups:
             options |= {"override": promise.request.override, **self._keeper.around(promise)}
             policy = None if request.policy is not None else promise.decided_policy()
             members.append(GroupMember(sessions[promise.vm], promise.disk, policy, options))
+        agents = request.sockets(sessions)
         latest = max(group.members, key=lambda promise: promise.ready or 0)
         commit = ResumableGroup(
             members,
@@ -441,6 +475,12 @@ class Groups:
             hold_limit=request.hold_limit,
             timeout=timeout,
             only_if=request.only_if,
+            freeze=request.freeze,
+            agents={sessions[name]: agent for name, agent in agents.items() if name in sessions},
+            freeze_notes={
+                sessions[name]: FreezeNotes(group, name, identity)
+                for name, identity in identities.items()
+            },
             on_decision=lambda jobs: group.finalize(commit.decided_by),
             known_as=group.id,
         )

@@ -45,6 +45,10 @@ class Metrics:
         self.held = Histogram(
             "group_held_seconds", "For how long a disk of a group was held", buckets=_QUICK, **made
         )
+        self.quiesced = Histogram(
+            "guest_quiesced_seconds", "For how long a guest stood still for a group's instant",
+            buckets=_QUICK, **made,
+        )  # fmt: skip
         self.jobs = Gauge("jobs", "Commits that have not ended, by phase", ("phase",), **made)
         self.flatten_steps = Counter(
             "flatten_steps", "Commits that a flatten rule asked for, by how they ended",

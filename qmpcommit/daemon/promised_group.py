@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from qmpcommit.commit.group_resume import ResumableGroup
+from qmpcommit.commit.quiesce import How
 from qmpcommit.daemon.group_models import GroupRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.undertaking import Undertaking
@@ -15,11 +16,21 @@ from qmpcommit.journal import Journal
 _COPYING = ("starting", "copying", "ready")
 
 
+class FrozenGuest(NamedTuple):
+    """The guest of a VM that is quiesced, or may be: how, in which QEMU, and since when (1970)."""
+
+    vm: str
+    how: How
+    agent: str | None
+    identity: str
+    since: float
+
+
 class Group(Undertaking[GroupRequest]):
     """A group that was answered with 202; `members` are its promises, in their order.
 
     `commit` is there while it is driven from here. `torn` tells that it can't go on as it is: its
-    jobs are cancelled, and it begins again.
+    jobs are cancelled, and it begins again. `problems` are for people to read, beside its end.
     """
 
     kind: ClassVar[str] = "group"
@@ -33,6 +44,7 @@ class Group(Undertaking[GroupRequest]):
         self.commit: ResumableGroup | None = None
         self.torn = False
         self.handed_over = False
+        self.problems: list[str] = []
         self.changed = asyncio.Event()
 
     @property
@@ -63,22 +75,48 @@ class Group(Undertaking[GroupRequest]):
         timeout = self.request.timeout
         return None if timeout is None else self.created + timeout - now
 
+    @property
+    def frozen(self) -> dict[str, FrozenGuest]:
+        """The guests that are quiesced, or may be, by their VMs."""
+        noted = self.noted.get("frozen", {})
+        return {
+            vm: FrozenGuest(vm, **{name: facts[name] for name in FrozenGuest._fields[1:]})
+            for vm, facts in noted.items()
+        }
+
+    @property
+    def quiesced(self) -> dict[str, float]:
+        """For how many seconds guests stood still that go on again, by their VMs."""
+        return dict(self.noted.get("quiesced") or {})
+
+    async def freezes(self, guest: FrozenGuest, step: str) -> None:
+        """``freeze`` or ``thaw`` is about to be sent."""
+        facts = {**guest._asdict(), "step": step}
+        frozen = {**self.noted.get("frozen", {}), facts.pop("vm"): facts}
+        self.noted = {**self.noted, "frozen": frozen}
+        await self._save()
+
+    def goes_on_again(self, vm: str, seconds: float | None = None) -> None:
+        """A guest is not quiesced any more, and stood still for so long; durable with the next."""
+        frozen = {name: facts for name, facts in self.noted.get("frozen", {}).items() if name != vm}
+        quiesced = {**self.quiesced, **({} if seconds is None else {vm: seconds})}
+        self.noted = {**self.noted, "frozen": frozen, "quiesced": quiesced}
+
     async def finalize(self, by: str) -> None:
         """All disks are held and all jobs are to be finalized; raises `JournalFull`."""
-        before = self.noted
-        self.noted = {**before, "finalize": True, "by": by}
-        try:
-            await self._journal.write(self.row())
-        except QmpCommitError:
-            self.noted = before
-            raise
+        await self._promise(finalize=True, by=by)
 
     async def decide(self, action: str) -> None:
         """A decision that was answered is not forgotten; raises `JournalFull`."""
-        before = self.noted
-        self.noted = {**before, "decision": action}
+        await self._promise(decision=action)
+
+    async def _promise(self, **facts: Any) -> None:
+        """Facts that are true when they are durable, whatever else is noted meanwhile."""
+        before = {name: self.noted[name] for name in facts if name in self.noted}
+        self.noted = {**self.noted, **facts}
         try:
             await self._journal.write(self.row())
         except QmpCommitError:
-            self.noted = before
+            kept = {name: value for name, value in self.noted.items() if name not in facts}
+            self.noted = {**kept, **before}
             raise

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.daemon.config import FilePath, Seconds, VMName
+from qmpcommit.daemon.config import FilePath, Seconds, VMName, check_sockets
 from qmpcommit.daemon.models import Name, Rate
 
 LONGEST_LEASE = 86400.0
@@ -99,12 +99,8 @@ class WindowRequest(_Request):
                 "several VMs have one instant only while their guests stand still: give freeze,"
                 ' "pause" or "agent"'
             )
-        lacking = [vm for vm in vms if self.freeze == "agent" and vm not in self.agents]
-        if lacking:
-            raise ValueError(
-                f'freeze="agent" needs the sockets of the guest agents, and agents has none for'
-                f" {', '.join(lacking)}"
-            )
+        if self.freeze == "agent":
+            check_sockets(vms, self.agents)
         return self
 
 

@@ -64,6 +64,8 @@ timeout = "2min"
 overlay_dir = "/srv/overlays"
 guest = "reset"
 delete = true
+freeze = "agent"
+agent = "/run/vms/web1/agent.sock"
 """
 
 
@@ -82,11 +84,13 @@ def test_every_member_is_read() -> None:
     cycle = config.cycle[0]
     assert (cycle.every, cycle.at, cycle.timeout) == (None, "03:00", 120)
     assert cycle.keep_if == ("is-good", "web1")
+    assert cycle.sockets(["web1"]) == {"web1": "/run/vms/web1/agent.sock"}
     assert parse(b"", "x") == Config()
 
 
 TRUE = "['true']"
 CYCLE = f"[[cycle]]\nvm = 'a'\ndisk = 'vda'\nkeep_if = {TRUE}\nguest = 'reset'\n"
+WITH_B = "together = [{vm = 'b', disk = 'vda'}]"
 
 WRONG = {
     "stat = 1": "stat: Extra inputs",
@@ -135,6 +139,10 @@ WRONG = {
     f"{CYCLE.replace('reset', 'pause')}every = 5": "cycle.0.guest: ",
     f"{CYCLE.replace(TRUE, '[]')}every = 5": "cycle.0.keep_if: ",
     f"{CYCLE}every = 5\ntogether = [{{vm = 'a', disk = 'vda'}}]": "top: .*more than once: a vda",
+    f"{CYCLE}every = 5\nfreeze = 'ice'": "cycle.0.freeze: ",
+    f"{CYCLE}every = 5\nfreeze = 'agent'": "cycle.0: .*agents has none for a$",
+    f"{CYCLE}every = 5\nfreeze = 'agent'\nagent = '/x'\n{WITH_B}": "cycle.0: .*one VM",
+    f"{CYCLE}every = 5\nfreeze = 'agent'\nagents = {{a = '/x'}}\n{WITH_B}": "cycle.0: .*for b$",
     f"{CYCLE}every = 5\ntogether = [{{vm = 'b'}}]": "cycle.0.together.0.disk: Field required",
     f"{CYCLE}every = 5\ntogether = [{{vm = 'a', disk = 'b'}}, {{vm = 'a', disk = 'c'}}]": (
         "top: .*vda of a commits 3 disks at once, and limits.per_vm is 2"
