@@ -13,11 +13,11 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import absolute
 from qmpcommit.commit.aftermath import identify
-from qmpcommit.commit.exchange import Exchange, Guest
+from qmpcommit.commit.exchange import Exchange, Guest, complete, put_back
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused
-from tests.ground.images import assert_disk, make_chain
-from tests.ground.machines import Style, machine, storage_daemon
+from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.machines import Machine, Style, machine, storage_daemon
 
 
 class Notes:
@@ -326,3 +326,99 @@ async def test_a_qemu_that_ends_when_all_is_exchanged_keeps_the_old_file(folder:
             assert notes.steps[-1] == "exchanged"
     assert_disk(fresh, chain.pictures[0])
     assert_disk(chain.top, chain.pictures[-1])
+
+
+# -- what a process that was killed has begun for many, another ends for each --------------------
+
+
+def again(vm: qc.Session, plan: Plan, fresh: Path, noted: Mapping[str, Any]) -> Exchange:
+    return Exchange(vm, plan, str(fresh), guest="reset", note=Notes().note, noted=noted)
+
+
+async def killed_at(step: str, qmp: str, fresh: Path) -> tuple[Plan, dict[str, Any]]:
+    """An exchange whose process noted that step and did no more: its plan, and what it noted."""
+    notes = Notes(step)
+    async with qc.Session.connect(qmp) as session:
+        plan = await plan_of(session)
+        with suppress(asyncio.CancelledError):
+            made = Exchange(session, plan, str(fresh), guest="reset", note=notes.note)
+            made.running = True
+            await made.lay()
+            await made.swap()
+            await made.close()
+        return plan, {"running": True, **notes.noted}
+
+
+async def as_before(session: qc.Session, qemu: Machine, chain: Chain, fresh: Path) -> None:
+    (disk,) = await session.disks()
+    assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
+    assert not [name for name in (await session.graph()).nodes if name.startswith("qmpcommit-")]
+    assert await session.execute("query-jobs") == []
+    assert (await session.execute("query-status"))["running"]
+    await session.close()
+    await qemu.quit()
+    assert not fresh.exists()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(chain.base, chain.pictures[0])
+
+
+@pytest.mark.parametrize("step", ["reopen", "close"])
+async def test_after_the_decision_another_process_carries_it_out(folder: Path, step: str) -> None:
+    chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        plan, noted = await killed_at(step, qemu.qmp, fresh)
+        async with qc.Session.connect(qemu.qmp) as session:
+            over = again(session, plan, fresh, {"step": "exchanged"})
+            assert await complete([over, again(session, plan, fresh, noted)]) == [[], []]
+            (disk,) = await session.disks()
+            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+            assert (await session.execute("query-status"))["running"]
+            assert await session.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])  # nobody has asked to have it deleted
+
+
+async def test_what_qemu_refuses_after_the_decision_is_put_back(folder: Path) -> None:
+    class Refusing(qc.Session):
+        """No real QEMU is known to refuse it."""
+
+        async def execute(self, command: str, *more: Any, **options: Any) -> Any:
+            if command.endswith("blockdev-reopen"):
+                raise CommandRefused(f"{command} refused", command=command, desc="it won't",
+                                     error_class="GenericError")  # fmt: skip
+            return await super().execute(command, *more, **options)
+
+    chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        plan, noted = await killed_at("reopen", qemu.qmp, fresh)
+        async with Refusing.connect(qemu.qmp) as session:
+            with pytest.raises(qc.CommitFailed, match=r"it won't. Nothing was discarded$"):
+                await complete([again(session, plan, fresh, noted)])
+            await as_before(session, qemu, chain, fresh)
+
+
+@pytest.mark.parametrize("step", ["stop", "lay", "reopen"])
+async def test_before_the_decision_another_process_puts_it_back(folder: Path, step: str) -> None:
+    chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        plan, noted = await killed_at(step, qemu.qmp, fresh)
+        async with qc.Session.connect(qemu.qmp) as session:
+            assert await put_back([again(session, plan, fresh, noted)]) == []
+            await as_before(session, qemu, chain, fresh)
+
+
+async def test_what_was_being_put_back_is_put_back_by_another_process(folder: Path) -> None:
+    """The former one was killed while it committed the empty overlay."""
+    chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        plan, noted = await killed_at("reopen", qemu.qmp, fresh)
+        async with qc.Session.connect(qemu.qmp) as session:
+            options: Any = {"shallow": True, "override": ["on-disk-backing"]}
+            job = await session.commit(f"{plan.job_id}-top", policy=qc.Hold(),
+                                       job_id=f"{plan.job_id}-back", **options)  # fmt: skip
+            await job.ready()
+            await job.detach()
+        async with qc.Session.connect(qemu.qmp) as session:
+            assert await put_back([again(session, plan, fresh, noted)]) == []
+            await as_before(session, qemu, chain, fresh)

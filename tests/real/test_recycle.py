@@ -15,7 +15,7 @@ import qmpcommit as qc
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
 from qmpcommit.commit.plan import WINDOW_MARK, Plan
-from qmpcommit.commit.recycle import FreshOverlay, interrupted_recycles
+from qmpcommit.commit.recycle import FreshOverlay, Left, interrupted_recycles
 from tests.ground.images import Chain, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
 from tests.ground.proxy import proxy
@@ -391,3 +391,34 @@ async def test_a_fresh_overlay_whose_qemu_dies_is_deleted_or_to_be_booted(
         assert (gone.value.overlay, fresh.exists()) == (None, False)
         assert gone.value.pivoted is {"stop": False, "job-complete": None, "overlay": True}[dies_at]
         assert_disk(chain.base if gone.value.pivoted else chain.top, chain.pictures[-1])
+
+
+async def test_an_overlay_that_is_not_used_is_deleted_when_its_qemu_has_ended(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        never = await overlay_of(vm, folder / "never.qcow2")
+        overlay = await overlay_of(vm, fresh)
+        await overlay.open()
+        assert fresh.exists()
+        kept = Left(str(fresh), laid=False)
+        assert await overlay.left() == kept  # QEMU lives, whatever its monitor does
+        qemu.kill()
+        await qemu.ended()
+        assert await never.left() is None
+        taken_up = await overlay_of_plan(vm, overlay)
+        assert await taken_up.left() == kept
+        assert fresh.exists()
+        for _ in range(2):  # somebody else may be first
+            assert await overlay.left() is None
+            assert not fresh.exists()
+        fresh.mkdir()
+        assert await overlay.left() == kept
+        fresh.rmdir()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def overlay_of_plan(vm: qc.Session, other: FreshOverlay) -> FreshOverlay:
+    """The same, as another process has it."""
+    made = FreshOverlay(vm, other._plan, other.filename, vm.cwd)
+    made.restore(stopped=False)
+    return made

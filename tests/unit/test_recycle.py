@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qmpcommit.commit import recycle
-from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.commit.recycle import FreshOverlay, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 from tests.unit.test_checks import made
@@ -112,3 +114,18 @@ async def test_where_no_guest_is_none_is_paused(tmp_path: Path) -> None:
     await fresh.thaw()
     assert vm.sent[-1] == "query-status"
     assert fresh.paused is None
+
+
+def test_whether_a_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_ended(None)
+    assert not has_ended(os.getpid())
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(child.pid)  # and nobody has asked yet how
+    assert has_ended(child.pid)
+
+    def broken(*args: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(recycle, "open", broken, raising=False)
+    assert not has_ended(os.getpid())  # it can't be told
