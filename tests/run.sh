@@ -15,6 +15,8 @@
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
 #   ./tests/run.sh --mutants [MUTMUT ARGUMENT ...]        changes to what decides that no test notices;
 #                                                         10 minutes on two idle cores, not in CI
+#   ./tests/run.sh --fuzz SECONDS [TARGET]                coverage-guided fuzzing of what reads foreign
+#                                                         data, so long for each target; not in CI
 #
 # On Debian and Ubuntu what is missing is installed with apt-get (by sudo where you are not
 # root); elsewhere it is named. The environment is .venv, or $QMPCOMMIT_VENV; it is filled again
@@ -118,6 +120,19 @@ case ${1:-} in
     shift
     need_venv mutants
     PATH=$(cd "$VENV/bin" && pwd):$PATH exec "$VENV/bin/python" -m tests.mutation "$@"
+    ;;
+--fuzz)
+    shift
+    log=$(mktemp)
+    need_venv fuzz 2>"$log" &  # waited for, so that it ends where it fails
+    if ! wait $!; then
+        say "atheris can't be installed here, and nothing was fuzzed:"
+        say "$(grep -m 1 ERROR "$log" || tail -n 1 "$log")"
+        rm "$log"
+        exit 2
+    fi
+    rm "$log"
+    exec "$VENV/bin/python" -m tests.fuzz "$@"
     ;;
 esac
 need_venv test

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what reads foreign data, with atheris; no part of the test run.
 
-    pip install atheris
+    ./tests/run.sh --fuzz SECONDS [TARGET]
     python -m tests.fuzz.atheris_targets TARGET [CORPUS_FOLDER] [-max_total_time=600] [...]
 
 TARGET is one of `TARGETS`; what follows is libFuzzer's. An exception that is none of ours ends it,
