@@ -28,7 +28,6 @@ HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0
 """Seconds."""
 
-_NOT_YET_THERE = "The daemon freezes no guests for a group; leave --freeze out"
 _FOREVER = "forever"
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
 
@@ -244,19 +243,14 @@ def commit(
         limit = HOLD_LIMIT if hold_limit is None else parse_seconds(hold_limit, "hold limit")
         if dry_run:
             return run(options, lambda running: group.plan_group(running, named, request))
+        request |= {"freeze": freeze, "agents": sockets}
         if options.daemon is not None:
             from qmpcommit.cli import remote_group
 
             remote_group.check(policy)
-            if freeze is not None:
-                raise click.UsageError(_NOT_YET_THERE)
             request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
             return run(options, lambda running: remote_group.commit(running, named, request, limit))
-        quiescing = {"freeze": freeze, "agents": sockets}
-        return run(
-            options,
-            lambda running: group.commit_group(running, named, request | quiescing, limit),
-        )
+        return run(options, lambda running: group.commit_group(running, named, request, limit))
     for option, value in (("hold-limit", hold_limit), ("freeze", freeze), ("agent", agents)):
         if value:
             raise click.UsageError(f"--{option} is for several disks")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ASKED = (
     "base", "shallow", "bandwidth", "stale", "on_pivot", "on_error", "converge", "carry_bitmaps",
-    "override", "only_if",
+    "override", "only_if", "freeze", "agents",
 )  # fmt: skip
 
 

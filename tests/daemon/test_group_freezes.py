@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from tests.cli.command import run
 from tests.daemon.daemons import Daemon
 from tests.daemon.test_api import assert_problem
 from tests.daemon.test_group_recycles import Guest, guests, known, status_of
@@ -223,6 +224,23 @@ async def test_the_client_freezes_too(folder: Path) -> None:
                     [("vm0", "vda"), ("vm1", "vda")], policy=qc.Keep(), freeze="agent",
                     agents={"vm0": "/a"},
                 )  # fmt: skip
+        await at.ends_as("keep")
+
+
+async def test_the_command_freezes_too(folder: Path) -> None:
+    async with hosted(folder, "agent", "keep", 1, 1) as at:
+        await at.begins()
+        words = [f"--daemon={at.d.socket}", "commit", "vm0", "vda", "--and", "vm1", "vda"]
+        words += ["--keep-overlay", "--json", "--freeze", "agent"]
+        one = await run(*words, "--agent", at.agents["vm0"].path)
+        assert one.status == 2
+        assert "Give --agent 2 times for --freeze agent" in one.error["message"]
+        sockets = [word for agent in at.agents.values() for word in ("--agent", agent.path)]
+        said = await run(*words, *sockets)
+        assert (said.status, said.json["action"]) == (0, "keep"), said
+        assert said.json["quiesced"] > 0
+        frozen = [agent.asked.count("guest-fsfreeze-freeze") for agent in at.agents.values()]
+        assert frozen == [1, 1]
         await at.ends_as("keep")
 
 
