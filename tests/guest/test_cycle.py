@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
+from tests.ground.qemu import QEMU
 from tests.guest.guest import assert_files, count_in, file_system, guest, needs_guest
 
 pytestmark = [needs_guest, pytest.mark.timeout(600)]
@@ -35,6 +36,11 @@ async def test_a_guest_comes_up_again_from_what_was_kept(folder: Path) -> None:
             deserves = False
             thrown = await vm.cycle(disks, keep_if=keep_if, guest="reset", delete=True)
             assert [each.result for each in thrown] == ["discarded"] * 2
+            if QEMU.version < (6,):
+                await made.qemu.quit()
+                assert [sha256(base.read_bytes()).digest() for base in bases] == at_keep
+                assert [count_in(Path(each.overlay), folder) for each in thrown] == [1, 1]
+                pytest.skip("all else held; QEMU 5.2 on TCG boots no guest after a reset")
             await made.boots()
             made.order("tell")
             await made.says("counts 00000001 00000001")
