@@ -39,6 +39,9 @@ from qmpcommit.qmp.queries import Queries
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end
 
+STEADY = 5.0
+"""Seconds after which a connection that came back is not taken for one that breaks at once."""
+
 NODES = "query-named-block-nodes"
 
 
@@ -84,6 +87,8 @@ class Monitor(Queries):
         self._opening = asyncio.Lock()
         self._connecting: asyncio.Task[None] | None = None
         self._closed = False
+        self._back_at: float | None = None  # since when it is back, and has answered nothing
+        self._trying_since = 0.0
         self._still = asyncio.Lock()  # no creation begins while QEMU is asked for its nodes
         if client is not None:
             client.register_listener(self._tap)
@@ -298,16 +303,29 @@ class Monitor(Queries):
 
         Returns whether the same process answers (None where the system can't tell). Raises
         `VMGone` when nothing listens there any more, `MonitorLost` when something does but
-        does not greet.
+        does not greet, or breaks again and again before it has answered a command.
         """
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + self.patience
+        back_at, self._back_at = self._back_at, None
+        again = back_at is not None and loop.time() - back_at < STEADY
+        if not again:
+            self._trying_since = loop.time()
+        give_up = self._trying_since + self.patience
         refused_since: float | None = None
         pause = 0.02
         before = self.peer_pid
+        if again and not self.connected:
+            if loop.time() > give_up:
+                raise MonitorLost(
+                    f"the monitor of {self.name} came back again and again for"
+                    f" {self.patience:g} s, and broke each time before it answered anything",
+                    vm=self.name,
+                )
+            await asyncio.sleep(random.uniform(0.05, 0.1))
         while not self.connected:
             try:
                 await self.open()
+                self._back_at = loop.time()
                 break
             except ConnectError as error:
                 now = loop.time()
@@ -403,8 +421,11 @@ class Monitor(Queries):
         given = {**(arguments or {}), **{k.replace("_", "-"): v for k, v in more.items()}}
         try:
             async with asyncio.timeout(self.command_timeout):
-                return await client.execute(command, given or None)
+                value = await client.execute(command, given or None)
+            self._back_at = None
+            return value
         except ExecuteError as error:
+            self._back_at = None
             raise CommandRefused(
                 f"QEMU refused {command}: {error.error.error.desc}",
                 vm=self.name,

@@ -68,6 +68,27 @@ async def test_what_it_never_tells_is_the_error_in_its_own_words(
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_a_monitor_that_breaks_whenever_it_is_asked_is_lost(folder: Path) -> None:
+    """It comes back each time, and would for ever."""
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path, patience=0.5) as vm:
+            job = await vm.commit("top", policy=qc.Hold())
+            await job.ready()
+            before = len(between.sent)
+            between.to_qemu = times(10_000, "query-jobs", "cut")
+            await between.cut()
+            with pytest.raises(qc.MonitorLost, match="broke each time before it answered") as lost:
+                await job.wait()
+            assert "may be running in QEMU still" in str(lost.value)
+            assert 0 < between.sent[before:].count("qmp_capabilities") < 15
+            between.to_qemu = times(0, "", "")
+            await (await vm.adopt(job.id, policy=qc.Pivot())).wait()
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_a_line_that_breaks_while_the_guest_is_paused_undoes_the_recycle(
     folder: Path,
 ) -> None:
