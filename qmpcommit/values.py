@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 R = TypeVar("R", bound="Record")
+Extra = Literal["ignore", "forbid"]
 
 
 @dataclass_transform(frozen_default=True)
@@ -47,9 +48,12 @@ class Record:
         return json.dumps(self.model_dump(mode="json"), indent=indent)
 
     @classmethod
-    def model_validate(cls, value: object) -> Self:
-        """Build one from a dict, checked by pydantic (raises `pydantic.ValidationError`)."""
-        return _adapter(cls).validate_python(value)  # type: ignore[no-any-return]
+    def model_validate(cls, value: object, *, extra: Extra | None = None) -> Self:
+        """Build one from a dict, checked by pydantic (raises `pydantic.ValidationError`).
+
+        Members that it does not have are refused; `extra` "ignore" passes them over.
+        """
+        return _adapter(cls).validate_python(value, extra=extra)  # type: ignore[no-any-return]
 
     @classmethod
     def model_validate_json(cls, text: str | bytes) -> Self:

@@ -377,11 +377,8 @@ def vm_view(value: object) -> VMView:
 
 def view_as(model: Any, value: object) -> Any:
     """What the daemon shows, as that model; members of a newer daemon are passed over."""
-    known = model.model_fields
     try:
-        if isinstance(value, dict):
-            value = {name: member for name, member in value.items() if name in known}
-        return model.model_validate(value)
+        return model.model_validate(value, extra="ignore")
     except (ValueError, RecursionError) as error:
         raise DaemonError(
             f"the daemon shows something else than a {model.__name__}: {error}"

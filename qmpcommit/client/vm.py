@@ -53,7 +53,7 @@ class RemoteVM:
         """All disks of the VM with their backing chains, active layer first."""
         found = self._parse(await self.client.ask("GET", f"{self.path}/disks"))
         with sensible("list of disks"):
-            return [Disk.model_validate(each) for each in found]
+            return [Disk.model_validate(each, extra="ignore") for each in found]
 
     async def disk(self, name: str) -> Disk:
         """The disk of that name; raises `DiskNotFound` with the candidates."""
@@ -105,11 +105,11 @@ class RemoteVM:
         body = request_body(disk, policy=policy, **request)
         found = self._parse(await self.client.ask("POST", f"{self.path}/plans", body))
         with sensible("plan"):
-            plan = Plan.model_validate(found)
+            plan = Plan.model_validate(found, extra="ignore")
             return replace(
                 plan,
                 policy=parse_policy(plan.policy) if plan.policy is not None else None,
-                findings=[Finding.model_validate(each) for each in plan.findings],
+                findings=[Finding.model_validate(each, extra="ignore") for each in plan.findings],
             )
 
     async def commit(

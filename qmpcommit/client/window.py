@@ -221,10 +221,9 @@ def _each(view: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _window(view: Mapping[str, Any]) -> Window:
-    members = ("disk", "filename", "overlay", "node_name")
     with sensible(_WINDOW):
         frozen = {
-            name: Frozen.model_validate({member: each[member] for member in members})
+            name: Frozen.model_validate(each, extra="ignore")
             for name, each in view["disks"].items()
         }
         window = Window(str(view["name"]), frozen)
@@ -234,4 +233,4 @@ def _window(view: Mapping[str, Any]) -> Window:
 
 def _outcomes(view: Mapping[str, Any]) -> list[CommitOutcome]:
     with sensible(_WINDOW):
-        return [CommitOutcome.model_validate(each) for each in view["outcomes"]]
+        return [CommitOutcome.model_validate(each, extra="ignore") for each in view["outcomes"]]

@@ -9,6 +9,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 import qmpcommit as qc
+from qmpcommit.client.host import commit_view
+from qmpcommit.daemon.models import COMMIT_VIEW_EXAMPLE, CommitView
 from qmpcommit.errors import CommandRefused
 
 OUTCOME = qc.CommitOutcome(
@@ -96,3 +98,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_type_checkers_are_told_the_same_names() -> None:
     stub = Path(qc.__file__).with_suffix(".pyi").read_text()
     assert set(re.findall(r" as (\w+)$", stub, re.M)) | {"__version__"} == set(dir(qc))
+
+
+def test_what_a_newer_daemon_adds_is_passed_over_at_every_depth() -> None:
+    outcome = OUTCOME.model_dump(mode="json")
+    outcome |= {"added": 1, "base": outcome["base"] | {"added": 1}}
+    shown = COMMIT_VIEW_EXAMPLE | {"state": "done", "outcome": outcome, "added": 1}
+    view = commit_view(shown)
+    assert view.outcome == OUTCOME
+    with pytest.raises(ValueError, match="added"):
+        CommitView.model_validate(shown)
