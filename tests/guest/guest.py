@@ -225,6 +225,19 @@ def assert_files(active: Path, made: Guest, *, clean: bool = True, disk: int = 0
         assert found[slot] == digest, f"write {number} was acknowledged; not in {active.name}"
 
 
+def assert_kept(base: Path, made: Guest, before: int, *, disk: int) -> None:
+    """A base that stands still is a sound file system, with the writes that a keep came after.
+
+    Those of the first `before` that the guest has not begun to overwrite meanwhile.
+    """
+    found = digests(base, clean=False)
+    since = max(0, made.count - SLOTS + 1)
+    numbers = [number for number in range(since, before) if number % made.disks == disk]
+    assert numbers
+    for number in numbers:
+        assert found[number % SLOTS] == made.written[number], f"{base.name} lacks write {number}"
+
+
 def assert_one_instant(images: Sequence[Path], made: Guest) -> int:
     """These images of all its disks are what a power cut leaves; the number of the last write.
 
