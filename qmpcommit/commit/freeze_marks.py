@@ -74,36 +74,40 @@ async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None
     if how is None:
         yield
         return
-    name = f"{JOB_PREFIX}{owner}-{'paused' if how == 'pause' else 'frozen'}"
-    node = {"driver": "null-co", "node-name": name, "read-only": True}
+    try:
+        await set_mark(vm, owner, how)
+        yield
+    except QuiesceFailed as error:
+        if not error.facts.get("frozen"):
+            await unmark(vm, owner, how)
+        raise
+    except asyncio.CancelledError as error:
+        if not getattr(error, "__notes__", None):  # `quiesced` notes there that it can't thaw
+            await unmark(vm, owner, how)
+        raise
+    except BaseException:
+        await unmark(vm, owner, how)
+        raise
+    await unmark(vm, owner, how)
+
+
+async def set_mark(vm: Monitor, owner: str, how: How) -> None:
+    """Set the mark; what it raises leaves it open whether it is there."""
+    node = {"driver": "null-co", "node-name": _name(owner, how), "read-only": True}
     try:
         await vm.execute("blockdev-add", node)
     except CommandRefused as error:  # a QEMU built without that driver
         vm.log.warning("freeze_not_marked", error=error.desc)
-        yield
-        return
-    except BaseException:
-        await _unmark(vm, name)
-        raise
-    try:
-        yield
-    except QuiesceFailed as error:
-        if not error.facts.get("frozen"):
-            await _unmark(vm, name)
-        raise
-    except asyncio.CancelledError as error:
-        if not getattr(error, "__notes__", None):  # `quiesced` notes there that it can't thaw
-            await _unmark(vm, name)
-        raise
-    except BaseException:
-        await _unmark(vm, name)
-        raise
-    await _unmark(vm, name)
 
 
-async def _unmark(vm: Monitor, name: str) -> None:
+async def unmark(vm: Monitor, owner: str, how: How) -> None:
+    """Remove the mark, if it is there: the guest goes on."""
     with suppress(QmpCommitError):
-        await vm.execute("blockdev-del", {"node-name": name})
+        await vm.execute("blockdev-del", {"node-name": _name(owner, how)})
+
+
+def _name(owner: str, how: How) -> str:
+    return f"{JOB_PREFIX}{owner}-{'paused' if how == 'pause' else 'frozen'}"
 
 
 def marks_among(nodes: Iterable[str]) -> list[Mark]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 from qmpcommit.commit import group_phases
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.freeze_marks import thaw_all_abandoned
+from qmpcommit.commit.freeze_marks import mark_of_group, thaw_all_abandoned
 from qmpcommit.commit.group_freeze import Freezes
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.commit.group_pause import Pauses
@@ -454,7 +454,8 @@ class GroupCommit:
     def _decide(self) -> None:
         recycles = self._recycles()
         if recycles:
-            self._pauses = Pauses(recycles)
+            owner = mark_of_group(self.id) if self._freeze == "pause" else None
+            self._pauses = Pauses(recycles, owner)
             self._pausing = asyncio.ensure_future(self._pause_first(self._pauses))
         else:
             self._send_decisions()

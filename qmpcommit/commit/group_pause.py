@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from qmpcommit.commit.freeze_marks import set_mark, unmark
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.quiesce import NOTE_LIMIT
 from qmpcommit.errors import CommandRefused, QmpCommitError
@@ -27,13 +28,15 @@ class Pauses:
 
     In the ledgers of all jobs of a guest ``stop`` is noted before it is sent, and ``cont`` when
     it was: between the two the guest stays paused until the last of them has settled, and whoever
-    takes them up has to do the same.
+    takes them up has to do the same. A mark in QEMU tells of it where it has an `owner`.
     """
 
-    def __init__(self, recycles: Mapping[Session, Sequence[CommitJob]]) -> None:
+    def __init__(
+        self, recycles: Mapping[Session, Sequence[CommitJob]], owner: str | None = None
+    ) -> None:
         self.seconds: dict[Session, float] = {}
         self.problems: list[str] = []
-        self._recycles = recycles
+        self._recycles, self._owner = recycles, owner
         self._thawing: dict[Session, asyncio.Task[None]] = {}
 
     async def pause(self) -> None:
@@ -45,6 +48,8 @@ class Pauses:
         for vm in running:
             # It is let go on even if the reply to the command is lost.
             self._thawing[vm] = asyncio.create_task(self._thaw(vm, self._recycles[vm]))
+        if self._owner is not None:
+            await asyncio.gather(*(set_mark(vm, self._owner, "pause") for vm in running))
         await asyncio.gather(*(vm.execute("stop") for vm in running))
 
     async def goes_on(self, vm: Session) -> None:
@@ -75,6 +80,8 @@ class Pauses:
         else:
             self.seconds[vm] = clock() - since
             await self._note_that_it_goes_on(vm, jobs)
+            if self._owner is not None:
+                await unmark(vm, self._owner, "pause")
 
     async def _note_that_it_goes_on(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
         end = asyncio.get_running_loop().time() + NOTE_LIMIT

@@ -1,7 +1,8 @@
 """A group commit whose guest stands still, killed by SIGKILL at its n-th place.
 
-Arguments: the monitor, how to freeze ("pause" or the agent's socket), the place's number, and the
-file to which the places are written as they are passed. Two disks are kept.
+Arguments: the monitor, how to freeze ("pause" or the agent's socket), the place's number, the file
+to which the places are written as they are passed, and the fresh overlay of the first disk or "".
+Two disks are kept, or the first is recycled.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import sys
 import qmpcommit as qc
 from tests.ground.killing import places
 
-QMP, FREEZE, DIE_AT, PLACES = sys.argv[1:]
+QMP, FREEZE, DIE_AT, PLACES, FRESH = sys.argv[1:]
 
 
 async def main() -> None:
     """From start to end."""
     async with qc.Session.connect(QMP) as vm:
-        disks = ["vda", "vdb"]
+        disks = {"vda": qc.Recycle(FRESH) if FRESH else qc.Keep(), "vdb": qc.Keep()}
         if FREEZE == "pause":
-            await vm.commit_group(disks, policy=qc.Keep(), freeze="pause")
+            await vm.commit_group(disks, freeze="pause")
         else:
-            await vm.commit_group(disks, policy=qc.Keep(), freeze="agent", agent=FREEZE)
+            await vm.commit_group(disks, freeze="agent", agent=FREEZE)
 
 
 places(PLACES, int(DIE_AT))

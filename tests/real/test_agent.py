@@ -28,6 +28,7 @@ class FakeAgent:
         self.connections = 0
         self.instead: dict[str, list[bytes | None]] = {}
         self.before_sync = b""
+        self.heard: Callable[[str], object] = lambda command: None
         self.path = ""
 
     def _answer(self, command: str, arguments: dict[str, Any]) -> bytes:
@@ -49,6 +50,7 @@ class FakeAgent:
                 request = json.loads(line.lstrip(SENTINEL))
                 command = request["execute"]
                 self.asked.append(command)
+                self.heard(command)
                 answer: bytes | None = self._answer(command, request.get("arguments", {}))
                 if self.instead.get(command):
                     answer = self.instead[command].pop(0)

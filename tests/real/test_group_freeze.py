@@ -41,6 +41,11 @@ def steps_of(here: Two) -> list[tuple[int, str]]:
     return said
 
 
+def hear(said: list[tuple[int, str]], number: int, command: str) -> None:
+    """What an agent was asked for."""
+    said.append((number, command))
+
+
 def refuse(command: str, *, times: int = 1) -> Callable[[dict[str, Any]], str]:
     """A hook that has QEMU refuse this command."""
     left = [times]
@@ -317,6 +322,112 @@ async def test_one_agent_that_does_not_freeze_has_nothing_committed(
             assert "not today" in caught.value.message
         assert (first.frozen, second.frozen) == (0, 0)
         assert not [step for step in said if step[1] in ("job-complete", "job-finalize")]
+        await none_pivoted(here)
+
+
+async def test_a_recycled_guest_is_frozen_before_its_pause_and_thawed_when_it_goes_on(
+    folder: Path,
+) -> None:
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        said = steps_of(here)
+        fakes = await agents_of(here, folder, stack)
+        for number, fake in enumerate(fakes):
+            fake.heard = partial(hear, said, number)
+        agents = {vm: fake.path for vm, fake in zip(here.vms, fakes, strict=True)}
+        fresh = folder / "one" / "fresh.qcow2"
+        members = [(here.vms[0], "vda", qc.Recycle(str(fresh))), (here.vms[1], "vda", qc.Keep())]
+        paused = here.between[0]
+        passing = paused.to_qemu
+
+        def late(message: dict[str, Any]) -> str:
+            passing(message)
+            return "hold" if message.get("execute") == "cont" else "pass"
+
+        paused.to_qemu = late
+        going = asyncio.create_task(qc.commit_group(members, freeze="agent", agents=agents))
+        await paused.held.wait()
+        for _ in range(20):  # its time to be asked too early
+            await here.vms[1].execute("query-status")
+        assert (0, "guest-fsfreeze-thaw") not in said, "no guest answers that is paused"
+        paused.to_qemu = passing
+        paused.release()
+        first, second = (await going).outcomes
+        assert first.quiesced
+        assert first.guest_paused
+        assert first.quiesced > first.guest_paused
+        assert second.quiesced
+        assert second.guest_paused is None
+        places = {step: number for number, step in enumerate(said)}
+        for number in (0, 1):
+            assert places[number, "guest-fsfreeze-freeze"] < places[0, "stop"]
+        assert places[0, "blockdev-snapshot done"] < places[0, "cont"]
+        assert places[0, "cont done"] < places[0, "guest-fsfreeze-thaw"]
+        assert [await runs(qemu) for qemu in here.qemus] == [True, True]
+        for vm, qemu in zip(here.vms, here.qemus, strict=True):
+            assert await unmarked(vm)
+            await qemu.quit()
+        for chain in here.chains:
+            assert_disk(chain.base, chain.pictures[-1])
+        assert_disk(fresh, here.chains[0].pictures[-1])
+
+
+async def test_an_agent_thaws_although_the_monitor_is_away(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_freeze, "LIMIT", 600.0)  # which is not what lets it go on
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        fakes = await agents_of(here, folder, stack)
+        agents = {vm: fake.path for vm, fake in zip(here.vms, fakes, strict=True)}
+        away = here.between[1]
+        ends: list[asyncio.Task[None]] = []
+
+        def lose(message: dict[str, Any]) -> str:
+            if message.get("execute") == "job-complete":
+                assert fakes[1].frozen
+                ends.append(asyncio.create_task(away.refuse()))
+                return "drop"
+            return "pass"
+
+        away.to_qemu = lose
+        group = qc.GroupCommit(here.disks, policy=qc.Pivot(), freeze="agent", agents=agents)
+        going = asyncio.create_task(group.run())
+        while not ends or any(fake.frozen for fake in fakes):
+            await asyncio.sleep(0.01)
+        assert not going.done()
+        await ends[0]
+        away.to_qemu = lambda message: "pass"
+        await away.open()
+        with pytest.raises(qc.GroupFailed, match="monitor was lost"):
+            await going
+        await none_pivoted(here)
+
+
+async def test_a_freeze_that_is_cancelled_and_can_not_be_thawed_stays_marked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qmpcommit.commit.quiesce.thaw.__kwdefaults__", {"patience": 0.0})
+    async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
+        (fake, _), vm = await agents_of(here, folder, stack), here.vms[0]
+        refusal = b'{"error": {"class": "GenericError", "desc": "not today"}}\n'
+        fake.instead["guest-fsfreeze-freeze"] = [b""]
+        fake.instead["guest-fsfreeze-thaw"] = [refusal] * 9
+        freezing = asyncio.Event()
+
+        def heard(command: str) -> None:
+            if command == "guest-fsfreeze-freeze":
+                freezing.set()
+
+        fake.heard = heard
+        going = asyncio.create_task(
+            vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agent=fake.path)
+        )
+        await freezing.wait()
+        going.cancel()
+        await asyncio.wait({going})
+        assert going.cancelled()
+        (mark,) = await freeze_marks.marks(vm)
+        fake.instead.clear()
+        assert await freeze_marks.thaw_marked(vm, fake.path, owner=mark.owner) == []
         await none_pivoted(here)
 
 

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.timeout(900)
 KILLABLE = [sys.executable, "-m", "tests.real.killable_group"]
 
 
-async def killed(qemu: Machine, freeze: str, place: int, folder: Path) -> tuple[int, list[str]]:
+async def killed(
+    qemu: Machine, freeze: str, place: int, folder: Path, fresh: str = ""
+) -> tuple[int, list[str]]:
     """Run the group's process until it dies at that place: its status, the places it passed."""
     places = folder / "places"
     places.unlink(missing_ok=True)
-    words = [qemu.qmp, freeze, str(place), str(places)]
+    words = [qemu.qmp, freeze, str(place), str(places), fresh]
     process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
     status = await asyncio.wait_for(process.wait(), 120)
     return status, places.read_text().splitlines()
@@ -87,7 +89,11 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
         assert_disk(chain.top, chain.pictures[-1])
 
 
-async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(folder: Path) -> None:
+@pytest.mark.parametrize("recycled", [False, True])
+async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(
+    folder: Path, recycled: bool
+) -> None:
+    fresh = str(folder / "fresh.qcow2") if recycled else ""
     chains = [make_chain(folder), make_chain(folder, names=("base2", "top2"))]
     async with machine(folder, *chains, running=True) as qemu:
         place, places = 0, [""]
@@ -95,7 +101,7 @@ async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(folder
             if place:
                 await let_go(qemu)
             place += 1
-            _, places = await killed(qemu, "pause", place, folder)
+            _, places = await killed(qemu, "pause", place, folder, fresh)
         assert (await qemu.execute("query-status"))["status"] == "paused"
         close = f"'qmpcommit window --close {qemu.qmp}' lets the guest go on"
         for words in (
