@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from qmpcommit.commit import recycle
-from qmpcommit.commit.recycle import FreshOverlay, has_ended
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.policy import Recycle
+from qmpcommit.commit.recycle import FreshOverlay, Left, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 from tests.unit.test_checks import made
@@ -129,3 +132,12 @@ def test_whether_a_process_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(recycle, "open", broken, raising=False)
     assert not has_ended(os.getpid())  # it can't be told
+
+
+def test_what_a_former_process_may_have_left_of_its_overlay() -> None:
+    state, policy = State(two_phase=True), Recycle("fresh")
+    assert Resumed(state).left is None
+    assert Resumed(state, recycle=policy).left == Left("fresh", laid=False)
+    for verdict in (Verdict.PIVOTED, Verdict.RECYCLED):
+        over = state._replace(verdict=verdict)
+        assert Resumed(over, recycle=policy).left == Left("fresh", laid=True)
