@@ -18,7 +18,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.files import FileId
@@ -49,6 +49,13 @@ Note = Callable[..., Awaitable[None]]
 
 OnDecision = Callable[[Literal["exchange", "back"]], Awaitable[object]]
 """Awaited when all overlays lie, before the first disk is exchanged; or before any is put back."""
+
+
+class Stuck(NamedTuple):
+    """What could not be put back, in words, and for which error."""
+
+    text: str
+    error: QmpCommitError
 
 
 class Exchange:
@@ -320,26 +327,28 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
     return warnings
 
 
-async def put_back(begun: Sequence[Exchange]) -> list[str]:
+async def put_back(begun: Sequence[Exchange]) -> list[Stuck]:
     """What could not be put back, and why; a guest goes on when all its disks are back."""
-    stuck: dict[Session, str] = {}
+    stuck: dict[Session, Stuck] = {}
     for each in reversed(begun):
         try:
             await each.back()
         except QmpCommitError as error:
-            stuck[each.vm] = (
+            text = (
                 f"{each.plan.disk} of {each.vm.name} could not be put back ({error.message}): its"
                 f" guest stands still, and {each.plan.top.filename} is whole; discard again, or"
                 " boot that"
             )
+            stuck[each.vm] = Stuck(text, error)
     for each in {each.vm: each for each in begun if each.vm not in stuck}.values():
         try:
             await each.go_on()
         except QmpCommitError as error:
-            stuck[each.vm] = (
+            text = (
                 f"the guest of {each.vm.name} may be stopped still ({error.message}): let it go on"
                 " with 'cont'"
             )
+            stuck[each.vm] = Stuck(text, error)
     for each in begun:
         if each.vm not in stuck:
             await each.forget()
@@ -362,7 +371,7 @@ def _discarded_before(mine: Sequence[Exchange], error: QmpCommitError) -> QmpCom
     return told
 
 
-def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[str]) -> QmpCommitError:
+def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[Stuck]) -> QmpCommitError:
     where = {"vm": at.vm.name, "disk": at.plan.disk.name}
     text = error.message
     if isinstance(error, CommandRefused):
@@ -371,7 +380,7 @@ def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[str]) ->
             " Nothing was discarded"
         )
     kind = ChainError if isinstance(error, ChainError) else CommitFailed
-    return kind(". But ".join([text, *stuck]), **where)
+    return kind(". But ".join([text, *(each.text for each in stuck)]), **where)
 
 
 async def runs(vm: Session) -> bool:

@@ -21,11 +21,21 @@ from qmpcommit.daemon.cycle_asking import sessions
 from qmpcommit.daemon.cycle_round import Decided, Round
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.registry import VM, is_alive
-from qmpcommit.errors import CommitFailed, ConnectError, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.errors import (
+    CommitFailed,
+    ConnectError,
+    DeadlineExceeded,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+)
 from qmpcommit.session import Session
 
 AGAIN = 0.5
 """Seconds between two tries to reach a VM in the middle of an exchange."""
+
+
+_AWAY = (ConnectError, MonitorLost, DeadlineExceeded)
 
 
 class Discarding:
@@ -49,19 +59,48 @@ class Discarding:
 
     async def _discard(self, found: Round) -> None:
         end = time.monotonic() + self._engine.config.limits.gone_after
+        hung: DeadlineExceeded | None = None
         while not _done(found):
             await self._settle_all(found, end)
             if _done(found):
                 break
+            if hung is not None and time.monotonic() > end:
+                raise DeadlineExceeded(
+                    f"{hung.message}. It answers again: nothing was discarded, and the guests go"
+                    " on",
+                    **hung.facts,
+                )
             try:
                 async with sessions(self._engine, found.vms, AGAIN) as held:
                     await self._exchange(found, held)
             except VMGone:
                 raise
+            except DeadlineExceeded as error:
+                hung = error
+                self._hangs(found, error)  # perhaps with its guest paused: it is waited for
             except (ConnectError, MonitorLost):
                 if time.monotonic() > end:
                     raise
                 await asyncio.sleep(AGAIN)
+
+    async def rescue(self, found: Round) -> str:
+        """After an error that nobody foresaw: have the guests go on; what is left, in words."""
+        if not any(_begun(part) for part in found.parts):
+            return "Nothing was discarded"
+        try:
+            if found.decided is None:
+                await found.note("back", decided="back")
+            await self._settle_all(found, time.monotonic())
+        except Exception as error:  # the same again, perhaps
+            found.log.warning("not_settled", error=repr(error))
+            paused = " and ".join(found.vms)
+            return (
+                f"The guest of {paused} may be paused still, and its disk half exchanged: look at"
+                f" its chain, then let it go on with 'cont'. {_formers(found.parts)} is whole"
+            )
+        if all(map(_over, found.parts)):
+            return "The overlays were discarded, and the guests go on"
+        return "Nothing was discarded, and the guests go on"
 
     async def settle(self, found: Round, vm: VM, session: Session) -> None:
         """End what was begun in this VM's QEMU, without a look at any other.
@@ -87,8 +126,11 @@ class Discarding:
                 await self._warn(found, begun, await complete(begun))
             else:
                 stuck = await put_back(begun)
+                for each in stuck:
+                    if isinstance(each.error, _AWAY):  # it is put back when it answers again
+                        raise each.error
                 if stuck:
-                    raise CommitFailed(". ".join(stuck), vm=vm.name)
+                    raise CommitFailed(". ".join(each.text for each in stuck), vm=vm.name)
         finally:
             found.exchanging.discard(vm.name)
 
@@ -109,9 +151,15 @@ class Discarding:
                     await self.settle(found, vm, session)
             except VMGone as error:
                 return error
-            except (ConnectError, MonitorLost):
+            except _AWAY as error:
+                if isinstance(error, DeadlineExceeded):
+                    self._hangs(found, error)
                 dead = any(each and not is_alive(each) for each in identities)
-                if dead or time.monotonic() > end:
+                # A guest that may be paused is not left to itself while its QEMU lives.
+                left = not dead and all(identities) and any(
+                    _begun(part) for part in found.parts if part["vm"] == name
+                )  # fmt: skip
+                if not left and (dead or time.monotonic() > end):
                     return _gone(found, name)
                 await asyncio.sleep(AGAIN)
             except QmpCommitError as error:
@@ -119,11 +167,21 @@ class Discarding:
             else:
                 return None
 
+    def _hangs(self, found: Round, error: DeadlineExceeded) -> None:
+        """A QEMU does not answer: its monitor is connected anew, as soon as it does again."""
+        found.log.warning("exchange_hangs", vm=error.vm, why=error.message)
+        for name in found.vms:
+            vm = self._engine.registry.vms.get(name)
+            if vm is not None and vm.session is not None and error.vm in (name, None):
+                vm.session.drop()
+
     async def _exchange(self, found: Round, held: dict[str, Session]) -> None:
         exchanges = self._exchanges(found, held)
+        forward = found.decided == "exchange"
 
         async def decide(which: Decided) -> None:
-            await found.note(which, decided=which)
+            # What a former try has exchanged can't be put back any more where a VM is away.
+            await found.note(which, decided="exchange" if forward else which)
 
         found.exchanging |= held.keys()
         try:
@@ -167,10 +225,19 @@ def _over(part: Mapping[str, Any]) -> bool:
     return part.get("step") == "exchanged"
 
 
+def _begun(part: Mapping[str, Any]) -> bool:
+    """Whether its guest may stand still for it."""
+    return part.get("running") is not None and not _over(part)
+
+
+def _formers(parts: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(part["plan"]["top"]["filename"] for part in parts)
+
+
 def _gone(found: Round, name: str) -> VMGone:
     """The QEMU in which an exchange was begun has ended."""
     mine = [part for part in found.parts if part["vm"] == name]
-    formers = " and ".join(part["plan"]["top"]["filename"] for part in mine)
+    formers = _formers(mine)
     text = f"nothing was discarded: boot {formers}"
     if found.decided == "exchange":
         fresh = " and ".join(part["overlay"] for part in mine)

@@ -218,7 +218,10 @@ class Cycles:
             await self._fail(found, error)
         except Exception as error:  # a bug of ours must not leave a round without an end
             found.log.warning("bug", error=repr(error))
-            await self._fail(found, QmpCommitError(f"internal error: {error!r}"))
+            left = "Nothing was discarded"
+            if found.state == "discarding":
+                left = await self._discarding.rescue(found)
+            await self._fail(found, QmpCommitError(f"internal error: {error!r}. {left}"))
         self._engine.metrics.cycle_rounds.labels(found.vm, found.disk, result).inc()
         found.log.info("cycle_round", disk=found.disk, result=result)
         self.live.pop(found.place, None)

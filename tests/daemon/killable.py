@@ -6,7 +6,9 @@ it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are
 file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name. With ``QMPCOMMIT_RECOVERS`` steps
 count from the start: those of a recovery, before anything is asked for. ``QMPCOMMIT_REFUSES`` is a
 VM and a QMP command that it refuses, as QEMU does what it can't do; ``QMPCOMMIT_SLOW`` one that
-takes half a second longer.
+takes half a second longer; ``QMPCOMMIT_BUG`` one that meets a defect of ours;
+``QMPCOMMIT_HANGS`` one at which the process, whose id comes third, is stopped. A QEMU gets
+``QMPCOMMIT_PATIENCE`` seconds to answer a command.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import qmpcommit.cli.main
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
+from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import CommandRefused
 from qmpcommit.journal import Journal
@@ -32,6 +35,9 @@ DIE_IN = os.environ.get("QMPCOMMIT_DIE_IN")
 PLACES = os.environ["QMPCOMMIT_PLACES"]
 REFUSES = os.environ.get("QMPCOMMIT_REFUSES", "").split()
 SLOW = os.environ.get("QMPCOMMIT_SLOW", "").split()
+BUG = os.environ.get("QMPCOMMIT_BUG", "").split()
+HANGS = os.environ.get("QMPCOMMIT_HANGS", "").split()
+PATIENCE = os.environ.get("QMPCOMMIT_PATIENCE")
 
 
 class Counter:
@@ -79,10 +85,23 @@ async def execute(self: Session, command: str, *args: Any, **more: Any) -> Any:
     """`Session.execute`, of which one may be refused, and one is slow."""
     if [self.name, command] == SLOW:
         await asyncio.sleep(0.5)
+    if [self.name, command] == HANGS[:2]:
+        os.kill(int(HANGS[2]), signal.SIGSTOP)
+        HANGS.clear()
+    if [self.name, command] == BUG:
+        raise ZeroDivisionError(command)
     if [self.name, command] == REFUSES:
         raise CommandRefused(f"{command} refused", command=command, desc="it won't",
                              error_class="GenericError")  # fmt: skip
     return await EXECUTE(self, command, *args, **more)
+
+
+def new_session(self: VM) -> Session:
+    """`VM.new_session`, of less patience."""
+    session = NEW_SESSION(self)
+    if PATIENCE is not None:
+        session.command_timeout = float(PATIENCE)
+    return session
 
 
 def counted_from(owner: Any, name: str) -> None:
@@ -96,7 +115,8 @@ def counted_from(owner: Any, name: str) -> None:
     setattr(owner, name, counted)
 
 
-UNLINK, EXECUTE = os.unlink, Session.execute
+UNLINK, EXECUTE, NEW_SESSION = os.unlink, Session.execute, VM.new_session
+VM.new_session = new_session  # type: ignore[method-assign]
 os.unlink = unlink
 counted_from(Engine, "take")
 counted_from(Groups, "take")

@@ -273,10 +273,12 @@ async def test_killed_while_frozen_it_lets_go_first(
         assert ended["outcome"]["action"] == action, ended
         assert ended["outcome"]["warnings"] == []
         assert all(each["quiesced"] > 0 for each in ended["outcome"]["outcomes"])
-        if not (place == "held" and action == "recycle"):  # which waits for its fresh overlay
-            places = (folder / "places").read_text().splitlines()
+        places = (folder / "places").read_text().splitlines()
+        if not (place == "held" and action == "recycle"):
             orders = [places.index(order) for order in ORDERS if order in places]
             assert places.index(THAWS[freeze]) < min(orders), places
+        elif freeze == "agent":  # over its fresh overlay it can answer, and not before
+            assert places.index("after cont") < places.index(THAWS[freeze]), places
         await at.ends_as(action)
 
 
