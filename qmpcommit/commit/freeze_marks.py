@@ -75,7 +75,14 @@ async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None
         yield
         return
     try:
-        await set_mark(vm, owner, how)
+        set_here = await set_mark(vm, owner, how)
+    except BaseException:
+        await unmark(vm, owner, how)
+        raise
+    if not set_here:
+        yield
+        return
+    try:
         yield
     except QuiesceFailed as error:
         if not error.facts.get("frozen"):
@@ -91,13 +98,15 @@ async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None
     await unmark(vm, owner, how)
 
 
-async def set_mark(vm: Monitor, owner: str, how: How) -> None:
-    """Set the mark; what it raises leaves it open whether it is there."""
+async def set_mark(vm: Monitor, owner: str, how: How) -> bool:
+    """Set the mark; whether QEMU did. What this raises leaves it open whether it is there."""
     node = {"driver": "null-co", "node-name": _name(owner, how), "read-only": True}
     try:
         await vm.execute("blockdev-add", node)
     except CommandRefused as error:  # a QEMU built without that driver
         vm.log.warning("freeze_not_marked", error=error.desc)
+        return False
+    return True
 
 
 async def unmark(vm: Monitor, owner: str, how: How) -> None:

@@ -37,6 +37,7 @@ class Pauses:
         self.seconds: dict[Session, float] = {}
         self.problems: list[str] = []
         self._recycles, self._owner = recycles, owner
+        self._unmarked: set[Session] = set()
         self._thawing: dict[Session, asyncio.Task[None]] = {}
 
     async def pause(self) -> None:
@@ -49,8 +50,12 @@ class Pauses:
             # It is let go on even if the reply to the command is lost.
             self._thawing[vm] = asyncio.create_task(self._thaw(vm, self._recycles[vm]))
         if self._owner is not None:
-            await asyncio.gather(*(set_mark(vm, self._owner, "pause") for vm in running))
+            await asyncio.gather(*(self._mark(vm, self._owner) for vm in running))
         await asyncio.gather(*(vm.execute("stop") for vm in running))
+
+    async def _mark(self, vm: Session, owner: str) -> None:
+        if not await set_mark(vm, owner, "pause"):
+            self._unmarked.add(vm)
 
     async def goes_on(self, vm: Session) -> None:
         """Wait until this guest goes on again, if it was paused."""
@@ -80,7 +85,7 @@ class Pauses:
         else:
             self.seconds[vm] = clock() - since
             await self._note_that_it_goes_on(vm, jobs)
-            if self._owner is not None:
+            if self._owner is not None and vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
 
     async def _note_that_it_goes_on(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
