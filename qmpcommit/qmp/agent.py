@@ -128,8 +128,9 @@ class Agent:
     async def _synchronize(self) -> None:
         mark = random.randrange(1, 1 << 53)
         self._send(_SENTINEL, "guest-sync-delimited", {"id": mark})
-        while (await self._reply(synchronizing=True)).get("return") != mark:
-            pass  # an answer to somebody who has left
+        answer = None
+        while answer != mark:  # but one to somebody who has left
+            answer = (await self._reply(synchronizing=True)).get("return")
 
     def _number(self, command: str, value: object) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
