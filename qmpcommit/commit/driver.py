@@ -125,6 +125,7 @@ class Driver:
         self._disk_now: Disk | None = None
         self._refused = 0
         self._missed = False
+        self._pid = None if self._follow is None else monitor.peer_pid  # whose job it is
         if resumed is not None:
             self._take_up(resumed)
 
@@ -324,6 +325,8 @@ class Driver:
             self._lost = error
             self.tell(facts.Unanswered(command))
         else:
+            if command is Command.START:
+                self._pid = self._monitor.peer_pid
             self.tell(facts.Accepted(command))
             self.log.info("accepted", command=command.value)
 
@@ -411,7 +414,7 @@ class Driver:
     async def _relink(self) -> None:
         self.log.info("relinking")
         try:
-            same = await self._monitor.restore()
+            same = await self._monitor.restore(self._pid)
         except (VMGone, MonitorLost) as error:
             self._lost = error
             self.tell(facts.LinkDead(vm_gone=isinstance(error, VMGone)))

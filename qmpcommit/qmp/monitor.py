@@ -298,12 +298,13 @@ class Monitor(Queries):
                     return
             await client.runstate_changed()
 
-    async def restore(self) -> bool | None:
+    async def restore(self, was: int | None = None) -> bool | None:
         """Bring a lost connection back, within `patience` seconds.
 
-        Returns whether the same process answers (None where the system can't tell). Raises
-        `VMGone` when nothing listens there any more, `MonitorLost` when something does but
-        does not greet, or breaks again and again before it has answered a command.
+        Returns whether the same process answers (None where the system can't tell). That is the
+        last one, or the one whose `peer_pid` was `was`: another caller may have brought it back
+        before. Raises `VMGone` when nothing listens there any more, `MonitorLost` when something
+        does but does not greet, or breaks again and again before it has answered a command.
         """
         loop = asyncio.get_running_loop()
         back_at, self._back_at = self._back_at, None
@@ -313,7 +314,7 @@ class Monitor(Queries):
         give_up = self._trying_since + self.patience
         refused_since: float | None = None
         pause = 0.02
-        before = self.peer_pid
+        before = self.peer_pid if was is None else was
         if again and not self.connected:
             if loop.time() > give_up:
                 raise MonitorLost(

@@ -13,6 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit import driver as driver_module
 from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.phases import State
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Proxy, proxy
@@ -145,6 +146,38 @@ async def test_a_commit_is_not_looked_for_in_a_qemu_that_has_come_instead(folder
         with pytest.raises(qc.VMGone, match="Nothing was pivoted"):
             await job.wait()
         await nothing_runs(vm)
+        await vm.close()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+class Slow:
+    """A ledger that takes its time over the pivot."""
+
+    def __init__(self) -> None:
+        self.asked, self.done = asyncio.Event(), asyncio.Event()
+
+    async def note(self, step: str, state: State, **facts: Any) -> None:
+        if step == "job-complete":
+            self.asked.set()
+            await self.done.wait()
+
+    def moved(self, state: State) -> None:
+        pass
+
+
+async def test_a_qemu_that_has_come_instead_is_known_although_somebody_else_met_it_first(
+    folder: Path,
+) -> None:
+    chain, ledger = make_chain(folder), Slow()
+    async with storage_daemon(folder, chain) as qemu:
+        vm = await qc.Session.connect(qemu.qmp)
+        job = await vm.commit("top", policy=qc.Pivot(), ledger=ledger)
+        await ledger.asked.wait()
+    async with storage_daemon(folder, chain):
+        await nothing_runs(vm)  # which brings the line back
+        ledger.done.set()
+        with pytest.raises(qc.VMGone, match="whether it happened is unknown"):
+            await job.wait()
         await vm.close()
     assert_disk(chain.top, chain.pictures[-1])
 

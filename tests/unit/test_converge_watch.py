@@ -58,7 +58,7 @@ class Vm(Monitor):
     def connected(self) -> bool:
         return self.up
 
-    async def restore(self) -> bool | None:
+    async def restore(self, was: int | None = None) -> bool | None:
         self.up = True
         return self.same
 
