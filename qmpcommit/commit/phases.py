@@ -484,7 +484,7 @@ def _seen(state: State, job: JobSeen) -> Step:
                 # QEMU 5.2 calls a keep that fails cancelled; only the job's own error tells.
                 end = end._replace(cancelled=False, error=end.error or job.error)
             elif job.error is not None and was.end is None:
-                end = end._replace(cancelled=True, error=None)
+                end = end._replace(cancelled=True)
             end = end._replace(done=job.done, total=job.total)
             return _ended(state._replace(end=end, listed=True))
         case "pending" if not state.auto_finalize:
