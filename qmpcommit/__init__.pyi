@@ -14,8 +14,8 @@ from qmpcommit.commit.cycle import Round as Round
 from qmpcommit.commit.cycle import cycle as cycle
 from qmpcommit.commit.cycle import discard as discard
 from qmpcommit.commit.group import GroupCommit as GroupCommit
-from qmpcommit.commit.group import GroupMember as GroupMember
 from qmpcommit.commit.group import commit_group as commit_group
+from qmpcommit.commit.group_members import GroupMember as GroupMember
 from qmpcommit.commit.group_outcome import GroupOutcome as GroupOutcome
 from qmpcommit.commit.group_policy import GroupReady as GroupReady
 from qmpcommit.commit.job import CommitJob as CommitJob

@@ -316,12 +316,14 @@ class Session(Monitor):
         around: Around,
         *,
         override: Collection[str] = (),
+        held: bool = False,
         seen: tuple[str | None, BlockGraph] | None = None,
     ) -> CommitJob:
         """A checked commit that `launch` can send; nothing was sent yet.
 
-        Raises what `commit` raises before anything is sent. `seen` is what `look` gave, where
-        several are prepared at once.
+        Raises what `commit` raises before anything is sent. With `held` the policy is only checked
+        for what it needs: at READY the job waits for what it is told. `seen` is what `look` gave,
+        where several are prepared at once.
         """
         try:
             plan, graph = await self._plan(request, policy, seen)
@@ -331,7 +333,7 @@ class Session(Monitor):
             raise await name_pending(self, conflict) from None
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
-        plan = replace(plan, findings=findings)
+        plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
         around = around._replace(
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
@@ -366,7 +368,8 @@ class Session(Monitor):
         instant. `freeze` quiesces the guest around it: its file systems through the guest agent's
         socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
         """
-        from qmpcommit.commit.group import GroupCommit, GroupMember
+        from qmpcommit.commit.group import GroupCommit
+        from qmpcommit.commit.group_members import GroupMember
 
         if isinstance(disks, Mapping):
             members = [GroupMember(self, str(disk), policy) for disk, policy in disks.items()]

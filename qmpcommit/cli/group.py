@@ -111,7 +111,8 @@ async def commit_group(
     running: Run, named: Named, request: Mapping[str, Any], hold_limit: float
 ) -> Answer:
     """Commit them at one instant; Ctrl-C and the deadline cancel all."""
-    from qmpcommit.commit.group import GroupCommit, GroupMember
+    from qmpcommit.commit.group import GroupCommit
+    from qmpcommit.commit.group_members import GroupMember
 
     apart = ("disk", "policy", "agents", *_ALONE)
     options = {name: value for name, value in request.items() if name not in apart}

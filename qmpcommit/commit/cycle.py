@@ -23,7 +23,8 @@ from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.aftermath import identify, users
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all, runs
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
-from qmpcommit.commit.group import GroupCommit, GroupMember
+from qmpcommit.commit.group import GroupCommit
+from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan

@@ -14,25 +14,28 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from qmpcommit.commit import group_phases
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.freeze_marks import mark_of_group, thaw_all_abandoned
 from qmpcommit.commit.group_freeze import Freezes
+from qmpcommit.commit.group_members import (
+    ONE_OVERLAY,
+    GroupMember,
+    override_of,
+    policy_of,
+    prepare_members,
+)
 from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.commit.group_pause import Pauses
 from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
 from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.pending import group_job_id
-from qmpcommit.commit.plan import Request
 from qmpcommit.commit.policy import (
     Abort,
     AnyPolicy,
     Decision,
-    Hold,
     Keep,
     Pivot,
     PolicyCall,
@@ -53,22 +56,8 @@ if TYPE_CHECKING:
 HOLD_LIMIT = 2.0
 """Seconds that disks may be held, if the caller does not say."""
 
-ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
-"""What a group is told that has one `Recycle` for several disks."""
-
-_AROUND = ("on_pivot", "on_stall", "converge", "ledger")
-
 OnDecision = Callable[[Sequence[str]], Awaitable[object]]
 """Awaited, with the jobs' ids, after all disks are held and before the first is finalized."""
-
-
-class GroupMember(NamedTuple):
-    """One disk of a group: `policy` is its own, `options` are those of `Session.commit`."""
-
-    vm: Session
-    disk: str
-    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None
-    options: Mapping[str, Any] = {}
 
 
 class GroupCommit:
@@ -112,7 +101,7 @@ class GroupCommit:
         self.id = known_as or os.urandom(4).hex()
         self.jobs: tuple[CommitJob, ...] = ()
         self._policy = None if policy is None else parse_policy(policy)
-        self._policies = [self._policy_of(member) for member in self.members]
+        self._policies = [policy_of(member, self._policy) for member in self.members]
         self._options = options
         self._only_if = None if only_if is None else check_command(only_if, "only_if")
         self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
@@ -145,13 +134,6 @@ class GroupCommit:
         self._cause: Exception | None = None
         self._by = ""
         self._check_members()
-
-    def _policy_of(self, member: GroupMember) -> AnyPolicy | PolicyCall:
-        if self._policy is not None and member.policy is not None:
-            raise InvalidRequest(
-                f"give {member.disk} a policy of its own, or the group one for all, not both"
-            )
-        return self._policy or parse_policy(member.policy)
 
     def _check_members(self) -> None:
         if not self.members:
@@ -263,66 +245,14 @@ class GroupCommit:
 
     async def prepare(self) -> tuple[CommitJob, ...]:
         """Check all members, and send nothing; raises what `start` raises before that."""
-        sessions = list(dict.fromkeys(member.vm for member in self.members))
-        seen = dict(
-            zip(sessions, await asyncio.gather(*(vm.look() for vm in sessions)), strict=True)
+        return await prepare_members(
+            self.members, self._policies, self._options, group=self.id, meet=self._meet
         )
-        jobs = []
-        for number, member in enumerate(self.members):
-            options = {**self._options, **member.options}
-            around = {name: options.pop(name) for name in _AROUND if name in options}
-            override = options.pop("override", ())
-            delete = options.pop("delete", False)
-            if delete:
-                options["stale"] = "delete"
-            try:
-                request = Request(disk=member.disk, job_id=self._job_id(number), **options)
-            except TypeError as error:
-                raise InvalidRequest(f"a group commit takes no such option: {error}") from None
-            around["barrier"] = partial(self._meet, number)
-            job = await member.vm.prepare(
-                request,
-                # While it is READY the group decides; a Recycle is checked for what it needs.
-                policy if isinstance(policy := self._policies[number], Recycle) else Hold(),
-                Around(**around),
-                override=override,
-                seen=seen[member.vm],
-            )
-            object.__setattr__(job.plan, "policy", Hold())
-            if not job.plan.two_phase:
-                raise InvalidRequest(
-                    f"{job.plan.disk} of {member.vm.name}: only active layers can be committed at"
-                    " one instant; commit an intermediate layer by itself. Nothing was sent"
-                )
-            jobs.append(job)
-        self._check_apart(jobs)
-        return tuple(jobs)
-
-    def _check_apart(self, jobs: Sequence[CommitJob]) -> None:
-        known: dict[tuple[int, str], str] = {}
-        overlays: set[tuple[int | None, str]] = set()
-        for member, job, policy in zip(self.members, jobs, self._policies, strict=True):
-            if isinstance(policy, Recycle):
-                overlay = _place_of(policy.overlay, member.vm)
-                if overlay in overlays:
-                    raise InvalidRequest(f"{ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
-                overlays.add(overlay)
-            disk = job.plan.disk
-            before = known.setdefault((id(member.vm), disk.root), member.disk)
-            if before is not member.disk:
-                raise InvalidRequest(
-                    f"{before} and {member.disk} are the same disk of {member.vm.name}; name it"
-                    " once. Nothing was sent"
-                )
-
-    def _job_id(self, number: int) -> str:
-        disk = self.members[number].disk
-        return group_job_id(disk, self.id, number + 1, len(self.members))
 
     async def _launch(self) -> None:
         self._watch_links()
         starting = [
-            asyncio.create_task(member.vm.launch(job, override=self._override(member)))
+            asyncio.create_task(member.vm.launch(job, override=override_of(member, self._options)))
             for member, job in zip(self.members, self.jobs, strict=True)
         ]
         try:
@@ -344,9 +274,6 @@ class GroupCommit:
             for number, job in enumerate(self.jobs)
         ]
         self._asking = asyncio.create_task(self._deciding.ask(self.jobs), name=f"group {self.id}")
-
-    def _override(self, member: GroupMember) -> Any:
-        return member.options.get("override", self._options.get("override", ()))
 
     # -- the members ------------------------------------------------------------------------------
 
@@ -569,12 +496,6 @@ class GroupCommit:
             error=job.error,
             choice=Choice(settled.decision.kind) if settled is not None else None,
         )
-
-
-def _place_of(overlay: str, vm: Session) -> tuple[int | None, str]:
-    """Which file that is: QEMUs of this host share theirs."""
-    here = vm.peer_pid is not None
-    return None if here else id(vm), os.path.realpath(os.path.join(vm.cwd or "/", overlay))
 
 
 def _none_done(ends: Sequence[MemberEnd]) -> bool:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.commit.group import HOLD_LIMIT, ONE_OVERLAY
+from qmpcommit.commit.group import HOLD_LIMIT
+from qmpcommit.commit.group_members import ONE_OVERLAY
 from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.policy import Policy, Recycle

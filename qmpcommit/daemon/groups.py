@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from qmpcommit.commit.aftermath import Barrier
-from qmpcommit.commit.group import GroupMember
+from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.group_resume import HAND_OVER, ResumableGroup
 from qmpcommit.commit.job import CommitJob

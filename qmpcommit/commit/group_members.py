@@ -1,0 +1,122 @@
+"""The disks of a group commit: what is asked of each, and checked before anything is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qmpcommit.commit.aftermath import Around
+from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.pending import group_job_id
+from qmpcommit.commit.plan import Request
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall, Recycle, parse_policy
+from qmpcommit.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from qmpcommit.session import Session
+
+ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
+"""What a group is told that has one `Recycle` for several disks."""
+
+_AROUND = ("on_pivot", "on_stall", "converge", "ledger")
+
+
+class GroupMember(NamedTuple):
+    """One disk of a group: `policy` is its own, `options` are those of `Session.commit`."""
+
+    vm: Session
+    disk: str
+    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None
+    options: Mapping[str, Any] = {}
+
+
+def policy_of(member: GroupMember, policy: AnyPolicy | PolicyCall | None) -> AnyPolicy | PolicyCall:
+    """Its own, or the one that is given to all; raises `PolicyRequired`, or `InvalidRequest`."""
+    if policy is not None and member.policy is not None:
+        raise InvalidRequest(
+            f"give {member.disk} a policy of its own, or the group one for all, not both"
+        )
+    return policy or parse_policy(member.policy)
+
+
+def override_of(member: GroupMember, options: Mapping[str, Any]) -> Any:
+    """The checks whose refusal does not count for it; `options` are those of all members."""
+    return member.options.get("override", options.get("override", ()))
+
+
+async def prepare_members(
+    members: Sequence[GroupMember],
+    policies: Sequence[AnyPolicy | PolicyCall],
+    options: Mapping[str, Any],
+    *,
+    group: str,
+    meet: Callable[[int], Awaitable[str | None]],
+) -> tuple[CommitJob, ...]:
+    """Their commits, checked; nothing is sent. Raises what `Session.commit` raises before that.
+
+    `options` are those of all members, `group` is the id that the jobs' names have, and `meet` the
+    barrier at which each waits, by its number, while its disk is held.
+    """
+    sessions = list(dict.fromkeys(member.vm for member in members))
+    seen = dict(zip(sessions, await asyncio.gather(*(vm.look() for vm in sessions)), strict=True))
+    jobs = []
+    for number, member in enumerate(members):
+        job_id = group_job_id(member.disk, group, number + 1, len(members))
+        own = {**options, **member.options}
+        around = {name: own.pop(name) for name in _AROUND if name in own}
+        override = own.pop("override", ())
+        delete = own.pop("delete", False)
+        if delete:
+            own["stale"] = "delete"
+        try:
+            request = Request(disk=member.disk, job_id=job_id, **own)
+        except TypeError as error:
+            raise InvalidRequest(f"a group commit takes no such option: {error}") from None
+        around["barrier"] = partial(meet, number)
+        job = await member.vm.prepare(
+            request,
+            policies[number],
+            Around(**around),
+            override=override,
+            held=True,
+            seen=seen[member.vm],
+        )
+        if not job.plan.two_phase:
+            raise InvalidRequest(
+                f"{job.plan.disk} of {member.vm.name}: only active layers can be committed at"
+                " one instant; commit an intermediate layer by itself. Nothing was sent"
+            )
+        jobs.append(job)
+    _check_apart(members, policies, jobs)
+    return tuple(jobs)
+
+
+def _check_apart(
+    members: Sequence[GroupMember],
+    policies: Sequence[AnyPolicy | PolicyCall],
+    jobs: Sequence[CommitJob],
+) -> None:
+    known: dict[tuple[int, str], str] = {}
+    overlays: set[tuple[int | None, str]] = set()
+    for member, job, policy in zip(members, jobs, policies, strict=True):
+        if isinstance(policy, Recycle):
+            overlay = _place_of(policy.overlay, member.vm)
+            if overlay in overlays:
+                raise InvalidRequest(f"{ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
+            overlays.add(overlay)
+        disk = job.plan.disk
+        before = known.setdefault((id(member.vm), disk.root), member.disk)
+        if before is not member.disk:
+            raise InvalidRequest(
+                f"{before} and {member.disk} are the same disk of {member.vm.name}; name it"
+                " once. Nothing was sent"
+            )
+
+
+def _place_of(overlay: str, vm: Session) -> tuple[int | None, str]:
+    """Which file that is: QEMUs of this host share theirs."""
+    here = vm.peer_pid is not None
+    return None if here else id(vm), os.path.realpath(os.path.join(vm.cwd or "/", overlay))
