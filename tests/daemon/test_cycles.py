@@ -19,7 +19,7 @@ from qmpcommit.commit.cycle import new_overlay
 from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_times import until_next
 from tests.daemon.daemons import Daemon, daemon
-from tests.daemon.test_recovery import killable
+from tests.daemon.kill_sweep import killable
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.places import chosen, told

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.daemon.daemons import Daemon
+from tests.daemon.kill_sweep import killable
 from tests.daemon.test_cycles import ask, end_of
-from tests.daemon.test_recovery import killable
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import chosen, told

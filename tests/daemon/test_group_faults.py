@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon.kill_sweep import killable
 from tests.daemon.test_groups import (
     HOLD,
     KEEP,
@@ -18,7 +19,6 @@ from tests.daemon.test_groups import (
     served,
     until,
 )
-from tests.daemon.test_recovery import killable
 from tests.ground.images import assert_disk
 from tests.ground.machines import Machine
 

@@ -19,10 +19,10 @@ import pytest
 import qmpcommit as qc
 from tests.cli.command import run
 from tests.daemon.daemons import Daemon
+from tests.daemon.kill_sweep import killable, places_of
 from tests.daemon.test_api import assert_problem
 from tests.daemon.test_group_recycles import Guest, guests, known, status_of
-from tests.daemon.test_groups import end_of, places_of
-from tests.daemon.test_recovery import killable
+from tests.daemon.test_groups import end_of
 from tests.ground.images import assert_disk
 from tests.ground.places import chosen, told
 from tests.real.test_agent import FakeAgent, fake_agent

@@ -7,6 +7,7 @@ import http.client
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import qmpcommit as qc
 from qmpcommit.commit.recycle import node_stem
 from tests.cli.command import run
 from tests.daemon.daemons import Daemon, daemon
+from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
 from tests.daemon.test_api import assert_problem
-from tests.daemon.test_groups import end_of, places_of, until
-from tests.daemon.test_recovery import killable
+from tests.daemon.test_groups import end_of, until
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import chosen, told
@@ -445,23 +446,12 @@ async def test_killed_at_every_step(
     try:
         await one_killed(d, folder, disks, 0, "")
         places = places_of(folder)
-        tried = chosen(len(places))
-        for number in tried:
-            place = places[number - 1]
-            try:
-                if d.environment["QMPCOMMIT_DIE_AT"] != str(number):
-                    await d.kill()
-                    d.environment["QMPCOMMIT_DIE_AT"] = str(number)
-                    await d.start()
-                await one_killed(d, folder, disks, number, place)
-            except BaseException:
-                print(f"killed at {number}: {place}\n{d.log[-6000:]}")
-                raise
+        said = await killed_everywhere(d, partial(one_killed, d, folder, disks), places)
     finally:
         if d.process is not None:
             await d.kill()
     with capsys.disabled():
-        print(f" {told(len(places), len(tried))}", end="")
+        print(f" {said}", end="")
 
 
 async def killed_twice(first: str, folder: Path, number: int) -> list[str]:

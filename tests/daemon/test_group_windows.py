@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.daemon.daemons import Daemon
+from tests.daemon.kill_sweep import killable
 from tests.daemon.test_api import assert_problem
-from tests.daemon.test_recovery import killable
 from tests.daemon.test_windows import OTHERS, closed, end_of, overlays, told
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine

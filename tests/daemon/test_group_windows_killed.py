@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.daemon.kill_sweep import places_of
 from tests.daemon.test_group_windows import MEMBERS, NAMES, Host, host
 from tests.daemon.test_windows import end_of
-from tests.daemon.test_windows_killed import places_of
 from tests.ground.places import chosen, told
 from tests.real.test_agent import FakeAgent, fake_agent
 

@@ -6,18 +6,18 @@ import asyncio
 import http.client
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.daemon.daemons import Daemon, daemon
+from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
 from tests.daemon.test_api import assert_problem
-from tests.daemon.test_recovery import killable
 from tests.ground.daemons import many_disks
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine
-from tests.ground.places import chosen, told
 
 PIVOT, KEEP, HOLD = {"kind": "pivot"}, {"kind": "keep"}, {"kind": "hold"}
 
@@ -261,13 +261,6 @@ async def one_killed(d: Daemon, folder: Path, disks: Sequence[int], number: int,
         return ended
 
 
-def places_of(folder: Path) -> list[str]:
-    """Where the rehearsal could have died, up to its end."""
-    places = (folder / "places").read_text().splitlines()
-    last = max(n for n, place in enumerate(places) if "UPDATE undertakings" in place)
-    return places[: last + 1]
-
-
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("disks", [(2,), (1, 1)], ids=["one VM", "two VMs"])
 async def test_killed_at_every_step(
@@ -278,20 +271,9 @@ async def test_killed_at_every_step(
     try:
         await one_killed(d, folder, disks, 0, "")
         places = places_of(folder)
-        tried = chosen(len(places))
-        for number in tried:
-            place = places[number - 1]
-            try:
-                if d.environment["QMPCOMMIT_DIE_AT"] != str(number):
-                    await d.kill()
-                    d.environment["QMPCOMMIT_DIE_AT"] = str(number)
-                    await d.start()
-                await one_killed(d, folder, disks, number, place)
-            except BaseException:
-                print(f"killed at {number}: {place}\n{d.log[-6000:]}")
-                raise
+        said = await killed_everywhere(d, partial(one_killed, d, folder, disks), places)
     finally:
         if d.process is not None:
             await d.kill()
     with capsys.disabled():
-        print(f" {told(len(places), len(tried))}", end="")
+        print(f" {said}", end="")

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,9 @@ import pytest
 from qemu.qmp import QMPClient
 
 from tests.daemon.daemons import Answer, Daemon
+from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
 from tests.ground.images import Chain, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine, storage_daemon
-from tests.ground.places import chosen, told
 from tests.ground.qemu import QEMU
 
 
@@ -157,21 +158,6 @@ async def one(d: Daemon, folder: Path, case: Case, number: int, place: str) -> N
         disk_is_right(case, vm, chain)
 
 
-def places_of(folder: Path) -> list[str]:
-    """Where the rehearsal could have died, up to its end."""
-    places = (folder / "places").read_text().splitlines()
-    last = max(n for n, place in enumerate(places) if "UPDATE commits" in place)
-    return places[: last + 1]
-
-
-def killable(folder: Path) -> Daemon:
-    places = folder / "places"
-    places.touch()
-    d = Daemon(folder, "commands = true\n", module="tests.daemon.killable")
-    d.environment = {"QMPCOMMIT_DIE_AT": "0", "QMPCOMMIT_PLACES": str(places)}
-    return d
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 async def test_killed_at_every_step(
@@ -181,21 +167,10 @@ async def test_killed_at_every_step(
     await d.start()
     try:
         await one(d, folder, case, 0, "")
-        places = places_of(folder)
-        tried = chosen(len(places))
-        for number in tried:
-            place = places[number - 1]
-            try:
-                if d.environment["QMPCOMMIT_DIE_AT"] != str(number):
-                    await d.kill()
-                    d.environment["QMPCOMMIT_DIE_AT"] = str(number)
-                    await d.start()
-                await one(d, folder, case, number, place)
-            except BaseException:
-                print(f"killed at {number}: {place}\n{d.log[-6000:]}")
-                raise
+        places = places_of(folder, "UPDATE commits")
+        said = await killed_everywhere(d, partial(one, d, folder, case), places)
     finally:
         if d.process is not None:
             await d.kill()
     with capsys.disabled():
-        print(f" {case.name}: {told(len(places), len(tried))}", end="")
+        print(f" {case.name}: {said}", end="")

@@ -20,7 +20,7 @@ from qmpcommit.commit.flatten import next_step
 from qmpcommit.daemon.config import Flatten
 from qmpcommit.daemon.steps import STEP_PREFIX, hands_off, is_for, passed, pause, request_of
 from tests.daemon.daemons import Daemon, daemon
-from tests.daemon.test_recovery import killable
+from tests.daemon.kill_sweep import killable
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import Machine, Style, machine, storage_daemon
 from tests.ground.places import chosen, told

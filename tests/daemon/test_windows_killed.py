@@ -6,17 +6,17 @@ import asyncio
 import http.client
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.daemon.daemons import Daemon
-from tests.daemon.test_recovery import killable
+from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
 from tests.daemon.test_windows import OTHERS, end_of, overlays
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
-from tests.ground.places import chosen, told
 from tests.real.test_agent import FakeAgent, fake_agent
 
 STEP = 65536
@@ -51,7 +51,7 @@ class Host:
                 assert b"Ask again" in answer.body
         return None
 
-    async def one(self, number: int, asked: dict[str, Any], place: str) -> None:
+    async def one(self, asked: dict[str, Any], number: int, place: str) -> None:
         """A window, a kill somewhere in it, another daemon, and the end."""
         d = self.d
         window = await self.ask(number, asked)
@@ -105,13 +105,6 @@ async def host(folder: Path, disks: int) -> AsyncIterator[Host]:
         assert_disk(chain.top, picture)
 
 
-def places_of(folder: Path) -> list[str]:
-    """Where the rehearsal could have died, up to its end."""
-    places = (folder / "places").read_text().splitlines()
-    last = max(n for n, place in enumerate(places) if "UPDATE undertakings" in place)
-    return places[: last + 1]
-
-
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("freeze", "disks"), [("none", 1), ("pause", 2), ("agent", 1)])
 async def test_killed_at_every_step(
@@ -123,23 +116,11 @@ async def test_killed_at_every_step(
             asked["freeze"] = freeze
         if freeze == "agent":
             asked["agent"] = at.agent.path
-        await at.one(0, asked, "")
+        await at.one(asked, 0, "")
         places = places_of(folder)
         wanted = {"pause": "after stop", "agent": "after guest-fsfreeze-freeze"}
         assert {"after transaction", wanted.get(freeze, "before unlink")} <= set(places)
-        d = at.d
-        tried = chosen(len(places))
-        for number in tried:
-            place = places[number - 1]
-            try:
-                if d.environment["QMPCOMMIT_DIE_AT"] != str(number):
-                    await d.kill()
-                    d.environment["QMPCOMMIT_DIE_AT"] = str(number)
-                    await d.start()
-                    await d.connected("web1")
-                await at.one(number, asked, place)
-            except BaseException:
-                print(f"killed at {number}: {place}\n{d.log[-6000:]}")
-                raise
+        story = partial(at.one, asked)
+        said = await killed_everywhere(at.d, story, places, partial(at.d.connected, "web1"))
     with capsys.disabled():
-        print(f" {freeze}: {told(len(places), len(tried))}", end="")
+        print(f" {freeze}: {said}", end="")

@@ -16,7 +16,7 @@ from qmpcommit.qmp.agent import Agent
 from tests.cli.command import ENVIRONMENT
 from tests.cli.command import run as qmpcommit
 from tests.daemon.daemons import Daemon
-from tests.daemon.test_recovery import killable
+from tests.daemon.kill_sweep import killable
 from tests.daemon.test_windows import closed, end_of, overlays
 from tests.ground.images import Chain
 from tests.guest.guest import (
