@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from tests.daemon.daemons import Daemon
@@ -51,3 +52,19 @@ async def killed_everywhere(
             print(f"killed at {number}: {place}\n{d.log[-6000:]}")
             raise
     return told(len(places), len(tried))
+
+
+async def rehearsed_and_killed_everywhere(
+    folder: Path,
+    story: Callable[[Daemon, int, str], Awaitable[object]],
+    until: str = "UPDATE undertakings",
+) -> str:
+    """The same with a daemon of its own, whose first story finds the places."""
+    d = killable(folder)
+    await d.start()
+    try:
+        await story(d, 0, "")
+        return await killed_everywhere(d, partial(story, d), places_of(folder, until))
+    finally:
+        if d.process is not None:
+            await d.kill()

@@ -7,7 +7,6 @@ import http.client
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import qmpcommit as qc
 from qmpcommit.commit.recycle import node_stem
 from tests.cli.command import run
 from tests.daemon.daemons import Daemon, daemon
-from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
+from tests.daemon.kill_sweep import killable, places_of, rehearsed_and_killed_everywhere
 from tests.daemon.test_api import assert_problem
 from tests.daemon.test_groups import end_of, until
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -441,15 +440,10 @@ async def one_killed(d: Daemon, folder: Path, disks: Sequence[int], number: int,
 async def test_killed_at_every_step(
     folder: Path, disks: Sequence[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    d = killable(folder)
-    await d.start()
-    try:
-        await one_killed(d, folder, disks, 0, "")
-        places = places_of(folder)
-        said = await killed_everywhere(d, partial(one_killed, d, folder, disks), places)
-    finally:
-        if d.process is not None:
-            await d.kill()
+    async def story(d: Daemon, number: int, place: str) -> None:
+        await one_killed(d, folder, disks, number, place)
+
+    said = await rehearsed_and_killed_everywhere(folder, story)
     with capsys.disabled():
         print(f" {said}", end="")
 

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from tests.daemon.daemons import Answer, Daemon
-from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
+from tests.daemon.kill_sweep import rehearsed_and_killed_everywhere
 from tests.ground.images import Chain, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.qemu import QEMU
@@ -163,14 +162,9 @@ async def one(d: Daemon, folder: Path, case: Case, number: int, place: str) -> N
 async def test_killed_at_every_step(
     folder: Path, case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    d = killable(folder)
-    await d.start()
-    try:
-        await one(d, folder, case, 0, "")
-        places = places_of(folder, "UPDATE commits")
-        said = await killed_everywhere(d, partial(one, d, folder, case), places)
-    finally:
-        if d.process is not None:
-            await d.kill()
+    async def story(d: Daemon, number: int, place: str) -> None:
+        await one(d, folder, case, number, place)
+
+    said = await rehearsed_and_killed_everywhere(folder, story, "UPDATE commits")
     with capsys.disabled():
         print(f" {case.name}: {said}", end="")
