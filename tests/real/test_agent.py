@@ -142,6 +142,15 @@ async def test_what_is_no_answer_is_told_as_such(answer: bytes, folder: Path) ->
                 await agent.status()
 
 
+async def test_an_answer_that_is_no_number_is_told_as_such(folder: Path) -> None:
+    async with fake_agent(folder) as fake:
+        fake.instead["guest-fsfreeze-freeze"] = [b'{"return": "two"}\n']
+        async with Agent(fake.path, vm="web1") as agent:
+            with pytest.raises(qc.QuiesceFailed, match="with a str instead of a number"):
+                await agent.freeze()
+            assert await agent.status() == "frozen"
+
+
 async def test_a_refusal_carries_the_agents_own_text(folder: Path) -> None:
     async with fake_agent(folder) as fake:
         error = {"error": {"class": "CommandNotFound", "desc": "it has been disabled"}}

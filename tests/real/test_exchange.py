@@ -18,6 +18,7 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, Style, machine, storage_daemon
+from tests.ground.proxy import proxy
 
 
 class Notes:
@@ -422,3 +423,21 @@ async def test_what_was_being_put_back_is_put_back_by_another_process(folder: Pa
         async with qc.Session.connect(qemu.qmp) as session:
             assert await put_back([again(session, plan, fresh, noted)]) == []
             await as_before(session, qemu, chain, fresh)
+
+
+async def test_a_reset_that_qemu_refuses_is_told_when_all_is_exchanged(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path) as vm:
+            between.to_qemu = lambda message: (
+                "refuse" if message.get("execute") == "system_reset" else "pass"
+            )
+            with pytest.raises(qc.CommandRefused, match="system_reset"):
+                await vm.discard("vda", guest="reset")
+            (disk,) = await vm.disks()
+            assert disk.active is not None
+            fresh = disk.active.filename
+            assert [image.filename for image in disk.chain[1:]] == [str(chain.base)]
+        await qemu.quit()
+    assert_disk(Path(fresh), chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])

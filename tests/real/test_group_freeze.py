@@ -225,6 +225,35 @@ async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
         await none_pivoted(here)
 
 
+async def test_a_qemu_that_takes_no_mark_is_recycled_all_the_same(folder: Path) -> None:
+    deleted: list[str] = []
+
+    def no_null(message: dict[str, Any]) -> str:
+        arguments = message.get("arguments", {})
+        if message.get("execute") == "blockdev-del":
+            deleted.append(arguments["node-name"])
+        return "refuse" if arguments.get("driver") == "null-co" else "pass"
+
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+        for each in here.between:
+            each.to_qemu = no_null
+        vms = [vm for vm, _ in here.disks]
+        files = [folder / f"fresh{number}.qcow2" for number in range(2)]
+        members = [(vm, "vda", qc.Recycle(str(file)))
+                   for vm, file in zip(vms, files, strict=True)]  # fmt: skip
+        outcome = await qc.commit_group(members, freeze="pause")
+        assert outcome.action == "recycle"
+        assert deleted  # the stale overlays, and not what somebody else may have marked
+        assert not [name for name in deleted if name.endswith("-paused")]
+        for vm in vms:
+            assert (await vm.query_status()).running
+        for qemu in here.qemus:
+            await qemu.quit()
+    for chain, file in zip(here.chains, files, strict=True):
+        assert_disk(chain.base, chain.pictures[-1])
+        assert_disk(file, chain.pictures[-1])
+
+
 @pytest.mark.parametrize("step", ["stop done", "job-complete"])
 async def test_a_monitor_that_is_lost_while_they_stand_still(folder: Path, step: str) -> None:
     async with two(folder) as here, asyncio.timeout(LIMIT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.group_resume import ResumableGroup, Resume
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.quiesce import How
 from tests.ground.images import MIB, assert_disk, make_chain
-from tests.ground.machines import storage_daemon
+from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy
 
 HELD = State(
@@ -237,3 +239,53 @@ async def test_an_abort_meets_those_too_that_are_taken_up_after_it(folder: Path)
             assert await vm.execute("query-jobs") == []
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_member_whose_nodes_are_gone_is_not_asked_for_its_bitmaps(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain, export=False) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            plan = await leave_pending(vm)
+            with vm.events("JOB_STATUS_CHANGE") as changes:
+                await vm.execute("job-cancel", id=plan.job_id)
+                async for change in changes.raw():
+                    if change["status"] in ("concluded", "null"):
+                        break
+            with suppress(qc.CommandRefused):
+                await vm.execute("job-dismiss", id=plan.job_id)
+            await vm.execute("blockdev-del", node_name="top")
+            job = await vm.resume(plan, Resumed(HELD))
+            with pytest.raises(qc.CommitFailed):
+                await job.wait()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("freeze", ["pause", None])
+async def test_it_tells_for_how_long_a_recycled_guest_stood_still(
+    folder: Path, freeze: How | None
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            left = ResumableGroup([(vm, "vda")], policy=qc.Hold(), freeze=freeze)
+            await left.start()
+            await left.ready()
+            await left.leave()
+            await left.leave()  # as whoever is asked twice to end
+            group = ResumableGroup(
+                [(vm, "vda")], policy=qc.Recycle(str(fresh)), freeze=freeze, known_as=left.id
+            )
+            assert group.quiesced == {}
+            await group.take_up([taking(vm, left.jobs[0])])
+            outcome = await group.wait()
+            assert outcome.action == "recycle"
+            if freeze is None:
+                assert group.quiesced == {}
+            else:
+                assert group.quiesced == {vm.name: outcome.outcomes[0].quiesced}
+                assert group.quiesced[vm.name] > 0
+            assert (await vm.query_status()).running
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert_disk(fresh, chain.pictures[-1])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.freeze_marks import set_mark, thaw_marked
 from qmpcommit.commit.pending import held_jobs
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import Machine, machine
@@ -47,3 +48,20 @@ async def test_a_disk_that_was_left_held_is_told_of_and_ended(finalize: bool, fo
             assert await vm.query_jobs() == []
         await qemu.quit()
     assert_disk(chain.base if finalize else chain.top, chain.pictures[-1])
+
+
+async def test_a_guest_that_was_left_quiesced_beside_it_is_named_too(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True) as qemu:
+        async with left_pending(qemu) as vm:
+            await vm.execute("stop")
+            assert await set_mark(vm, "g01234567", "pause")
+            with pytest.raises(qc.JobConflict, match="the guest was paused for a group commit"):
+                await vm.commit("vda", policy=qc.Pivot())
+            assert await thaw_marked(vm, owner="w01234567") == []
+            assert not (await vm.query_status()).running  # another's is not touched
+            assert await thaw_marked(vm, owner="g01234567") == []
+            assert (await vm.query_status()).running
+            await qc.resolve_pending(vm, grace=0)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
