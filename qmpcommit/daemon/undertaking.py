@@ -106,10 +106,15 @@ class Undertaking(Generic[R]):
              self.request.model_dump_json(), json.dumps(self.noted), self.expires),
         )  # fmt: skip
 
+    @property
+    def vms(self) -> list[str]:
+        """The VMs that it is for, whose followers are told of it."""
+        return self.vm.split(",")
+
     def event(self, **more: Any) -> Event:
         """What is told of it now."""
         data = {"id": self.id, "vm": self.vm, "state": self.state, **more}
-        return event(self.kind, self.vm, self.id, json.dumps(data))
+        return event(self.kind, ",".join(self.vms), self.id, json.dumps(data))
 
     async def note(self, step: str, **facts: Any) -> None:
         """A step that is about to be taken, with what a recovery has to know of it (JSON)."""

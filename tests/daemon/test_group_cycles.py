@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import qmpcommit as qc
 from tests.daemon.daemons import Daemon
 from tests.daemon.kill_sweep import killable
 from tests.daemon.test_cycles import ask, end_of
@@ -185,6 +186,11 @@ async def test_all_disks_end_the_same_way(folder: Path, shape: Sequence[int], ke
             assert [m["commit"] for m in group["members"]] == [e["commit"] for e in ended["disks"]]
         (shown,) = (await d.get("/v1/cycles")).json
         assert (shown["running"], shown["last"]) == (None, ended)
+        async with qc.Client(d.socket) as client, asyncio.timeout(20):
+            async for event in client.events(0, vm=vm):  # whichever of its VMs one follows
+                if event.kind == "cycle" and event.data["state"] == "done":
+                    break
+            assert event.data["id"] == ended["id"]
         await at.ended_as(d, ended, keep)
 
 
