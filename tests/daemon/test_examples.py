@@ -43,7 +43,7 @@ def test_the_configuration_is_right_and_has_every_option() -> None:
     given = tomllib.loads(everything)
 
     def compare(model: Any, members: Any, path: str) -> None:
-        either = {"every"} if isinstance(model, Cycle) else set()  # or at
+        either = {"every", "agent"} if isinstance(model, Cycle) else set()  # or at, or agents
         assert set(type(model).model_fields) - either == set(members), path
         for name, value in members.items():
             inner = getattr(model, name)
