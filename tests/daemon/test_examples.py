@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from qmpcommit.daemon.config import Config, Cycle, parse
 from tests.cli.command import ENVIRONMENT, ROOT
@@ -47,7 +48,7 @@ def test_the_configuration_is_right_and_has_every_option() -> None:
         assert set(type(model).model_fields) - either == set(members), path
         for name, value in members.items():
             inner = getattr(model, name)
-            if isinstance(value, dict):
+            if isinstance(inner, BaseModel):
                 compare(inner, value, name)
             elif value and isinstance(value, list) and isinstance(value[0], dict):
                 compare(inner[0], value[0], name)
