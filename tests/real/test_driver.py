@@ -12,8 +12,10 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit import driver as driver_module
+from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
+from qmpcommit.commit.plan import Request
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Proxy, proxy
@@ -126,6 +128,22 @@ async def test_a_commit_is_taken_up_while_its_monitor_is_away(folder: Path) -> N
                 await job.ready()
                 await job.pivot()
             assert (await job.wait()).action == "pivot"
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_what_is_sent_first_brings_the_monitor_back(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with qc.Session.connect(between.path) as vm:
+            job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+            await between.refuse()
+            async with asyncio.timeout(20):
+                while vm.connected:
+                    await asyncio.sleep(0)
+            await between.open()
+            assert (await (await vm.launch(job)).wait()).action == "pivot"
             await nothing_runs(vm)
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
