@@ -109,16 +109,14 @@ class GroupCommit:
         hold_limit = parse_seconds(hold_limit, "hold limit")
         self.state = group_phases.begin(len(self.members), hold_limit, freezes=freeze is not None)
         self._freeze, self._agents = freeze, dict(agents or {})
-        self._freezes: Freezes | None = None
-        if freeze is not None:
-            self._freezes = Freezes(
-                self.id,
-                freeze,
-                self._agents,
-                on_quiet=self._is_quiet,
-                on_failure=self._is_not_quiet,
-                notes=freeze_notes,
-            )
+        self._freezes = Freezes(
+            self.id,
+            freeze,
+            self._agents,
+            on_quiet=self._is_quiet,
+            on_failure=self._is_not_quiet,
+            notes=freeze_notes,
+        )
         self._decisions: dict[int, Settled] = {}
         self._asking: asyncio.Task[None] | None = None
         self._following: list[asyncio.Task[None]] = []
@@ -206,7 +204,7 @@ class GroupCommit:
             culprit=self.state.culprit,
             finalized=finalized,
             timeout=self._timeout if self._late else None,
-            problems=self._freezes.problems if self._freezes is not None else (),
+            problems=self._freezes.problems,
         )
         meant = self._meant_to_abort and all(end.outcome is not None for end in ends)
         if error is not None and (finalized or not meant or not _none_done(ends)):
@@ -352,7 +350,6 @@ class GroupCommit:
         return recycles
 
     def _quiesce(self) -> None:
-        assert self._freezes is not None
         guests: dict[Session, list[CommitJob]] = {}
         for member, job in zip(self.members, self.jobs, strict=True):
             guests.setdefault(member.vm, []).append(job)
@@ -426,8 +423,7 @@ class GroupCommit:
             if not job.done:
                 job.decide(Abort(), by)
         self._gate.set()
-        if self._freezes is not None:
-            self._freezes.give_up()
+        self._freezes.give_up()
         if self._asking is not None:
             self._asking.cancel()
 
@@ -455,14 +451,11 @@ class GroupCommit:
                 await stop(task)
         if self._pauses is not None:
             await self._pauses.over()
-        if self._freezes is not None:
-            await self._freezes.over()
+        await self._freezes.over()
 
     def _outcome(self, ends: Sequence[MemberEnd]) -> GroupOutcome:
         paused = self._pauses.seconds if self._pauses is not None else {}
-        quiesced = self._freezes.seconds if self._freezes is not None else {}
-        if self._freeze == "pause":
-            quiesced = {**paused, **quiesced}
+        quiesced = self._stood_still
         ends = [
             end._replace(
                 outcome=replace(
@@ -476,9 +469,16 @@ class GroupCommit:
             for member, end in zip(self.members, ends, strict=True)
         ]
         outcome = outcome_of(self.id, ends, by=self._by)
-        problems = [*(self._pauses.problems if self._pauses is not None else ()),
-                    *(self._freezes.problems if self._freezes is not None else ())]  # fmt: skip
-        return replace(outcome, warnings=[*problems, *outcome.warnings])
+        problems = self._pauses.problems if self._pauses is not None else ()
+        warnings = [*problems, *self._freezes.problems, *outcome.warnings]
+        return replace(outcome, warnings=warnings)
+
+    @property
+    def _stood_still(self) -> dict[Session, float]:
+        """For how many seconds the guests were quiesced that go on again, where that was asked."""
+        if self._freeze == "pause" and self._pauses is not None:  # who was paused for a recycle
+            return {**self._pauses.seconds, **self._freezes.seconds}
+        return dict(self._freezes.seconds)
 
     @property
     def ends(self) -> list[MemberEnd]:

@@ -32,13 +32,13 @@ OnFailure = Callable[["Session", str, Exception | None], None]
 class Freezes:
     """Quiesces guests; `seconds` is for how long each was, `problems` are for people to read.
 
-    `notes` are told of each step before it is taken.
+    `notes` are told of each step before it is taken. Without `how` there are none to begin with.
     """
 
     def __init__(
         self,
         group: str,
-        how: How,
+        how: How | None,
         agents: Sockets[Session],
         *,
         on_quiet: OnQuiet,

@@ -37,10 +37,7 @@ class ResumableGroup(GroupCommit):
     @property
     def quiesced(self) -> dict[str, float]:
         """For how many seconds the guests stood still that go on again, by their VMs' names."""
-        seconds = dict(self._freezes.seconds) if self._freezes is not None else {}
-        if self._freeze == "pause" and self._pauses is not None:  # who was paused for a recycle
-            seconds |= self._pauses.seconds
-        return {vm.name: stood for vm, stood in seconds.items()}
+        return {vm.name: stood for vm, stood in self._stood_still.items()}
 
     @property
     def decided_by(self) -> str:
@@ -95,8 +92,7 @@ class ResumableGroup(GroupCommit):
         """Follow the jobs no longer, and leave them as they are in QEMU."""
         for timer in self._timers:
             timer.cancel()
-        if self._freezes is not None:
-            self._freezes.give_up()
+        self._freezes.give_up()
         for task in (self._asking, self._recording, self._pausing, *self._following):
             if task is not None:
                 await stop(task)
