@@ -17,6 +17,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -182,6 +183,7 @@ class Journal:
         self._units: queue.SimpleQueue[_Unit | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._closing = False
         self._lazy: list[_Unit] = []
         self._timer: asyncio.TimerHandle | None = None
         self._reading = threading.Lock()
@@ -192,19 +194,43 @@ class Journal:
     async def open(self) -> Self:
         """Open or make it; raises `JournalError` where that can't be done."""
         self._loop = asyncio.get_running_loop()
-        writer = await asyncio.to_thread(self._prepare)
-        self._thread = threading.Thread(target=self._write_all, args=(writer,), name="journal")
+        opened: Future[None] = Future()
+        self._thread = threading.Thread(target=self._live, args=(opened,), name="journal")
         self._thread.start()
+        try:
+            await asyncio.wrap_future(opened)
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def close(self) -> None:
-        """Write what waits, and close; safe to repeat."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        """Write what waits, let reads that are under way end, and close; safe to repeat.
+
+        The thread goes on to its end where this is cancelled.
+        """
+        if self._thread is None:
+            return
+        if not self._closing:
+            self._closing = True
             self._flush()
             self._units.put(None)
-            await asyncio.to_thread(thread.join)
-        if self._reader is not None:
+        await asyncio.to_thread(self._thread.join)
+
+    def _live(self, opened: Future[None]) -> None:
+        """The thread: it alone opens and closes what it works on."""
+        if not opened.set_running_or_notify_cancel():
+            return
+        try:
+            writer = self._prepare()
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        opened.set_result(None)
+        self._write_all(writer)
+        writer.close()
+        with self._reading:  # SQLite crashes where it is closed under a read, also a cancelled one
+            assert self._reader is not None
             self._reader.close()
             self._reader = None
 
@@ -218,7 +244,11 @@ class Journal:
                     raise
                 self._put_aside(str(error))
                 writer = self._connect()
-            self._reader = self._connection()
+            try:
+                self._reader = self._connection()
+            except BaseException:
+                writer.close()
+                raise
         except (sqlite3.Error, OSError) as error:
             raise JournalError(
                 f"the journal {self.path} can't be opened: {error}. Give the daemon a state folder"
@@ -272,10 +302,13 @@ class Journal:
     async def write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Write one unit, all of it or nothing; it is durable when this returns.
 
-        Raises `JournalFull` where there is no room, and sqlite3.IntegrityError for what the
-        schema forbids (a key that exists already). A unit at fault takes no other with it.
+        Raises `JournalFull` where there is no room, `JournalError` once it is closed, and
+        sqlite3.IntegrityError for what the schema forbids (a key that exists already). A unit at
+        fault takes no other with it.
         """
         assert self._loop is not None
+        if self._closing:
+            raise self._closed()
         done: asyncio.Future[None] = self._loop.create_future()
         if events or any(statement.sql is not NOTE for statement in statements):
             self._flush()  # what came before is written before; a step waits for nothing
@@ -311,7 +344,6 @@ class Journal:
             batch = [unit for unit in units if unit is not None]
             if batch:
                 self._write_batch(writer, batch)
-        writer.close()
 
     def _write_batch(self, writer: sqlite3.Connection, batch: list[_Unit]) -> None:
         """One transaction; where one unit is at fault the others are written without it."""
@@ -383,10 +415,13 @@ class Journal:
     def _read(self, sql: str, values: Sequence[Any]) -> list[dict[str, Any]]:
         with self._reading:
             if self._reader is None:
-                raise JournalError(f"the journal {self.path} is closed")
+                raise self._closed()
             cursor = self._reader.execute(sql, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def _closed(self) -> JournalError:
+        return JournalError(f"the journal {self.path} is closed")
 
 
 def _no_room(error: Exception) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 from qmpcommit import journal as module
 from qmpcommit.journal import Event, Journal, JournalError, JournalFull, Statement, event
 from tests.ground.small_disk import fill, needs_mounts, small_disk
+
+DEADLINE = 30.0
 
 
 @asynccontextmanager
@@ -92,6 +96,87 @@ async def test_what_waits_is_written_when_the_journal_closes(folder: Path) -> No
             journal.write_soon(key(number))
     assert on_disk(path) == 100
     await journal.close()  # safe to repeat
+
+
+class Contended:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.waited_for = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *raised: object) -> None:
+        self.lock.release()
+
+
+async def test_closing_waits_for_a_read_even_if_nobody_else_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SQLite crashes the process otherwise
+    reading, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def stay() -> int:
+        reading.set()
+        go_on.wait(DEADLINE)
+        ended.set()
+        return 1
+
+    async with opened(folder / "j.db") as journal:
+        assert journal._reader is not None
+        journal._reader.create_function("stay", 0, stay)
+        lock = Contended()
+        monkeypatch.setattr(journal, "_reading", lock)
+        read = asyncio.create_task(journal.read("SELECT stay()"))
+        assert await asyncio.to_thread(reading.wait, DEADLINE)
+        read.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await read
+        ending = asyncio.create_task(journal.close())
+        assert await asyncio.to_thread(lock.waited_for.wait, DEADLINE)
+        assert not ending.done()
+        go_on.set()
+        await ending
+        assert ended.is_set()
+
+
+async def test_a_close_that_is_cancelled_closes_all_the_same(folder: Path) -> None:
+    async with opened(folder / "j.db") as journal:
+        journal.write_soon(key(0))
+        ending = asyncio.create_task(journal.close())
+        await asyncio.sleep(0)
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        await journal.close()
+        assert on_disk(journal.path) == 1
+        with pytest.raises(JournalError, match="is closed"):
+            await journal.read("SELECT 1")
+        with pytest.raises(JournalError, match="is closed"):
+            await journal.write(key(1))
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(folder: Path) -> None:
+    journal = Journal(folder / "j.db")
+    opening = asyncio.create_task(journal.open())
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert journal._thread is not None
+    assert not journal._thread.is_alive()
+    assert not [path for path in os.listdir("/proc/self/fd") if leads_to(path, folder)]
+
+
+def leads_to(descriptor: str, folder: Path) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder))
+    except FileNotFoundError:
+        return False
 
 
 # -- power cuts -----------------------------------------------------------------------------------
