@@ -121,8 +121,10 @@ def plan_commit(
         arguments["filter-node-name"] = request.filter_node_name
     if request.backing_mask_protocol:
         arguments["backing-mask-protocol"] = True
-    if request.keep_relative and top > 0:
-        arguments["backing-file"] = _relative(chain[base], chain[top - 1], cwd)
+    if top > 0:
+        written = _to_be_written(vm, disk, top, base, cwd, keep_relative=request.keep_relative)
+        if written is not None:
+            arguments["backing-file"] = written
     return Plan(
         vm=vm,
         disk=disk,
@@ -169,6 +171,37 @@ def _layers(disk: Disk, request: Request, cwd: str | None) -> tuple[int, int]:
             " above it; a commit writes downwards. Nothing was sent"
         )
     return top, base
+
+
+def _to_be_written(
+    vm: str, disk: Disk, top: int, base: int, cwd: str | None, *, keep_relative: bool
+) -> str | None:
+    """The base's name for the header of the overlay above top; None where QEMU's own is right.
+
+    QEMU writes the name by which it opened the base. A relative one counts from its working
+    directory there, and in the header from the overlay's folder: another file, or none.
+    """
+    below, overlay = disk.chain[base], disk.chain[top - 1]
+    if keep_relative:
+        return _relative(below, overlay, cwd)
+    if not _counts_from_cwd(below):
+        return None
+    if cwd is not None:
+        return absolute(below, cwd)
+    if _counts_from_cwd(overlay):
+        return _relative(below, overlay, cwd)
+    raise ChainError(
+        f"QEMU has the base {below.filename} open by a name that counts from its working directory,"
+        f" which is not known here, and would write it into {overlay.filename}, where it means"
+        " another file. Use QEMU's Unix socket on its own host. Nothing was sent",
+        vm=vm,
+        disk=disk.name,
+    )
+
+
+def _counts_from_cwd(image: Image) -> bool:
+    plain = image.shown == image.filename and not image.filename.startswith("json:")
+    return plain and ":" not in image.filename.split("/", 1)[0] and image.filename[:1] != "/"
 
 
 def _relative(base: Image, overlay: Image, cwd: str | None) -> str:

@@ -23,7 +23,7 @@ from tests.ground.images import (
     run,
     write,
 )
-from tests.ground.machines import machine, node_options, storage_daemon
+from tests.ground.machines import Style, machine, node_options, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.proxy import REFUSAL, proxy
 from tests.ground.qemu import QEMU
@@ -562,6 +562,23 @@ async def test_relative_backing_names_stay_relative(relative: bool, folder: Path
         await qemu.quit()
     info = run(QEMU.img, "info", chain.top)
     assert ("backing file: base.qcow2" in info) is relative
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("style", ["blockdev", "implicit"])
+async def test_a_name_that_counts_from_qemus_folder_is_not_written_into_an_overlay(
+    style: Style, folder: Path
+) -> None:
+    images = folder / "images"
+    images.mkdir()
+    chain = make_chain(images, 3, relative=True)
+    opened = Chain([path.relative_to(folder) for path in chain.files], chain.pictures)
+    async with machine(folder, opened, style=style) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("vda", top=1, delete=True)
+            assert (await job.wait()).deleted == ["images/mid.qcow2"]
+        await qemu.quit()
+    assert f"backing file: {chain.base}" in run(QEMU.img, "info", chain.top)
     assert_disk(chain.top, chain.pictures[-1])
 
 

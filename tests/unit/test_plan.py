@@ -221,6 +221,30 @@ def test_the_new_backing_name_is_relative_to_the_overlay_above_top() -> None:
     assert made.arguments["backing-file"] == "../b/base.qcow2"
 
 
+def test_a_name_that_counts_from_qemus_folder_is_written_in_full() -> None:
+    def disk(*names: str) -> qc.Disk:
+        layers = (qc.Image(f"n{i}", name, "qcow2", name) for i, name in enumerate(names))
+        return qc.Disk(name="vda", chain=tuple(layers))
+
+    def written(chain: qc.Disk, cwd: str | None, **more: Any) -> object:
+        made = plan_commit("v", chain, Request("vda", top=1, **more), None, cwd)
+        return made.arguments.get("backing-file")
+
+    relative = disk("a/top", "a/mid", "b/base")
+    assert written(relative, "/vms") == "/vms/b/base"
+    assert written(relative, None) == "../b/base"
+    assert written(disk("/a/top", "/a/mid", "/b/base"), "/vms") is None
+    assert written(disk("a/top", "a/mid", "nbd://host/base"), "/vms") is None
+    assert written(disk("a/top", "a/mid", "json:{}"), "/vms") is None
+    unknown = disk("/a/top", "a/mid", "b/base")
+    assert written(unknown, "/vms") == "/vms/b/base"
+    with pytest.raises(qc.ChainError, match="working directory") as error:
+        written(unknown, None)
+    assert (error.value.vm, error.value.disk) == ("v", "vda")
+    active = plan_commit("v", relative, Request("vda"), qc.Pivot(), "/vms")
+    assert "backing-file" not in active.arguments
+
+
 def test_all_jobs_of_a_disk_are_told() -> None:
     with pytest.raises(qc.JobConflict, match=r"job7, job8\. Wait"):
         plan(qc.Pivot(), qc.Disk(name="vda", chain=LAYERS, jobs=("job7", "job8")))
