@@ -226,7 +226,8 @@ def _complain(error: Exception, as_json: bool) -> int:
         _print_json({"error": said})
     elif sys.stderr is not None:
         paragraph = " ".join(str(said["message"]).split())
-        sys.stderr.write(f"qmpcommit: {paragraph}\n")
+        with suppress(OSError):  # nobody may be reading any more: the status is left
+            sys.stderr.write(f"qmpcommit: {paragraph}\n")
     return status
 
 

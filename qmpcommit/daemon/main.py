@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import io
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 import uvicorn
@@ -78,9 +79,18 @@ async def _serve(config: Config, seconds: float | None) -> None:
         loop.add_signal_handler(number, ending.set)
     if seconds is not None:
         loop.call_later(seconds, ending.set)
-    lock = await _lock(Path(config.state), ending)
+    with await _lock(Path(config.state), ending):
+        journal = await Journal(Path(config.state, "journal.db")).open()
+        try:
+            await _run(config, journal, allowed, token, ending)
+        finally:
+            await journal.close()  # its thread would keep a process alive that failed
+
+
+async def _run(
+    config: Config, journal: Journal, allowed: Allowed, token: str | None, ending: asyncio.Event
+) -> None:
     metrics = Metrics()
-    journal = await Journal(Path(config.state, "journal.db")).open()
     engine = Engine(config, journal, metrics)
     groups, rules = Groups(engine), Rules(engine)
     cycles = Cycles(engine, groups)
@@ -126,7 +136,6 @@ async def _serve(config: Config, seconds: float | None) -> None:
     if not given:
         with suppress(OSError):
             os.unlink(config.listen.socket)  # the lock is held: it is nobody else's
-    lock.close()
 
 
 async def _stop(engine: Engine, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
@@ -246,13 +255,36 @@ def _listen_unix(config: Config) -> socket.socket:
 # -- logs -----------------------------------------------------------------------------------------
 
 
+class _Lines(io.TextIOBase):
+    """Standard error; no commit fails, and no guest stays frozen, for a log that can't be written.
+
+    Its disk may be full, and who read it may have gone.
+    """
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, AttributeError):  # or it was closed before Python began
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether a person reads it."""
+        return sys.stderr is not None and sys.stderr.isatty()
+
+
 def configure_log(config: Config) -> None:
     """Logs of the daemon go to standard error, as JSON or for people."""
     level = getattr(logging, config.log_level.upper())
     log.threshold = level
+    lines = _Lines()
     render: structlog.typing.Processor = structlog.processors.JSONRenderer()
     if config.log == "console":
-        render = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        render = structlog.dev.ConsoleRenderer(colors=lines.isatty())
     structlog.configure(
         processors=[
             structlog.stdlib.add_log_level,
@@ -260,7 +292,7 @@ def configure_log(config: Config) -> None:
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
         cache_logger_on_first_use=False,
     )
     # What libraries say over Python's logging has the same form.
@@ -270,7 +302,7 @@ def configure_log(config: Config) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(lines)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],

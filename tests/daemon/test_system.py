@@ -206,6 +206,29 @@ async def test_each_line_of_the_log_is_json_whoever_writes_it(folder: Path) -> N
         assert all({"event", "level", "timestamp"} <= set(line) for line in lines)
 
 
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2> >(exec 2>&-)", "2>&-"])
+async def test_a_log_that_can_not_be_written_keeps_nothing_from_being_done(
+    folder: Path, stderr: str
+) -> None:
+    through = ("bash", "-c", f'exec "$@" {stderr}', "bash")
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu:
+        d = Daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{qemu.qmp}"\n', through=through)
+        try:
+            await d.start()
+            await d.connected("web1")
+            done = await d.end_of(await d.commit("web1", disk="top", policy={"kind": "pivot"}))
+            assert done["outcome"]["action"] == "pivot"
+            assert await d.stop() == 0
+            d.config = "commands = 7"
+            assert await (await d.launch()).wait() == 2
+        finally:
+            assert d.process is not None
+            if d.process.returncode is None:
+                await d.kill()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_a_log_for_people(folder: Path) -> None:
     config = folder / "config.toml"
     config.write_text(f'state = "{folder}/state"\n[listen]\nsocket = "{folder}/d.sock"\n')
