@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -85,3 +86,56 @@ async def end(process: asyncio.subprocess.Process) -> Said:
 async def run(*words: object) -> Said:
     """Run the command beside the test's own tasks."""
     return await end(await start(*words))
+
+
+async def run_out_of_time(*words: object) -> Said:
+    """Run it with a deadline that comes when it has a job; a later one on a busy machine."""
+    for seconds in (1, 4, 16):
+        said = await run(*words, "--timeout", f"{seconds}s", "--json")
+        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        if "job_id" in said.error:
+            return said
+    raise AssertionError(f"it had no job: {said.error}")
+
+
+async def taken(process: asyncio.subprocess.Process, number: int) -> None:
+    """Wait until the process has taken a signal that was sent to it."""
+    async with asyncio.timeout(20):
+        while _pending(process.pid) >> (number - 1) & 1:
+            await asyncio.sleep(0.001)  # the kernel tells nobody
+
+
+def _pending(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("ShdPnd:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+async def on_a_terminal(*words: object, columns: int = 120) -> Said:
+    """Run the command with a terminal for both of its outputs."""
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, *map(str, words), stdin=theirs, stdout=theirs, stderr=theirs,
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": str(columns)},
+    )  # fmt: skip
+    os.close(theirs)
+    loop = asyncio.get_running_loop()
+    seen, over = bytearray(), asyncio.Event()
+
+    def read() -> None:
+        try:
+            seen.extend(os.read(ours, 65536))
+        except OSError:  # how a terminal says that nobody writes any more
+            loop.remove_reader(ours)
+            over.set()
+
+    loop.add_reader(ours, read)
+    try:
+        async with asyncio.timeout(60):
+            await over.wait()
+            status = await process.wait()
+    finally:
+        loop.remove_reader(ours)
+        os.close(ours)
+    return Said(status, seen.decode(), "")

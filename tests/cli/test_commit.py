@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import pty
-import shlex
 import signal
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cli.command import COMMAND, ENVIRONMENT, Said, end, run, start
+from tests.cli.command import end, on_a_terminal, run, run_out_of_time, start, taken
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.proxy import Hook, proxy
 
 BULK = 33 * MIB
 SLOW = ("--bandwidth", "1MiB")  # with BULK, READY is half a minute away
@@ -311,51 +307,43 @@ async def test_one_interrupt_cancels_the_job(phase: str, number: int, folder: Pa
 
 async def test_a_second_interrupt_leaves_the_job(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
-    async with machine(folder, chain) as qemu:
-        process = await start("commit", qemu.qmp, "vda", "--hold", *SLOW)
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        between.to_qemu = holding("job-cancel")  # so that the first one can't be carried out
+        process = await start("commit", between.path, "vda", "--hold", *SLOW)
         job = await job_of(qemu, "running")
-        qemu.signal(signal.SIGSTOP)  # so that the first one can't be carried out
         process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(20):
+            await between.held.wait()
         assert process.returncode is None
         process.send_signal(signal.SIGINT)
         said = await end(process)
-        qemu.signal(signal.SIGCONT)
         assert said.status == 130
         assert said.out == ""
         assert said.err.startswith("qmpcommit: interrupted twice")
-        assert f"qmpcommit pivot|keep|abort {qemu.qmp} {job}" in said.err
-        await ended(qemu)
+        assert f"qmpcommit pivot|keep|abort {between.path} {job}" in said.err
+        assert await job_of(qemu, "running") == job
+        assert (await run("abort", qemu.qmp2, job)).status == 0
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
 
 
-async def ended(qemu: Machine) -> None:
-    """What was ordered before QEMU was stopped has been done by it now; clear it away."""
-    async with asyncio.timeout(20):
-        while jobs := await qemu.execute("query-jobs"):
-            with suppress(Exception):
-                concluded = jobs[0]["status"] == "concluded"
-                command = "job-dismiss" if concluded else "job-cancel"
-                await qemu.execute(command, id=jobs[0]["id"])
-            await asyncio.sleep(0.05)
+def holding(command: str) -> Hook:
+    """What comes from this command on waits."""
+    return lambda message: "hold" if message.get("execute") == command else "pass"
 
 
 async def test_an_interrupt_after_the_decision_waits_for_it(folder: Path) -> None:
-    """The check decides while QEMU is stopped: the pivot is ordered, and not yet done."""
+    """The pivot is ordered, and not yet done."""
     chain = make_chain(folder)
-    go = folder / "go"
-    async with machine(folder, chain) as qemu:
-        check = f"while ! [ -e {shlex.quote(str(go))} ]; do sleep 0.02; done"
-        process = await start("commit", qemu.qmp, "vda", "--check", check, "--json")
-        await job_of(qemu, "ready")
-        qemu.signal(signal.SIGSTOP)
-        go.touch()
-        await asyncio.sleep(0.5)
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        between.to_qemu = holding("job-complete")
+        process = await start("commit", between.path, "vda", "--pivot", "--json")
+        async with asyncio.timeout(20):
+            await between.held.wait()
         process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.3)
+        await taken(process, signal.SIGINT)
         assert process.returncode is None
-        qemu.signal(signal.SIGCONT)
+        between.release()
         said = await end(process)
         assert said.status == 130
         assert said.error["outcome"]["action"] == "pivot"
@@ -390,8 +378,8 @@ async def test_an_interrupt_during_only_if_sends_nothing(folder: Path) -> None:
 async def test_the_timeout_cancels_the_job(words: tuple[str, ...], folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu:
-        said = await run("commit", qemu.qmp, "vda", *words, "--timeout", "1500ms", "--json")
-        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        said = await run_out_of_time("commit", qemu.qmp, "vda", *words)
+        assert "still the active image" in said.error["message"]
         await no_jobs(qemu)
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
@@ -411,15 +399,14 @@ async def test_the_timeout_counts_what_only_if_takes(folder: Path) -> None:
 
 async def test_the_timeout_of_a_pivot_leaves_the_job(folder: Path) -> None:
     chain = make_chain(folder)
-    async with machine(folder, chain) as qemu:
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
         await qemu.execute("block-commit", job_id="j", device="top", auto_finalize=False)
         await job_of(qemu, "ready")
-        qemu.signal(signal.SIGSTOP)
-        process = await start("pivot", qemu.qmp, "j", "--timeout", "1", "--json")
-        said = await end(process)
-        qemu.signal(signal.SIGCONT)
-        assert said.status == 1
-        assert (await qemu.execute("query-block-jobs"))[0]["status"] == "ready"
+        between.to_qemu = lambda said: "drop" if said.get("execute") == "job-complete" else "pass"
+        said = await run_out_of_time("pivot", between.path, "j")
+        assert "Job j is left running" in said.error["message"]
+        assert await job_of(qemu, "ready") == "j"
+        await between.refuse()
         assert (await run("pivot", qemu.qmp, "j")).status == 0
         await no_jobs(qemu)
         await qemu.quit()
@@ -427,34 +414,6 @@ async def test_the_timeout_of_a_pivot_leaves_the_job(folder: Path) -> None:
 
 
 # -- what a person sees ----------------------------------------------------------------------------
-
-
-async def on_a_terminal(*words: object, until: asyncio.Future[Any] | None = None) -> Said:
-    """Run the command with a terminal for both of its outputs."""
-    ours, theirs = pty.openpty()
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, *map(str, words), stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "120"},
-    )  # fmt: skip
-    os.close(theirs)
-    loop = asyncio.get_running_loop()
-    seen = bytearray()
-
-    def read() -> None:
-        try:
-            seen.extend(os.read(ours, 65536))
-        except OSError:  # how a terminal says that nobody writes any more
-            loop.remove_reader(ours)
-
-    loop.add_reader(ours, read)
-    try:
-        async with asyncio.timeout(60):
-            status = await process.wait()
-        await asyncio.sleep(0.05)
-    finally:
-        loop.remove_reader(ours)
-        os.close(ours)
-    return Said(status, seen.decode(), "")
 
 
 async def test_a_terminal_gets_a_bar_and_a_tree(folder: Path) -> None:

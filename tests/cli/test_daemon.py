@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pty
 import re
 import shutil
 import signal
@@ -15,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
+from tests.cli.command import (
+    end,
+    on_a_terminal,
+    qmpcommit,
+    run,
+    run_out_of_time,
+    start,
+    taken,
+)
 from tests.cli.test_commit import job_of
 from tests.cli.test_help import imported
 from tests.daemon.daemons import Daemon, daemon
@@ -240,7 +246,7 @@ async def test_a_second_interrupt_leaves_it_with_the_daemon(folder: Path) -> Non
         assert d.process is not None
         d.process.send_signal(signal.SIGSTOP)  # so that the first one can't be carried out
         process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.3)
+        await taken(process, signal.SIGINT)
         assert process.returncode is None
         process.send_signal(signal.SIGINT)
         said = await end(process)
@@ -259,11 +265,9 @@ async def test_a_second_interrupt_leaves_it_with_the_daemon(folder: Path) -> Non
 async def test_the_deadline_is_the_daemons_too(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with host_of(folder, chain, "[limits]\ncommits = 1\n") as (d, qemu):
-        words = ("commit", "web1", "top", "--pivot", *SLOW, "--json", "--timeout", "1.5")
-        said = await run(through(d), *words)
-        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        await run_out_of_time(through(d), "commit", "web1", "top", "--pivot", *SLOW)
         assert await qemu.execute("query-jobs") == []
-        (ended,) = (await d.get("/v1/commits")).json
+        ended = (await d.get("/v1/commits")).json[0]
         assert ended["error"]["type"] == "DeadlineExceeded"
     assert_disk(chain.top, chain.pictures[-1])
 
@@ -277,11 +281,9 @@ async def test_a_deadline_in_the_queue(folder: Path) -> None:
     async with storage_daemon(other, second), host_of(folder, chain, config) as (d, _):
         await d.connected("web2")
         first = await d.commit("web1", disk="top", policy={"kind": "hold"})
-        words = ("commit", "web2", "top", "--pivot", "--json", "--timeout", "1")
-        said = await run(through(d), *words)
-        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        said = await run_out_of_time(through(d), "commit", "web2", "top", "--pivot")
         assert "Nothing was sent" in said.error["message"]
-        (queued,) = (await d.get("/v1/commits?vm=web2")).json
+        queued = (await d.get("/v1/commits?vm=web2")).json[0]
         assert (queued["state"], queued["error"]["type"]) == ("failed", "DeadlineExceeded")
         await d.post(f"/v1/commits/{first}/decision", {"action": "abort"})
         assert (await d.end_of(first))["outcome"]["action"] == "abort"
@@ -306,23 +308,12 @@ async def test_a_daemon_that_is_restarted_meanwhile(folder: Path) -> None:
 async def test_the_bar_on_a_terminal(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with host_of(folder, chain) as (d, _):
-        ours, theirs = pty.openpty()
-        words = (through(d), "commit", "web1", "top", "--hold", "3", "--bandwidth", "16MiB")
-        process = await asyncio.create_subprocess_exec(
-            *COMMAND, *words, stdout=asyncio.subprocess.PIPE, stderr=theirs,
-            env={**ENVIRONMENT, "COLUMNS": "200", "TERM": "xterm"},
-        )  # fmt: skip
-        os.close(theirs)
-        out, _ = await process.communicate()
-        drawn = b""
-        with suppress(OSError):  # EIO is the end of a terminal
-            while more := os.read(ours, 65536):
-                drawn += more
-        os.close(ours)
-        assert process.returncode == 3
-        assert b"kept" in out
-        assert b" of 3" in drawn  # MiB
-        assert b"READY (qmpcommit --daemon=" in drawn
+        words = ("commit", "web1", "top", "--hold", "3", "--bandwidth", "16MiB")
+        said = await on_a_terminal(through(d), *words, columns=200)
+        assert said.status == 3
+        assert "kept" in said.out
+        assert " of 3" in said.out  # MiB
+        assert "READY (qmpcommit --daemon=" in said.out
     assert_disk(chain.base, chain.pictures[-1])
     assert_disk(chain.top, chain.pictures[-1])
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.client.events import Message, Parser
+from qmpcommit.client.events import Events, Message, Parser
 from tests.cli.command import ENVIRONMENT, ROOT, end
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
@@ -274,6 +274,12 @@ async def test_a_commit_is_asked_for_while_the_daemon_is_replaced(folder: Path) 
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def _to_the_end(events: Events) -> None:
+    """What has happened already may be told of first."""
+    async for _ in events:
+        pass
+
+
 async def test_a_daemon_that_stays_away_is_told_of(folder: Path) -> None:
     chain = make_chain(folder)
     async with host_of(folder, chain, patience=0.3) as (d, _, host):
@@ -281,7 +287,7 @@ async def test_a_daemon_that_stays_away_is_told_of(folder: Path) -> None:
         await job.ready()
         following = host.events(commit=job.id)
         await following.__aenter__()
-        waiting = [asyncio.create_task(job.wait()), asyncio.ensure_future(anext(following))]
+        waiting = [asyncio.create_task(job.wait()), asyncio.create_task(_to_the_end(following))]
         await d.stop()
         for task in waiting:
             with pytest.raises(qc.DaemonLost, match="goes on"):
