@@ -55,8 +55,8 @@ class Image(Record):
 class Disk(Record):
     """A disk of a VM: `chain` has its layers, active layer first (empty: no medium inserted).
 
-    `name` is the shortest name that means this disk alone; `device` the drive alias of a
-    legacy ``-drive``, `qdev` the device's QOM path or id, `exports` the ids of the block
+    `name` is the shortest of its names; `device` the drive alias of a legacy ``-drive``, `qdev`
+    the device's QOM path or id as ``query-block`` has it, `exports` the ids of the block
     exports that serve it, `root` the topmost node (what ``block-commit`` calls the device).
     `jobs` are the ids of block jobs that hold a layer of it.
     """
@@ -216,10 +216,8 @@ def find_disk(disks: Iterable[Disk], name: str, *, vm: str, cwd: str | None = No
         return found[0]
     candidates = [disk.name for disk in found or disks]
     if found:
-        message = (
-            f"'{name}' is ambiguous on {vm}: it means {', '.join(candidates)};"
-            " use a QOM path or a node-name"
-        )
+        each = " and ".join(f"{disk.name} ({qom_path(disk.qdev) or disk.root})" for disk in found)
+        message = f"'{name}' is ambiguous on {vm}: it means {each}; use a QOM path or a node-name"
     else:
         layer_of = [d.name for d in disks if any(_names_layer(i, name, cwd) for i in d.chain)]
         hint = f"its disks are {', '.join(candidates)}" if candidates else "it has no disks"
@@ -246,10 +244,10 @@ def _names_layer(image: Image, name: str, cwd: str | None) -> bool:
 
 
 def _is_called(disk: Disk, name: str, cwd: str | None) -> bool:
-    if name in (disk.name, disk.device, disk.qdev, disk.root, *disk.exports, *disk.filters):
-        return True
-    if disk.qdev and name == qdev_id(disk.qdev):
-        return True
+    of_device = (disk.qdev, qom_path(disk.qdev), qdev_id(disk.qdev))
+    names = (disk.name, disk.device, *of_device, disk.root, *disk.exports, *disk.filters)
+    if not name or name in names:
+        return bool(name)
     return disk.active is not None and _names_layer(disk.active, name, cwd)
 
 
@@ -259,6 +257,16 @@ def qdev_id(qdev: str) -> str:
         return qdev
     parts = qdev.split("/")
     return parts[3] if parts[1:3] == ["machine", "peripheral"] and len(parts) > 3 else ""
+
+
+def qom_path(qdev: str) -> str:
+    """The QOM path of the device itself.
+
+    ``query-block`` tells that one, or the id alone, or the path of its virtio-backend.
+    """
+    if qdev.startswith("/"):
+        return qdev.removesuffix("/virtio-backend")
+    return f"/machine/peripheral/{qdev}" if qdev else ""
 
 
 def _of_device(graph: BlockGraph, device: Raw) -> Disk:

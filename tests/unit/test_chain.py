@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.block.chain import BackingChain, find_again, find_disk, qdev_id, read_disks
+from qmpcommit.block.chain import (
+    BackingChain,
+    find_again,
+    find_disk,
+    qdev_id,
+    qom_path,
+    read_disks,
+)
 from qmpcommit.block.graph import BlockGraph, build_graph
 
 Raw = dict[str, Any]
@@ -192,10 +199,20 @@ def test_unknown_and_ambiguous_names_list_the_candidates() -> None:
     with pytest.raises(qc.DiskNotFound, match="no disk 'x' on web1: its disks are vd0, vd1") as e:
         find_disk(disks, "x", vm="web1")
     assert e.value.candidates == ["vd0", "vd1"]
-    with pytest.raises(qc.DiskNotFound, match="ambiguous") as e:
+    paths = r"vd0 \(/machine/peripheral/vd0\) and vd1 \(/machine/peripheral/vd1\)"
+    with pytest.raises(qc.DiskNotFound, match=f"ambiguous on web1: it means {paths}") as e:
         find_disk(disks, "vd0", vm="web1")
+    assert e.value.candidates == ["vd0", "vd1"]
+    for disk in disks:
+        assert find_disk(disks, f"/machine/peripheral/{disk.name}", vm="web1") is disk
     with pytest.raises(qc.DiskNotFound, match="it has no disks"):
         find_disk([], "x", vm="web1")
+
+
+def test_a_name_without_a_letter_is_none() -> None:
+    (disk,) = read_disks(graph())  # which has no alias
+    with pytest.raises(qc.DiskNotFound, match="no disk ''"):
+        find_disk([disk], "", vm="web1")
 
 
 def test_a_backing_layers_name_is_no_disk_but_says_whose_it_is() -> None:
@@ -226,6 +243,22 @@ def test_finding_a_disk_again() -> None:
 )
 def test_ids_from_qom_paths(qdev: str, expected: str) -> None:
     assert qdev_id(qdev) == expected
+
+
+@pytest.mark.parametrize(
+    ("qdev", "path"),
+    [
+        (VD0, "/machine/peripheral/vd0"),
+        ("/machine/peripheral-anon/device[0]/virtio-backend", "/machine/peripheral-anon/device[0]"),
+        ("/machine/peripheral/scsi0", "/machine/peripheral/scsi0"),
+        ("ide0-cd0", "/machine/peripheral/ide0-cd0"),
+        ("", ""),
+    ],
+)
+def test_the_devices_own_path(qdev: str, path: str) -> None:
+    assert qom_path(qdev) == path
+    (disk,) = read_disks(graph(devices=[device("top", qdev)]))
+    assert not path or find_disk([disk], path, vm="v") is disk
 
 
 def test_layers_by_index_node_name_and_file() -> None:
