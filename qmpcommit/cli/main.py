@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
     own = arguments is None or name is not None
     gc.set_threshold(50_000)  # imports make objects, not garbage: looking for it costs 5 ms
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    as_json = "--json" in arguments
+    ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    as_json = "--json" in ours
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold any byte
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
     except QmpCommitError as error:
         status = _complain(error, as_json)
     except Exception as error:  # a bug, of which a user needs no traceback
-        if _verbose(arguments):
+        if _verbose(ours):
             import traceback
 
             traceback.print_exc()
