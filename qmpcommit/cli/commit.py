@@ -12,7 +12,7 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
-from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.options import Answer, Options, common, shell
 from qmpcommit.errors import CommitFailed
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ def commit(
         from qmpcommit.units import parse_size
 
         parse_size(bandwidth, "bandwidth")
+    hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
     policy = _policy(decisions, needed=top is None or top.strip() == "0")
     request = {
         "disk": "disk" if offline else disk,
@@ -215,7 +216,7 @@ def commit(
         "top": top,
         "shallow": shallow,
         "bandwidth": bandwidth,
-        "only_if": None if only_if is None else ["/bin/sh", "-c", only_if],
+        "only_if": None if only_if is None else shell(only_if, "--only-if"),
         "stale": "delete" if delete else "rename" if rename else "leave",
         "on_error": on_error,
         "converge": None if converge is None else _converge(converge),
@@ -224,7 +225,7 @@ def commit(
         "filter_node_name": filter_node_name,
         "backing_mask_protocol": backing_mask_protocol,
         "override": override,
-        "on_pivot": None if on_pivot is None else partial(_persist, on_pivot),
+        "on_pivot": None if hook is None else partial(_persist, hook),
         "on_stall": partial(_wait_for_room, quiet or as_json),
     }
     from qmpcommit.cli.running import run
@@ -248,7 +249,7 @@ def commit(
             from qmpcommit.cli import remote_group
 
             remote_group.check(policy)
-            request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
+            request["on_pivot"] = hook
             return run(options, lambda running: remote_group.commit(running, named, request, limit))
         return run(options, lambda running: group.commit_group(running, named, request, limit))
     for option, value in (("hold-limit", hold_limit), ("freeze", freeze), ("agent", agents)):
@@ -259,7 +260,7 @@ def commit(
     if options.daemon is not None and not dry_run:
         from qmpcommit.cli import remote
 
-        request["on_pivot"] = None if on_pivot is None else ["/bin/sh", "-c", on_pivot]
+        request["on_pivot"] = hook
         del request["on_stall"]
         return run(options, lambda running: remote.commit(running, qmp, request))
     if dry_run:
@@ -298,7 +299,7 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
                 forever = value == _FOREVER
                 return policies.Hold(timeout=None if forever else parse_seconds(value, "hold time"))
             case "check":
-                return policies.Check(command=["/bin/sh", "-c", value])
+                return policies.Check(command=shell(value, "--check"))
             case "recycle":
                 return policies.Recycle(value)
     policy = parse_policy(given.get("policy"))
@@ -306,17 +307,17 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
     return policy
 
 
-async def _persist(command: str, outcome: CommitOutcome) -> None:
+async def _persist(hook: list[str], outcome: CommitOutcome) -> None:
     """``--on-pivot``: the command learns the commit as a ``--check`` does, and what is active."""
     from qmpcommit.commit.policy import Ready, run_command
 
     ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
     active = outcome.active.filename if outcome.active is not None else ""
     environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
-    status = await run_command(["/bin/sh", "-c", command], environment, HOOK_TIMEOUT)
+    status = await run_command(hook, environment, HOOK_TIMEOUT)
     if status != 0:
         how = f"ended with status {status}" if status is not None else "took too long"
-        raise CommitFailed(f"{command} {how}")
+        raise CommitFailed(f"{hook[-1]} {how}")
 
 
 def tell_of_stall(file: str) -> None:

@@ -10,7 +10,7 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
-from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.options import Answer, Options, common, shell
 from qmpcommit.cli.show import show_seconds
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def cycle(
     if not disks:
         raise click.UsageError("Missing argument 'DISK'")
     request = {
-        "keep_if": ["/bin/sh", "-c", keep_if],
+        "keep_if": shell(keep_if, "--keep-if"),
         "overlay": overlay,
         "guest": guest,
         "delete": delete,

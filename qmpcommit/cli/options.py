@@ -86,6 +86,16 @@ _COMMON = (
 )
 
 
+def shell(command: str, option: str) -> list[str]:
+    """What runs a command as a person wrote it.
+
+    Raises `click.UsageError` for an empty one: it would succeed, and decide what nobody meant.
+    """
+    if not command.strip():
+        raise click.UsageError(f"{option} needs a command, and was given an empty one")
+    return ["/bin/sh", "-c", command]
+
+
 def common(command: F) -> F:
     """Add the options that all commands have."""
     for option in reversed(_COMMON):

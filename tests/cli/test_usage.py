@@ -35,6 +35,10 @@ WRONG = {
     "negative time": ["chain", "/x", "--timeout", "-1"],
     "infinite time": ["jobs", "/x", "--timeout", "inf"],
     "malformed hold": ["commit", "/x", "vda", "--hold", "5parsecs"],
+    "empty check": ["commit", "/x", "vda", "--check", ""],
+    "empty only-if": ["commit", "/x", "vda", "--pivot", "--only-if", " "],
+    "empty on-pivot": ["commit", "/x", "vda", "--pivot", "--on-pivot", ""],
+    "empty keep-if": ["cycle", "/x", "vda", "--keep-if", ""],
     "shallow and base": ["commit", "/x", "vda", "--pivot", "--shallow", "--base", "1"],
     "bad address": ["chain", "tcp:nowhere"],
     "bad port": ["pivot", "tcp:localhost:99999", "job"],
@@ -56,6 +60,12 @@ def test_wrong_usage(words: list[str]) -> None:
     assert again.error["message"]
 
 
+def test_what_follows_two_dashes_is_not_for_us() -> None:
+    said = qmpcommit("window", "/nowhere", "vda", "--", "echo", "--json")
+    assert (said.status, said.out) == (4, "")
+    assert said.err.startswith("qmpcommit: can't connect")
+
+
 def test_a_missing_policy_says_which_there_are() -> None:
     said = qmpcommit("commit", "/x", "vda", "--json")
     assert said.error["type"] == "PolicyRequired"
@@ -73,6 +83,9 @@ def test_a_missing_policy_says_which_there_are() -> None:
         ["commit", "/nowhere", "vda", "--hold=1.5"],
         ["commit", "/nowhere", "vda", "--hold", "--quiet"],
         ["commit", "/nowhere", "vda", "--top", "1"],
+        ["commit", "/nowhere:vda", "--pivot"],
+        ["commit", "/nowhere:vda", "/not/there:vda", "--pivot"],
+        ["cycle", "/nowhere:vda", "--keep-if", "true"],
         ["chain", "/nowhere"],
         ["jobs", "/nowhere"],
         ["pivot", "/nowhere", "j"],
