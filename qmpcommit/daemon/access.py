@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import h11
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -57,6 +58,18 @@ class PeerProtocol(H11Protocol):
     def _too_slow(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP; an answer that has begun is broken off."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            headers, body = _problem(400, "Malformed", msg)
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has hung up."""
@@ -222,21 +235,25 @@ class _Answer:
         """A problem document, where nothing was answered yet."""
         if self._begun:
             return
-        body = json.dumps(
-            {"type": f"urn:qmpcommit:http:{status}", "title": title, "status": status,
-             "detail": detail}
-        ).encode()  # fmt: skip
-        headers = [
-            (b"content-type", b"application/problem+json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        if status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        if status == 503:
-            headers.append((b"retry-after", b"2"))
+        headers, body = _problem(status, title, detail)
         await self({"type": "http.response.start", "status": status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
+
+
+def _problem(status: int, title: str, detail: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """A problem document, after which the connection is closed: its headers and its body."""
+    kind = f"urn:qmpcommit:http:{status}"
+    body = json.dumps({"type": kind, "title": title, "status": status, "detail": detail}).encode()
+    headers = [
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"2"))
+    return headers, body
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

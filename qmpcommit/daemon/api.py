@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import qmpcommit
 from qmpcommit.block.chain import Disk
@@ -125,8 +126,15 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return _problem(status, type(error).__name__, title, error.message, error=facts)
 
 
+_NOT_FOUND: dict[str, type[QmpCommitError]] = {"vm": VMNotFound, "window_id": WindowNotFound}
+
+
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    for name, value in request.path_params.items():
+        if any(each["loc"] == ("path", name) for each in error.errors()):
+            kind = _NOT_FOUND.get(name, CommitNotFound)
+            return await _on_error(request, kind(f"there is nothing called '{value:.80}'"))
     wrong = [
         {"where": ".".join(str(part) for part in each["loc"]), "what": each["msg"]}
         for each in error.errors()[:20]
@@ -142,6 +150,13 @@ async def _on_http(request: Request, error: Exception) -> Response:
     title = TITLES.get(error.status_code, "Not possible")
     answer = _problem(error.status_code, f"http:{error.status_code}", title, str(error.detail))
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:  # each route knows but its own method
+        methods = [
+            getattr(route, "methods", None) or ()
+            for route in request.app.routes
+            if route.matches(request.scope)[0] is not Match.NONE
+        ]
+        answer.headers["Allow"] = ", ".join(sorted({name for each in methods for name in each}))
     return answer
 
 

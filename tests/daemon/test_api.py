@@ -78,12 +78,25 @@ async def test_what_is_not_there(folder: Path) -> None:
             assert_problem(await d.get(path), 404, "http:404")
         assert_problem(await d.get("/v1/vms/a%00b"), 404, "VMNotFound")
         assert_problem(await d.get("/v1/vms/..%2f..%2fetc"), 404)
-        assert_problem(await d.get(f"/v1/vms/{'x' * 65}"), 422, "InvalidRequest")
+        assert_problem(await d.get(f"/v1/vms/{'x' * 65}"), 404, "VMNotFound")
         assert_problem(await d.get("/v1/commits/0123abcd"), 404, "CommitNotFound")
         assert_problem(await d.get("/v1/commits/../etc"), 404)
-        assert_problem(await d.get("/v1/commits/zz"), 422)
-        for method, path in (("PUT", "/v1/vms"), ("DELETE", "/v1/commits"), ("PATCH", "/healthz")):
-            assert_problem(await d.request(method, path), 405)
+        for name in ("no-such-id", "a%00b", "x" * 1000, "%ff"):
+            for kind in ("commits", "groups", "windows", "cycles"):
+                assert_problem(await d.get(f"/v1/{kind}/{name}"), 404)
+            for kind in ("commits", "groups"):
+                decision = await d.post(f"/v1/{kind}/{name}/decision", {"action": "pivot"})
+                assert_problem(decision, 404, "CommitNotFound")
+            assert_problem(await d.post(f"/v1/windows/{name}/lease", {}), 404, "WindowNotFound")
+            assert_problem(await d.request("DELETE", f"/v1/windows/{name}"), 404)
+        for method, path, allow in (
+            ("PUT", "/v1/vms", "GET, POST"), ("DELETE", "/v1/commits", "GET"),
+            ("PATCH", "/healthz", "GET"), ("POST", "/v1/vms/web9", "DELETE, GET"),
+            ("PUT", "/v1/windows/zz", "DELETE, GET"),
+        ):  # fmt: skip
+            answer = await d.request(method, path)
+            assert_problem(answer, 405)
+            assert answer.headers["allow"] == allow
         assert_problem(await d.request("DELETE", "/v1/commits/0123abcd"), 404)
         decision = await d.post("/v1/commits/0123abcd/decision", {"action": "pivot"})
         assert_problem(decision, 404, "CommitNotFound")
@@ -190,10 +203,25 @@ async def test_a_body_that_is_too_large(folder: Path) -> None:
         assert_problem(await d.raw(chunked, *[chunk] * 10), 413)
         small = b"10\r\n" + b" " * 16 + b"\r\n"
         assert_problem(await d.raw(chunked, *[small * 100] * 100), 413)
-        assert (await d.raw(POST + b"X: ", *[b"x" * 50_000] * 10)).status == 400
-        assert (await d.raw(b"\x16\x03\x01 this is no HTTP\r\n\r\n")).status == 400
+        assert_problem(await d.raw(POST + b"X: ", *[b"x" * 50_000] * 10), 400)
         metrics = (await d.get("/metrics")).body.decode()
         assert 'qmpcommit_http_requests_total{method="POST",status="413"} 3.0' in metrics
+
+
+async def test_what_is_no_http(folder: Path) -> None:
+    requests = {
+        "TLS": b"\x16\x03\x01 this is no HTTP\r\n\r\n",
+        "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+        "a length that is none": POST + b"Content-Length: many\r\n\r\n",
+        "a chunk that is none": POST + b"Transfer-Encoding: chunked\r\n\r\nmany\r\n",
+    }
+    async with served(folder) as d:
+        for what, request in requests.items():
+            found = assert_problem(await d.raw(request), 400, "http:400")
+            assert found["title"] == "Malformed", what
+        begun = await d.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"and no more\r\n\r\n")
+        assert begun.status == 200
+        assert b"urn:qmpcommit:http:400" in begun.body
 
 
 async def test_slow_requests_are_ended_and_others_go_on(folder: Path) -> None:
