@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
-from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
+from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify
@@ -235,8 +235,8 @@ class Session(Monitor):
         disk: str,
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-        base: str | int | None = None,
-        top: str | int | None = None,
+        base: Layer | None = None,
+        top: Layer | None = None,
         shallow: bool = False,
         bandwidth: int | str | None = None,
         delete: bool = False,
@@ -258,9 +258,10 @@ class Session(Monitor):
         """Start a commit (``block-commit``) and return its job once QEMU has taken it.
 
         `disk` is a qdev id, QOM path, drive alias, node-name or image file; `base` and `top` a
-        node-name, a file or an index into the chain (0 = active layer), by default the bottom
-        and the active layer; `shallow` makes top's own backing file the base. `bandwidth` is in
-        bytes per second, `timeout` in seconds for the whole job, which is cancelled then.
+        node-name, a file, an index into the chain (0 = active layer) or an `Image` of it, by
+        default the bottom and the active layer; `shallow` makes top's own backing file the base.
+        `bandwidth` is in bytes per second, `timeout` in seconds for the whole job, which is
+        cancelled then.
         `only_if` is a command that must succeed before anything is sent; `override` names checks
         (`qmpcommit.commit.checks.NAMES`) whose refusal does not count.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import BlockGraph, Raw
@@ -81,18 +81,29 @@ class Disk(Record):
         return self.name
 
 
+Layer: TypeAlias = str | int | os.PathLike[str] | Image
+"""What names a layer: a node-name, a file, an index into the chain, or the layer itself."""
+
+
+def layer_name(layer: Layer) -> str | int:
+    """The layer as it travels through JSON; an `Image` is known by its node-name."""
+    if isinstance(layer, Image):
+        return layer.node_name
+    return os.fspath(layer) if isinstance(layer, os.PathLike) else layer
+
+
 class BackingChain(NamedTuple):
     """The layers of one disk, and how people name them."""
 
     disk: Disk
     cwd: str | None = None
 
-    def find(self, name: str | int, role: str) -> int:
-        """The place in the chain (0 = active layer) that `name` means.
+    def find(self, layer: Layer, role: str) -> int:
+        """The place in the chain (0 = active layer) of the layer that is named so.
 
-        `name` is an index, a node-name or a file name. Raises `ChainError` for none or several.
+        Raises `ChainError` for none or several.
         """
-        chain = self.disk.chain
+        chain, name = self.disk.chain, layer_name(layer)
         if isinstance(name, bool) or not isinstance(name, (int, str)):
             raise self._error(f"{role} is a node-name, a file name or an index, not {name!r}")
         if isinstance(name, int) or (name.isascii() and name.isdigit() and not self._called(name)):

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpcommit.block.chain import Disk, find_disk
+from qmpcommit.block.chain import Disk, Layer, find_disk, layer_name
 from qmpcommit.client.job import RemoteJob
 from qmpcommit.client.problems import sensible
 from qmpcommit.commit.plan import Plan, check_job_id
@@ -117,8 +117,8 @@ class RemoteVM:
         disk: str,
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-        base: str | int | None = None,
-        top: str | int | None = None,
+        base: Layer | None = None,
+        top: Layer | None = None,
         shallow: bool = False,
         bandwidth: int | str | None = None,
         delete: bool = False,
@@ -302,12 +302,12 @@ def request_body(
         "job_id": None if job_id is None else check_job_id(job_id),
     }
     for name in ("base", "top"):  # 0 is a layer
-        asked[name] = others.get(name)
+        layer = others.get(name)
+        asked[name] = None if layer is None else layer_name(layer)
     if others.get("carry_bitmaps") is False:
         asked["carry_bitmaps"] = False
-    for name in ("base", "top", "filter_node_name"):
-        if isinstance(asked.get(name), os.PathLike):
-            asked[name] = os.fspath(asked[name])
+    if isinstance(asked.get("filter_node_name"), os.PathLike):
+        asked["filter_node_name"] = os.fspath(asked["filter_node_name"])
     return {name: value for name, value in asked.items() if value is not None}
 
 

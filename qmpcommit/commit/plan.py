@@ -7,7 +7,15 @@ import re
 from dataclasses import field
 from typing import Any, Literal
 
-from qmpcommit.block.chain import BackingChain, Disk, Image, absolute, read_disks, read_image
+from qmpcommit.block.chain import (
+    BackingChain,
+    Disk,
+    Image,
+    Layer,
+    absolute,
+    read_disks,
+    read_image,
+)
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
@@ -33,8 +41,8 @@ class Request(Record):
     """What a caller asks for; `plan_commit` checks it against the disk."""
 
     disk: str
-    base: str | int | None = None
-    top: str | int | None = None
+    base: Layer | None = None
+    top: Layer | None = None
     shallow: bool = False
     bandwidth: int | str | None = None
     job_id: str | None = None

@@ -18,6 +18,7 @@ from qmpcommit.block.chain import (
     read_disks,
 )
 from qmpcommit.block.graph import BlockGraph, build_graph
+from qmpcommit.client.vm import request_body
 
 Raw = dict[str, Any]
 
@@ -263,10 +264,19 @@ def test_the_devices_own_path(qdev: str, path: str) -> None:
 
 def test_layers_by_index_node_name_and_file() -> None:
     chain = BackingChain(read_disks(graph())[0])
-    assert [chain.find(n, "base") for n in (0, 1, "1", "base", "/i/base.qcow2")] == [0, 1, 1, 1, 1]
+    named = (1, "1", "base", "/i/base.qcow2", Path("/i/base.qcow2"), chain.disk.chain[1])
+    assert [chain.find(layer, "base") for layer in named] == [1] * len(named)
+    assert chain.find(0, "top") == 0
     for wrong in (2, -1, "2", "x", "", True, 1.5):
         with pytest.raises(qc.ChainError, match="Nothing was sent"):
             chain.find(wrong, "base")  # type: ignore[arg-type]
+
+
+def test_layers_as_a_daemon_is_asked_for_them() -> None:
+    base = read_disks(graph())[0].chain[1]
+    body = request_body("vda", policy=qc.Pivot(), base=base, top=Path("/i/top.qcow2"))
+    assert (body["base"], body["top"]) == ("base", "/i/top.qcow2")
+    assert request_body("vda", policy=qc.Pivot(), top=0)["top"] == 0
 
 
 def test_a_node_that_is_called_like_a_number() -> None:
