@@ -356,7 +356,8 @@ class Session(Monitor):
 
     async def commit_group(
         self,
-        disks: Mapping[str, AnyPolicy | PolicyCall | dict[str, Any] | str] | Iterable[str],
+        disks: Mapping[str, AnyPolicy | PolicyCall | dict[str, Any] | str]
+        | Iterable[str | tuple[str, AnyPolicy | PolicyCall | dict[str, Any] | str]],
         *,
         freeze: Literal["agent", "pause"] | None = None,
         agent: str | os.PathLike[str] | None = None,
@@ -364,24 +365,24 @@ class Session(Monitor):
     ) -> GroupOutcome:
         """Commit several disks at one instant: all of them or none.
 
-        `disks` gives each its policy, or only names them, with one `policy` for all. All jobs
+        `disks` gives each its policy (a mapping, or tuples), or only names them, with one `policy`
+        for all. All jobs
         become READY, all disks are held for some milliseconds, and all bases show that one
         instant. `freeze` quiesces the guest around it: its file systems through the guest agent's
         socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
         """
         from qmpcommit.commit.group import GroupCommit
-        from qmpcommit.commit.group_members import GroupMember
 
-        if isinstance(disks, Mapping):
-            members = [GroupMember(self, str(disk), policy) for disk, policy in disks.items()]
-        else:
-            members = [GroupMember(self, str(disk)) for disk in disks]
+        if isinstance(disks, str):
+            raise InvalidRequest(f"name the disks of a group as a list, as in ['{disks}']")
+        named = disks.items() if isinstance(disks, Mapping) else disks
+        members = [(self, *each) if isinstance(each, tuple) else (self, each) for each in named]
         agents = {} if agent is None else {self: agent}
         return await GroupCommit(members, freeze=freeze, agents=agents, **options).run()
 
     def snapshot(
         self,
-        disks: Sequence[str],
+        disks: Iterable[str],
         *,
         overlay_dir: str | os.PathLike[str] | None = None,
         freeze: Literal["agent", "pause"] | None = None,

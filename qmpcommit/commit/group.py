@@ -23,6 +23,7 @@ from qmpcommit.commit.group_freeze import Freezes
 from qmpcommit.commit.group_members import (
     ONE_OVERLAY,
     GroupMember,
+    member_of,
     override_of,
     policy_of,
     prepare_members,
@@ -97,7 +98,7 @@ class GroupCommit:
         known_as: str | None = None,
         **options: Any,
     ) -> None:
-        self.members = [GroupMember(*member) for member in members]
+        self.members = [member_of(member) for member in members]
         self.id = known_as or os.urandom(4).hex()
         self.jobs: tuple[CommitJob, ...] = ()
         self._policy = None if policy is None else parse_policy(policy)
@@ -503,7 +504,7 @@ def _none_done(ends: Sequence[MemberEnd]) -> bool:
 
 
 async def commit_group(
-    members: Iterable[GroupMember | tuple[Any, ...]],
+    members: Iterable[GroupMember | tuple[Any, ...]] | Mapping[tuple[Any, str], Any],
     *,
     agents: Sockets[Any] | None = None,
     **options: Any,
@@ -511,7 +512,8 @@ async def commit_group(
     """Commit disks of several VMs at one instant: all of them or none.
 
     `members` are tuples of a session (or a monitor's address, which is connected for it), a disk
-    and, unless one `policy` is given to all, a policy; `agents` has the guest agents' sockets by
+    and, unless one `policy` is given to all, a policy, which a mapping gives to ``(vm, disk)`` as
+    well; `agents` has the guest agents' sockets by
     these sessions or addresses. `options` are those of `GroupCommit`.
     Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation cancels all.
     """
@@ -520,8 +522,12 @@ async def commit_group(
     async with AsyncExitStack() as stack:
         opened: dict[str, Session] = {}
         named = []
-        for vm, *more in members:
+        if isinstance(members, Mapping):
+            members = [(*member_of(place)[:2], policy) for place, policy in members.items()]
+        for vm, *more in map(member_of, members):
             if not isinstance(vm, Session):
+                if not isinstance(vm, (str, os.PathLike)):
+                    raise InvalidRequest(f"{vm!r} is no session, and no monitor's address")
                 address = os.fspath(vm)
                 if address not in opened:
                     opened[address] = await stack.enter_async_context(Session.connect(address))

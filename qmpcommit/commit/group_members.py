@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qmpcommit.block.chain import Disk
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.plan import Request
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, Recycle, parse_policy
-from qmpcommit.errors import InvalidRequest
+from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -33,13 +34,29 @@ class GroupMember(NamedTuple):
     options: Mapping[str, Any] = {}
 
 
+def member_of(named: object) -> GroupMember:
+    """A member from a tuple of its beginning; raises `InvalidRequest` for anything else."""
+    if not isinstance(named, (tuple, list)) or not 2 <= len(named) <= len(GroupMember._fields):
+        raise InvalidRequest(
+            f"a disk of a group is named by a tuple (vm, disk) or (vm, disk, policy), not {named!r}"
+        )
+    vm, disk, *more = named
+    if not isinstance(disk, (str, os.PathLike, Disk)):
+        raise InvalidRequest(f"{disk!r} is no disk; name one in each tuple: (vm, disk)")
+    return GroupMember(vm, str(disk), *more)
+
+
 def policy_of(member: GroupMember, policy: AnyPolicy | PolicyCall | None) -> AnyPolicy | PolicyCall:
     """Its own, or the one that is given to all; raises `PolicyRequired`, or `InvalidRequest`."""
     if policy is not None and member.policy is not None:
         raise InvalidRequest(
             f"give {member.disk} a policy of its own, or the group one for all, not both"
         )
-    return policy or parse_policy(member.policy)
+    try:
+        return policy or parse_policy(member.policy)
+    except PolicyRequired as error:
+        error.add(vm=member.vm.name, disk=member.disk)
+        raise
 
 
 def override_of(member: GroupMember, options: Mapping[str, Any]) -> Any:
@@ -99,7 +116,7 @@ def _check_apart(
     policies: Sequence[AnyPolicy | PolicyCall],
     jobs: Sequence[CommitJob],
 ) -> None:
-    known: dict[tuple[int, str], str] = {}
+    known: dict[tuple[Session, str], str] = {}
     overlays: set[tuple[int | None, str]] = set()
     for member, job, policy in zip(members, jobs, policies, strict=True):
         if isinstance(policy, Recycle):
@@ -108,12 +125,13 @@ def _check_apart(
                 raise InvalidRequest(f"{ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
             overlays.add(overlay)
         disk = job.plan.disk
-        before = known.setdefault((id(member.vm), disk.root), member.disk)
-        if before is not member.disk:
+        place = (member.vm, disk.root)
+        if place in known:
             raise InvalidRequest(
-                f"{before} and {member.disk} are the same disk of {member.vm.name}; name it"
+                f"{known[place]} and {member.disk} are the same disk of {member.vm.name}; name it"
                 " once. Nothing was sent"
             )
+        known[place] = member.disk
 
 
 def _place_of(overlay: str, vm: Session) -> tuple[int | None, str]:

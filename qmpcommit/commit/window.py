@@ -59,7 +59,7 @@ def new_window_name() -> str:
 @asynccontextmanager
 async def snapshot(
     vm: Session,
-    disks: Sequence[str],
+    disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
     freeze: How | None = None,
@@ -80,7 +80,7 @@ async def snapshot(
 
 async def open_window(
     vm: Session,
-    disks: Sequence[str],
+    disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
     freeze: How | None = None,
@@ -99,7 +99,8 @@ async def open_window(
 
     Raises what `Session.snapshot` raises, and then nothing is left of it.
     """
-    if isinstance(disks, str) or not disks:
+    disks = [] if isinstance(disks, str) else [str(disk) for disk in disks]
+    if not disks:
         raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
     window = new_window_name() if name is None else name
     if not NAME.fullmatch(window):

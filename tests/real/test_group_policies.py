@@ -266,11 +266,14 @@ async def test_a_long_chain_and_a_shallow_commit(folder: Path) -> None:
 
 async def test_what_a_group_can_not_be(folder: Path) -> None:
     async with two_disks(folder, layers=3) as (vm, _):
-        for refused, disks, options in (
+        refusals: list[tuple[type[Exception], Any, dict[str, Any]]] = [
             (qc.InvalidRequest, [], {"policy": qc.Pivot()}),
             (qc.PolicyRequired, TWO, {}),
             (qc.InvalidRequest, {"top": qc.Pivot()}, {"policy": qc.Pivot()}),
             (qc.InvalidRequest, ["top", str(folder / "top.qcow2")], {"policy": qc.Pivot()}),
+            (qc.InvalidRequest, ["top", "top"], {"policy": qc.Pivot()}),
+            (qc.InvalidRequest, "top", {"policy": qc.Pivot()}),
+            (qc.InvalidRequest, [3], {"policy": qc.Pivot()}),
             (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "top": 1}),
             (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "frobnicate": 1}),
             (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "hold_limit": -1}),
@@ -278,9 +281,12 @@ async def test_what_a_group_can_not_be(folder: Path) -> None:
             (qc.InvalidRequest, TWO, {"policy": qc.Recycle("f")}),
             (qc.OnlyIfFailed, TWO, {"policy": qc.Pivot(), "only_if": ["false"]}),
             (qc.DiskNotFound, ["top", "nothing"], {"policy": qc.Pivot()}),
-        ):
-            with pytest.raises(refused):
+        ]
+        for refused, disks, options in refusals:
+            with pytest.raises(refused) as raised:
                 await vm.commit_group(disks, **options)
+            if isinstance(raised.value, qc.PolicyRequired):
+                assert (raised.value.vm, raised.value.disk) == (vm.name, "top")
             assert await vm.execute("query-jobs") == []
         late: dict[str, Any] = {"only_if": ["sleep", "0.5"], "timeout": 0.05}
         with vm.events("JOB_STATUS_CHANGE") as begun:
@@ -288,6 +294,21 @@ async def test_what_a_group_can_not_be(folder: Path) -> None:
                 await vm.commit_group(TWO, policy=qc.Pivot(), **late)
             await vm.execute("query-jobs")
         assert [event async for event in begun] == []
+
+
+async def test_how_the_disks_of_a_group_can_be_named(folder: Path) -> None:
+    async with two_disks(folder) as (vm, _):
+        for outcome in (
+            await vm.commit_group([("top", qc.Keep()), ("top2", {"kind": "keep"})]),
+            await qc.commit_group({(vm, "top"): qc.Keep(), (vm, "top2"): qc.Keep()}),
+            await qc.commit_group(((vm, disk) for disk in TWO), policy=qc.Keep()),
+        ):
+            assert [each.disk for each in outcome.outcomes] == TWO
+            assert outcome.action == "keep"
+        wrongs: list[Any] = [[vm], [(vm,)], [(vm, TWO)], [(None, "top")], {"top": qc.Keep()}]
+        for wrong in wrongs:
+            with pytest.raises(qc.InvalidRequest):
+                await qc.commit_group(wrong, policy=qc.Keep())
 
 
 async def test_one_that_qemu_refuses_cancels_the_others(folder: Path) -> None:
