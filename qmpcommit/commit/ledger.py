@@ -39,7 +39,7 @@ def load_state(dumped: dict[str, Any]) -> State:
     """The state that was dumped; raises ValueError or TypeError for what is none."""
     values = dict(dumped)
     values["phase"] = Phase(values["phase"])
-    for name, kind in (("decision", Choice), ("verdict", Verdict)):
+    for name, kind in (("decision", Choice), ("former", Choice), ("verdict", Verdict)):
         if values.get(name) is not None:
             values[name] = kind(values[name])
     if values.get("end") is not None:

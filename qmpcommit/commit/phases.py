@@ -106,9 +106,10 @@ class State(NamedTuple):
     `two_phase` says that top is the active layer. `began` is whether QEMU was seen to know the
     job, `status` the last status it told. `decision` and `by` are the last decision; `tries`
     counts how often it was sent, `in_flight` tells that its reply is due, `accepted` whether
-    QEMU took it, `refusal` why it did not. `doubt` is set by ``SHUTDOWN``, `other_vm` when
-    another process answers at the monitor. `listed` tells that the concluded job waits for its
-    dismissal. `trail` are remarks for the outcome's warnings.
+    QEMU took it, `refusal` why it did not. `former` and `former_by` are the decision that an
+    abort came after, where QEMU may have carried it out before. `doubt` is set by ``SHUTDOWN``,
+    `other_vm` when another process answers at the monitor. `listed` tells that the concluded job
+    waits for its dismissal. `trail` are remarks for the outcome's warnings.
 
     `prepares` tells that something has to be done while PENDING holds the disk's I/O (then
     `auto_finalize` is off), `preparing` and `prepared` where that is. `stalls` tells that a
@@ -152,6 +153,13 @@ class State(NamedTuple):
     undoes: bool = False
     meets: bool = False
     refusals: int = 0
+    former: Choice | None = None
+    former_by: str = ""
+
+    @property
+    def ordered(self) -> Choice | None:
+        """What may have been done to end the job well: an abort can come too late."""
+        return self.former if self.decision is Choice.ABORT else self.decision
 
     @property
     def keeps(self) -> bool:
@@ -386,6 +394,8 @@ def _decided(state: State, choice: Choice, by: str) -> Step:
         return state, []
     if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
         return state, []  # too early or too late: `objection` tells the caller why
+    if state.tries:
+        state = state._replace(former=state.decision, former_by=state.by)
     state = state._replace(
         decision=choice, by=by, tries=0, accepted=False, refusal=None, preparing=False
     )
@@ -453,7 +463,7 @@ def _refused(state: State, command: Command, error: str, final: bool) -> Step:
         return state, []  # RESUME and FINALIZE: the state has passed already
     state = state._replace(in_flight=False)
     if final:
-        return _give_up(state, error)
+        return _give_up(state._replace(tries=0), error)
     return state._replace(refusal=error), [Duty.ASK]
 
 
@@ -567,7 +577,7 @@ def _confirmed(state: State, where: Where) -> Step:
 
 def _close(state: State) -> Step:
     """The end is known: what is left to do, one thing after another."""
-    recycles = state.verdict is Verdict.PIVOTED and state.decision is Choice.RECYCLE
+    recycles = state.verdict is Verdict.PIVOTED and state.ordered is Choice.RECYCLE
     if recycles and not state.overlaid:
         return state, [Duty.OVERLAY]
     if state.frozen:
@@ -597,10 +607,10 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
         return Verdict.FAILED, "QEMU reported success, but the layer is still in the chain", ()
     if where is Where.BASE:
         return Verdict.PIVOTED, None, gone if end is None else ()
-    if where is Where.UNUSED and end is not None and state.decision in PIVOTS:
+    if where is Where.UNUSED and end is not None and state.ordered in PIVOTS:
         remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
         return Verdict.PIVOTED, None, (remark,)
-    if where is Where.UNUSED and state.decision is None:
+    if where is Where.UNUSED and state.ordered is None:
         return Verdict.FAILED, "the job has ended, and how can't be seen in the block graph", ()
     if where is Where.OTHER:
         return Verdict.FAILED, "the disk uses neither the base nor the overlay any more", ()

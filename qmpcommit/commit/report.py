@@ -34,6 +34,9 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
     by = state.by if choice is state.decision else "another client"
     if choice is None:
         by = ""
+    elif choice is state.former and choice is not state.decision:
+        by = state.former_by
+        warnings.append(f"the job had ended with {action} before it could be aborted ({state.by})")
     elif by == "another client":
         asked = f"; this commit had asked for {state.decision}" if state.decision else ""
         warnings.append(f"another client ended the job with {action}{asked}")
@@ -89,10 +92,13 @@ def error_of(
     """
     error = _by_verdict(plan, state, lost, left)
     if error is None and state.verdict is Verdict.PIVOTED and state.error is not None:
+        what, then = "not as it was meant to", ""
+        if state.ordered is Choice.RECYCLE:
+            what = "no fresh overlay could be laid over the base"
+            then = ". Lay an overlay over it (blockdev-snapshot), or go on with the base"
         error = CommitFailed(
-            f"{_subject(plan)} has pivoted, but no fresh overlay could be laid over the base:"
-            f" {state.error}. The guest writes to {plan.base.filename} now; {plan.top.filename} is"
-            " stale. Lay an overlay over it (blockdev-snapshot), or go on with the base",
+            f"{_subject(plan)} has pivoted, but {what}: {state.error}. The guest writes to"
+            f" {plan.base.filename} now; {plan.top.filename} is stale{then}",
             error=state.error,
             pivoted=True,
         )
@@ -158,7 +164,7 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
     pivoted = True if laid else _pivoted(plan, state)
     top, base = plan.top.filename, plan.base.filename
     ordered = "Another client may have pivoted, and whether"
-    if state.decision in PIVOTS:
+    if state.ordered in PIVOTS:
         ordered = "The pivot was ordered and whether"
     if not plan.top.node_name:
         what = "Which image it wrote to last is not known here: look before booting"
@@ -198,17 +204,18 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
         return False
     if not plan.top.node_name:
         return None
-    if state.decision not in PIVOTS:
+    if state.ordered not in PIVOTS:
         clean = state.end is not None and not state.end.cancelled and state.end.error is None
         # it ended well and not by us: another client's pivot or keep (QEMU's own end is neither)
         return None if clean and not state.doubt and not state.keeps else False
     if state.end is None:
         finalized = state.prepared or not state.prepares  # held PENDING, nothing is pivoted yet
-        return None if state.tries and finalized else False
+        return None if (state.tries or state.former) and finalized else False
     if state.end.cancelled or state.end.error is not None:
         return False
     # An order that QEMU was not heard to take may have come second, after another client's keep.
-    return True if state.accepted and not state.doubt else None
+    ours = state.accepted and state.decision in PIVOTS
+    return True if ours and not state.doubt else None
 
 
 def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qmpcommit.commit import group_outcome
-from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.group_outcome import MemberEnd
 from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.phases import Verdict
@@ -35,9 +34,8 @@ def end_of(
         state = state._replace(verdict=Verdict.VM_GONE)
     else:
         state = state._replace(verdict=Verdict.FAILED)
-    choice = state.decision if state.decision is not Choice.ABORT else None
     timings = outcome.timings if outcome is not None else Timings(**noted.times)
-    return MemberEnd(plan, state, timings, outcome, error, choice)
+    return MemberEnd(plan, state, timings, outcome, error, state.ordered)
 
 
 def is_clean(end: MemberEnd) -> bool:

@@ -14,6 +14,8 @@ from qmpcommit.commit.phases import Phase, State, Verdict
 STATES = [
     State(two_phase=True),
     State(two_phase=False, phase=Phase.COPYING, began=True, done=5, total=10),
+    State(two_phase=True, phase=Phase.DECIDED, decision=Choice.ABORT, former=Choice.PIVOT,
+          former_by="caller"),
     State(two_phase=True, phase=Phase.CONFIRMED, decision=Choice.RECYCLE, by="policy",
           end=Ended(False, "no room", 5, 10), verdict=Verdict.PIVOTED, error="no room",
           trail=("one", "two")),

@@ -791,7 +791,7 @@ def check_truth(state: State, world: World, adopted: bool) -> None:
     assert pivoted == (world.two_phase and world.disk is Where.BASE)
     if verdict is Verdict.RECYCLED:
         assert world.overlaid
-    elif pivoted and state.decision is Choice.RECYCLE:
+    elif pivoted and state.ordered is Choice.RECYCLE:
         assert state.error or not world.alive, "a guest writes into the base unnoticed"
     assert (verdict is Verdict.MERGED) == (not world.two_phase and world.disk is Where.MERGED)
     if verdict is Verdict.KEPT:

@@ -161,6 +161,41 @@ def test_an_abort_after_another_decision_begins_anew() -> None:
     assert (state.refusal, actions) == (None, [Command.ABORT])
 
 
+def test_what_an_abort_came_after_may_have_been_done() -> None:
+    abort = Decided(Choice.ABORT, "deadline")
+    state, _ = after(decided(Choice.PIVOT), abort)
+    assert (state.former, state.former_by, state.ordered) == (Choice.PIVOT, "policy", Choice.PIVOT)
+    state, _ = after(taken(Choice.KEEP), abort)
+    assert (state.decision, state.ordered) == (Choice.ABORT, Choice.KEEP)
+    never_sent, _ = after(decided(Choice.RECYCLE), abort)
+    assert (never_sent.former, never_sent.ordered) == (None, None)
+    refused = Refused(Command.PIVOT, "no such command", final=True)
+    assert after(decided(Choice.PIVOT), refused)[0].former is None
+    assert after(ONE, *RUNNING, abort)[0].ordered is None
+    assert taken(Choice.PIVOT)[0].ordered is Choice.PIVOT
+
+
+def test_a_recycle_whose_abort_came_too_late_has_its_overlay() -> None:
+    pivoted = after(decided(Choice.RECYCLE), Frozen(), Accepted(Command.PIVOT))
+    late = after(pivoted, Decided(Choice.ABORT, "deadline"), Ended(False, None, 10, 10))
+    asked = after(late, concluded(), GraphRead(Where.BASE))
+    assert asked[1] == [Duty.OVERLAY]
+    state, actions = after(asked, Overlaid(), News.THAWED)
+    assert (state.verdict, actions) == (Verdict.RECYCLED, [Command.DISMISS])
+
+
+@pytest.mark.parametrize(
+    ("choice", "verdict"), [(Choice.PIVOT, Verdict.PIVOTED), (Choice.KEEP, Verdict.KEPT)]
+)
+def test_a_disk_that_nobody_uses_is_believed_by_what_the_abort_came_after(
+    choice: Choice, verdict: Verdict
+) -> None:
+    late = after(taken(choice), Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
+    assert after(late, concluded(), GraphRead(Where.UNUSED))[0].verdict is verdict
+    never = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
+    assert after(never, concluded(), GraphRead(Where.UNUSED))[0].verdict is Verdict.FAILED
+
+
 def test_a_refused_decision_is_sent_again_at_the_next_ready_and_only_once() -> None:
     refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "not now"))
     again = after(refused, StatusChanged("ready"))

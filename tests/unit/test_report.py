@@ -52,6 +52,15 @@ def test_an_end_that_is_no_outcome_is_an_error_with_its_facts(
     assert (raised.vm, raised.disk, raised.job_id) == ("v", WHOLE.disk.name, WHOLE.job_id)
 
 
+@pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.RECYCLE])
+def test_a_pivot_that_was_not_all_never_calls_the_overlay_whole(choice: Choice) -> None:
+    facts = {"verdict": Verdict.PIVOTED, "error": "e", **LATE, "former": choice}
+    text = str(told(**facts))
+    assert "The guest writes to /i/base now; /i/top is stale" in text
+    assert ("no fresh overlay" in text) is (choice is Choice.RECYCLE)
+    assert STILL not in text
+
+
 @pytest.mark.parametrize("verdict", [Verdict.PIVOTED, Verdict.KEPT, Verdict.CANCELLED])
 def test_an_end_as_asked_is_no_error(verdict: Verdict) -> None:
     assert told(verdict=verdict) is None
@@ -72,6 +81,7 @@ def test_a_failed_layer_below_leaves_the_chain_and_an_unknown_one_sends_to_look(
 
 
 TRIED = {"decision": Choice.PIVOT, "tries": 1}
+LATE = {"decision": Choice.ABORT, "tries": 1, "accepted": True}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +106,12 @@ TRIED = {"decision": Choice.PIVOT, "tries": 1}
         ({"end": Ended(cancelled=False, error="e")}, False),
         ({"end": DONE}, None),
         ({"decision": Choice.KEEP, "end": DONE}, None),
+        ({**LATE, "former": Choice.PIVOT}, None),
+        ({**LATE, "former": Choice.PIVOT, "end": DONE}, None),
+        ({**LATE, "former": Choice.RECYCLE, "end": Ended(cancelled=True)}, False),
+        ({**LATE, "former": Choice.PIVOT, "prepares": True}, False),
+        ({**LATE, "former": Choice.KEEP}, False),
+        (LATE, False),
     ],
 )
 def test_a_vm_that_is_gone_leaves_word_what_to_boot(
@@ -110,7 +126,7 @@ def test_a_vm_that_is_gone_leaves_word_what_to_boot(
         None: "qemu-img compare /i/top /i/base",
     }
     assert words[pivoted] in str(gone)
-    ours = facts.get("decision") is Choice.PIVOT
+    ours = Choice.PIVOT in (facts.get("decision"), facts.get("former"))
     assert ("Another client may have pivoted" in str(gone)) is (pivoted is None and not ours)
 
 
@@ -158,6 +174,15 @@ def test_a_policy_that_fails_is_the_cause_of_the_abort() -> None:
         (
             WHOLE, {"verdict": Verdict.CANCELLED}, "abort", "another client", [],
             ["ended the job with abort", "/i/mid, /i/base may hold part of the overlay's data"],
+        ),
+        (
+            WHOLE, {"verdict": Verdict.PIVOTED, **LATE, "former": Choice.PIVOT, "former_by": "me"},
+            "pivot", "me", ["/i/top", "/i/mid"],
+            ["ended with pivot before it could be aborted (policy)"],
+        ),
+        (
+            WHOLE, {"verdict": Verdict.CANCELLED, **LATE, "former": Choice.PIVOT},
+            "abort", "policy", [], ["/i/mid, /i/base may hold part"],
         ),
         (LOWER, {"verdict": Verdict.MERGED, "trail": ("told",)}, "none", "", ["/i/mid"], ["told"]),
     ],
