@@ -43,7 +43,8 @@ async def done_unheard(
 @pytest.mark.parametrize("kind", ["pivot", "keep", "recycle"])
 async def test_an_abort_that_comes_too_late_is_told_so(kind: str, folder: Path) -> None:
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
-    policy: Decision = {"pivot": qc.Pivot(), "keep": qc.Keep()}.get(kind, qc.Recycle(str(fresh)))
+    policies: dict[str, Decision] = {"pivot": qc.Pivot(), "keep": qc.Keep()}
+    policy = policies.get(kind, qc.Recycle(str(fresh)))
     async with done_unheard(folder, chain, policy) as (qemu, between, job):
         aborting = asyncio.ensure_future(job.abort())
         await asyncio.sleep(0)

@@ -54,8 +54,7 @@ def test_an_end_that_is_no_outcome_is_an_error_with_its_facts(
 
 @pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.RECYCLE])
 def test_a_pivot_that_was_not_all_never_calls_the_overlay_whole(choice: Choice) -> None:
-    facts = {"verdict": Verdict.PIVOTED, "error": "e", **LATE, "former": choice}
-    text = str(told(**facts))
+    text = str(told(verdict=Verdict.PIVOTED, error="e", former=choice, decision=Choice.ABORT))
     assert "The guest writes to /i/base now; /i/top is stale" in text
     assert ("no fresh overlay" in text) is (choice is Choice.RECYCLE)
     assert STILL not in text
