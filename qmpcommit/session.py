@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from types import TracebackType
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from qmpcommit.commit.cycle import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.commit.driver import Resumed
+    from qmpcommit.commit.flatten import Flattening
     from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
@@ -447,11 +448,11 @@ class Session(Monitor):
 
     def flatten(
         self, disk: str, *, keep: int, delete: bool = False, bandwidth: int | str | None = None
-    ) -> AsyncIterator[CommitOutcome]:
+    ) -> Flattening:
         """Bring a chain down to `keep` layers, from the bottom up: ``async for outcome in ...``.
 
-        Each step leaves a valid chain, so it may be stopped after any. Raises what `commit` and
-        `CommitJob.wait` raise.
+        Each step leaves a valid chain, so it may be stopped after any; ``await`` makes all of them
+        and gives their outcomes. Raises what `commit` and `CommitJob.wait` raise.
         """
         from qmpcommit.commit.flatten import flatten
 
@@ -487,31 +488,46 @@ class Session(Monitor):
         return ends[0] if isinstance(disk, str) else ends
 
     @overload
-    async def cycle(
+    def cycle(
         self,
         disk: str,
         *,
         keep_if: KeepIf,
+        every: None = None,
         agent: str | os.PathLike[str] | None = None,
         **options: Unpack[CycleOptions],
-    ) -> Round: ...
+    ) -> Coroutine[Any, Any, Round]: ...
     @overload
-    async def cycle(
+    def cycle(
         self,
         disk: list[str] | tuple[str, ...],
         *,
         keep_if: KeepIf,
+        every: None = None,
         agent: str | os.PathLike[str] | None = None,
         **options: Unpack[CycleOptions],
-    ) -> tuple[Round, ...]: ...
-    async def cycle(
+    ) -> Coroutine[Any, Any, tuple[Round, ...]]: ...
+    @overload
+    def cycle(
+        self, disk: str, *, keep_if: KeepIf, every: float, **options: Any
+    ) -> AsyncIterator[Round]: ...
+    @overload
+    def cycle(
+        self,
+        disk: list[str] | tuple[str, ...],
+        *,
+        keep_if: KeepIf,
+        every: float,
+        **options: Any,
+    ) -> AsyncIterator[tuple[Round, ...]]: ...
+    def cycle(
         self,
         disk: str | list[str] | tuple[str, ...],
         *,
         keep_if: KeepIf,
-        agent: str | os.PathLike[str] | None = None,
-        **options: Unpack[CycleOptions],
-    ) -> Round | tuple[Round, ...]:
+        every: float | None = None,
+        **options: Any,
+    ) -> Coroutine[Any, Any, Round | tuple[Round, ...]] | AsyncIterator[Any]:
         """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
 
         `keep_if` says which: a command, which learns VM, disk, base and top from ``QMPCOMMIT_*``
@@ -527,9 +543,23 @@ class Session(Monitor):
         every variable), and all are kept at one instant or all discarded; for those of several VMs
         there is ``qc.cycle([(vm, "vda"), ...])``.
 
+        With `every` it is a round every so many seconds, as `cycles`.
+
         Raises `CommitFailed` where the command gives no answer, and nothing was changed; else what
         `commit` and `discard` raise.
         """
+        if every is not None:
+            return self.cycles(disk, every=every, keep_if=keep_if, **options)
+        return self._cycle(disk, keep_if=keep_if, **options)
+
+    async def _cycle(
+        self,
+        disk: str | list[str] | tuple[str, ...],
+        *,
+        keep_if: KeepIf,
+        agent: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Round | tuple[Round, ...]:
         from qmpcommit.commit.cycle import cycle
 
         agents = {} if agent is None else {self: agent}

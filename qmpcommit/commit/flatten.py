@@ -7,12 +7,14 @@ complete, so it may be stopped after any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, NamedTuple
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -35,19 +37,52 @@ def next_step(layers: int, keep: int) -> Step | None:
     return Step(layers - 2, layers - 1) if layers > max(keep, 1) else None
 
 
-async def flatten(
+class Flattening(AsyncIterator[CommitOutcome]):
+    """The commits that bring a chain down: iterate over their outcomes, or await all of them.
+
+    Raises what `flatten` says.
+    """
+
+    def __init__(self, steps: AsyncGenerator[CommitOutcome, None]) -> None:
+        self._steps = steps
+
+    def __aiter__(self) -> AsyncGenerator[CommitOutcome, None]:
+        return self._steps
+
+    async def __anext__(self) -> CommitOutcome:
+        return await anext(self._steps)
+
+    def __await__(self) -> Generator[Any, None, list[CommitOutcome]]:
+        return self._all().__await__()
+
+    async def _all(self) -> list[CommitOutcome]:
+        return [outcome async for outcome in self._steps]
+
+    async def aclose(self) -> None:
+        """Let go of it before its end."""
+        await self._steps.aclose()
+
+
+def flatten(
     vm: Session,
     disk: str,
     *,
     keep: int,
     delete: bool = False,
     bandwidth: int | str | None = None,
-) -> AsyncIterator[CommitOutcome]:
+) -> Flattening:
     """The outcomes of the commits that bring the chain down to `keep` layers, as they end.
 
-    Raises `InvalidRequest` for a `keep` below 1, and what `Session.commit` and `CommitJob.wait`
-    raise; what was merged before stays merged, and the chain is valid.
+    A cancellation cancels the commit that is under way. Raises `InvalidRequest` for a `keep` below
+    1, and what `Session.commit` and `CommitJob.wait` raise; what was merged before stays merged,
+    and the chain is valid.
     """
+    return Flattening(_flatten(vm, disk, keep, delete, bandwidth))
+
+
+async def _flatten(
+    vm: Session, disk: str, keep: int, delete: bool, bandwidth: int | str | None
+) -> AsyncGenerator[CommitOutcome, None]:
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")
     layers = len((await vm.disk(disk)).chain)
@@ -60,5 +95,10 @@ async def flatten(
             delete=delete,
             bandwidth=bandwidth,
         )
-        yield await job.wait()
+        try:
+            outcome = await job.wait()
+        except asyncio.CancelledError:
+            await to_the_end(job.abandon())
+            raise
+        yield outcome
         layers -= 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import qmpcommit as qc
 
-_RETURNED = ("Async", "Await", "Coroutine", "Events")
+_RETURNED = ("Async", "Await", "Coroutine", "Events", "Flattening")
 """In the annotation of what a plain function returns, that tell of something to await."""
 
 

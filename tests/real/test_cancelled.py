@@ -180,7 +180,7 @@ async def _flatten(qemus: list[Machine]) -> None:
             async for _ in steps:
                 pass
         finally:
-            await steps.aclose()  # type: ignore[attr-defined]
+            await steps.aclose()
 
 
 async def _overlaid(vm: qc.Session, disk: qc.Disk) -> None:

@@ -128,7 +128,7 @@ async def test_rounds_follow_each_other(folder: Path) -> None:
         machine(folder, chain, running=True) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        rounds = vm.cycles("vda", every=0, keep_if=keep_if, guest="reset", delete=True)
+        rounds = vm.cycle("vda", every=0, keep_if=keep_if, guest="reset", delete=True)
         async for done in rounds:
             results.append(done.result)
             if len(results) == len(answers):

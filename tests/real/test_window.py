@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.qmp.events import JobStatusChange
 from tests.cli.command import run as qmpcommit
 from tests.cli.command import start
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read
@@ -242,6 +243,41 @@ async def test_flatten_may_stop_after_any_step(folder: Path) -> None:
     said = run_tool(QEMU.img, "check", chain.top)
     assert "No errors" in said
     assert Picture(len(read(chain.base))).size == chain.pictures[0].size
+
+
+async def test_all_steps_of_a_flatten_are_awaited_at_once(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    async with machine(folder, chain) as vm, qc.Session.connect(vm.qmp) as session:
+        done = await session.flatten("vda", keep=2)
+        assert [outcome.base.filename for outcome in done] == [str(chain.base)] * 2
+        assert await session.flatten("vda", keep=2) == []
+        steps = session.flatten("vda", keep=1)
+        assert (await anext(steps)).action == "pivot"
+        await steps.aclose()
+        await vm.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_flatten_that_is_cancelled_leaves_no_job(folder: Path) -> None:
+    chain = make_chain(folder, 3, bulk=33 * MIB)
+    async with machine(folder, chain) as vm, qc.Session.connect(vm.qmp) as session:
+        steps = session.flatten("vda", keep=1, bandwidth="1MiB")
+        assert (await anext(steps)).action == "none"
+        with session.events("JOB_STATUS_CHANGE") as events:
+            second = asyncio.ensure_future(anext(steps))
+            async for event in events:
+                if isinstance(event, JobStatusChange) and event.status == "running":
+                    break
+        async for status in session.jobs[0].progress():
+            if status.current:  # QEMU was asked: by now it is waited for
+                break
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        assert await session.execute("query-jobs") == []
+        assert len((await session.disk("vda")).chain) == 2
+        await vm.quit()
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_recycle_of_a_disk_with_a_long_name(folder: Path) -> None:
