@@ -407,9 +407,10 @@ class Driver:
             if self.plan.top.node_name in layers:
                 return Where.TOP
             return Where.MERGED if self.plan.base.node_name in layers else Where.OTHER
-        if layers[0] == self.plan.base.node_name:
-            return Where.BASE
-        return Where.TOP if layers[0] == self.plan.top.node_name else Where.OTHER
+        # Others may have laid an overlay over it since.
+        if self.plan.top.node_name in layers:
+            return Where.TOP
+        return Where.BASE if self.plan.base.node_name in layers else Where.OTHER
 
     async def _relink(self) -> None:
         self.log.info("relinking")

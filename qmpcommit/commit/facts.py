@@ -35,8 +35,8 @@ class Command(StrEnum):
 class Where(StrEnum):
     """What the disk was found to use when the block graph was read back."""
 
-    BASE = "base"
-    TOP = "top"
+    BASE = "base"  # or an overlay that others have laid over it
+    TOP = "top"  # the same
     MERGED = "merged"  # intermediate layer: no longer in the chain, over a base that is
     OTHER = "other"  # neither: somebody changed the chain
     UNUSED = "unused"  # no device or export uses the disk, so nothing can be seen

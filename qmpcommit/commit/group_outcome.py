@@ -76,7 +76,7 @@ class MemberEnd(NamedTuple):
                 if state.end is not None:
                     return not state.end.cancelled and state.end.error is None
                 return None if state.prepared else False
-        return None if state.verdict is Verdict.VANISHED else False
+        return None if state.verdict in (Verdict.VANISHED, Verdict.UNCLEAR) else False
 
     def dump(self) -> dict[str, Any]:
         """For an error's facts: the outcome, or the error with what is known beside it."""

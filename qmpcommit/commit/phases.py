@@ -93,6 +93,7 @@ class Verdict(StrEnum):
     REFUSED = "refused"  # QEMU did not accept block-commit: nothing was done
     NEVER_BEGAN = "never began"  # the reply to block-commit was lost and no such job exists
     VANISHED = "vanished"  # the job is gone and its end unknown; the overlay is still active
+    UNCLEAR = "unclear"  # it has ended, and the block graph does not show which image is the newest
     VM_GONE = "vm gone"
     MONITOR_LOST = "monitor lost"
 
@@ -610,10 +611,10 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
     if where is Where.UNUSED and end is not None and state.ordered in PIVOTS:
         remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
         return Verdict.PIVOTED, None, (remark,)
-    if where is Where.UNUSED and state.ordered is None:
-        return Verdict.FAILED, "the job has ended, and how can't be seen in the block graph", ()
+    if where is Where.UNUSED and (end is None or state.ordered is None):
+        return Verdict.UNCLEAR, "the job has ended, and how can't be seen in the block graph", ()
     if where is Where.OTHER:
-        return Verdict.FAILED, "the disk uses neither the base nor the overlay any more", ()
+        return Verdict.UNCLEAR, "the disk uses neither the base nor the overlay any more", ()
     if end is None:
         return Verdict.VANISHED, None, ()
     if end.done < end.total:

@@ -147,6 +147,10 @@ def _by_verdict(
                 f" {_still_active(plan)}; the base can't be called complete. Commit again",
                 vanished=True,
             )
+        case Verdict.UNCLEAR:
+            return CommitFailed(
+                f"{subject}: {state.error}. {_newest_unknown(plan)}", error=state.error
+            )
         case Verdict.VM_GONE:
             return _gone(plan, state, lost, left)
         case Verdict.MONITOR_LOST:
@@ -239,6 +243,16 @@ def _subject(plan: Plan) -> str:
     if not plan.top.node_name:
         return f"the commit job {plan.job_id} of {plan.vm}"
     return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
+
+
+def _newest_unknown(plan: Plan) -> str:
+    if not plan.top.node_name:
+        return _still_active(plan)
+    return (
+        f"Whether {plan.top.filename} or {plan.base.filename} is the newer one is not known:"
+        " 'qmpcommit chain' shows what the guest writes to; of a disk that nothing uses compare"
+        f" them before booting ('qemu-img compare {plan.top.filename} {plan.base.filename}')"
+    )
 
 
 def _still_active(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""An abort that comes when QEMU has done already what was decided before: what is told is true."""
+"""What happens between the end of a job and its news: what is told is true nevertheless."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.policy import Decision
 from tests.ground.images import Chain, assert_disk, make_chain
-from tests.ground.machines import Machine, machine
+from tests.ground.machines import Machine, Style, machine
 from tests.ground.proxy import Proxy, proxy
 
 
 @asynccontextmanager
 async def done_unheard(
-    folder: Path, chain: Chain, policy: Decision
+    folder: Path, chain: Chain, policy: Decision, style: Style = "blockdev"
 ) -> AsyncIterator[tuple[Machine, Proxy, qc.CommitJob]]:
     """A job that QEMU has ended as it was told, of which nobody has heard yet."""
     async with (
-        machine(folder, chain, running=True) as qemu,
+        machine(folder, chain, style=style, running=True) as qemu,
         proxy(folder, qemu.qmp) as between,
         qc.Session.connect(between.path, patience=5) as vm,
     ):
@@ -72,4 +72,24 @@ async def test_a_qemu_that_is_killed_after_such_an_abort_may_have_pivoted(folder
         with pytest.raises(qc.VMGone, match="qemu-img compare") as gone:
             await job.wait()
         assert gone.value.pivoted is None
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("kind", ["pivot", "keep"])
+async def test_an_overlay_that_another_client_lays_over_the_end_does_not_hide_it(
+    kind: str, folder: Path
+) -> None:
+    chain, theirs = make_chain(folder), folder / "theirs.qcow2"
+    policy: Decision = qc.Pivot() if kind == "pivot" else qc.Keep()
+    async with done_unheard(folder, chain, policy, "drive") as (qemu, between, job):
+        overlay = {"snapshot_file": str(theirs), "format": "qcow2"}
+        await qemu.execute("blockdev-snapshot-sync", device="drive0", **overlay)
+        between.release()
+        outcome = await job.wait()
+        assert (outcome.action, outcome.decided_by) == (kind, "me")
+        assert outcome.active is not None
+        assert outcome.active.filename == str(theirs)
+        assert outcome.invalidated == ([str(chain.top)] if kind == "pivot" else [])
+        await qemu.quit()
+    assert_disk(theirs, chain.pictures[-1])
     assert_disk(chain.base, chain.pictures[-1])

@@ -193,7 +193,9 @@ def test_a_disk_that_nobody_uses_is_believed_by_what_the_abort_came_after(
     late = after(taken(choice), Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
     assert after(late, concluded(), GraphRead(Where.UNUSED))[0].verdict is verdict
     never = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
-    assert after(never, concluded(), GraphRead(Where.UNUSED))[0].verdict is Verdict.FAILED
+    assert after(never, concluded(), GraphRead(Where.UNUSED))[0].verdict is Verdict.UNCLEAR
+    dismissed = after(taken(choice), Answered(None), GraphRead(Where.UNUSED))
+    assert dismissed[0].verdict is Verdict.UNCLEAR
 
 
 def test_a_refused_decision_is_sent_again_at_the_next_ready_and_only_once() -> None:

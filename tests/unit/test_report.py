@@ -37,6 +37,7 @@ def told(plan: Plan = WHOLE, lost: qc.QmpCommitError | None = None, **facts: Any
         (Verdict.REFUSED, "no", qc.CommitFailed, "refused to start"),
         (Verdict.NEVER_BEGAN, None, qc.CommitFailed, "QEMU knows no such job: nothing was"),
         (Verdict.FAILED, "Input/output error", qc.CommitFailed, f"Input/output error. {STILL}"),
+        (Verdict.UNCLEAR, "neither", qc.CommitFailed, "qemu-img compare /i/top /i/base"),
         (Verdict.VANISHED, None, qc.CommitFailed, "the base can't be called complete"),
         (Verdict.MONITOR_LOST, None, qc.MonitorLost, "the monitor was lost"),
         (Verdict.PIVOTED, "no room", qc.CommitFailed, "The guest writes to /i/base now"),
@@ -74,6 +75,9 @@ def test_a_lost_monitor_tells_of_a_guest_that_may_be_paused(frozen: bool) -> Non
 
 def test_a_failed_layer_below_leaves_the_chain_and_an_unknown_one_sends_to_look() -> None:
     assert "is as it was and whole" in str(told(LOWER, verdict=Verdict.FAILED, error="e"))
+    unclear = str(told(verdict=Verdict.UNCLEAR, error="e"))
+    assert STILL not in unclear
+    assert "(unknown)" not in str(told(ENDED_BEFORE, verdict=Verdict.UNCLEAR, error="e"))
     text = str(told(ENDED_BEFORE, verdict=Verdict.FAILED, error="e"))
     assert f"the commit job {WHOLE.job_id} of v failed: e. Which image the guest writes to" in text
     assert "(unknown)" not in text
