@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -94,17 +95,21 @@ async def _cycle(
     sockets: Mapping[str, str],
     request: dict[str, Any],
 ) -> Answer:
-    from qmpcommit.commit.cycle import cycle
+    import asyncio
 
-    async with AsyncExitStack() as stack:
-        vms: dict[str, Session] = {}
-        for qmp, _ in disks:
-            if qmp not in vms:
-                vms[qmp] = await stack.enter_async_context(running.connect(qmp))
-                if request["freeze"] is None:  # else it is thawed first
-                    await tell_of_frozen(vms[qmp], qmp)
-        agents = {vms[qmp]: socket for qmp, socket in sockets.items()}
-        rounds = await cycle([(vms[qmp], disk) for qmp, disk in disks], agents=agents, **request)
+    from qmpcommit.cli.following import OwnCommits
+
+    vms = {qmp: running.connect(qmp) for qmp, _ in disks}
+    commits = OwnCommits(running, vms.values())
+    try:
+        rounds = await _round(vms, disks, sockets, request)
+    except asyncio.CancelledError:
+        qmp, disk = disks[0]
+        chain = f"'qmpcommit chain {shlex.quote(qmp)}' shows what it writes to"
+        said = f"a discard that had begun was brought to its end: {chain}"
+        if commits.under_way:
+            said = "the changes were being carried into the base, so do not discard them now"
+        raise commits.error(said, vm=vms[qmp].name, disk=disk) from None
     each = [done.model_dump(mode="json") for done in rounds]
     data = each[0] if len(each) == 1 else {"result": rounds[0].result, "rounds": each}
     return Answer(
@@ -113,6 +118,23 @@ async def _cycle(
         status=0 if rounds[0].result == "kept" else OTHERWISE,
         quiet=running.options.quiet,
     )
+
+
+async def _round(
+    vms: Mapping[str, Session],
+    disks: Sequence[tuple[str, str]],
+    sockets: Mapping[str, str],
+    request: dict[str, Any],
+) -> Sequence[Round]:
+    from qmpcommit.commit.cycle import cycle
+
+    async with AsyncExitStack() as stack:
+        for qmp, vm in vms.items():
+            await stack.enter_async_context(vm)
+            if request["freeze"] is None:  # else it is thawed first
+                await tell_of_frozen(vm, qmp)
+        agents = {vms[qmp]: socket for qmp, socket in sockets.items()}
+        return await cycle([(vms[qmp], disk) for qmp, disk in disks], agents=agents, **request)
 
 
 def _place(words: Sequence[str]) -> tuple[str, str]:

@@ -1,10 +1,11 @@
-"""A job in the foreground: its bar, Ctrl-C, the deadline, and what is said of its end."""
+"""Jobs in the foreground: Ctrl-C, the deadline, and what is said of their end."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.cli.options import Interrupted, Options
@@ -152,3 +153,36 @@ class Foreground(Following):
             f" '{take_up(self._run.options, self._qmp, job_id)}', and see"
             f" 'qmpcommit jobs {shlex.quote(self._qmp)}'"
         )
+
+
+class OwnCommits:
+    """The commits that a command starts by itself, on these VMs.
+
+    Ctrl-C and the deadline cancel the command, and so what it has under way.
+    """
+
+    def __init__(self, run: Run, vms: Collection[Session]) -> None:
+        self._run, self._vms = run, vms
+        self._jobs: list[CommitJob] | None = None
+        run.on_signal = run.on_deadline = self._end
+
+    def _end(self, times: int = 1) -> None:
+        if self._jobs is None:
+            self._jobs = [job for vm in self._vms for job in vm.jobs]
+            self._run.cancel()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a commit was, when all was cancelled."""
+        return bool(self._jobs)
+
+    def error(self, said: str, **facts: object) -> QmpCommitError:
+        """The error of a command that was cancelled, once its jobs have ended."""
+        for job in self._jobs or ():
+            said += f". {outcome_text(job.outcome)}" if job.outcome else f". {job.error}"
+            facts = {"vm": job.plan.vm, "disk": job.plan.disk.name, "job_id": job.id, **facts}
+        if self._run.timed_out:
+            return DeadlineExceeded(
+                f"it was not done within {self._run.options.timeout:g} s: {said}", **facts
+            )
+        return Interrupted(f"interrupted: {said}", **facts)

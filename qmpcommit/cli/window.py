@@ -232,15 +232,26 @@ def flatten(
 async def _flatten(  # noqa: PLR0917
     running: Run, qmp: str, disk: str, keep: int, delete: bool, bandwidth: str | None
 ) -> Answer:
-    outcomes = []
-    async with running.connect(qmp) as vm:
-        async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
-            outcomes.append(outcome)
-        last = outcomes[-1] if outcomes else None
-        moved = last is not None and last.action == "pivot" and last.active is not None
-        now = await vm.disk(last.active.filename if moved else disk)  # type: ignore[union-attr]
+    import asyncio
+
+    from qmpcommit.cli.following import OwnCommits
+
+    outcomes: list[dict[str, Any]] = []
+    now_called = disk
+    vm = running.connect(qmp)
+    commits = OwnCommits(running, [vm])
+    try:
+        async with vm:
+            async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
+                outcomes.append(outcome.model_dump(mode="json"))
+                if outcome.action == "pivot" and outcome.active is not None:
+                    now_called = outcome.active.filename
+            now = await vm.disk(now_called)
+    except asyncio.CancelledError:
+        said = f"{len(outcomes)} layers were merged, and the chain is valid: run it again to go on"
+        raise commits.error(said, vm=vm.name, disk=disk, outcomes=outcomes) from None
     data = {
-        "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
+        "outcomes": outcomes,
         "chain": [image.model_dump(mode="json") for image in now.chain],
     }
     chain = " -> ".join(image.filename for image in reversed(now.chain))

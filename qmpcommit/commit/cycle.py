@@ -26,6 +26,7 @@ from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.group import GroupCommit
 from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_policy import group_ready
+from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot, Ready, Recycle, check_command, run_command
@@ -187,7 +188,7 @@ async def _keep(
         return (await group.run()).outcomes
     ((vm, disk, policy, _),) = recycles
     job = await vm.commit(disk, policy=policy, shallow=True, delete=delete)
-    return [await job.wait()]
+    return [await see_through(job)]
 
 
 async def cycles(

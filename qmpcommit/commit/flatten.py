@@ -7,14 +7,13 @@ complete, so it may be stopped after any of them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.errors import InvalidRequest
-from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -95,10 +94,5 @@ async def _flatten(
             delete=delete,
             bandwidth=bandwidth,
         )
-        try:
-            outcome = await job.wait()
-        except asyncio.CancelledError:
-            await to_the_end(job.abandon())
-            raise
-        yield outcome
+        yield await see_through(job)
         layers -= 1

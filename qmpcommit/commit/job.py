@@ -24,7 +24,7 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Decision, Recycle
 from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
-from qmpcommit.tasks import stop
+from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.commit.converge import ConvergeReport
@@ -377,6 +377,15 @@ class CommitJob:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+async def see_through(job: CommitJob) -> CommitOutcome:
+    """Its outcome, as `CommitJob.wait`; a cancellation cancels the job first."""
+    try:
+        return await job.wait()
+    except asyncio.CancelledError:
+        await to_the_end(job.abandon())
+        raise
 
 
 class _Ending:

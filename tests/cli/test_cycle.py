@@ -1,11 +1,12 @@
-"""``qmpcommit cycle`` on a real QEMU."""
+"""``qmpcommit cycle`` and ``flatten`` on a real QEMU."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
-from tests.cli.command import run
-from tests.ground.images import assert_disk, make_chain
+from tests.cli.command import end, run, run_out_of_time, start
+from tests.ground.images import MIB, assert_disk, make_chain
 from tests.ground.machines import machine
 
 
@@ -82,5 +83,56 @@ async def test_no_answer_is_a_failure(folder: Path) -> None:
         assert (said.status, error["type"]) == (1, "CommitFailed")
         assert "Nothing was changed" in error["message"]
         assert (await run("cycle", qemu.qmp, "vda")).status == 2
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_out_of_time_while_it_asks_nothing_is_changed(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        words = ("cycle", qemu.qmp, "vda", "--keep-if", "sleep 600", "--timeout", "1", "--json")
+        said = await run(*words)
+        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        assert "qmpcommit chain" in said.error["message"]
+        await qemu.quit()
+    assert sorted(folder.glob("*.qcow2")) == [chain.base, chain.top]
+
+
+async def test_out_of_time_while_it_keeps_it_tells_what_the_base_holds(folder: Path) -> None:
+    chain = make_chain(folder, bulk=33 * MIB)
+    slow = "throttle-group,id=slow,x-bps-write=8388608"
+    extra = ["-object", slow, "-device", "virtio-blk-pci,drive=top,id=vda"]
+    for options in (
+        f"driver=file,node-name=file,filename={chain.base}",
+        "driver=throttle,node-name=held,throttle-group=slow,file=file",
+        "driver=qcow2,node-name=base,file=held",
+        f"driver=qcow2,node-name=top,file.driver=file,file.filename={chain.top},backing=base",
+    ):
+        extra += ["-blockdev", options]
+    async with machine(folder, extra=extra) as qemu:
+        said = await run_out_of_time("cycle", qemu.qmp, "vda", "--keep-if", "true")
+        assert "so do not discard them" in said.error["message"]
+        assert "vda: aborted" in said.error["message"]
+        assert "valid only under" in said.error["message"]
+        assert await qemu.execute("query-jobs") == []
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_out_of_time_or_interrupted_a_flatten_tells_how_far_it_was(folder: Path) -> None:
+    chain = make_chain(folder, 3, bulk=33 * MIB)
+    async with machine(folder, chain) as qemu:
+        words = ("flatten", qemu.qmp, "vda", "--keep", "1", "--bandwidth", "1MiB")
+        said = await run_out_of_time(*words)
+        assert f"{len(said.error['outcomes'])} layers were merged" in said.error["message"]
+        assert "vda: aborted" in said.error["message"]
+        assert await qemu.execute("query-jobs") == []
+        process = await start(*words, "--json")
+        while not await qemu.execute("query-jobs"):
+            assert process.returncode is None
+        process.send_signal(signal.SIGINT)
+        said = await end(process)
+        assert (said.status, said.error["type"]) == (130, "Interrupted")
+        assert "layers were merged" in said.error["message"]
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
