@@ -156,6 +156,9 @@ class Cycles:
             raise InvalidRequest(
                 f"the configuration has no [[cycle]] for {disk} of {vm}", vm=vm, disk=disk
             )
+        return await self._engine.shielded(self._take(cycle, key, fingerprint))
+
+    async def _take(self, cycle: Cycle, key: str | None, fingerprint: str) -> Round:
         async with self._engine.keyed(key, fingerprint) as known:
             if known is not None:
                 return await self.round(known)

@@ -76,6 +76,8 @@ class Engine:
         self._news: dict[str, set[asyncio.Event]] = {}
         self._keys: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._taking: set[asyncio.Future[Any]] = set()
+        self._naming = asyncio.Lock()
+        self._leaving: set[str] = set()
         self.stopping = False
         self.recovered = False
         self.orphans: dict[str, dict[str, str]] = {}
@@ -177,7 +179,7 @@ class Engine:
     def vm(self, name: str) -> VM:
         """The VM of that name; raises `VMNotFound`."""
         vm = self.registry.vms.get(name)
-        if vm is None:
+        if vm is None or name in self._leaving:
             raise VMNotFound(
                 f"no VM is called '{name}'; GET /v1/vms lists those that are known", vm=name
             )
@@ -185,39 +187,53 @@ class Engine:
 
     async def add_vm(self, name: str, qmp: str, connect: Any) -> VM:
         """Make a VM known for good; raises `JobConflict` for a name that is taken."""
-        known = self.registry.vms.get(name)
-        if known is not None:
-            if (known.qmp, known.connect) == (qmp, connect):
-                return known
-            raise JobConflict(
-                f"a VM called '{name}' is known already, at {known.qmp}; remove it first", vm=name
-            )
-        spec = json.dumps({"qmp": qmp, "connect": connect})
-        sql = "INSERT OR REPLACE INTO vms (name, spec) VALUES (?, ?)"
-        await self.journal.write(Statement(sql, (name, spec)))
-        return self.registry.vms.get(name) or self.registry.add(name, qmp, connect, "api")
+        return await self.shielded(self._add_vm(name, qmp, connect))
+
+    async def _add_vm(self, name: str, qmp: str, connect: Any) -> VM:
+        async with self._naming:
+            self._check_stopping()
+            known = self.registry.vms.get(name)
+            if known is not None:
+                if (known.qmp, known.connect) == (qmp, connect):
+                    return known
+                raise JobConflict(
+                    f"a VM called '{name}' is known already, at {known.qmp}; remove it first",
+                    vm=name,
+                )
+            spec = json.dumps({"qmp": qmp, "connect": connect})
+            sql = "INSERT OR REPLACE INTO vms (name, spec) VALUES (?, ?)"
+            await self.journal.write(Statement(sql, (name, spec)))
+            return self.registry.vms.get(name) or self.registry.add(name, qmp, connect, "api")
 
     async def remove_vm(self, name: str) -> None:
         """Forget a VM; raises `VMNotFound`, or `JobConflict` while it has commits."""
-        vm = self.vm(name)
-        busy = [promise.id for promise in self.live.values() if promise.vm == name]
-        for story in self.stories:
-            busy += story.busy(name)
-        if busy:
-            raise JobConflict(
-                f"{name} has commits that have not ended ({', '.join(busy)}); wait for them, or"
-                " abort them",
-                vm=name,
-            )
-        if vm.origin == "config":
-            raise JobConflict(f"{name} is in the configuration; remove it there", vm=name)
-        if vm.origin == "discovered":
-            raise JobConflict(
-                f"{name} was found by its socket {vm.qmp}; it goes when the socket does", vm=name
-            )
-        await self.journal.write(Statement("DELETE FROM vms WHERE name = ?", (name,)))
-        if name in self.registry.vms:
-            await self.registry.remove(name)
+        await self.shielded(self._remove_vm(name))
+
+    async def _remove_vm(self, name: str) -> None:
+        async with self._naming:
+            vm = self.vm(name)
+            busy = [promise.id for promise in self.live.values() if promise.vm == name]
+            for story in self.stories:
+                busy += story.busy(name)
+            if busy:
+                raise JobConflict(
+                    f"{name} has commits that have not ended ({', '.join(busy)}); wait for them, or"
+                    " abort them",
+                    vm=name,
+                )
+            if vm.origin == "config":
+                raise JobConflict(f"{name} is in the configuration; remove it there", vm=name)
+            if vm.origin == "discovered":
+                raise JobConflict(
+                    f"{name} was found by its socket {vm.qmp}; it goes when the socket does",
+                    vm=name,
+                )
+            self._leaving.add(name)  # nothing is promised for it any more
+            try:
+                await self.journal.write(Statement("DELETE FROM vms WHERE name = ?", (name,)))
+                await self.registry.remove(name)
+            finally:
+                self._leaving.discard(name)
 
     async def _on_up(self, vm: VM) -> None:
         """Just connected: whatever of ours holds a guest is resolved before anything else."""
@@ -239,13 +255,14 @@ class Engine:
             and job.get("type") == "commit"
         }
         self.orphans[vm.name] = orphans
-        self.metrics.orphans.labels(vm.name).set(len(orphans))
         for name, status in orphans.items():
             self.log.warning("orphan_job", vm=vm.name, job=name, status=status)
 
     def _on_change(self, vm: VM, what: str) -> None:
         if what == "lost":
             self.metrics.reconnects.inc()
+        if what == "removed":
+            self.orphans.pop(vm.name, None)
         self.log.info(f"vm_{what}", vm=vm.name)
         data = {"vm": vm.name, "state": vm.state, "change": what}
         self.journal.write_soon(events=[event("vm", vm.name, None, json.dumps(data))])
@@ -310,6 +327,7 @@ class Engine:
         async with self.registry.use(vm, wait=1.0) as session:
             await self.keeper.prepare(promise, session)
         self._check_room(request)  # others may have come meanwhile
+        self.vm(vm_name)  # and it may have been removed
         if any(p.vm == vm_name and p.job_id == promise.job_id for p in self.live.values()):
             raise JobConflict(
                 f"a commit with the job id {promise.job_id} has not ended yet", vm=vm_name
@@ -333,6 +351,8 @@ class Engine:
         events: Sequence[Event],
     ) -> None:
         """Write the promises of something else, with its row and its key; raises `JournalFull`."""
+        for promise in promises:
+            self.vm(promise.vm)  # it may have been removed meanwhile
         statements = [*beside, *(promise.insertion() for promise in promises)]
         self.live.update((promise.id, promise) for promise in promises)
         try:
@@ -359,14 +379,17 @@ class Engine:
 
     def check_room(self) -> None:
         """Raises `QueueFull` or `JournalFull` where nothing new can be promised."""
-        if self.stopping:
-            raise QueueFull("the daemon is stopping; ask the next one")
+        self._check_stopping()
         if self.journal.full:
             self._look_for_room()
             raise JournalFull(
                 f"the disk under the journal {self.journal.path} is full: no new commit can be"
                 " promised. Make room; running commits go on"
             )
+
+    def _check_stopping(self) -> None:
+        if self.stopping:
+            raise QueueFull("the daemon is stopping; ask the next one")
 
     def _look_for_room(self) -> None:
         """Whether there is room again is found by trying, not by refusing for ever."""
@@ -405,7 +428,7 @@ class Engine:
         if promise.state == "queued":
             if action != "abort":
                 raise NotReady(f"commit {commit_id} waits in the queue still", **where)
-            await self._cancel(promise)
+            await self.shielded(self._cancel(promise))
             return promise
         if action != "abort" and promise.ready is not None:
             await self._found_again(promise)
@@ -422,12 +445,15 @@ class Engine:
             objection = phases.objection(job.state, Choice(action))
             if objection is not None:
                 self._orders(job)[action]()  # which says why not
+        await self.shielded(self._carry_out(promise, action))
+        return promise
+
+    async def _carry_out(self, promise: Promise, action: str) -> None:
         await promise.decide(action)
         job = promise.job  # it may have begun while that was written
         if job is not None:
             with suppress(NotReady, JobConflict):  # it has moved on meanwhile
                 self._orders(job)[action]()
-        return promise
 
     async def _found_again(self, promise: Promise) -> None:
         """One that was READY for a former daemon, or before its monitor was lost, is looked for."""
@@ -442,7 +468,9 @@ class Engine:
 
     async def _cancel(self, promise: Promise) -> None:
         """A queued one: nothing was sent."""
-        self.scheduler.remove(promise.id)
+        if not self.scheduler.remove(promise.id):
+            await promise.over.wait()  # another request cancels it
+            return
         if promise.task is not None:
             await stop(promise.task)
         await promise.end("cancelled")
@@ -540,6 +568,9 @@ class Engine:
             self.metrics.jobs.labels(promise.phase or promise.state).inc()
         for vm in self.registry.vms.values():
             self.metrics.vms.labels(vm.state).inc()
+        self.metrics.orphans.clear()
+        for name, found in self.orphans.items():
+            self.metrics.orphans.labels(name).set(len(found))
         for story in self.stories:
             story.gauge()
         self.metrics.journal_full.set(self.journal.full)

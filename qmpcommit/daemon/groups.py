@@ -286,6 +286,10 @@ class Groups:
             if group.commit is None:
                 raise NotReady(f"the group {group_id} is not READY; it goes on, ask again")
             group.commit.check_ready()
+        await self._engine.shielded(self._carry_out(group, action))
+        return group
+
+    async def _carry_out(self, group: Group, action: str) -> None:
         await group.decide(action)
         commit = group.commit
         if action == "abort":
@@ -295,7 +299,6 @@ class Groups:
         elif commit is not None:
             with suppress(NotReady, JobConflict):  # it has moved on meanwhile
                 (commit.pivot if action == "pivot" else commit.keep)()
-        return group
 
     # -- running ----------------------------------------------------------------------------------
 

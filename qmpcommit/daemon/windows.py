@@ -116,16 +116,7 @@ class Windows:
 
         Raises what `open_window` raises, and what `Engine.keyed` and `Engine.check_room` do.
         """
-        async with self._engine.keyed(key, fingerprint) as known:
-            if known is not None:
-                window = await self.get(known)
-            else:
-                self._engine.check_room()
-                for vm in request.disks:
-                    self._engine.vm(vm)
-                window = LeasedWindow.new(request, self._engine.journal)
-                window.state = "opening"
-                await self._promise(window, *key_row(key, fingerprint, window.id))
+        window, again = await self._engine.shielded(self._take(request, key, fingerprint))
         await window.opened.wait()
         if window.failure is not None:
             raise window.failure
@@ -133,7 +124,21 @@ class Windows:
             window.undo and not window.ended
         ):  # which it is for the next daemon
             raise QueueFull("the daemon is stopping; ask the next one")
-        return window, known is not None
+        return window, again
+
+    async def _take(
+        self, request: WindowRequest, key: str | None, fingerprint: str
+    ) -> tuple[LeasedWindow, bool]:
+        async with self._engine.keyed(key, fingerprint) as known:
+            if known is not None:
+                return await self.get(known), True
+            self._engine.check_room()
+            for vm in request.disks:
+                self._engine.vm(vm)
+            window = LeasedWindow.new(request, self._engine.journal)
+            window.state = "opening"
+            await self._promise(window, *key_row(key, fingerprint, window.id))
+            return window, False
 
     async def _promise(self, window: LeasedWindow, *beside: Statement) -> None:
         self.live[window.id] = window
@@ -163,6 +168,9 @@ class Windows:
 
     async def renew(self, window_id: str, seconds: float | None) -> LeasedWindow:
         """Its lease ends so many seconds from now; raises `JobConflict` where it is too late."""
+        return await self._engine.shielded(self._renew(window_id, seconds))
+
+    async def _renew(self, window_id: str, seconds: float | None) -> LeasedWindow:
         window = await self.get(window_id)
         async with window.lock:
             if window.state not in ("opening", "open"):
@@ -176,6 +184,9 @@ class Windows:
 
     async def close(self, window_id: str) -> LeasedWindow:
         """Have it closed, which is durable when this returns; an orphan too."""
+        return await self._engine.shielded(self._close(window_id))
+
+    async def _close(self, window_id: str) -> LeasedWindow:
         try:
             window = await self.get(window_id)
         except WindowNotFound:
