@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from qmpcommit import __version__
+from qmpcommit.cli.commands import COMMANDS, STATUSES
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import (
@@ -50,21 +51,6 @@ _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
     (CommitNotFound, NOT_FOUND),
     (NotReady, NOT_READY),
 )
-
-COMMANDS = {
-    "chain": ("chain:chain", "The disks and their backing chains, drawn as a tree."),
-    "commit": ("commit:commit", "Commit a disk's overlay into its backing file, and decide."),
-    "jobs": ("jobs:jobs", "Block jobs, their phase and progress."),
-    "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
-    "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
-    "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
-    "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
-    "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
-    "flatten": ("window:flatten", "Bring a long chain down to few layers."),
-    "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
-    "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
-}
-"""Name, home in this package, and the line in the list of commands."""
 
 
 class Commands(click.Group):
@@ -103,26 +89,11 @@ class Commands(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-EPILOG = """\
-\b
-Exit status:
-  0    done as asked
-  1    failed, nothing lost
-  2    wrong usage; a missing policy is this
-  3    decided otherwise: an --only-if or --check failed, a hold ran out,
-       another client was first
-  4    VM, disk or job not found
-  5    a pivot or keep before READY
-  130  interrupted: the job is cancelled first; a second Ctrl-C leaves it
-       running and says how to take it up again
-"""
-
-
 @click.command(
     cls=Commands,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=EPILOG,
+    epilog=f"\b\n{STATUSES}",
 )
 @click.version_option(__version__, prog_name="qmpcommit", message="%(prog)s %(version)s")
 @click.option(

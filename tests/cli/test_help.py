@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from qmpcommit import __version__
-from qmpcommit.cli.main import COMMANDS
-from tests.cli.command import COMMAND, ENVIRONMENT, qmpcommit
+from qmpcommit.cli.commands import COMMANDS
+from tests.cli.command import COMMAND, ENVIRONMENT, ROOT, qmpcommit
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine
 
+ALONE = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from qmpcommit.__main__ import main; main()"
+)
 HEAVY = {"asyncio", "pydantic", "qemu.qmp", "rich", "structlog"}
 
 
@@ -56,6 +59,42 @@ async def test_a_quiet_commit_imports_no_pydantic_structlog_or_rich(folder: Path
 def test_version() -> None:
     said = qmpcommit("--version")
     assert (said.status, said.out, said.err) == (0, f"qmpcommit {__version__}\n", "")
+
+
+def alone(*words: str) -> subprocess.CompletedProcess[str]:
+    """The package with nothing else installed, not even what it needs."""
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ALONE, str(ROOT), *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_with_nothing_else_installed() -> None:
+    said = alone("--version")
+    assert (said.returncode, said.stdout, said.stderr) == (0, f"qmpcommit {__version__}\n", "")
+    for word in ("--help", "-h"):
+        said = alone(word)
+        assert (said.returncode, said.stderr) == (0, "")
+        assert all(f"  {name} " in said.stdout for name in COMMANDS)
+        assert "130" in said.stdout
+    said = alone("chain", "/nowhere", "--json")
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr == "qmpcommit: the package click is not installed: pip install qmpcommit\n"
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qmpcommit", "--version"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == qmpcommit("--version").out
 
 
 def test_the_list_of_commands() -> None:

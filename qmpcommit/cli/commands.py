@@ -1,0 +1,55 @@
+"""The commands and their exit statuses, for whoever asks what there is; imports nothing."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "chain": ("chain:chain", "The disks and their backing chains, drawn as a tree."),
+    "commit": ("commit:commit", "Commit a disk's overlay into its backing file, and decide."),
+    "jobs": ("jobs:jobs", "Block jobs, their phase and progress."),
+    "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
+    "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
+    "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
+    "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
+    "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
+    "flatten": ("window:flatten", "Bring a long chain down to few layers."),
+    "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
+    "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
+}
+"""Name, home in this package, and the line in the list of commands."""
+
+STATUSES = """\
+Exit status:
+  0    done as asked
+  1    failed, nothing lost
+  2    wrong usage; a missing policy is this
+  3    decided otherwise: an --only-if or --check failed, a hold ran out,
+       another client was first
+  4    VM, disk or job not found
+  5    a pivot or keep before READY
+  130  interrupted: the job is cancelled first; a second Ctrl-C leaves it
+       running and says how to take it up again
+"""
+
+WITHOUT = """\
+Usage: qmpcommit [OPTIONS] COMMAND [ARGS]...
+
+  Live block commit over QMP, both phases of it.
+
+Options:
+  --version   Show the version and exit.
+  -h, --help  Show this message and exit.
+
+Commands:
+{commands}
+
+{statuses}
+The package {missing} is not installed, so nothing but this can be said here:
+pip install qmpcommit
+"""
+
+
+def help_without(missing: str) -> str:
+    """What ``--help`` says where a package is missing that draws it better."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return WITHOUT.format(commands="\n".join(lines), statuses=STATUSES, missing=missing)
