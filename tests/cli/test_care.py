@@ -9,6 +9,7 @@ from tests.ground.images import MIB, assert_disk, create, make_chain
 from tests.ground.images import run as run_tool
 from tests.ground.machines import machine
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import runs
 
 
 async def test_delete_after_the_hook(folder: Path) -> None:
@@ -48,8 +49,8 @@ async def test_recycle(folder: Path) -> None:
         assert said.status == 0
         assert said.json["action"] == "recycle"
         assert said.json["active"]["filename"] == str(fresh)
-        assert 0 < said.json["guest_paused"] < 60
-        assert (await qemu.execute("query-status"))["running"]
+        assert said.json["guest_paused"] > 0
+        assert await runs(qemu)
         again = await run("commit", qemu.qmp, "vda", "--recycle", fresh)
         assert again.status == 2
         assert "exists already" in again.err

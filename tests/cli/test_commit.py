@@ -12,7 +12,7 @@ import pytest
 from tests.cli.command import end, on_a_terminal, run, run_out_of_time, start, taken
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
-from tests.ground.proxy import Hook, proxy
+from tests.ground.proxy import Strike, proxy
 
 BULK = 33 * MIB
 SLOW = ("--bandwidth", "1MiB")  # with BULK, READY is half a minute away
@@ -308,7 +308,7 @@ async def test_one_interrupt_cancels_the_job(phase: str, number: int, folder: Pa
 async def test_a_second_interrupt_leaves_the_job(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
-        between.to_qemu = holding("job-cancel")  # so that the first one can't be carried out
+        between.to_qemu = Strike("job-cancel", "hold")  # so that the first one can't be carried out
         process = await start("commit", between.path, "vda", "--hold", *SLOW)
         job = await job_of(qemu, "running")
         process.send_signal(signal.SIGINT)
@@ -327,16 +327,11 @@ async def test_a_second_interrupt_leaves_the_job(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
-def holding(command: str) -> Hook:
-    """What comes from this command on waits."""
-    return lambda message: "hold" if message.get("execute") == command else "pass"
-
-
 async def test_an_interrupt_after_the_decision_waits_for_it(folder: Path) -> None:
     """The pivot is ordered, and not yet done."""
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
-        between.to_qemu = holding("job-complete")
+        between.to_qemu = Strike("job-complete", "hold")
         process = await start("commit", between.path, "vda", "--pivot", "--json")
         async with asyncio.timeout(20):
             await between.held.wait()
@@ -402,7 +397,7 @@ async def test_the_timeout_of_a_pivot_leaves_the_job(folder: Path) -> None:
     async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
         await qemu.execute("block-commit", job_id="j", device="top", auto_finalize=False)
         await job_of(qemu, "ready")
-        between.to_qemu = lambda said: "drop" if said.get("execute") == "job-complete" else "pass"
+        between.to_qemu = Strike("job-complete", "drop")
         said = await run_out_of_time("pivot", between.path, "j")
         assert "Job j is left running" in said.error["message"]
         assert await job_of(qemu, "ready") == "j"

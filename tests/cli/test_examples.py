@@ -11,6 +11,7 @@ import pytest
 from tests.cli.command import ENVIRONMENT, ROOT, Said, end
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine
+from tests.ground.sessions import runs
 
 
 async def example(name: str, *words: str) -> Said:
@@ -83,7 +84,7 @@ async def test_quiesce(running: bool, folder: Path) -> None:
         assert (said.status, said.err) == (0, "")
         assert (" ms" if running else "it did not run") in said.out
         assert f"vda: writes to {chain.top} again" in said.out
-        assert (await qemu.execute("query-status"))["running"] is running
+        assert await runs(qemu) is running
         await qemu.quit()
     assert not overlay.exists()
     assert_disk(backup, chain.pictures[-1])

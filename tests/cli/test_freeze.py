@@ -10,6 +10,7 @@ import pytest
 from tests.cli.command import qmpcommit, run
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine
+from tests.ground.sessions import runs
 from tests.real.test_agent import fake_agent
 
 
@@ -40,7 +41,7 @@ async def test_a_group_over_two_vms_tells_for_how_long_each_guest_stood_still(
             assert asked.count("guest-fsfreeze-freeze") == 1
             assert asked[-2:] == ["guest-fsfreeze-thaw", "guest-fsfreeze-status"]
         for qemu in (one, two):
-            assert (await qemu.execute("query-status"))["running"]
+            assert await runs(qemu)
             await qemu.quit()
     for chain in chains:
         assert_disk(chain.base, chain.pictures[-1])
@@ -59,7 +60,7 @@ async def test_a_kept_round_tells_it_and_a_discard_freezes_nothing(
         assert said.json["kept"]["quiesced"] > 0
         assert said.json["kept"]["action"] == "recycle"
         overlay = Path(said.json["overlay"])
-        assert (await qemu.execute("query-status"))["running"]
+        assert await runs(qemu)
         frozen = ["guest-fsfreeze-freeze"] if freeze == "agent" else []
         assert [each for each in fake.asked if each == "guest-fsfreeze-freeze"] == frozen
         assert not fake.frozen

@@ -13,13 +13,8 @@ import pytest
 from qmpcommit.cli.disks import disk_pairs
 from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, run, start
 from tests.ground.daemons import many_disks
-from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.images import assert_disk, two_chains
 from tests.ground.machines import machine
-
-
-def two_chains(folder: Path, bulk: int = 0) -> tuple[Chain, Chain]:
-    first = make_chain(folder, bulk=bulk)
-    return first, make_chain(folder, names=("base2", "top2"), bulk=bulk)
 
 
 @pytest.mark.parametrize("decision", ["pivot", "keep-overlay"])

@@ -20,6 +20,7 @@ from tests.daemon.daemons import Daemon, daemon
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
+from tests.ground.sessions import runs
 
 NUMBERS = count()
 CYCLE = """
@@ -79,7 +80,7 @@ class Ground:
                 await asyncio.sleep(0.01)
         for name in ("web1", "web2"):
             assert await self.qemus[name].execute("query-jobs") == []
-            assert (await self.qemus[name].execute("query-status"))["running"]
+            assert await runs(self.qemus[name])
 
     async def _busy(self, host: qc.Client) -> bool:
         commits = [each for each in await host.commits() if each.id != self.held]

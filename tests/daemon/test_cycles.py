@@ -23,6 +23,7 @@ from tests.daemon.kill_sweep import killable
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.places import chosen, told
+from tests.ground.sessions import runs
 
 
 def config_of(vm: Machine, name: str = "web1", **members: str) -> str:
@@ -78,7 +79,7 @@ async def test_changes_that_deserve_it_go_into_the_base(folder: Path) -> None:
             "action"
         ] == "recycle"
         active, base = await layers(d)
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         (shown,) = (await d.get("/v1/cycles")).json
         metrics = (await d.get("/metrics")).body.decode()
         await vm.quit()
@@ -104,7 +105,7 @@ async def test_changes_that_do_not_are_thrown_away(folder: Path, delete: bool) -
         assert (ended["state"], ended["result"]) == ("done", "discarded")
         assert ended["warnings"] == []
         active, base = await layers(d)
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         (shown,) = (await d.get("/v1/cycles")).json
         await vm.quit()
     assert shown["last_kept"] is None
@@ -274,7 +275,7 @@ async def test_killed_at_every_step(
             assert ended["result"] == ("kept" if keep else "discarded")
             files = await layers(d, name)
             assert [str(path) for path in files] == [ended["overlay"], str(chain.base)]
-            assert (await vm.execute("query-status"))["running"], "the guest was left paused"
+            assert await runs(vm), "the guest was left paused"
             assert await vm.execute("query-jobs") == []
             nodes = await vm.execute("query-named-block-nodes", flat=True)
             assert "top" not in {node["node-name"] for node in nodes}

@@ -19,6 +19,7 @@ from tests.daemon.test_cycles import ask, end_of
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import chosen, told
+from tests.ground.sessions import runs
 
 SHAPES = {"one VM": (2,), "two VMs": (1, 1)}
 DISKS = ("vda", "vdb")
@@ -102,7 +103,7 @@ class Ground:
     async def at_rest(self) -> None:
         """No guest stands still, and no job is there."""
         for name, vm in self.vms.items():
-            assert (await vm.execute("query-status"))["running"], f"{name} was left paused"
+            assert await runs(vm), f"{name} was left paused"
             assert await vm.execute("query-jobs") == []
 
     async def layers(self, d: Daemon) -> list[list[Path]]:

@@ -23,7 +23,8 @@ from tests.daemon.test_groups import end_of, until
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import chosen, told
-from tests.ground.proxy import Hook, proxy
+from tests.ground.proxy import Hook, Strike, proxy
+from tests.ground.sessions import runs
 
 
 class Guest:
@@ -74,7 +75,7 @@ class Guest:
     async def recycled(self, *, running: bool = True) -> None:
         """Its disks are the fresh overlays, and nothing else of ours is left."""
         assert self.wrongs == []
-        assert (await self.execute("query-status"))["running"] is running
+        assert await runs(self) is running
         assert await self.execute("query-jobs") == []
         nodes = await self.execute("query-named-block-nodes", flat=True)
         bases = [str(chain.base) for chain in self.chains]
@@ -287,22 +288,14 @@ async def test_a_guest_goes_on_although_another_one_hangs(folder: Path) -> None:
 
 
 async def test_a_guest_goes_on_whose_monitor_is_lost_just_then(folder: Path) -> None:
-    cut: list[str] = []
-
-    def lose(message: dict[str, Any]) -> str:
-        if message.get("execute") != "cont" or cut:
-            return "pass"
-        cut.append("cont")
-        return "cut"
-
     async with guests(folder, 2) as vms, proxy(folder, vms[0].vm.qmp) as between:
-        between.to_qemu = lose
+        between.to_qemu = cut = Strike("cont", "cut", times=1)
         vms[0].vm.qmp = between.path
         async with daemon(folder) as d:
             await known(d, vms)
             ended = await end_of(d, await promised(d, vms))
             assert ended["outcome"]["action"] == "recycle", ended
-            assert cut
+            assert cut.met
             await vms[0].recycled()
             await vms[0].quit()
         vms[0].assert_disks()

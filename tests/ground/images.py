@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.ground.qemu import QEMU, Qemu
 
@@ -135,6 +136,11 @@ def make_chain(
         chain.pictures.append(picture.copy())
         below = path
     return chain
+
+
+def two_chains(folder: Path, **more: Any) -> tuple[Chain, Chain]:
+    """As `make_chain`, and a second one of ``base2`` and ``top2``."""
+    return make_chain(folder, **more), make_chain(folder, names=("base2", "top2"), **more)
 
 
 def read(path: Path, *, fmt: str = "qcow2", qemu: Qemu = QEMU) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,20 @@ REFUSAL = "refused by the proxy"
 def let_pass(message: dict[str, Any]) -> str:
     """The hook that does nothing."""
     return "pass"
+
+
+class Strike:
+    """A hook: a command meets its fate, the first `times` that it comes; `met` counts them."""
+
+    def __init__(self, command: str, fate: str, *, times: float = math.inf) -> None:
+        self.met = 0
+        self._command, self._fate, self._times = command, fate, times
+
+    def __call__(self, message: dict[str, Any]) -> str:
+        if message.get("execute") != self._command or self.met >= self._times:
+            return "pass"
+        self.met += 1
+        return self._fate
 
 
 class Proxy:

@@ -15,6 +15,7 @@ from tests.ground.images import MIB, Write, assert_disk, make_chain, write
 from tests.ground.machines import listening, machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.proxy import REFUSAL, proxy
+from tests.ground.sessions import runs
 
 
 def test_a_wrong_byte_is_seen(folder: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_socket_that_is_bound_does_not_listen_yet(folder: Path) -> None:
 async def test_a_machine_stops_goes_on_and_is_killed(folder: Path) -> None:
     chain = make_chain(folder)
     async with asyncio.timeout(60), machine(folder, chain, running=True) as vm:
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         vm.stop()
         asking = asyncio.create_task(vm.execute("query-status"))
         done, _ = await asyncio.wait({asking}, timeout=0.2)

@@ -25,8 +25,9 @@ from tests.ground.images import (
 )
 from tests.ground.machines import Style, machine, node_options, storage_daemon
 from tests.ground.nbd import Nbd, Writer
-from tests.ground.proxy import REFUSAL, proxy
+from tests.ground.proxy import REFUSAL, Strike, proxy
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import files
 
 BULK = 33 * MIB
 
@@ -204,9 +205,7 @@ async def test_a_pivot_after_which_nothing_can_be_closed_is_a_pivot(
 
     async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
         async with qc.Session.connect(between.path, patience=0.1) as vm:
-            between.to_qemu = lambda said: (
-                "refuse" if said.get("execute") == "blockdev-del" else "pass"
-            )
+            between.to_qemu = Strike("blockdev-del", "refuse")
             job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
             outcome = await job.wait()
         assert (outcome.action, outcome.deleted) == ("pivot", [])
@@ -379,8 +378,7 @@ async def test_a_recycled_overlay_is_empty_and_the_base_whole(
         assert (outcome.guest_paused is not None) is running
         assert outcome.deleted == [str(path) for path in reversed(chain.files[1:])]
         assert (await vm.query_status()).running is running
-        disk = await vm.disk("vda")
-        assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+        assert await files(vm) == [fresh, chain.base]
         assert (await vm.query_jobs()) == []
         again = folder / "again.qcow2"
         second = await (await vm.commit("vda", policy=qc.Recycle(str(again)))).wait()

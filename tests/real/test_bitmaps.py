@@ -14,7 +14,7 @@ from qmpcommit.commit import care
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read, run
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
-from tests.ground.proxy import REFUSAL, proxy
+from tests.ground.proxy import REFUSAL, Strike, proxy
 from tests.ground.qemu import QEMU
 
 GRAIN = 65536
@@ -227,7 +227,7 @@ async def test_bitmaps_that_can_not_be_carried_undo_the_pivot(
     picture = chain.pictures[-1]
     async with storage_daemon(folder, chain) as qemu:
         async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
-            between.to_qemu = lambda said: fate if said.get("execute") == "transaction" else "pass"
+            between.to_qemu = Strike("transaction", fate)
             await add_bitmap(vm, "top", "a")
             async with await Nbd.connect(qemu.nbd, "top") as nbd:
                 await write_some(nbd, picture, 33)
@@ -243,22 +243,15 @@ async def test_bitmaps_that_can_not_be_carried_undo_the_pivot(
 async def test_bitmaps_are_carried_although_the_first_answer_does_not_come(folder: Path) -> None:
     chain = make_chain(folder)
     picture = chain.pictures[-1]
-    lost: list[str] = []
-
-    def lose(said: dict[str, Any]) -> str:
-        if said.get("execute") != "transaction" or lost:
-            return "pass"
-        lost.append("transaction")
-        return "drop"
-
+    drop = Strike("transaction", "drop", times=1)
     async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
-        async with qc.Session.connect(between.path, command_timeout=0.5) as vm:
-            between.to_qemu = lose
+        async with qc.Session.connect(between.path, command_timeout=1) as vm:
+            between.to_qemu = drop
             await add_bitmap(vm, "top", "a")
             async with await Nbd.connect(qemu.nbd, "top") as nbd:
                 await write_some(nbd, picture, 33)
                 outcome = await (await vm.commit("top", policy=qc.Pivot())).wait()
-            assert (outcome.action, lost) == ("pivot", ["transaction"])
+            assert (outcome.action, drop.met) == ("pivot", 1)
             assert await marked(vm, "base") == {"a": GRAIN}
         await qemu.quit()
     assert_disk(chain.base, picture)

@@ -20,6 +20,7 @@ from qmpcommit.commit.plan import Request
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.images import MIB, Picture, assert_disk
 from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.sessions import runs
 
 NUMBERS = count()
 
@@ -243,7 +244,7 @@ async def at_rest(qemu: Machine, other: qc.Session) -> None:
     (disk,) = await other.disks()
     used = {node for node in (await other.graph()).nodes if node.startswith("qmpcommit-")}
     if disk.name == "vda":
-        assert (await other.execute("query-status"))["running"]
+        assert await runs(other)
     assert await other.windows() == []
     mine = {image.node_name for image in disk.chain if image.node_name.startswith("qmpcommit-")}
     assert used == mine | {node.removesuffix("-top") + "-file" for node in mine}

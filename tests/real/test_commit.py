@@ -17,6 +17,7 @@ from tests.ground.images import MIB, Chain, assert_disk, create, make_chain, rea
 from tests.ground.machines import Machine, Style, machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import files
 
 BULK = 33 * MIB
 SLOW = "1MiB"  # with BULK, READY is half a minute away
@@ -85,8 +86,7 @@ async def test_pivot(kind: str, folder: Path) -> None:
         assert outcome.active.node_name == outcome.base.node_name
         assert outcome.invalidated == [str(path) for path in reversed(chain.files[1:])]
         assert outcome.warnings == []
-        again = await vm.disk("export0" if "daemon" in kind else "vda")
-        assert [image.filename for image in again.chain] == [str(chain.base)]
+        assert await files(vm, "export0" if "daemon" in kind else "vda") == [chain.base]
         await end(vm, qemu)
     assert_disk(chain.base, chain.pictures[-1])
 

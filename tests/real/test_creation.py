@@ -12,6 +12,7 @@ import qmpcommit as qc
 from tests.ground.images import make_chain
 from tests.ground.machines import machine
 from tests.ground.proxy import proxy
+from tests.ground.sessions import hurried
 
 
 async def create(vm: qc.Session, job: str, base: Path) -> None:
@@ -57,8 +58,7 @@ async def test_a_creation_that_does_not_end_is_told_of(
 ) -> None:
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
-        session = qc.Session.connect(between.path, command_timeout=0.3)
-        async with session as vm:
+        async with qc.Session.connect(between.path) as vm:
             execute = vm._execute
 
             async def jobs(command: str, *more: Any) -> Any:
@@ -68,7 +68,8 @@ async def test_a_creation_that_does_not_end_is_told_of(
 
             monkeypatch.setattr(vm, "_execute", jobs)
             before = between.sent.count("query-named-block-nodes")
-            with pytest.raises(qc.DeadlineExceeded, match=r"\(theirs\).*was not sent"):
+            never = pytest.raises(qc.DeadlineExceeded, match=r"\(theirs\).*was not sent")
+            with hurried(vm), never:
                 await vm.graph()
             assert between.sent.count("query-named-block-nodes") == before
             monkeypatch.undo()

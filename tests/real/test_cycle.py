@@ -13,13 +13,9 @@ from qmpcommit.commit import cycle as cycle_module
 from qmpcommit.commit.exchange import Exchange
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
+from tests.ground.sessions import files, runs
 
 YES, NO = ["true"], ["false"]
-
-
-async def chain_now(vm: qc.Session) -> list[Path]:
-    """The files of the disk, active layer first."""
-    return [Path(image.filename) for image in (await vm.disks())[0].chain]
 
 
 @pytest.mark.parametrize("style", ["blockdev", "drive"])
@@ -33,8 +29,8 @@ async def test_what_deserves_it_is_carried_into_the_base(folder: Path, style: An
         assert done.result == "kept"
         assert done.kept is not None
         assert done.kept.action == "recycle"
-        assert await chain_now(vm) == [Path(done.overlay), chain.base]
-        assert (await qemu.execute("query-status"))["running"]
+        assert await files(vm) == [Path(done.overlay), chain.base]
+        assert await runs(qemu)
         await qemu.quit()
     assert not chain.top.exists()
     assert_disk(chain.base, chain.pictures[-1])
@@ -54,8 +50,8 @@ async def test_what_does_not_is_thrown_away(folder: Path, style: Any, delete: bo
         assert done.discarded is not None
         assert (done.discarded.former, done.discarded.deleted) == (str(chain.top), delete)
         assert done.discarded.warnings == ()
-        assert await chain_now(vm) == [Path(done.overlay), chain.base]
-        assert (await qemu.execute("query-status"))["running"]
+        assert await files(vm) == [Path(done.overlay), chain.base]
+        assert await runs(qemu)
         await qemu.quit()
     assert chain.top.exists() is not delete
     assert_disk(chain.base, chain.pictures[0])
@@ -72,8 +68,8 @@ async def test_never_under_a_running_guest_without_a_word(folder: Path) -> None:
             await vm.discard("vda")
         with pytest.raises(qc.InvalidRequest, match="'reset' or"):
             await vm.discard("vda", guest="now")  # type: ignore[call-overload]
-        assert await chain_now(vm) == [chain.top, chain.base]
-        assert (await qemu.execute("query-status"))["running"]
+        assert await files(vm) == [chain.top, chain.base]
+        assert await runs(qemu)
         done = await vm.discard("vda", guest="stop")
         assert (await qemu.execute("query-status"))["status"] == "paused"
         again = await vm.discard("vda")  # it does not run now
@@ -109,7 +105,7 @@ async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> No
             await vm.cycle("vda", keep_if=["/no/such/program"])
         with pytest.raises(qc.CommitFailed, match="took longer"):
             await vm.cycle("vda", keep_if=["sleep", "60"], timeout=0.05)
-        assert await chain_now(vm) == [chain.top, chain.base]
+        assert await files(vm) == [chain.top, chain.base]
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
 
@@ -136,7 +132,7 @@ async def test_rounds_follow_each_other(folder: Path) -> None:
         assert results == ["kept", "discarded", "kept"]
         assert [ready.base.filename for ready in asked] == [str(chain.base)] * 3
         assert asked[1].top.filename != str(chain.top)
-        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        assert await files(vm) == [Path(done.overlay), chain.base]
         await qemu.quit()
     assert sorted(folder.glob("*.qcow2")) == sorted([chain.base, Path(done.overlay)])
     assert_disk(Path(done.overlay), chain.pictures[-1])
@@ -178,10 +174,10 @@ async def test_one_that_was_killed_is_finished_by_the_next(
             patch.setattr(Exchange, "back", asyncio.sleep)  # a killed process undoes nothing
             with pytest.raises(Killed):
                 await vm.discard("vda", guest="reset")
-        before = await chain_now(vm)
+        before = await files(vm)
         assert before[-1] == chain.base
         done = await vm.discard("vda", guest="reset")
-        assert await chain_now(vm) == [Path(done.overlay), chain.base]
+        assert await files(vm) == [Path(done.overlay), chain.base]
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[0])
     assert_disk(Path(done.overlay), chain.pictures[0])
@@ -209,8 +205,8 @@ async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(
         assert done.result == "discarded"
         assert done.discarded is not None
         assert done.discarded.former == str(chain.top)
-        assert await chain_now(vm) == [Path(done.overlay), chain.base]
-        assert (await qemu.execute("query-status"))["running"]
+        assert await files(vm) == [Path(done.overlay), chain.base]
+        assert await runs(qemu)
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[0])
     assert_disk(Path(done.overlay), chain.pictures[0])
@@ -234,11 +230,11 @@ async def test_an_overlay_whose_file_is_gone_is_not_taken_for_a_discards(
             patch.setattr(cycle_module, "_no_note", note)
             with pytest.raises(Killed):
                 await vm.discard("vda", guest="reset")
-        laid = (await chain_now(vm))[0]
+        laid = (await files(vm))[0]
         laid.unlink()
         done = await vm.discard("vda", guest="reset")
         assert done.former == str(laid)
-        assert await chain_now(vm) == [Path(done.overlay), chain.top, chain.base]
+        assert await files(vm) == [Path(done.overlay), chain.top, chain.base]
         await qemu.quit()
     assert_disk(Path(done.overlay), chain.pictures[-1])
 
@@ -252,7 +248,7 @@ async def test_a_disk_with_a_job_has_no_round(folder: Path) -> None:
             with pytest.raises(qc.JobConflict, match=r"block job \(qmpcommit-theirs\)"):
                 await do
         await job.abort()
-        assert await chain_now(vm) == [chain.top, chain.base]
+        assert await files(vm) == [chain.top, chain.base]
         await vm.close()
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
@@ -264,7 +260,7 @@ async def test_the_next_overlay_may_be_named(folder: Path) -> None:
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         done = await vm.discard("vda", overlay=named)
         assert done.overlay == str(named)
-        assert await chain_now(vm) == [named, chain.base]
+        assert await files(vm) == [named, chain.base]
         await vm.close()
         await qemu.quit()
     assert_disk(named, chain.pictures[0])

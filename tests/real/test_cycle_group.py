@@ -18,6 +18,7 @@ from qmpcommit.commit import exchange as exchange_module
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
+from tests.ground.sessions import files, runs
 
 YES, NO = ["true"], ["false"]
 
@@ -58,12 +59,11 @@ class Ground:
 
     async def now(self) -> list[list[Path]]:
         """The files of the disks, active layer first."""
-        found = [await vm.disk(name) for vm, name in self.disks]
-        return [[Path(image.filename) for image in disk.chain] for disk in found]
+        return [await files(vm, name) for vm, name in self.disks]
 
     async def run(self) -> list[bool]:
         """Whether the guests run."""
-        return [(await vm.execute("query-status"))["running"] for vm in self.vms.values()]
+        return [await runs(vm) for vm in self.vms.values()]
 
     async def as_before(self) -> None:
         """Nothing of it is left, and the guests run on the disks that they had."""
@@ -196,7 +196,7 @@ async def test_where_a_qemu_dies_the_other_goes_on_as_before(folder: Path) -> No
         assert [(await one.disk(name)).chain[0].filename for name in ("vda", "vdb")] == [
             str(chain.top) for chain in g.chains[:2]
         ]
-        assert (await one.execute("query-status"))["running"]
+        assert await runs(one)
         await g.qemus["one"].quit()
     for chain in g.chains:
         assert_disk(chain.top, chain.pictures[-1])
@@ -220,7 +220,7 @@ async def test_where_a_qemu_dies_after_the_exchange_the_other_goes_on(
         with pytest.raises((qc.MonitorLost, qc.VMGone)):
             await qc.discard(g.disks, guest="reset", delete=True)
         (other,) = {"one", "two"} - {dies}
-        assert (await g.vms[other].execute("query-status"))["running"]
+        assert await runs(g.vms[other])
         assert g.sent.count((other, "system_reset")) == 1
         left = [(vm, name) for vm, name in g.disks if vm is g.vms[other]]
         fresh = [Path((await vm.disk(name)).chain[0].filename) for vm, name in left]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,13 @@ from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
 from qmpcommit.commit.plan import Request
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine, storage_daemon
-from tests.ground.proxy import Proxy, proxy
+from tests.ground.proxy import Proxy, Strike, let_pass, proxy
+from tests.ground.sessions import files, lost, time_to_go_too_far
 from tests.real.test_job import Door, held_by, nothing_runs
 
 Message = dict[str, Any]
-
-
-def times(count: int, command: str, fate: str) -> Callable[[Message], str]:
-    """The first so many of a command meet their fate, all else passes."""
-    left = [fate] * count
-
-    def hook(message: Message) -> str:
-        return left.pop() if message.get("execute") == command and left else "pass"
-
-    return hook
 
 
 @pytest.fixture
@@ -46,7 +37,7 @@ async def test_what_qemu_refuses_to_tell_is_asked_again(folder: Path, hurried: N
         async with qc.Session.connect(between.path) as vm:
             job = await vm.commit("top", policy=qc.Hold())
             await job.ready()
-            between.to_qemu = times(3, "query-jobs", "refuse")
+            between.to_qemu = Strike("query-jobs", "refuse", times=3)
             await job.pivot()
             assert (await job.wait()).action == "pivot"
             await nothing_runs(vm)
@@ -62,7 +53,7 @@ async def test_what_it_never_tells_is_the_error_in_its_own_words(
         async with qc.Session.connect(between.path) as vm:
             job = await vm.commit("top", policy=qc.Hold())
             await job.ready()
-            between.to_qemu = times(10_000, "query-jobs", "refuse")
+            between.to_qemu = Strike("query-jobs", "refuse")
             await job.pivot()
             with pytest.raises(qc.CommandRefused, match="QEMU refused query-jobs"):
                 await job.wait()
@@ -79,13 +70,13 @@ async def test_a_monitor_that_breaks_whenever_it_is_asked_is_lost(folder: Path) 
             job = await vm.commit("top", policy=qc.Hold())
             await job.ready()
             before = len(between.sent)
-            between.to_qemu = times(10_000, "query-jobs", "cut")
+            between.to_qemu = Strike("query-jobs", "cut")
             await between.cut()
             with pytest.raises(qc.MonitorLost, match="broke each time before it answered") as lost:
                 await job.wait()
             assert "may be running in QEMU still" in str(lost.value)
             assert 0 < between.sent[before:].count("qmp_capabilities") < 15
-            between.to_qemu = times(0, "", "")
+            between.to_qemu = let_pass
             await (await vm.adopt(job.id, policy=qc.Pivot())).wait()
             await nothing_runs(vm)
         await qemu.quit()
@@ -98,7 +89,7 @@ async def test_a_line_that_breaks_while_the_guest_is_paused_undoes_the_recycle(
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
     async with machine(folder, chain, running=True) as qemu, proxy(folder, qemu.qmp) as between:
         async with qc.Session.connect(between.path) as vm:
-            between.to_qemu = times(1, "stop", "cut after")
+            between.to_qemu = Strike("stop", "cut after", times=1)
             job = await vm.commit("vda", policy=qc.Recycle(str(fresh)))
             with pytest.raises(qc.CommitFailed, match="the monitor was lost meanwhile"):
                 await job.wait()
@@ -119,9 +110,7 @@ async def test_a_commit_is_taken_up_while_its_monitor_is_away(folder: Path) -> N
             await before.ready()
             await before.detach()
             await between.refuse()
-            async with asyncio.timeout(20):
-                while vm.connected:
-                    await asyncio.sleep(0)
+            await lost(vm)
             job = await vm.resume(before.plan, Resumed(before.state))
             await between.open()
             async with asyncio.timeout(20):
@@ -139,9 +128,7 @@ async def test_what_is_sent_first_brings_the_monitor_back(folder: Path) -> None:
         async with qc.Session.connect(between.path) as vm:
             job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
             await between.refuse()
-            async with asyncio.timeout(20):
-                while vm.connected:
-                    await asyncio.sleep(0)
+            await lost(vm)
             await between.open()
             assert (await (await vm.launch(job)).wait()).action == "pivot"
             await nothing_runs(vm)
@@ -156,9 +143,7 @@ async def test_a_commit_is_not_looked_for_in_a_qemu_that_has_come_instead(folder
         before = await vm.commit("top", policy=qc.Hold())
         await before.ready()
         await before.detach()
-    async with asyncio.timeout(20):
-        while vm.connected:
-            await asyncio.sleep(0)
+    await lost(vm)
     async with storage_daemon(folder, chain):
         job = await vm.resume(before.plan, Resumed(before.state))
         with pytest.raises(qc.VMGone, match="Nothing was pivoted"):
@@ -231,7 +216,7 @@ async def test_what_follows_the_end_waits_at_the_gate(folder: Path) -> None:
             with vm.events("BLOCK_JOB_COMPLETED") as ended:
                 job = await vm.commit("top", policy=qc.Pivot(), delete=True)
                 await anext(ended)
-            await asyncio.wait({asyncio.ensure_future(job.wait())}, timeout=0.1)
+            await time_to_go_too_far(qemu)
             assert not job.done
             assert chain.top.exists()
             vm.gate.release()
@@ -250,7 +235,7 @@ async def room(stall: qc.Stall) -> None:
 
 
 async def test_it_is_found_among_the_jobs_of_other_disks(folder: Path) -> None:
-    chains = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    chains = two_chains(folder)
     async with machine(folder, *chains) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             stalling: Any = {"policy": qc.Hold(), "on_error": "stop", "on_stall": room}
@@ -318,8 +303,7 @@ async def test_a_layer_is_merged_although_another_client_merges_its_base_too(fol
                     await anext(ended)
             outcome = await job.wait()
             assert (outcome.status, outcome.action) == ("completed", "none")
-            (disk,) = await vm.disks()
-            assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
+            assert await files(vm) == [chain.top, chain.base]
             await nothing_runs(vm)
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])

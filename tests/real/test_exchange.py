@@ -18,7 +18,8 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, Style, machine, storage_daemon
-from tests.ground.proxy import proxy
+from tests.ground.proxy import Strike, proxy
+from tests.ground.sessions import files, runs
 
 
 class Notes:
@@ -64,11 +65,8 @@ async def test_the_disk_starts_again_from_its_base(folder: Path, style: Style) -
             async with asyncio.timeout(30):
                 async for _ in resets.raw():
                     break
-        (disk,) = await session.disks()
-        assert [image.filename for image in disk.chain] == [
-            str(path) for path in (fresh, chain.files[1], chain.base)
-        ]
-        assert (await vm.execute("query-status"))["running"]
+        assert await files(session) == [fresh, chain.files[1], chain.base]
+        assert await runs(vm)
         await vm.quit()
     assert not chain.top.exists()
     assert_disk(chain.files[1], chain.pictures[1])
@@ -126,7 +124,7 @@ async def test_a_file_that_is_there_is_not_overwritten(folder: Path) -> None:
     ):
         with pytest.raises(qc.CommitFailed, match="exists already"):
             await exchange(session, await plan_of(session), fresh, Notes())
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         await vm.quit()
     assert fresh.read_text() == "precious"
     assert_disk(chain.top, chain.pictures[-1])
@@ -151,9 +149,8 @@ async def test_what_qemu_refuses_changes_nothing(folder: Path, refused: str) -> 
     ):
         with pytest.raises((qc.CommitFailed, CommandRefused)):
             await exchange(session, await plan_of(session), fresh, Notes())
-        (disk,) = await session.disks()
-        assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
-        assert (await vm.execute("query-status"))["running"]
+        assert await files(session) == [chain.top, chain.base]
+        assert await runs(vm)
         await vm.quit()
     assert not fresh.exists()
     assert_disk(chain.top, chain.pictures[-1])
@@ -177,11 +174,10 @@ async def test_another_process_goes_on_from_any_step(folder: Path, step: str) ->
             made = Exchange(session, plan, str(fresh), guest="reset", note=after.note, file=file,
                             noted=notes.noted)  # fmt: skip
             assert await made.run() == []
-            (disk,) = await session.disks()
-            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+            assert await files(session) == [fresh, chain.base]
             nodes = (await session.graph()).nodes
         assert "top" not in nodes
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         assert await vm.execute("query-jobs") == []
         await vm.quit()
     assert not chain.top.exists()
@@ -217,9 +213,8 @@ async def test_what_was_done_before_its_last_note_is_not_done_again(folder: Path
             # A guest that finds nothing to boot resets itself, however often.
             assert [each async for each in heard.raw() if not each.get("guest")] == []
             assert again.steps[-1] == "exchanged"
-            (disk,) = await session.disks()
-            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
-        assert (await vm.execute("query-status"))["running"]
+            assert await files(session) == [fresh, chain.base]
+        assert await runs(vm)
         await vm.quit()
     assert_disk(fresh, chain.pictures[0])
 
@@ -242,7 +237,7 @@ async def test_what_others_do_to_the_disk_meanwhile_is_seen_first(other: str, fo
             await exchange(session, plan, folder / "fresh.qcow2", Notes())
         if other == "a job":
             await job.abort()
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         await session.close()
         await vm.quit()
     assert not (folder / "fresh.qcow2").exists()
@@ -274,8 +269,7 @@ async def test_a_qemu_that_knows_only_the_older_command_is_asked_with_that(folde
     async with machine(folder, chain) as vm, Older.connect(vm.qmp) as session:
         assert await exchange(session, await plan_of(session), fresh, Notes()) == []
         assert asked == ["x-blockdev-reopen"]
-        (disk,) = await session.disks()
-        assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
+        assert await files(session) == [fresh, chain.base]
         await session.close()
         await vm.quit()
     assert_disk(fresh, chain.pictures[0])
@@ -298,9 +292,8 @@ async def test_what_qemu_has_is_believed_and_not_what_it_answers(folder: Path) -
     ):
         with pytest.raises(qc.CommitFailed, match="although QEMU took all commands"):
             await exchange(session, await plan_of(session), fresh, Notes())
-        (disk,) = await session.disks()
-        assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
-        assert (await vm.execute("query-status"))["running"]
+        assert await files(session) == [chain.top, chain.base]
+        assert await runs(vm)
         await session.close()
         await vm.quit()
     assert not fresh.exists()
@@ -351,11 +344,10 @@ async def killed_at(step: str, qmp: str, fresh: Path) -> tuple[Plan, dict[str, A
 
 
 async def as_before(session: qc.Session, qemu: Machine, chain: Chain, fresh: Path) -> None:
-    (disk,) = await session.disks()
-    assert [image.filename for image in disk.chain] == [str(chain.top), str(chain.base)]
+    assert await files(session) == [chain.top, chain.base]
     assert not [name for name in (await session.graph()).nodes if name.startswith("qmpcommit-")]
     assert await session.execute("query-jobs") == []
-    assert (await session.execute("query-status"))["running"]
+    assert await runs(session)
     await session.close()
     await qemu.quit()
     assert not fresh.exists()
@@ -371,9 +363,8 @@ async def test_after_the_decision_another_process_carries_it_out(folder: Path, s
         async with qc.Session.connect(qemu.qmp) as session:
             over = again(session, plan, fresh, {"step": "exchanged"})
             assert await complete([over, again(session, plan, fresh, noted)]) == [[], []]
-            (disk,) = await session.disks()
-            assert [image.filename for image in disk.chain] == [str(fresh), str(chain.base)]
-            assert (await session.execute("query-status"))["running"]
+            assert await files(session) == [fresh, chain.base]
+            assert await runs(session)
             assert await session.execute("query-jobs") == []
         await qemu.quit()
     assert_disk(fresh, chain.pictures[0])
@@ -429,15 +420,11 @@ async def test_a_reset_that_qemu_refuses_is_told_when_all_is_exchanged(folder: P
     chain = make_chain(folder)
     async with machine(folder, chain, running=True) as qemu, proxy(folder, qemu.qmp) as between:
         async with qc.Session.connect(between.path) as vm:
-            between.to_qemu = lambda message: (
-                "refuse" if message.get("execute") == "system_reset" else "pass"
-            )
+            between.to_qemu = Strike("system_reset", "refuse")
             with pytest.raises(qc.CommandRefused, match="system_reset"):
                 await vm.discard("vda", guest="reset")
-            (disk,) = await vm.disks()
-            assert disk.active is not None
-            fresh = disk.active.filename
-            assert [image.filename for image in disk.chain[1:]] == [str(chain.base)]
+            fresh, *below = await files(vm)
+            assert below == [chain.base]
         await qemu.quit()
-    assert_disk(Path(fresh), chain.pictures[0])
+    assert_disk(fresh, chain.pictures[0])
     assert_disk(chain.top, chain.pictures[-1])

@@ -26,6 +26,7 @@ from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.nbd import Nbd
 from tests.ground.places import some
 from tests.ground.proxy import proxy
+from tests.ground.sessions import runs
 
 AT_ONCE = 6
 LIMIT = 60.0
@@ -245,7 +246,7 @@ class Run:
                 await self.guest.goes_on()
                 await self.guest.end()
             else:
-                self.paused = not (await vm.execute("query-status"))["running"]
+                self.paused = not await runs(vm)
         await qemu.quit()
 
     # -- the verdict ------------------------------------------------------------------------------

@@ -12,16 +12,10 @@ import pytest
 import qmpcommit as qc
 from tests.ground.counter import Counter, shown
 from tests.ground.daemons import many_disks
-from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain
+from tests.ground.images import MIB, Chain, Picture, assert_disk, create, two_chains
 from tests.ground.machines import Machine, machine
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.qemu import QEMU
-
-
-def two_chains(folder: Path, **more: Any) -> tuple[Chain, Chain]:
-    """``base <- top`` and ``base2 <- top2``."""
-    first = make_chain(folder, **more)
-    return first, make_chain(folder, names=("base2", "top2"), **more)
 
 
 @pytest.mark.parametrize("policy", [qc.Pivot(), qc.Keep()], ids=lambda p: p.kind)
@@ -56,7 +50,7 @@ async def test_two_vms_by_their_addresses(folder: Path) -> None:
         many_disks(folder / "b", chains[1]) as two,
     ):
         members = [(one.qmp, "top"), (two.qmp, "top2")]
-        outcome = await qc.commit_group(members, policy=qc.Pivot(), hold_limit=1)
+        outcome = await qc.commit_group(members, policy=qc.Pivot(), hold_limit=20)
         assert outcome.action == "pivot"
         assert [each.vm for each in outcome.outcomes] == [one.qmp, two.qmp]
         await one.quit()

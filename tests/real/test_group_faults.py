@@ -15,18 +15,13 @@ import pytest
 import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT, run
 from tests.ground.daemons import many_disks
-from tests.ground.images import MIB, Chain, assert_disk, make_chain
+from tests.ground.images import MIB, Chain, assert_disk, two_chains
 from tests.ground.machines import Machine
 from tests.ground.nbd import Nbd
-from tests.ground.proxy import let_pass, proxy
+from tests.ground.proxy import Strike, let_pass, proxy
+from tests.ground.sessions import lost
 
 TWO = ["top", "top2"]
-
-
-def two_chains(folder: Path, **more: Any) -> tuple[Chain, Chain]:
-    """``base <- top`` and ``base2 <- top2``."""
-    first = make_chain(folder, **more)
-    return first, make_chain(folder, names=("base2", "top2"), **more)
 
 
 async def active(vm: qc.Session, *disks: str) -> list[str]:
@@ -200,8 +195,7 @@ async def test_a_qemu_that_dies_after_the_decision_is_told(policy: Any, folder: 
             assert [job.rsplit(".")[-1] for job in jobs] == ["1of2", "2of2"]
             two.signal(signal.SIGKILL)
             await between.refuse()
-            while vm2.connected:
-                await asyncio.sleep(0.001)
+            await lost(vm2)
 
         with pytest.raises(qc.GroupSplit) as split:
             await qc.commit_group(members, policy=policy, on_decision=decided)
@@ -246,17 +240,9 @@ async def test_a_finalize_whose_reply_is_lost_with_its_qemu(folder: Path) -> Non
 async def test_a_monitor_that_is_lost_after_the_decision_comes_back(folder: Path) -> None:
     chains = two_chains(folder)
     async with two_daemons(folder, chains) as (one, two, between, members):
-        cut: list[str] = []
-
-        def lose(message: dict[str, Any]) -> str:
-            if message.get("execute") != "job-finalize" or cut:
-                return "pass"
-            cut.append("once")
-            return "cut"
-
-        between.to_qemu = lose
+        between.to_qemu = cut = Strike("job-finalize", "cut", times=1)
         outcome = await qc.commit_group(members, policy=qc.Pivot())
-        assert (outcome.action, cut) == ("pivot", ["once"])
+        assert (outcome.action, cut.met) == ("pivot", 1)
         for vm, _ in members:
             await vm.close()
         await one.quit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,9 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit import freeze_marks, group_freeze
 from tests.ground.images import assert_disk, make_chain
-from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.machines import machine, storage_daemon
+from tests.ground.proxy import Strike, let_pass
+from tests.ground.sessions import runs, time_to_go_too_far
 from tests.real.test_agent import FakeAgent, fake_agent
 from tests.real.test_window_group import LIMIT, Two, two
 
@@ -44,23 +45,6 @@ def steps_of(here: Two) -> list[tuple[int, str]]:
 def hear(said: list[tuple[int, str]], number: int, command: str) -> None:
     """What an agent was asked for."""
     said.append((number, command))
-
-
-def refuse(command: str, *, times: int = 1) -> Callable[[dict[str, Any]], str]:
-    """A hook that has QEMU refuse this command."""
-    left = [times]
-
-    def fate(message: dict[str, Any]) -> str:
-        if message.get("execute") != command or not left[0]:
-            return "pass"
-        left[0] -= 1
-        return "refuse"
-
-    return fate
-
-
-async def runs(qemu: Machine) -> bool:
-    return bool((await qemu.execute("query-status"))["running"])
 
 
 async def unmarked(vm: qc.Session) -> bool:
@@ -94,8 +78,7 @@ async def test_all_guests_stand_still_from_ready_until_their_own_disks_have_ende
         group = qc.GroupCommit(here.disks, policy=policy, freeze="pause", on_decision=held)
         going = asyncio.create_task(group.run())
         await late.held.wait()
-        for _ in range(20):  # the other one's time to go too far
-            await here.vms[0].execute("query-status")
+        await time_to_go_too_far(here.vms[0])
         assert group.state.stage == "freezing"
         late.to_client = passing
         late.release()
@@ -193,7 +176,7 @@ async def none_pivoted(here: Two) -> None:
 async def test_one_guest_that_can_not_be_paused_has_nothing_committed(folder: Path) -> None:
     async with two(folder) as here, asyncio.timeout(LIMIT):
         said = steps_of(here)
-        here.between[1].to_qemu = refuse("stop")
+        here.between[1].to_qemu = Strike("stop", "refuse", times=1)
         with pytest.raises(qc.GroupFailed, match=r"vda of two: its guest could not be") as caught:
             await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
         assert "refused by the proxy" in caught.value.message
@@ -208,17 +191,13 @@ async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
     monkeypatch.setattr(group_freeze, "LIMIT", 0.3)
     async with two(folder) as here, asyncio.timeout(LIMIT):
         late = here.between[1]
-
-        def hold(message: dict[str, Any]) -> str:
-            return "hold" if message.get("execute") == "stop" else "pass"
-
-        late.to_qemu = hold
+        late.to_qemu = Strike("stop", "hold")
         group = qc.GroupCommit(here.disks, policy=qc.Pivot(), freeze="pause")
         going = asyncio.create_task(group.run())
         await late.held.wait()
         while group.state.stage != "cancelling":
             await asyncio.sleep(0)
-        late.to_qemu = lambda message: "pass"
+        late.to_qemu = let_pass
         late.release()
         with pytest.raises(qc.GroupFailed, match="vda of two: its guest could not be"):
             await going
@@ -272,24 +251,15 @@ async def test_a_monitor_that_is_lost_while_they_stand_still(folder: Path, step:
         with pytest.raises(qc.GroupFailed, match="two"):
             await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
         assert cut == [True]
-        broken.to_qemu = broken.to_client = lambda message: "pass"
+        broken.to_qemu = broken.to_client = let_pass
         await none_pivoted(here)
 
 
 async def test_a_qemu_that_dies_while_they_stand_still_lets_the_other_go_on(folder: Path) -> None:
     async with two(folder) as here, asyncio.timeout(LIMIT):
-        ends: list[asyncio.Task[None]] = []
-
-        def die(message: dict[str, Any]) -> str:
-            if message.get("execute") == "stop":
-                ends.append(asyncio.create_task(here.die(1)))
-                return "drop"
-            return "pass"
-
-        here.between[1].to_qemu = die
-        with pytest.raises(qc.GroupFailed):
-            await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
-        await ends[0]
+        async with here.dying(1, "stop"):
+            with pytest.raises(qc.GroupFailed):
+                await qc.commit_group(here.disks, policy=qc.Pivot(), freeze="pause")
         assert await unmarked(here.vms[0])
         await here.untouched(0)
     assert_disk(here.chains[1].top, here.chains[1].pictures[-1])
@@ -375,8 +345,7 @@ async def test_a_recycled_guest_is_frozen_before_its_pause_and_thawed_when_it_go
         paused.to_qemu = late
         going = asyncio.create_task(qc.commit_group(members, freeze="agent", agents=agents))
         await paused.held.wait()
-        for _ in range(20):  # its time to be asked too early
-            await here.vms[1].execute("query-status")
+        await time_to_go_too_far(here.vms[1])
         assert (0, "guest-fsfreeze-thaw") not in said, "no guest answers that is paused"
         paused.to_qemu = passing
         paused.release()
@@ -424,7 +393,7 @@ async def test_an_agent_thaws_although_the_monitor_is_away(
             await asyncio.sleep(0.01)
         assert not going.done()
         await ends[0]
-        away.to_qemu = lambda message: "pass"
+        away.to_qemu = let_pass
         await away.open()
         with pytest.raises(qc.GroupFailed, match="monitor was lost"):
             await going

@@ -14,9 +14,10 @@ import qmpcommit as qc
 from qmpcommit.commit import freeze_marks
 from tests.cli.command import ENVIRONMENT
 from tests.cli.command import run as qmpcommit
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import assert_disk, two_chains
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
+from tests.ground.sessions import runs
 from tests.real.test_agent import fake_agent
 
 pytestmark = pytest.mark.timeout(900)
@@ -52,7 +53,7 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
     folder: Path, freeze: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(freeze_marks, "GRACE", 0.0)
-    chains = [make_chain(folder), make_chain(folder, names=("base2", "top2"))]
+    chains = two_chains(folder)
     seen: list[str] = []
     stood = 0
     async with machine(folder, *chains, running=True) as qemu, fake_agent(folder) as fake:
@@ -64,7 +65,7 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
             assert status in (0, -signal.SIGKILL)
             seen.append(places[-1])
             async with qc.Session.connect(qemu.qmp) as vm:
-                running = bool((await vm.execute("query-status"))["running"])
+                running = await runs(vm)
                 still = bool(fake.frozen) if freeze == "agent" else not running
                 stood += still
                 marks = await freeze_marks.marks(vm)
@@ -75,7 +76,7 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
                     await again
                 except qc.JobConflict:
                     assert await vm.execute("query-jobs")
-                assert (await vm.execute("query-status"))["running"]
+                assert await runs(vm)
                 assert not fake.frozen
                 assert await freeze_marks.marks(vm) == []
                 await resolved(vm)
@@ -94,7 +95,7 @@ async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(
     folder: Path, recycled: bool
 ) -> None:
     fresh = str(folder / "fresh.qcow2") if recycled else ""
-    chains = [make_chain(folder), make_chain(folder, names=("base2", "top2"))]
+    chains = two_chains(folder)
     async with machine(folder, *chains, running=True) as qemu:
         place, places = 0, [""]
         while places[-1] != "after stop":
@@ -125,7 +126,7 @@ async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(
         assert (await qemu.execute("query-status"))["status"] == "paused"
         closed = await qmpcommit("window", "--close", qemu.qmp)
         assert closed.status == 0, closed.err
-        assert (await qemu.execute("query-status"))["running"]
+        assert await runs(qemu)
         for job in await qemu.execute("query-jobs"):
             assert (await qmpcommit("abort", qemu.qmp, job["id"])).status == 0
         again = await qmpcommit("commit", qemu.qmp, "vda", "vdb", "--pivot", "--freeze", "pause")

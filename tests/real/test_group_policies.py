@@ -12,10 +12,11 @@ import pytest
 
 import qmpcommit as qc
 from tests.ground.daemons import many_disks
-from tests.ground.images import MIB, Chain, assert_disk, make_chain
+from tests.ground.images import MIB, assert_disk, make_chain, two_chains
 from tests.ground.machines import machine
 from tests.ground.nbd import Nbd
-from tests.ground.proxy import let_pass, proxy
+from tests.ground.proxy import Strike, let_pass, proxy
+from tests.ground.sessions import lost, runs
 
 TWO = ["top", "top2"]
 
@@ -123,7 +124,7 @@ async def test_another_client_that_decides_for_one_of_them(folder: Path) -> None
 @pytest.mark.parametrize("how", ["pivots", "keeps"])
 async def test_another_client_that_ends_one_of_them_too_splits_it(how: str, folder: Path) -> None:
     """Held back from us until it was final, so that nothing can be cancelled any more."""
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     async with (
         many_disks(folder / "a", *chains) as qemu,
         proxy(folder, qemu.qmp) as between,
@@ -169,12 +170,11 @@ def can_be_decided(group: qc.GroupCommit) -> bool:
 
 
 async def test_a_decision_stands_while_a_monitor_is_away(folder: Path) -> None:
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
 
     async def policy(ready: qc.Ready) -> qc.Keep:
         await between.refuse()
-        while vm.connected:
-            await asyncio.sleep(0.001)
+        await lost(vm)
         return qc.Keep()
 
     async with (
@@ -237,7 +237,7 @@ async def test_who_runs_it_is_called_when_all_are_ready(folder: Path) -> None:
 
 async def test_an_address_that_is_given_twice_is_connected_once(folder: Path) -> None:
     """QEMU serves one client at a time."""
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     async with many_disks(folder / "a", *chains) as qemu:
         outcome = await qc.commit_group([(qemu.qmp, disk) for disk in TWO], policy=qc.Keep())
         assert [each.vm for each in outcome.outcomes] == [qemu.qmp, qemu.qmp]
@@ -312,8 +312,7 @@ async def test_how_the_disks_of_a_group_can_be_named(folder: Path) -> None:
 
 
 async def test_one_that_qemu_refuses_cancels_the_others(folder: Path) -> None:
-    first = make_chain(folder)
-    second = make_chain(folder, names=("base2", "top2"))
+    first, second = two_chains(folder)
     extra = ["-blockdev", f"driver=file,node-name=f2,filename={second.base},read-only=on",
              "-blockdev", "driver=qcow2,node-name=base2,file=f2,read-only=on",
              "-blockdev", f"driver=qcow2,node-name=top2,file.driver=file,"
@@ -331,7 +330,7 @@ async def test_one_that_qemu_refuses_cancels_the_others(folder: Path) -> None:
 
 async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> None:
     """One pause for all, which ends when the last of the fresh overlays lies."""
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     fresh = [folder / "fresh.qcow2", folder / "fresh2.qcow2"]
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await vm.execute("cont")
@@ -347,7 +346,7 @@ async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> N
             assert each.active.filename == str(path)
             assert each.guest_paused is not None
             assert each.guest_paused > 0
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         assert await vm.execute("query-jobs") == []
         await vm.close()
         await qemu.quit()
@@ -358,7 +357,7 @@ async def test_disks_of_a_running_guest_are_recycled_together(folder: Path) -> N
 
 @pytest.mark.parametrize("daemon", [False, True])
 async def test_a_guest_that_does_not_run_is_not_let_go(daemon: bool, folder: Path) -> None:
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     fresh = [folder / "fresh.qcow2", folder / "fresh2.qcow2"]
     there = many_disks(folder / "a", *chains, exports=False) if daemon else machine(folder, *chains)
     disks = TWO if daemon else ["vda", "vdb"]
@@ -385,13 +384,13 @@ async def test_a_guest_that_can_not_be_let_go_is_told(folder: Path) -> None:
         proxy(folder, qemu.qmp) as between,
         qc.Session.connect(between.path, name="web1") as vm,
     ):
-        between.to_qemu = lambda message: "refuse" if message.get("execute") == "cont" else "pass"
+        between.to_qemu = Strike("cont", "refuse")
         outcome = await vm.commit_group({"vda": qc.Recycle(str(fresh))})
         assert outcome.action == "recycle"
         (warning,) = outcome.warnings
         assert "guest of web1 may be paused still" in warning
         assert "refused by the proxy" in warning
-        assert not (await qemu.execute("query-status"))["running"]
+        assert not await runs(qemu)
         await vm.close()
         await qemu.quit()
     assert_disk(fresh, chain.pictures[-1])
@@ -405,7 +404,7 @@ class Notes:
         self._vm, self._fails = vm, fails
 
     async def note(self, step: str, state: Any = None, **facts: Any) -> None:
-        running = (await self._vm.execute("query-status"))["running"]
+        running = await runs(self._vm)
         self.steps.append((step, running))
         if step == self._fails:
             raise OSError("the journal is full")
@@ -416,7 +415,7 @@ class Notes:
 
 @pytest.mark.parametrize("fails", ["", "stop", "cont"])
 async def test_the_pause_of_recycles_is_noted_for_each_around_it(folder: Path, fails: str) -> None:
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await vm.execute("cont")
         notes = [Notes(vm), Notes(vm, fails)]
@@ -435,7 +434,7 @@ async def test_the_pause_of_recycles_is_noted_for_each_around_it(folder: Path, f
                 assert steps.index("thaw") < steps.index("cont")
                 assert ("stop", True) in ledger.steps
                 assert ("cont", True) in ledger.steps
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         assert await vm.execute("query-jobs") == []
         await vm.close()
         await qemu.quit()
@@ -445,7 +444,7 @@ async def test_the_pause_of_recycles_is_noted_for_each_around_it(folder: Path, f
 
 
 async def test_a_guest_goes_on_after_a_group_of_recycles_that_failed(folder: Path) -> None:
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await vm.execute("cont")
 
@@ -457,7 +456,7 @@ async def test_a_guest_goes_on_after_a_group_of_recycles_that_failed(folder: Pat
                 {"vda": qc.Recycle(str(folder / "f1")), "vdb": qc.Recycle(str(folder / "f2"))},
                 on_decision=full,
             )
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         assert await vm.execute("query-jobs") == []
         await vm.close()
         await qemu.quit()
@@ -466,8 +465,7 @@ async def test_a_guest_goes_on_after_a_group_of_recycles_that_failed(folder: Pat
 
 
 async def test_a_deadline_cancels_all(folder: Path) -> None:
-    first = make_chain(folder, bulk=33 * MIB)
-    chains: tuple[Chain, ...] = (first, make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder, bulk=33 * MIB)
     async with many_disks(folder / "a", *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         with pytest.raises(qc.DeadlineExceeded, match="cancelled"):
             await vm.commit_group(TWO, policy=qc.Pivot(), bandwidth=MIB, timeout=0.5)
@@ -480,7 +478,7 @@ async def test_a_deadline_cancels_all(folder: Path) -> None:
 
 async def test_a_write_waits_for_the_end_of_the_hold(folder: Path) -> None:
     """What is written while all are held is in no base, and is on the disk afterwards."""
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     written: list[asyncio.Task[None]] = []
     async with many_disks(folder / "a", *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         nbd = await Nbd.connect(qemu.nbd, "top")

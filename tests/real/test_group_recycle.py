@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine
-from tests.ground.proxy import proxy
+from tests.ground.proxy import Strike, proxy
 
 
 async def test_two_disks_can_not_have_one_fresh_overlay(folder: Path) -> None:
-    chains = (make_chain(folder), make_chain(folder, names=("base2", "top2")))
+    chains = two_chains(folder)
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         same = {"vda": qc.Recycle("fresh"), "vdb": qc.Recycle(str(folder / "." / "fresh"))}
         with pytest.raises(qc.InvalidRequest, match="each needs its own overlay"):
@@ -31,14 +30,6 @@ async def test_a_guest_is_not_paused_for_longer_than_disks_are_held(folder: Path
         place.mkdir()
     chains = [make_chain(place) for place in places]
     fresh = [place / "fresh.qcow2" for place in places]
-    dropped: list[str] = []
-
-    def lose(message: dict[str, Any]) -> str:
-        if message.get("execute") != "stop":
-            return "pass"
-        dropped.append("stop")
-        return "drop"
-
     async with (
         machine(places[0], chains[0], running=True) as one,
         machine(places[1], chains[1], running=True) as two,
@@ -46,14 +37,14 @@ async def test_a_guest_is_not_paused_for_longer_than_disks_are_held(folder: Path
         qc.Session.connect(one.qmp) as first,
         qc.Session.connect(between.path) as second,
     ):
-        between.to_qemu = lose
+        between.to_qemu = dropped = Strike("stop", "drop")
         with first.events("STOP", "RESUME") as heard:
             members = [(first, "vda", qc.Recycle(str(fresh[0]))),
                        (second, "vda", qc.Recycle(str(fresh[1])))]  # fmt: skip
             async with asyncio.timeout(20):  # and not the 30 s that a command may take
                 with pytest.raises(qc.GroupFailed, match=r"within 0\.5 s of the guests' pause"):
                     await qc.GroupCommit(members, hold_limit=0.5).run()
-        assert dropped
+        assert dropped.met
         assert [event.name async for event in heard] == ["STOP", "RESUME"]
         for vm in (first, second):
             assert (await vm.query_status()).running

@@ -19,6 +19,7 @@ from tests.ground.fake_monitor import GREETING, FakeMonitor, Refusal, fake_monit
 from tests.ground.images import MIB, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy
+from tests.ground.sessions import hurried
 
 BULK = 33 * MIB
 
@@ -373,14 +374,15 @@ async def test_a_monitor_that_another_client_takes_meanwhile(folder: Path) -> No
     async with (
         machine(folder, chain) as qemu,
         proxy(folder, qemu.qmp) as between,
-        qc.Session.connect(between.path, timeout=0.2, patience=0.5) as vm,
+        qc.Session.connect(between.path) as vm,
     ):
         job = await vm.commit("vda", policy=qc.Hold())
         await job.ready()
         await between.refuse()
         async with qc.Session.connect(qemu.qmp):
             await between.open()
-            with pytest.raises(qc.MonitorLost, match="may be running") as error:
+            lost = pytest.raises(qc.MonitorLost, match="may be running")
+            with hurried(vm, patience=0.5), lost as error:
                 await job.wait()
             assert error.value.job_id == job.id
 
@@ -420,14 +422,15 @@ async def test_a_shared_client_that_stays_away(folder: Path) -> None:
 async def test_a_qemu_that_hangs_is_given_up_in_time(folder: Path) -> None:
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu:
-        async with qc.Session.connect(qemu.qmp, timeout=0.3, command_timeout=0.3, patience=1) as vm:
+        async with qc.Session.connect(qemu.qmp) as vm:
             job = await vm.commit("vda", policy=qc.Hold())
             await job.ready()
-            qemu.signal(signal.SIGSTOP)
-            await job.pivot()
-            with pytest.raises(qc.MonitorLost):
-                await job.wait()
-            qemu.signal(signal.SIGCONT)
+            with hurried(vm, patience=1):
+                qemu.stop()
+                await job.pivot()
+                with pytest.raises(qc.MonitorLost):
+                    await job.wait()
+            qemu.cont()
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
 

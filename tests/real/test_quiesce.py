@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,7 @@ import qmpcommit as qc
 from qmpcommit.commit import quiesce
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
-
-
-async def runs(qemu: Machine) -> bool:
-    return bool((await qemu.execute("query-status"))["running"])
+from tests.ground.sessions import hurried, runs
 
 
 class Notebook:
@@ -210,21 +209,34 @@ async def test_what_has_no_meaning_is_refused(folder: Path) -> None:
             assert not quiet.held
 
 
+@contextmanager
+def hangs(qemu: Machine, vm: qc.Session) -> Iterator[None]:
+    """In the block QEMU does not answer."""
+    qemu.stop()
+    try:
+        with hurried(vm):
+            yield
+    finally:
+        qemu.cont()
+
+
+@contextmanager
+def no_patience() -> Iterator[None]:
+    """In the block a thaw is tried once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+        yield
+
+
 async def test_a_guest_that_can_not_be_thawed_is_told_with_what_to_do(folder: Path) -> None:
-    async with (
-        machine(folder, make_chain(folder)) as qemu,
-        qc.Session.connect(qemu.qmp, command_timeout=0.5) as vm,
-    ):
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
         await qemu.execute("stop")
         with pytest.raises(qc.InvalidRequest, match="socket of the guest agent"):
             await qc.thaw(vm, "agent")
-        qemu.signal(signal.SIGSTOP)
-        try:
-            with pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont") as error:
-                await qc.thaw(vm, "pause", patience=0)
-        finally:
-            qemu.signal(signal.SIGCONT)
+        not_thawed = pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont")
+        with hangs(qemu, vm), not_thawed as error:
+            await qc.thaw(vm, "pause", patience=0)
         assert error.value.how == "pause"
         await qc.thaw(vm, "pause")
         assert await runs(qemu)
@@ -232,10 +244,7 @@ async def test_a_guest_that_can_not_be_thawed_is_told_with_what_to_do(folder: Pa
 
 async def test_a_body_that_was_cancelled_stays_so_where_its_thaw_fails(folder: Path) -> None:
     """What ended the body is the news; what the thaw met is a note on it."""
-    async with (
-        machine(folder, make_chain(folder)) as qemu,
-        qc.Session.connect(qemu.qmp, command_timeout=0.5) as vm,
-    ):
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
         inside = asyncio.Event()
 
@@ -244,18 +253,12 @@ async def test_a_body_that_was_cancelled_stays_so_where_its_thaw_fails(folder: P
                 inside.set()
                 await asyncio.Event().wait()
 
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
         task = asyncio.create_task(body())
         await inside.wait()
-        qemu.signal(signal.SIGSTOP)
-        try:
+        with hangs(qemu, vm), no_patience():
             task.cancel()
             with pytest.raises(asyncio.CancelledError) as error:
                 await task
-        finally:
-            qemu.signal(signal.SIGCONT)
-            monkey.undo()
         assert "may still be paused" in error.value.__notes__[0]
         await qc.thaw(vm, "pause")
         assert await runs(qemu)
@@ -274,30 +277,29 @@ async def test_a_monitor_that_does_not_answer_is_told_and_nothing_was_paused(
 ) -> None:
     async with (
         machine(folder, make_chain(folder), running=True) as qemu,
-        qc.Session.connect(qemu.qmp, command_timeout=0.3) as vm,
+        qc.Session.connect(qemu.qmp) as vm,
     ):
-        qemu.stop()
-        try:
-            with pytest.raises(qc.DeadlineExceeded, match="did not answer query-status"):
-                async with qc.quiesced(vm, "pause"):
-                    pytest.fail("it is quiesced")
-        finally:
-            qemu.cont()
+        not_asked = pytest.raises(qc.DeadlineExceeded, match="did not answer query-status")
+        with hangs(qemu, vm), not_asked:
+            async with qc.quiesced(vm, "pause"):
+                pytest.fail("it is quiesced")
         assert await runs(qemu)
 
 
-async def test_a_body_that_is_done_ends_in_the_thaw_that_failed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_body_that_is_done_ends_in_the_thaw_that_failed(folder: Path) -> None:
     async with (
         machine(folder, make_chain(folder), running=True) as qemu,
-        qc.Session.connect(qemu.qmp, command_timeout=0.3) as vm,
+        qc.Session.connect(qemu.qmp) as vm,
+        AsyncExitStack() as stack,
     ):
-        with monkeypatch.context() as patched:
-            patched.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
-            with pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont"):
-                async with qc.quiesced(vm, "pause"):
-                    qemu.stop()
-            qemu.cont()
+
+        async def body() -> None:
+            async with qc.quiesced(vm, "pause"):
+                stack.enter_context(no_patience())
+                stack.enter_context(hangs(qemu, vm))
+
+        with pytest.raises(qc.QuiesceFailed, match="may still be paused; send cont"):
+            await body()
+        await stack.aclose()
         await qc.thaw(vm, "pause")
         assert await runs(qemu)

@@ -18,8 +18,9 @@ from qmpcommit.commit.plan import WINDOW_MARK, Plan
 from qmpcommit.commit.recycle import FreshOverlay, Left, interrupted_recycles
 from tests.ground.images import Chain, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
-from tests.ground.proxy import proxy
+from tests.ground.proxy import Strike, proxy
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import files, lost
 
 
 @dataclass
@@ -54,7 +55,7 @@ async def killed_at(
         machine(folder, chain, running=running) as qemu,
         proxy(folder, qemu.qmp) as between,
     ):
-        between.to_qemu = lambda message: "refuse" if message.get("execute") == refused else "pass"
+        between.to_qemu = Strike(refused, "refuse")
         async with qc.Session.connect(between.path, patience=0.1) as vm:
             policy = qc.Recycle(str(fresh))
             job = await vm.commit("vda", policy=policy, delete=True, ledger=notes)
@@ -71,14 +72,13 @@ async def take_up(vm: qc.Session, notes: Notes, fresh: Path) -> qc.CommitJob:
     return await vm.resume(notes.plan, resumed)
 
 
-async def nothing_left(vm: qc.Session, *files: Path) -> None:
+async def nothing_left(vm: qc.Session, *expected: Path) -> None:
     """The guest runs, on these files, and nothing else of ours is there."""
     assert (await vm.query_status()).running
     assert await vm.execute("query-jobs") == []
-    (disk,) = await vm.disks()
-    assert [image.filename for image in disk.chain] == [str(path) for path in files]
+    assert await files(vm) == list(expected)
     ours = {name for name in (await vm.graph()).nodes if name.startswith("qmpcommit-")}
-    assert len(ours) == (2 if files[0].name.startswith("fresh") else 0), ours
+    assert len(ours) == (2 if expected[0].name.startswith("fresh") else 0), ours
 
 
 async def overlay_of(vm: qc.Session, fresh: Path) -> FreshOverlay:
@@ -147,12 +147,6 @@ async def test_a_guest_that_was_paused_goes_on_although_its_overlay_can_not_be_m
             await nothing_left(vm, chain.top, chain.base)
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
-
-
-async def lost(vm: qc.Session) -> None:
-    async with asyncio.timeout(20):
-        while vm.connected:
-            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("step", ["freeze", "stop"])
@@ -247,19 +241,12 @@ async def test_a_reply_that_is_lost_while_the_guest_stands_still(
     command: str, folder: Path
 ) -> None:
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
-    cut: list[str] = []
-
-    def lose(message: dict[str, Any]) -> str:
-        if message.get("execute") != command or cut:
-            return "pass"
-        cut.append(command)
-        return "cut after"
-
+    cut = Strike(command, "cut after", times=1)
     async with machine(folder, chain, running=True) as qemu:
         async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
-            between.to_qemu = lose
+            between.to_qemu = cut
             job = await vm.commit("vda", policy=qc.Recycle(str(fresh)))
-            assert ((await job.wait()).action, cut) == ("recycle", [command])
+            assert ((await job.wait()).action, cut.met) == ("recycle", 1)
             await nothing_left(vm, fresh, chain.base)
         await qemu.quit()
     assert_disk(fresh, chain.pictures[-1])

@@ -14,6 +14,7 @@ import qmpcommit as qc
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import storage_daemon
 from tests.ground.proxy import proxy
+from tests.ground.sessions import hurried
 
 
 @asynccontextmanager
@@ -58,7 +59,7 @@ async def test_a_qemu_that_hangs_is_waited_for_over_a_connection_that_is_not_our
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as qemu:
         async with connected(qemu.qmp) as client:
-            async with qc.Session.over(client, command_timeout=0.3) as vm:
+            async with qc.Session.over(client) as vm:
                 silent = asyncio.Event()
                 drop = vm.drop
 
@@ -69,10 +70,11 @@ async def test_a_qemu_that_hangs_is_waited_for_over_a_connection_that_is_not_our
                 monkeypatch.setattr(vm, "drop", noticed)
                 job = await vm.commit("top", policy=qc.Hold())
                 await job.ready()
-                qemu.stop()
-                job.pivot()
-                async with asyncio.timeout(20):
-                    await silent.wait()
+                with hurried(vm):
+                    qemu.stop()
+                    job.pivot()
+                    async with asyncio.timeout(20):
+                        await silent.wait()
                 assert client.runstate is Runstate.RUNNING
                 qemu.cont()
                 assert (await job.wait()).action == "pivot"

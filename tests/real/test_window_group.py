@@ -17,7 +17,8 @@ import qmpcommit as qc
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
-from tests.ground.proxy import Proxy, proxy
+from tests.ground.proxy import Proxy, Strike, proxy
+from tests.ground.sessions import runs, time_to_go_too_far
 
 STEPS = ("stop", "transaction", "cont")
 LIMIT = 30.0
@@ -57,11 +58,26 @@ class Two:
         self.qemus[number].kill()
         await self.between[number].refuse()
 
+    @asynccontextmanager
+    async def dying(self, number: int, command: str) -> AsyncIterator[None]:
+        """In the block this QEMU dies when it is sent this command."""
+        ends: list[asyncio.Task[None]] = []
+
+        def fate(message: dict[str, Any]) -> str:
+            if message.get("execute") != command:
+                return "pass"
+            ends.append(asyncio.create_task(self.die(number)))
+            return "drop"
+
+        self.between[number].to_qemu = fate
+        yield
+        await ends[0]
+
     async def nothing_left(self, number: int) -> None:
         """Its guest runs on the disk that it had."""
         vm = self.vms[number]
         assert [len(disk.chain) for disk in await vm.disks()] == [2]
-        assert (await vm.execute("query-status"))["running"]
+        assert await runs(vm)
         nodes = await vm.execute("query-named-block-nodes", flat=True)
         assert not [each for each in nodes if each["node-name"].startswith("qmpcommit-")]
         assert await vm.execute("query-jobs") == []
@@ -124,8 +140,7 @@ async def test_no_overlay_is_laid_before_all_stand_still_and_none_goes_on_before
         async def go_on() -> None:
             while True:
                 await late.held.wait()
-                for _ in range(20):  # the other one's time to go too far
-                    await here.vms[0].execute("query-status")
+                await time_to_go_too_far(here.vms[0])
                 late.release()
 
         going_on = asyncio.create_task(go_on())
@@ -176,15 +191,7 @@ async def test_one_vm_that_is_not_fit_leaves_nothing_on_the_other(folder: Path) 
 @pytest.mark.parametrize("step", ["stop", "transaction", "cont"])
 async def test_one_vm_that_refuses_leaves_nothing_on_the_other(folder: Path, step: str) -> None:
     async with two(folder) as here:
-        refused: list[str] = []
-
-        def refuse(message: dict[str, Any]) -> str:
-            if message.get("execute") == step and not refused:
-                refused.append(step)
-                return "refuse"
-            return "pass"
-
-        here.between[1].to_qemu = refuse
+        here.between[1].to_qemu = refused = Strike(step, "refuse", times=1)
         if step == "cont":  # a guest that could not be let go on is tried again
             async with qc.snapshot(here.disks):
                 pass
@@ -192,7 +199,7 @@ async def test_one_vm_that_refuses_leaves_nothing_on_the_other(folder: Path, ste
             with pytest.raises(qc.QmpCommitError, match="refused by the proxy"):
                 async with qc.snapshot(here.disks):
                     pytest.fail("it is open")
-        assert refused
+        assert refused.met
         await here.untouched(0, 1)
 
 
@@ -200,19 +207,10 @@ async def test_one_qemu_that_dies_while_it_opens_leaves_nothing_on_the_other(
     folder: Path,
 ) -> None:
     async with two(folder) as here, asyncio.timeout(LIMIT):
-        ends: list[asyncio.Task[None]] = []
-
-        def die(message: dict[str, Any]) -> str:
-            if message.get("execute") == "transaction":
-                ends.append(asyncio.create_task(here.die(1)))
-                return "drop"
-            return "pass"
-
-        here.between[1].to_qemu = die
-        with pytest.raises((qc.MonitorLost, qc.VMGone)):
-            async with qc.snapshot(here.disks):
-                pytest.fail("it is open")
-        await ends[0]
+        async with here.dying(1, "transaction"):
+            with pytest.raises((qc.MonitorLost, qc.VMGone)):
+                async with qc.snapshot(here.disks):
+                    pytest.fail("it is open")
         await here.untouched(0)
     assert_disk(here.chains[1].top, here.chains[1].pictures[-1])
 

@@ -14,8 +14,18 @@ import qmpcommit as qc
 from qmpcommit.commit import quiesce, window_remains
 from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.window_remains import remains_of
-from tests.ground.images import MIB, Chain, Write, assert_disk, create, make_chain, write
+from tests.ground.images import (
+    MIB,
+    Chain,
+    Write,
+    assert_disk,
+    create,
+    make_chain,
+    two_chains,
+    write,
+)
 from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.sessions import runs
 from tests.real.test_agent import fake_agent
 
 NUMBER = "0123abcd"
@@ -34,10 +44,6 @@ async def nodes(vm: qc.Session) -> list[str]:
     """Our nodes that are there."""
     found = await vm.execute("query-named-block-nodes", flat=True)
     return [each["node-name"] for each in found if each["node-name"].startswith("qmpcommit-")]
-
-
-async def runs(vm: qc.Session) -> bool:
-    return bool((await vm.execute("query-status"))["running"])
 
 
 @asynccontextmanager
@@ -161,7 +167,7 @@ async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
 async def test_what_can_not_be_undone_hides_neither_the_reason_nor_the_other_disks(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chains = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    chains = two_chains(folder)
     async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
         execute = vm.execute
 
@@ -332,7 +338,7 @@ async def test_an_overlay_that_was_pivoted_away_from_goes(folder: Path) -> None:
 
 async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Path) -> None:
     """It may hold the newest data, and can be plugged in again."""
-    chain, other = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    chain, other = two_chains(folder)
     async with machine(folder, chain, other, device="scsi-hd") as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             window = await qc.open_window(vm, ["vda"])

@@ -18,6 +18,7 @@ from tests.ground.cancelling import STEPS, ends_before, listeners, settle, small
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, storage_daemon
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import lost
 
 Call = Callable[[qc.Session, Machine], Awaitable[Any]]
 
@@ -97,8 +98,7 @@ async def _opened(qemu: Machine) -> None:
 async def _lost(qemu: Machine) -> None:
     async with qc.Session.connect(qemu.qmp) as vm:
         vm.drop()
-        while vm.connected:
-            await asyncio.sleep(0)
+        await lost(vm)
         await vm.restore()
         assert vm.connected
 

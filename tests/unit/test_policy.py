@@ -162,8 +162,11 @@ async def test_a_check_learns_what_it_is_about(tmp_path: Path) -> None:
 async def test_a_check_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"sleep 60 & echo $! $$ > {pids}; wait"
-    check = qc.Check(command=["sh", "-c", script], timeout=0.3)
-    assert (await settle(check, READY)).by == "check failed"
+    for seconds in (0.3, 3.0, 30.0):  # in which a busy machine may not even have begun it
+        check = qc.Check(command=["sh", "-c", script], timeout=seconds)
+        assert (await settle(check, READY)).by == "check failed"
+        if pids.exists() and pids.read_text():
+            break
     for pid in pids.read_text().split():
         assert await _ends(int(pid))
 
