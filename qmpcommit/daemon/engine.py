@@ -137,7 +137,6 @@ class Engine:
             story.start()
         if rows:
             self.log.info("recovered", commits=len(rows))
-        await self._prune()
 
     async def stop(self) -> None:
         """Hand over: no new work, jobs stay in QEMU as they are, and the next daemon goes on."""
@@ -162,17 +161,6 @@ class Engine:
             await stop(sharing)
         await self.registry.close()
         await self.journal.close()
-
-    async def _prune(self) -> None:
-        """Forget what ended long ago."""
-        before = time.time() - self.config.retain_days * 86400
-        with suppress(JournalFull):
-            await self.journal.write(
-                Statement("DELETE FROM commits WHERE ended < ?", (before,)),
-                Statement("DELETE FROM undertakings WHERE ended < ?", (before,)),
-                Statement("DELETE FROM events WHERE at < ?", (before,)),
-                Statement("DELETE FROM keys WHERE created < ?", (before,)),
-            )
 
     # -- VMs --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.forgetting import forget_old
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
@@ -123,6 +124,7 @@ async def _run(
     others = [
         asyncio.create_task(systemd.watch(), name="watchdog"),
         asyncio.create_task(_measure_lag(metrics), name="lag"),
+        asyncio.create_task(forget_old(config, journal), name="forgetting"),
     ]
     serving.add_done_callback(lambda task: ending.set())
     log.Log().info("serving", sockets=[str(sock.getsockname()) for sock in sockets])

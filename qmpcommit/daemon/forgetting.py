@@ -1,0 +1,46 @@
+"""What ended long ago is forgotten: at the start, and once an hour from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import suppress
+
+from qmpcommit.daemon.config import Config
+from qmpcommit.journal import Journal, JournalError, Statement
+
+HOUR = 3600.0
+"""Seconds between two times, where nothing is to be forgotten sooner."""
+
+# Of each base of a cycle the last commit is kept, for it tells whether the base is whole by itself.
+_COMMITS = """
+    DELETE FROM commits WHERE ended < ? AND rowid NOT IN (
+        SELECT rowid FROM (
+            SELECT rowid, max(ended) FROM commits
+            WHERE plan IS NOT NULL AND vm IN (SELECT value FROM json_each(?))
+            GROUP BY vm, json_extract(plan, '$.base.filename')
+        )
+    )
+"""
+_KEYS = """
+    DELETE FROM keys WHERE created < ?
+    AND commit_id NOT IN (SELECT id FROM commits)
+    AND commit_id NOT IN (SELECT id FROM undertakings)
+"""
+
+
+async def forget_old(config: Config, journal: Journal) -> None:
+    """Forget what ended more than `Config.retain_days` ago, again and again."""
+    retained = config.retain_days * 86400
+    cycled = json.dumps(sorted({vm for cycle in config.cycle for vm, _ in cycle.disks}))
+    while True:
+        before = time.time() - retained
+        with suppress(JournalError):  # it has no room: then another time
+            await journal.write(
+                Statement(_COMMITS, (before, cycled)),
+                Statement("DELETE FROM undertakings WHERE ended < ?", (before,)),
+                Statement("DELETE FROM events WHERE at < ?", (before,)),
+                Statement(_KEYS, (before,)),
+            )
+        await asyncio.sleep(min(HOUR, retained))
