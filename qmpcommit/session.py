@@ -327,6 +327,7 @@ class Session(Monitor):
         for what it needs: at READY the job waits for what it is told. `seen` is what `look` gave,
         where several are prepared at once.
         """
+        around.check()
         try:
             plan, graph = await self._plan(request, policy, seen)
         except JobConflict as conflict:

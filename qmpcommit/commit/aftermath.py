@@ -23,7 +23,7 @@ from qmpcommit.block.files import FileId, open_files
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
-from qmpcommit.errors import CommandRefused, QmpCommitError
+from qmpcommit.errors import CommandRefused, InvalidRequest, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -76,6 +76,16 @@ class Around(NamedTuple):
     ledger: Ledger | None = None
     barrier: Barrier | None = None
     gate: asyncio.Semaphore | None = None
+
+    def check(self) -> None:
+        """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
+        for name, hook in (("on_pivot", self.on_pivot), ("on_stall", self.on_stall)):
+            if hook is not None and not callable(hook):
+                raise InvalidRequest(f"{name} is an async callable, not {hook!r}")
+        if self.converge is not None and not hasattr(self.converge, "deadline"):
+            raise InvalidRequest(
+                f"converge is a Converge(...), as in Converge(deadline=60), not {self.converge!r}"
+            )
 
     def prepares(self, plan: Plan) -> bool:
         """Whether something has to be done in PENDING, before the job's end is made final."""

@@ -71,6 +71,15 @@ Decision: TypeAlias = Pivot | Keep | Abort | Recycle
 """What a policy comes to in the end."""
 
 
+def _check_decision(value: object, what: str) -> None:
+    """Refuse what could not be done at READY: the job would stay there for ever."""
+    if not isinstance(value, Decision):
+        raise InvalidRequest(
+            f"{what} is what is done in the end, Pivot(), Keep(), Abort() or Recycle(...), not"
+            f" {value!r}"
+        )
+
+
 @record
 class Hold(Record):
     """Stay READY until the caller (or another client) decides; after `timeout` s, `otherwise`."""
@@ -82,6 +91,7 @@ class Hold(Record):
     def __post_init__(self) -> None:
         if self.timeout is not None:
             parse_seconds(self.timeout, "hold's timeout")
+        _check_decision(self.otherwise, "Hold's otherwise")
 
 
 @record
@@ -102,6 +112,8 @@ class Check(Record):
     def __post_init__(self) -> None:
         object.__setattr__(self, "command", check_command(self.command, "Check"))
         parse_seconds(self.timeout, "check's timeout")
+        _check_decision(self.passed, "Check's passed")
+        _check_decision(self.failed, "Check's failed")
 
 
 AnyPolicy: TypeAlias = Pivot | Keep | Abort | Recycle | Hold | Check

@@ -591,6 +591,9 @@ async def test_refusals_send_nothing(folder: Path) -> None:
             (qc.InvalidRequest, "vda", {"policy": '{"kind": "privot"}'}),
             (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "only_if": "true"}),
             (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "job_id": "1bad"}),
+            (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "converge": 60}),
+            (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "on_pivot": ["true"]}),
+            (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "on_stall": "wait"}),
         ]
         with vm.events("JOB_STATUS_CHANGE") as changes:
             for kind, disk, options in cases:

@@ -135,6 +135,16 @@ def test_a_check_of_no_command_is_refused(command: Any) -> None:
         qc.Check(command=command)
 
 
+@pytest.mark.parametrize("later", [qc.Hold(), qc.Check(["true"]), "keep", {"kind": "keep"}, None])
+def test_what_is_done_in_the_end_is_no_policy_that_decides_later(later: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^Hold's otherwise is what is done in the end"):
+        qc.Hold(otherwise=later)
+    with pytest.raises(InvalidRequest, match=r"^Check's passed is"):
+        qc.Check(["true"], passed=later)
+    with pytest.raises(InvalidRequest, match=r"^Check's failed is"):
+        qc.Check(["true"], failed=later)
+
+
 async def test_a_check_decides_by_exit_status() -> None:
     check = qc.Check(command=["true"], passed=qc.Abort(), failed=qc.Keep())
     assert (await settle(check, READY)).decision == qc.Abort()
