@@ -46,6 +46,11 @@ class Care:
         """Seconds; None where no guest was paused."""
         return self._overlay.paused if self._overlay is not None else None
 
+    @property
+    def remark(self) -> str:
+        """Why a guest that a recycle paused was not let go on; empty where it was."""
+        return self._overlay.remark if self._overlay is not None else ""
+
     async def prepare(self, *, keeps: bool) -> Fact:
         """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.
 

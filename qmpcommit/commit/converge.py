@@ -21,6 +21,7 @@ from qmpcommit.block.throttle import RESTORE_TRIES, Throttle, obstacle
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.pace import Controller, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase
+from qmpcommit.commit.run_state import go_on
 from qmpcommit.errors import (
     CommandRefused,
     DeadlineExceeded,
@@ -224,8 +225,7 @@ class _Watch:
     async def _resume(self) -> None:
         """Let the guest run again, if it was stopped here and still is."""
         if self._stopped_at is not None:
-            if (await self._optional("query-status") or {}).get("status") == "paused":
-                await self._monitor.execute("cont")
+            await go_on(self._monitor)
             self._tell(paused=round(self._clock() - self._stopped_at, 3))
             self._stopped_at = None
             self._log.info("guest_resumed", seconds=self.report.paused)

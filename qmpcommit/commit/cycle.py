@@ -21,7 +21,7 @@ from qmpcommit.block.chain import Disk, Image, absolute, read_image
 from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.aftermath import identify, users
-from qmpcommit.commit.exchange import Exchange, Guest, exchange_all, runs
+from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.group import GroupCommit
 from qmpcommit.commit.group_members import GroupMember
@@ -32,6 +32,7 @@ from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot, Ready, Recycle, check_command, run_command
 from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.commit.run_state import runs
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds

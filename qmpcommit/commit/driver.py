@@ -522,6 +522,8 @@ class Driver:
         outcome = replace(outcome, guest_paused=self._care.paused, held=held)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
+        if self._care.remark:
+            outcome.warnings.append(self._care.remark)
         if self._care.unflushed is not None:
             outcome.warnings.append(
                 f"QEMU could not be made to flush {plan.base.filename} ({self._care.unflushed}):"

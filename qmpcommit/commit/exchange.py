@@ -27,6 +27,7 @@ from qmpcommit.commit.aftermath import close_layers, remove_file, users
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Abort, Pivot
 from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.commit.run_state import go_on, runs
 from qmpcommit.errors import (
     ChainError,
     CommandRefused,
@@ -167,8 +168,8 @@ class Exchange:
 
     async def go_on(self) -> None:
         """The guest goes on as before, after `back`."""
-        if self.running and not await runs(self.vm):
-            await self.vm.execute("cont")
+        if self.running:
+            await go_on(self.vm)
 
     async def forget(self) -> None:
         """Note that all of it is as before, and nothing is known of the guest any more."""
@@ -381,11 +382,6 @@ def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[Stuck]) 
         )
     kind = ChainError if isinstance(error, ChainError) else CommitFailed
     return kind(". But ".join([text, *(each.text for each in stuck)]), **where)
-
-
-async def runs(vm: Session) -> bool:
-    """Whether a guest runs; a storage daemon has none."""
-    return bool((await _status(vm) or {}).get("running"))
 
 
 async def _status(vm: Session) -> dict[str, object] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.commit.plan import JOB_PREFIX
 from qmpcommit.commit.quiesce import LIMIT, How, Sockets, thaw
+from qmpcommit.commit.run_state import runs
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None
     If this process is killed meanwhile, `thaw_marked` finds it. It stays where the guest could
     not be thawed.
     """
-    if how is None:
+    if how is None or (how == "pause" and not await runs(vm)):
         yield
         return
     try:
@@ -150,7 +151,7 @@ async def thaw_marked(
         if mark.how == "agent" and agent is None:
             left.append(mark)
             continue
-        await thaw(vm, mark.how, agent)
+        await thaw(vm, mark.how, agent, ran=True)  # else it had not been marked
         await vm.execute("blockdev-del", {"node-name": mark.node})
     return left
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from qmpcommit.commit.freeze_marks import set_mark, unmark
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.quiesce import NOTE_LIMIT
-from qmpcommit.errors import CommandRefused, QmpCommitError
+from qmpcommit.commit.run_state import go_on, runs
+from qmpcommit.errors import QmpCommitError
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Pauses:
 
     async def pause(self) -> None:
         """Pause those that run; raises what `Monitor.execute` and their ledgers raise."""
-        running = [vm for vm in self._recycles if await _runs(vm)]
+        running = [vm for vm in self._recycles if await runs(vm)]
         for vm in running:  # all of it before the first, for the paused don't wait for a ledger
             for job in self._recycles[vm]:
                 await job.note("stop")
@@ -76,7 +77,7 @@ class Pauses:
         for job in jobs:
             await job.settled()
         try:
-            await vm.execute("cont")
+            remark = await go_on(vm)
         except QmpCommitError as error:
             self.problems.append(
                 f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
@@ -84,6 +85,7 @@ class Pauses:
             )
         else:
             self.seconds[vm] = clock() - since
+            self.problems += [remark] if remark else []
             await self._note_that_it_goes_on(vm, jobs)
             if self._owner is not None and vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
@@ -96,10 +98,3 @@ class Pauses:
                     await job.note("cont")
             except Exception as error:  # it does go on, and is continued once more at the worst
                 vm.log.warning("cont_not_noted", job=job.id, error=repr(error))
-
-
-async def _runs(vm: Session) -> bool:
-    try:
-        return bool((await vm.execute("query-status")).get("running"))
-    except CommandRefused:
-        return False  # a storage daemon runs no guest

@@ -17,8 +17,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from qmpcommit.commit.run_state import go_on, runs
 from qmpcommit.errors import (
-    CommandRefused,
     DeadlineExceeded,
     InvalidRequest,
     QmpCommitError,
@@ -157,13 +157,15 @@ async def thaw(
     agent: str | os.PathLike[str] | None = None,
     *,
     patience: float = THAW_PATIENCE,
+    ran: bool = False,
 ) -> None:
     """Let a guest go on that was quiesced so, whoever did it; safe to repeat.
 
     With "agent" it is tried over new connections until the agent says that nothing is frozen,
     for `patience` seconds. With "pause" a guest that is paused is continued; one that stands
-    still for another reason (an I/O error, a migration) is not touched. Raises `VMGone` where
-    QEMU has ended, and `QuiesceFailed` where the guest may still be frozen.
+    still for another reason (an I/O error, a migration) is not touched; one that was reset since
+    is continued only if it is known that it `ran` in this QEMU. Raises `VMGone` where QEMU has
+    ended, and `QuiesceFailed` where the guest may still be frozen.
     """
     if how == "agent" and agent is None:
         raise InvalidRequest("the socket of the guest agent is needed to thaw the guest")
@@ -173,7 +175,7 @@ async def thaw(
     while True:
         try:
             async with asyncio.timeout_at(max(end, loop.time() + 1.0)):
-                await _thaw_once(vm, how, agent)
+                await _thaw_once(vm, how, agent, ran=ran)
             return
         except VMGone:
             raise
@@ -185,7 +187,12 @@ async def thaw(
         pause = min(pause * 2, 1.0)
 
 
-async def _thaw_once(vm: Monitor, how: How, agent: str | os.PathLike[str] | None) -> None:
+async def _thaw_once(
+    vm: Monitor, how: How, agent: str | os.PathLike[str] | None, *, ran: bool
+) -> None:
+    if how == "pause" and ran:
+        await go_on(vm)
+        return
     if how == "pause":
         if (await vm.execute("query-status")).get("status") == "paused":
             await vm.execute("cont")
@@ -272,11 +279,8 @@ class _Hold:
             self._quiet.held = True
 
     async def _pause(self) -> None:
-        try:
-            if not (await self._vm.execute("query-status")).get("running"):
-                return
-        except CommandRefused:
-            return  # a storage daemon runs no guest
+        if not await runs(self._vm):
+            return
         await self._begin()
         await self._vm.execute("stop")
         self._quiet.held = True
@@ -319,7 +323,7 @@ class _Hold:
             return
         await self._note_thaw()
         try:
-            await thaw(self._vm, self._how, self._agent)
+            await thaw(self._vm, self._how, self._agent, ran=True)
         except VMGone:
             self._vm.log.info("quiesced_vm_gone", how=self._how)
         except QmpCommitError as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
+from qmpcommit.commit.run_state import go_on, runs
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 
@@ -64,7 +65,8 @@ def has_ended(pid: int | None) -> bool:
 class FreshOverlay:
     """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
 
-    Each step is safe to repeat. `thaw` continues the guest only if `freeze` paused it.
+    `remark` says why it was not let go on, where something else has stopped it by then. Each step
+    is safe to repeat. `thaw` continues the guest only if `freeze` paused it.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FreshOverlay:
         stem = node_stem(plan.job_id)
         self.node = f"{stem}-top"
         self.paused: float | None = None
+        self.remark = ""
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
@@ -112,7 +115,7 @@ class FreshOverlay:
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(os.unlink, self._path)
         await self.open()
-        if await self._guest_runs():
+        if await runs(self._monitor):
             if self._ledger is not None:
                 await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
@@ -154,7 +157,7 @@ class FreshOverlay:
     async def thaw(self) -> None:
         """Let the guest go on, if it was paused here."""
         if self._stopped_at is not None:
-            await self._monitor.execute("cont")
+            self.remark = await go_on(self._monitor)
             self.paused = asyncio.get_running_loop().time() - self._stopped_at
             self._stopped_at = None
 
@@ -196,12 +199,6 @@ class FreshOverlay:
     @property
     def _path(self) -> str:
         return os.path.join(self._cwd or os.getcwd(), self.filename)
-
-    async def _guest_runs(self) -> bool:
-        try:
-            return bool((await self._monitor.execute("query-status")).get("running"))
-        except CommandRefused:
-            return False  # a storage daemon runs no guest
 
     async def _open(self) -> None:
         base = self._plan.base

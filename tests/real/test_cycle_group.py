@@ -14,7 +14,6 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit import cycle as cycle_module
-from qmpcommit.commit import exchange as exchange_module
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
@@ -338,7 +337,7 @@ async def test_a_guest_that_does_not_go_on_is_named(
             vm.refuses = {"two": "blockdev-snapshot", "one": "cont"}
         with pytest.raises(qc.CommitFailed, match=r"guest of one may be stopped still .*'cont'"):
             await qc.discard(g.disks, guest="reset")
-        assert await exchange_module.runs(g.vms["one"]) is False
+        assert await runs(g.vms["one"]) is False
         g.vms["one"].refuses = {}
         await g.vms["one"].execute("cont")
         await g.as_before()

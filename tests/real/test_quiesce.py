@@ -47,6 +47,17 @@ async def test_the_vcpus_stand_still_for_the_body_and_each_step_is_noted_before(
         assert notes.notes == [("freeze", facts, True), ("thaw", facts, False)]
 
 
+async def test_a_guest_that_is_reset_while_it_is_paused_goes_on(folder: Path) -> None:
+    async with machine(folder, make_chain(folder), running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            with vm.events("RESET") as resets:
+                async with qc.quiesced(vm, "pause"):
+                    await qemu.execute("system_reset")
+                    await anext(resets)
+                    assert (await vm.query_status()).status == "prelaunch"
+        assert await runs(qemu)
+
+
 async def test_a_guest_that_was_paused_before_stays_so(folder: Path) -> None:
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         async with qc.quiesced(vm, "pause") as quiet:

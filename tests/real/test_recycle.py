@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +184,47 @@ async def test_a_freeze_is_not_made_in_a_qemu_that_has_come_instead(folder: Path
         await qemu.quit()
     assert fresh.exists()  # it is told of, and somebody else's process made it
     assert_disk(chain.top, chain.pictures[-1])
+
+
+@dataclass
+class AtThaw(Notes):
+    """A ledger that does something before a paused guest is let go on."""
+
+    do: Callable[[], Awaitable[object]] | None = None
+
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+        await super().note(step, state, **facts)
+        if step == "thaw" and self.do is not None:
+            await self.do()
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["reset", "migrated"])
+async def test_a_guest_goes_on_after_a_reset_and_not_after_its_migration(
+    moved: bool, folder: Path
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm, qc.Session.connect(qemu.qmp2) as other:
+
+            async def reset() -> None:
+                with other.events("RESET") as resets:
+                    await other.execute("system_reset")
+                    await anext(resets)
+
+            async def migrate() -> None:
+                await other.execute("migrate", {"uri": "exec:cat >/dev/null"})
+                while (await other.query_status()).status != "postmigrate":
+                    await asyncio.sleep(0.01)
+
+            notes = AtThaw("", do=migrate if moved else reset)
+            job = await vm.commit("vda", policy=qc.Recycle(str(fresh)), ledger=notes)
+            outcome = await job.wait()
+            assert outcome.action == "recycle"
+            assert ["it is 'postmigrate'" in told for told in outcome.warnings] == [True] * moved
+            status = (await vm.query_status()).status
+            assert status == ("postmigrate" if moved else "running")
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
 
 
 async def test_a_guest_that_stood_still_before_is_not_started(folder: Path) -> None:
