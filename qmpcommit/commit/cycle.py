@@ -10,6 +10,7 @@ Rests on what a `Recycle` rests on, and on what `exchange` does.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ Place = tuple["Session", str]
 
 Found = tuple["Session", Disk]
 
-KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool]]
+KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool] | bool]
 """A command, whose exit status 0 says keep and 1 to 125 discard, or a callable that says it."""
 
 TIMEOUT = 3600.0
@@ -320,8 +321,19 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bo
     """Ask whether the changes are kept; raises `CommitFailed` where there is no answer."""
     each = tuple(Ready(p.vm, p.disk.name, p.job_id, p.base, p.top) for p in plans)
     ready = each[0] if len(each) == 1 else group_ready(each)
+    which = " and ".join(f"{p.top.filename} of {p.disk} of {p.vm}" for p in plans)
+    where = {"vm": ready.vm, "disk": ready.disk}
     if callable(keep_if):
-        return bool(await keep_if(ready))
+        answer: Any = keep_if(ready)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer is None:  # as of one that was to raise, or forgot to return it
+            raise CommitFailed(
+                f"whether the overlay {which} is to be kept is not known: keep_if answered None; it"
+                " must answer True or False. Nothing was changed",
+                **where,
+            )
+        return bool(answer)
     try:
         status = await run_command(keep_if, ready.environment(), timeout)
     except OSError as error:
@@ -332,13 +344,11 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bo
         how = f"took longer than {timeout:g} s"
         if status is not None:
             how = f"ended with status {status}, which is no answer"
-    which = " and ".join(f"{p.top.filename} of {p.disk} of {p.vm}" for p in plans)
     raise CommitFailed(
         f"whether the overlay {which} is to be kept is not known: {' '.join(keep_if)} {how}."
         " Nothing was changed",
-        vm=ready.vm,
-        disk=ready.disk,
         command=list(keep_if),
+        **where,
     )
 
 

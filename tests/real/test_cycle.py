@@ -95,6 +95,19 @@ async def test_a_qemu_that_ends_when_its_guest_is_reset_has_discarded(folder: Pa
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def forgets(ready: qc.Ready) -> Any:
+    """Test something, and return nothing of it."""
+
+
+async def test_a_plain_function_may_answer(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        done = await vm.cycle("vda", keep_if=lambda ready: ready.disk != "vda")
+        assert done.result == "discarded"
+        await qemu.quit()
+    assert_disk(Path(done.overlay), chain.pictures[0])
+
+
 @pytest.mark.parametrize("command", [["sh", "-c", "exit 127"], ["sh", "-c", "kill -9 $$"]])
 async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> None:
     chain = make_chain(folder)
@@ -105,6 +118,9 @@ async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> No
             await vm.cycle("vda", keep_if=["/no/such/program"])
         with pytest.raises(qc.CommitFailed, match="took longer"):
             await vm.cycle("vda", keep_if=["sleep", "60"], timeout=0.05)
+        with pytest.raises(qc.CommitFailed, match="answered None") as forgot:
+            await vm.cycle("vda", keep_if=forgets)
+        assert (forgot.value.vm, forgot.value.disk) == (vm.name, "vda")
         assert await files(vm) == [chain.top, chain.base]
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
