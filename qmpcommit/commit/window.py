@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -41,7 +42,14 @@ from qmpcommit.commit.window_remains import (
     end_jobs,
     merge_back,
 )
-from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError, WindowError
+from qmpcommit.errors import (
+    InvalidRequest,
+    JobConflict,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+    WindowError,
+)
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
 
@@ -363,9 +371,18 @@ async def _close(
             raise error
     if failed:
         what = "; ".join(f"{each.overlay}: {error}" for each, error in failed)
-        raise WindowError(
+        text = (
             f"the window on {vm.name} could not be closed. The guest still writes to: {what}."
-            f" Nothing is lost; close it with 'qmpcommit window --close {vm.address}'",
+            f" Nothing is lost; close it with 'qmpcommit window --close {vm.address}'"
+        )
+        if any(isinstance(error, (MonitorLost, VMGone)) for _, error in failed):
+            text += (
+                ". If its QEMU has ended, start the VM from that file, never from the one below,"
+                " before you close it; or merge it while the VM is off: 'qmpcommit commit"
+                f" --offline {shlex.quote(failed[0][0].overlay)} --shallow --pivot --delete'"
+            )
+        raise WindowError(
+            text,
             vm=vm.name,
             overlays=[each.overlay for each, _ in failed],
             outcomes=[outcome.model_dump(mode="json") for outcome in outcomes],

@@ -105,6 +105,29 @@ async def test_a_body_that_raises_or_is_cancelled_closes_the_window(folder: Path
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_a_window_whose_qemu_is_killed_tells_how_nothing_is_lost(folder: Path) -> None:
+    chain = make_chain(folder)
+    now = chain.pictures[-1].copy()
+    async with storage_daemon(folder, chain, style="implicit") as vm:
+
+        async def body() -> None:
+            async with qc.Session.connect(vm.qmp) as session, session.snapshot(["top"]):
+                async with await Nbd.connect(vm.nbd, "top") as nbd:
+                    await nbd.write(5 * MIB, b"\xaa" * MIB)
+                    await nbd.flush()
+                now.write(5 * MIB, b"\xaa" * MIB)
+                vm.kill()
+                await vm.ended()
+
+        with pytest.raises(qc.WindowError, match="never from the one below") as failed:
+            await body()
+    words = failed.value.message.partition("'qmpcommit commit ")[2].split("'")[0].split()
+    said = await qmpcommit("commit", *words, "--json")
+    assert (said.status, said.json["deleted"]) == (0, failed.value.overlays)
+    assert overlays(folder) == []
+    assert_disk(chain.top, now)
+
+
 async def test_one_disk_that_is_not_fit_leaves_nothing_of_the_others(folder: Path) -> None:
     first, second = two_chains(folder)
     async with machine(folder, first, second, style="implicit") as vm:
