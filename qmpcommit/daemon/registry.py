@@ -38,7 +38,8 @@ SLOW = 1.0
 class VM:
     """One VM; `session` is there while it is connected, `error` says why it is not.
 
-    `unresolved` tells that it was connected, and what has to be done first has not been done.
+    `unresolved` tells that what has to be done first, when it is connected, has not been done; it
+    is shown as connected when it has.
     """
 
     def __init__(self, name: str, qmp: str, connect: Connect, origin: Origin) -> None:
@@ -69,7 +70,7 @@ class VM:
         """The session's connection came or went."""
         if up:
             self.last_identity = self.identity
-            self.state, self.error = "connected", None
+            self.state, self.error = "connecting" if self.unresolved else "connected", None
             self.lost.clear()
             self.up.set()
         else:
@@ -250,8 +251,8 @@ class Registry:
                 session.gate = self.clearing
                 session.subscribers.add(lambda message: None, vm.link)
             if vm.unresolved or not vm.up.is_set() or not session.connected:
-                await session.open()
                 vm.unresolved = True  # until it is done: whoever comes next does it again
+                await session.open()
                 with session.sensible("query-jobs"):
                     await self._on_up(vm)
                 vm.unresolved = False

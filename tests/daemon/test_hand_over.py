@@ -190,11 +190,15 @@ async def test_an_orphan_that_holds_its_disk_is_let_go_at_once(folder: Path) -> 
         await until_status(vm, "ready")
         await vm.execute("job-complete", id="qmpcommit-lost")
         await until_status(vm, "pending")
-        async with daemon(folder, config_of(web=vm)) as d:
+        slow = {"QMPCOMMIT_DIE_AT": "0", "QMPCOMMIT_PLACES": f"{folder}/places"}
+        slow["QMPCOMMIT_SLOW"] = "web job-cancel"
+        d = Daemon(folder, config_of(web=vm), slow, "tests.daemon.killable")
+        try:
+            await d.start()
             await d.connected("web")
-            async with asyncio.timeout(20):
-                while await vm.execute("query-jobs"):
-                    await asyncio.sleep(0.01)
+            assert await vm.execute("query-jobs") == [], "it is not shown as connected before"
+        finally:
+            await d.kill()
         await vm.quit()
     assert_disk(chain.top, chain.pictures[-1])
 

@@ -216,6 +216,7 @@ async def test_monitors_that_hang_keep_no_others_waiting(folder: Path) -> None:
                 await known.vms["well"].lost.wait()
                 await known.vms["well"].up.wait()
             assert mute.connections <= 12, "it waited behind monitors that hang"
-            assert known.vms["well"].state == "connected"
+            async with known.use(known.vms["well"], wait=20):
+                assert known.vms["well"].state == "connected"
             assert all(vm.session is None or not vm.up.is_set() for vm in known.vms.values()
                        if vm.name != "well")  # fmt: skip
