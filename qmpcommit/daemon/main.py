@@ -99,6 +99,7 @@ async def _run(
     engine.stories = (*engine.stories, groups, windows, rules, cycles)
     given = systemd.listening()
     sockets = _listen(config, given)
+    ours = _file_of(config.listen.socket)
     app = create_app(engine)
     rule_api.routes(app, rules)
     cycle_api.routes(app, cycles)
@@ -135,9 +136,8 @@ async def _run(
     await _stop(engine, server, serving)
     for task in others:
         await stop(task)
-    if not given:
-        with suppress(OSError):
-            os.unlink(config.listen.socket)  # the lock is held: it is nobody else's
+    if not given and ours is not None and _file_of(config.listen.socket) == ours:
+        os.unlink(config.listen.socket)
 
 
 async def _stop(engine: Engine, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
@@ -239,7 +239,12 @@ def _listen_unix(config: Config) -> socket.socket:
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(os.lstat(path).st_mode):
                 raise InvalidRequest(f"{path} is there already, and is no socket")
-            os.unlink(path)  # a former daemon's: the state folder is ours
+            if _is_served(path):
+                raise InvalidRequest(
+                    f"somebody listens on {path} already, perhaps another qmpcommitd: stop it"
+                    " first, or give this one another socket (listen.socket)"
+                )
+            os.unlink(path)  # left behind
         before = os.umask(0o177)
         try:
             sock.bind(path)
@@ -252,6 +257,27 @@ def _listen_unix(config: Config) -> socket.socket:
         sock.close()
         raise InvalidRequest(f"can't listen on {path}: {error.strerror or error}") from None
     return sock
+
+
+def _is_served(path: str) -> bool:
+    """Whether somebody accepts connections there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            return True  # more than it can accept at the moment
+        except OSError:
+            return False
+    return True
+
+
+def _file_of(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one that comes to its place."""
+    with suppress(OSError):
+        found = os.lstat(path)
+        return found.st_dev, found.st_ino
+    return None
 
 
 # -- logs -----------------------------------------------------------------------------------------

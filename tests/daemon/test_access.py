@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -177,3 +178,22 @@ async def test_one_daemon_a_state_folder(folder: Path) -> None:
         assert "another qmpcommitd uses the state folder" in d.log
         d.process = first
         assert (await d.get("/healthz")).status == 200
+
+
+async def test_a_socket_that_is_served_is_not_taken_away(folder: Path) -> None:
+    async with daemon(folder) as d:
+        config = folder / "c.toml"
+        config.write_text(f'state = "{folder}/other"\n[listen]\nsocket = "{d.socket}"\n')
+        said = qmpcommit("daemon", "--config", config, "--timeout", "1", "--json")
+        assert said.status == 2
+        assert "somebody listens on" in said.error["message"]
+        assert (await d.get("/healthz")).status == 200
+        other = Path(f"{d.socket}.other")
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(other))
+            other.rename(d.socket)
+            assert await d.stop() == 0
+            assert Path(d.socket).exists(), "it is not this daemon's"
+        await d.start()
+        assert await d.stop() == 0
+        assert not Path(d.socket).exists()
