@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from datetime import datetime, timedelta
 
 from qmpcommit.daemon.config import Cycle
+
+STEP = 30.0
+"""Seconds after which the host's clock, which may be set, is looked at again."""
+
+
+async def reached(cycle: Cycle, due: float) -> None:
+    """Until it is time for the round that was due then, whatever is done to the clock meanwhile."""
+    if cycle.every is not None:
+        await asyncio.sleep(cycle.every)
+        return
+    while (left := due - time.time()) > 0:  # noqa: ASYNC110  (the clock tells nobody)
+        await asyncio.sleep(min(left, STEP))
 
 
 def until_next(cycle: Cycle, now: float) -> float:

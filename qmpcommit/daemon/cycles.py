@@ -17,7 +17,7 @@ from qmpcommit.daemon.cycle_discarding import Discarding
 from qmpcommit.daemon.cycle_keeping import Keeping
 from qmpcommit.daemon.cycle_models import CycleView
 from qmpcommit.daemon.cycle_round import Round
-from qmpcommit.daemon.cycle_times import until_next
+from qmpcommit.daemon.cycle_times import reached, until_next
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.registry import VM
@@ -191,9 +191,8 @@ class Cycles:
         """Rounds in time; one whose time has passed unused is not made up for."""
         while True:
             now = time.time()
-            wait = until_next(cycle, now)
-            self._next[cycle.vm, cycle.disk] = now + wait
-            await asyncio.sleep(wait)
+            due = self._next[cycle.vm, cycle.disk] = now + until_next(cycle, now)
+            await reached(cycle, due)
             try:
                 await self.begin(cycle)
             except QmpCommitError as error:

@@ -69,9 +69,19 @@ class LeasedWindow(Undertaking[WindowRequest]):
         return self.noted.get("undo")
 
     @property
+    def expires(self) -> float | None:
+        """When its lease ends (seconds since 1970)."""
+        return self._expires
+
+    @expires.setter
+    def expires(self, at: float | None) -> None:
+        self._expires = at
+        self._ends = time.monotonic() + (at or 0.0) - time.time()
+
+    @property
     def left(self) -> float:
-        """Seconds until its lease ends; not above zero when it has ended."""
-        return (self.expires or 0.0) - time.time()
+        """Seconds until its lease ends, however the clock is set; not above zero when it has."""
+        return self._ends - time.monotonic()
 
     async def save(self) -> None:
         """Write what is known now, durable when this returns."""
