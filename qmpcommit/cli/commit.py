@@ -12,7 +12,7 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
-from qmpcommit.cli.options import Answer, Options, common, shell
+from qmpcommit.cli.options import Answer, Options, common, here, shell
 from qmpcommit.errors import CommitFailed
 
 if TYPE_CHECKING:
@@ -301,7 +301,7 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
             case "check":
                 return policies.Check(command=shell(value, "--check"))
             case "recycle":
-                return policies.Recycle(value)
+                return policies.Recycle(here(value) or "")
     policy = parse_policy(given.get("policy"))
     assert isinstance(policy, AnyPolicy)  # a text is no callable
     return policy

@@ -11,7 +11,7 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
-from qmpcommit.cli.options import Answer, Options, common, shell
+from qmpcommit.cli.options import Answer, Options, common, here, shell
 from qmpcommit.cli.show import show_seconds
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def cycle(
         raise click.UsageError("Missing argument 'DISK'")
     request = {
         "keep_if": shell(keep_if, "--keep-if"),
-        "overlay": overlay,
+        "overlay": here(overlay),
         "guest": guest,
         "delete": delete,
         "freeze": freeze,

@@ -96,6 +96,11 @@ def shell(command: str, option: str) -> list[str]:
     return ["/bin/sh", "-c", command]
 
 
+def here(path: str | None) -> str | None:
+    """A name as a person typed it, relative to where they are; QEMU is somewhere else."""
+    return os.path.abspath(path) if path else path
+
+
 def common(command: F) -> F:
     """Add the options that all commands have."""
     for option in reversed(_COMMON):

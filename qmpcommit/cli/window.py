@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.freezing import freezing, sockets_of
-from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.options import Answer, Options, common, here
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -70,11 +70,11 @@ def window(
         where = {
             "bandwidth": bandwidth,
             "agent": agents[0] if agents else None,
-            "overlay_dir": overlay_dir,
+            "overlay_dir": here(overlay_dir),
         }
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
-    request = {"overlay_dir": overlay_dir, "freeze": freeze, "bandwidth": bandwidth}
+    request = {"overlay_dir": here(overlay_dir), "freeze": freeze, "bandwidth": bandwidth}
     wanted = {qmp: disks}
     for other, disk in others:
         wanted.setdefault(other, []).append(disk)

@@ -57,14 +57,15 @@ def qmpcommit(*words: object, **more: str) -> Said:
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-async def start(*words: object) -> asyncio.subprocess.Process:
-    """Start the command."""
+async def start(*words: object, cwd: Path | None = None) -> asyncio.subprocess.Process:
+    """Start the command, in the folder `cwd` if there is one."""
     return await asyncio.create_subprocess_exec(
         *COMMAND,
         *map(str, words),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env=ENVIRONMENT,
+        cwd=cwd,
     )
 
 
@@ -83,9 +84,9 @@ async def end(process: asyncio.subprocess.Process) -> Said:
     return Said(process.returncode, out.decode(), err.decode())
 
 
-async def run(*words: object) -> Said:
+async def run(*words: object, cwd: Path | None = None) -> Said:
     """Run the command beside the test's own tasks."""
-    return await end(await start(*words))
+    return await end(await start(*words, cwd=cwd))
 
 
 async def run_out_of_time(*words: object) -> Said:

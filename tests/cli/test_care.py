@@ -42,10 +42,12 @@ async def test_a_hook_that_fails_is_a_failure_and_nothing_is_deleted(folder: Pat
 
 async def test_recycle(folder: Path) -> None:
     chain = make_chain(folder)
-    fresh = folder / "fresh.qcow2"
+    fresh = folder / "here" / "fresh.qcow2"
+    fresh.parent.mkdir()
     async with machine(folder, chain) as qemu:
         await qemu.execute("cont")
-        said = await run("commit", qemu.qmp, "vda", "--recycle", fresh, "--rename", "--json")
+        words = ("commit", qemu.qmp, "vda", "--recycle", fresh.name, "--rename", "--json")
+        said = await run(*words, cwd=fresh.parent)  # QEMU runs in another folder
         assert said.status == 0
         assert said.json["action"] == "recycle"
         assert said.json["active"]["filename"] == str(fresh)

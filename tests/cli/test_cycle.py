@@ -27,13 +27,14 @@ async def test_it_keeps(folder: Path) -> None:
 
 async def test_it_discards(folder: Path) -> None:
     chain = make_chain(folder)
-    overlay = folder / "next.qcow2"
+    overlay = folder / "here" / "next.qcow2"
+    overlay.parent.mkdir()
     async with machine(folder, chain, running=True) as qemu:
-        words = ("cycle", qemu.qmp, "vda", "--keep-if", "exit 1", "--overlay", str(overlay))
+        words = ("cycle", qemu.qmp, "vda", "--keep-if", "exit 1", "--overlay", overlay.name)
         refused = await run(*words)
         assert refused.status == 1
         assert "--reset or --stop" in refused.err
-        said = await run(*words, "--stop")
+        said = await run(*words, "--stop", cwd=overlay.parent)  # QEMU runs in another folder
         assert said.status == 3
         assert str(overlay) in said.out
         await qemu.quit()
