@@ -17,7 +17,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -188,6 +188,8 @@ class Journal:
         self._timer: asyncio.TimerHandle | None = None
         self._reading = threading.Lock()
         self._reader: sqlite3.Connection | None = None
+        # Of its own: the loop's threads may all wait for a file on a storage that hangs.
+        self._readers = ThreadPoolExecutor(1, "journal reads")
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class Journal:
             self._closing = True
             self._flush()
             self._units.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.get_running_loop().run_in_executor(self._readers, self._thread.join)
 
     def _live(self, opened: Future[None]) -> None:
         """The thread: it alone opens and closes what it works on."""
@@ -410,7 +412,8 @@ class Journal:
 
     async def read(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         """The rows of a SELECT, as dicts; sees all that was written before."""
-        return await asyncio.to_thread(self._read, sql, values)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, self._read, sql, values)
 
     def _read(self, sql: str, values: Sequence[Any]) -> list[dict[str, Any]]:
         with self._reading:

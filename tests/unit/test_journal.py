@@ -8,6 +8,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
@@ -142,6 +143,20 @@ async def test_closing_waits_for_a_read_even_if_nobody_else_does(
         go_on.set()
         await ending
         assert ended.is_set()
+
+
+async def test_threads_that_hang_elsewhere_keep_no_read_and_no_close_waiting(folder: Path) -> None:
+    loop, go_on = asyncio.get_running_loop(), threading.Event()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    async with opened(folder / "j.db") as journal:
+        hung = loop.run_in_executor(None, go_on.wait)  # as for a file on a storage that is away
+        try:
+            async with asyncio.timeout(DEADLINE):
+                assert await journal.read("SELECT 1 AS one") == [{"one": 1}]
+                await journal.close()
+        finally:
+            go_on.set()
+        await hung
 
 
 async def test_a_close_that_is_cancelled_closes_all_the_same(folder: Path) -> None:
