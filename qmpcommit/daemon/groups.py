@@ -266,7 +266,9 @@ class Groups:
         """Where it is: `ResumableGroup.stage`, or ``recovering``; empty while it waits."""
         if group.state != "running":
             return ""
-        return group.commit.stage if group.commit is not None else "recovering"
+        if group.commit is None:
+            return "recovering" if group.begun else "copying"
+        return group.commit.stage
 
     def position(self, group: Group) -> int | None:
         """Its place in the queue, from 1; None where it does not wait."""

@@ -7,10 +7,12 @@ import http.client
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from qmpcommit.daemon.groups import Groups
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.kill_sweep import rehearsed_and_killed_everywhere
 from tests.daemon.test_api import assert_problem
@@ -271,3 +273,10 @@ async def test_killed_at_every_step(
     said = await rehearsed_and_killed_everywhere(folder, story)
     with capsys.disabled():
         print(f" {said}", end="")
+
+
+@pytest.mark.parametrize(("begun", "phase"), [(False, "copying"), (True, "recovering")])
+def test_only_what_was_begun_is_recovered(begun: bool, phase: str) -> None:
+    here: Any = None
+    group: Any = SimpleNamespace(state="running", commit=None, begun=begun)
+    assert Groups.phase(here, group) == phase
