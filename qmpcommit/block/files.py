@@ -70,6 +70,14 @@ def locate(filename: str, *, pid: int | None, cwd: str | None = None) -> Place:
     return Place(path)
 
 
+def names_are_ours(pid: int | None) -> bool:
+    """Whether an absolute file name means here what it means to QEMU (process `pid`).
+
+    It runs on this host, and is not seen to have file systems of its own.
+    """
+    return bool(pid) and _root(pid or 0) == ""
+
+
 def _inside(root: str, path: str) -> str:
     """`path` below another root; its absolute links, which that root is for, are followed."""
     if not root:

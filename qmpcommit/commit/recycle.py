@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.chain import Image, absolute, read_image
+from qmpcommit.block.files import names_are_ours
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
 from qmpcommit.commit.run_state import go_on, runs
@@ -83,10 +84,11 @@ class FreshOverlay:
         self.node = f"{stem}-top"
         self.paused: float | None = None
         self.remark = ""
+        self.size = 0
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
-        self._begun = self._tried = self._laid = self._restored = False
+        self._begun = self._tried = self._laid = self._restored = self._here = False
         self._ledger = ledger
 
     def restore(self, *, stopped: bool, laid: bool = False) -> None:
@@ -114,25 +116,47 @@ class FreshOverlay:
             await self._discard()
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(os.unlink, self._path)
-        await self.open()
+        await self.open(again=again)
         if await runs(self._monitor):
             if self._ledger is not None:
                 await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._monitor.execute("stop")
 
-    async def open(self) -> None:
-        """Make and open the overlay; raises `CommitFailed` for a file that is there already."""
-        obstacle = await self.obstacle()
+    async def open(self, *, again: bool = False) -> None:
+        """Make and open the overlay; raises `CommitFailed` for a file that is there already.
+
+        With `again` one that only QEMU sees is what a former process of ours has made.
+        """
+        obstacle = await self.obstacle(ours=again)
         if obstacle is not None:
             raise CommitFailed(obstacle)
         await self._open()
 
-    async def obstacle(self) -> str | None:
-        """Why it can't be made: a file that is there already is not overwritten."""
-        if await asyncio.to_thread(os.path.lexists, self._path):
+    async def obstacle(self, *, ours: bool = False) -> str | None:
+        """Why it can't be made: a file that is there already is not overwritten.
+
+        ``blockdev-create`` would, so QEMU is asked where its files can't be looked at from here;
+        not if what it has there is `ours`.
+        """
+        there = await asyncio.to_thread(os.path.lexists, self._path)
+        if there or (not ours and not self._is_here() and await self._can_be_opened()):
             return f"{self.filename} exists already; a fresh overlay needs a new file"
         return None
+
+    def _is_here(self) -> bool:
+        """Whether its name means here what it means to QEMU."""
+        known = self._cwd is not None or os.path.isabs(self.filename)
+        return known and names_are_ours(self._monitor.peer_pid)
+
+    async def _can_be_opened(self) -> bool:
+        node = {"driver": "file", "filename": self.filename, "node-name": self._file_node}
+        try:
+            await self._monitor.execute("blockdev-add", {**node, "read-only": True})
+        except CommandRefused:
+            return False
+        await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
+        return True
 
     async def lay(self) -> None:
         """Put it over the base, whose users it takes over.
@@ -172,7 +196,7 @@ class FreshOverlay:
         opened = {str(node.raw.get("file")) for node in nodes.values()}
         if nodes.keys() & {self.node, self._file_node} or opened & {self._path, self.filename}:
             return  # somebody uses it after all
-        if self._monitor.peer_pid is not None:  # QEMU runs on this host
+        if self._is_here():
             with suppress(OSError):
                 await asyncio.to_thread(os.unlink, self._path)
 
@@ -182,7 +206,7 @@ class FreshOverlay:
             return None
         if self._laid:
             return Left(self.filename, laid=True)
-        if not self._restored and has_ended(self._monitor.peer_pid):
+        if not self._restored and self._here and has_ended(self._monitor.peer_pid):
             try:
                 await asyncio.to_thread(os.unlink, self._path)
             except FileNotFoundError:
@@ -201,18 +225,17 @@ class FreshOverlay:
         return os.path.join(self._cwd or os.getcwd(), self.filename)
 
     async def _open(self) -> None:
-        base = self._plan.base
-        top = self._plan.top
-        size = max(base.virtual_size or 0, top.virtual_size or 0)
+        base, top = self._plan.base, self._plan.top
+        self.size = await self._size_now()
         created = {"driver": "file", "filename": self.filename, "size": 0}
-        self._begun = True
+        self._begun, self._here = True, self._is_here()
         await self._create("file", created)
         node = {"driver": "file", "filename": self.filename, "node-name": self._file_node}
         await self._monitor.execute("blockdev-add", node)
         image: dict[str, Any] = {
             "driver": "qcow2",
             "file": self._file_node,
-            "size": size,
+            "size": self.size,
             "backing-file": absolute(base, self._cwd),
             "backing-fmt": base.driver,
         }
@@ -226,6 +249,13 @@ class FreshOverlay:
             "backing": None,
         }
         await self._monitor.execute("blockdev-add", overlay)
+
+    async def _size_now(self) -> int:
+        """The disk's; it may have been resized since the plan was made."""
+        graph = await read_graph(self._monitor)
+        layers = (self._plan.base, self._plan.top)
+        now = [read_image(graph, i.node_name) for i in layers if i.node_name in graph.nodes]
+        return max(image.virtual_size or 0 for image in now or layers)
 
     async def _create(self, what: str, options: Mapping[str, Any]) -> None:
         """One ``blockdev-create`` job, from start to dismissal."""

@@ -19,7 +19,8 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
+from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks, read_image
+from qmpcommit.block.graph import read_graph
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
@@ -325,6 +326,17 @@ def _fresh(
 
 async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
     """All overlays at one instant, or none."""
+    graph = await read_graph(vm)
+    for disk, overlay in pairs:
+        active = disk.active and disk.active.node_name
+        size = read_image(graph, active).virtual_size if active in graph.nodes and active else None
+        if size is not None and size != overlay.size:
+            raise WindowError(
+                f"{disk} of {vm.name} was resized from {overlay.size} to {size} bytes while its"
+                " window was being opened. Nothing was changed; open the window again",
+                vm=vm.name,
+                disk=disk.name,
+            )
     actions = [
         {
             "type": "blockdev-snapshot",

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
-from qmpcommit.commit.plan import WINDOW_MARK, Plan
+from qmpcommit.commit.plan import WINDOW_MARK, Plan, Request
 from qmpcommit.commit.recycle import FreshOverlay, Left, interrupted_recycles
-from tests.ground.images import Chain, assert_disk, make_chain, run
+from tests.ground.images import MIB, Chain, Picture, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
 from tests.ground.proxy import Strike, proxy
 from tests.ground.qemu import QEMU
@@ -450,3 +451,36 @@ async def overlay_of_plan(vm: qc.Session, other: FreshOverlay) -> FreshOverlay:
     made = FreshOverlay(vm, other._plan, other.filename, vm.cwd)
     made.restore(stopped=False)
     return made
+
+
+async def test_an_overlay_is_as_large_as_the_disk_is_when_it_is_made(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    larger = Picture(128 * MIB, bytes(chain.pictures[-1].data) + bytes(64 * MIB))
+    async with machine(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.prepare(Request("vda"), qc.Recycle(str(fresh)), Around())
+            await qemu.execute("block_resize", node_name="top", size=larger.size)  # by somebody
+            outcome = await (await vm.launch(job)).wait()
+            assert outcome.action == "recycle"
+            (disk,) = await vm.disks()
+            assert [image.virtual_size for image in disk.chain] == [larger.size] * 2
+        await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, larger)
+
+
+async def test_a_file_that_only_qemu_sees_is_not_overwritten(free_port: int, folder: Path) -> None:
+    """Relative names count from QEMU's folder, and over TCP nobody knows that one."""
+    chain, precious = make_chain(folder), folder / "fresh.qcow2"
+    precious.write_bytes(b"precious")
+    async with machine(folder, chain, tcp=free_port) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.CommitFailed, match="exists already"):
+                await (await vm.commit("vda", policy=qc.Recycle("fresh.qcow2"))).wait()
+            assert not [name for name in (await vm.graph()).nodes if name.startswith("qmpcommit")]
+            job = await vm.commit("vda", policy=qc.Recycle("new.qcow2"))
+            assert (await job.wait()).action == "recycle"
+        await qemu.quit()
+    assert precious.read_bytes() == b"precious"
+    for path in (folder / "new.qcow2", chain.base):
+        assert_disk(path, chain.pictures[-1])

@@ -54,6 +54,27 @@ async def test_two_disks_stand_still_while_the_window_is_open(folder: Path) -> N
     assert_disk(second.top, second.pictures[-1])
 
 
+async def test_no_overlay_of_another_size_is_laid_over_a_disk(folder: Path) -> None:
+    chain = make_chain(folder)
+    larger = Picture(128 * MIB, bytes(chain.pictures[-1].data) + bytes(64 * MIB))
+
+    class Resizes:
+        async def note(self, step: str, **facts: object) -> None:
+            if step == "lay":
+                await vm.execute("block_resize", node_name="top", size=larger.size)
+
+    async with machine(folder, chain, running=True) as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            with pytest.raises(qc.WindowError, match="from 67108864 to 134217728 bytes"):
+                await session.snapshot(["vda"], ledger=Resizes(), freeze="pause").__aenter__()
+            assert await session.windows() == []
+            assert (await session.query_status()).running
+            assert [len(disk.chain) for disk in await session.disks()] == [2]
+        assert overlays(folder) == []
+        await vm.quit()
+    assert_disk(chain.top, larger)
+
+
 async def test_what_the_guest_writes_meanwhile_is_merged_back(folder: Path) -> None:
     chain = make_chain(folder)
     after = chain.pictures[-1].copy()

@@ -44,7 +44,9 @@ class Creating(Monitor):
             job = arguments["id"]
             assert self.jobs.pop(job) >= self.looks + (not self.tells), f"{job} runs still"
             self.dismissed.append(job)
-        elif command == "query-status":
+        elif command == "blockdev-add" and (arguments or {}).get("read-only"):
+            raise CommandRefused("none", error_class="GenericError", desc="no such file")
+        elif command in ("query-status", "x-debug-query-block-graph"):
             raise CommandRefused("no guest", error_class="CommandNotFound", desc="not found")
         elif command == "query-jobs":
             return [self._look(job) for job in list(self.jobs)]
