@@ -167,6 +167,9 @@ class Groups:
         if any(commit.stage == "over" for commit in driven):
             await asyncio.wait(tasks, timeout=LAST_WORDS)
         jobs = [p.job for group in groups for p in group.members if p.job is not None]
+        for group in groups:
+            if group.frozen:  # an agent that does not answer is asked for a while
+                group.log.warning("stopping_after_thaw", vms=sorted(group.frozen))
         await asyncio.gather(*(stop(task) for task in tasks))
         await asyncio.gather(*(job.detach() for job in jobs))
 

@@ -42,7 +42,10 @@ class Story(Protocol):
         """All is recovered and VMs are being connected: go on."""
 
     async def stop(self) -> None:
-        """Hand over, within a second: end no undertaking, leave no task."""
+        """Hand over, within a second: end no undertaking, leave no task.
+
+        Only a guest that is frozen, and whose agent does not answer, is waited for longer.
+        """
 
     def gauge(self) -> None:
         """Bring the gauges up to date."""

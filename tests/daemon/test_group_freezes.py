@@ -340,6 +340,32 @@ async def test_a_daemon_that_stops_leaves_no_guest_frozen(folder: Path, freeze: 
         await at.ends_as("pivot")
 
 
+async def test_a_daemon_that_stops_tells_that_it_waits_for_an_agent(folder: Path) -> None:
+    async with hosted(folder, "agent", "pivot", 1, 1) as at:
+        await at.begins()
+        agent = at.agents["vm1"]
+        agent.instead["guest-fsfreeze-freeze"] = [b""]
+        agent.instead["guest-fsfreeze-thaw"] = [None] * 100
+        group = await at.ask()
+        async with asyncio.timeout(30):
+            while not await at.frozen(at.vms[0]):
+                await asyncio.sleep(0.01)
+        assert at.d.process is not None
+        at.d.process.terminate()
+        async with asyncio.timeout(30):
+            while '"stopping_after_thaw"' not in at.d.log:
+                await asyncio.sleep(0.01)
+        assert at.d.process.returncode is None
+        agent.instead["guest-fsfreeze-thaw"].clear()
+        await at.dies()
+        assert at.d.process.returncode == 0
+        assert not await at.frozen(at.vms[0])
+        await at.starts()
+        ended = await end_of(at.d, group)
+        assert ended["outcome"]["action"] == "pivot", ended
+        await at.ends_as("pivot")
+
+
 # -- killed at every step --------------------------------------------------------------------------
 
 
