@@ -24,7 +24,12 @@ from qmpcommit.commit.policy import (
     PolicyCall,
     check_command,
 )
-from qmpcommit.commit.preconditions import ask_whether, carrying_of, check_abilities
+from qmpcommit.commit.preconditions import (
+    ask_whether,
+    carrying_of,
+    check_abilities,
+    check_job_id,
+)
 from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,
@@ -334,6 +339,8 @@ class Session(Monitor):
             from qmpcommit.commit.pending import name_pending
 
             raise await name_pending(self, conflict) from None
+        if request.job_id is not None and around.barrier is None:  # a group's are its own
+            await check_job_id(self, plan)
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)

@@ -46,6 +46,22 @@ async def check_abilities(
         )
 
 
+async def check_job_id(monitor: Monitor, plan: Plan) -> None:
+    """Refuse a caller's job id that a job has already (``query-jobs``); raises `JobConflict`.
+
+    QEMU would refuse it as well. But if its reply were lost, that job would be taken for ours.
+    """
+    for job in await monitor.execute("query-jobs"):
+        if job.get("id") == plan.job_id:
+            raise JobConflict(
+                f"there is a {job.get('type')} job '{plan.job_id}' on {plan.vm} already, which is"
+                f" '{job.get('status')}': give another job id, or none. Nothing was sent",
+                vm=plan.vm,
+                disk=plan.disk.name,
+                job_id=plan.job_id,
+            )
+
+
 def _check_recycle(
     plan: Plan, recycle: Recycle, status: str | None, cwd: str | None, private: bool
 ) -> None:
