@@ -12,6 +12,8 @@ import pytest
 from tests.daemon.daemons import Daemon
 from tests.daemon.test_cycles import end_of
 from tests.daemon.test_group_cycles import DISCARD, begin, end, ground, killed_daemon
+from tests.ground.images import assert_disk
+from tests.ground.sessions import runs
 
 
 async def logged(d: Daemon, event: str) -> None:
@@ -80,4 +82,13 @@ async def test_a_guest_that_may_be_paused_after_an_error_of_ours_is_named(folder
         assert ended["state"] == "failed", ended
         message = ended["error"]["message"]
         assert f"The guest of {name} may be paused still" in message
-        assert f"{at.chains[name, 'vda'].top} is whole" in message
+        chain = at.chains[name, "vda"]
+        assert f"{chain.top} is whole" in message
+        assert not await runs(at.vms[name])
+        (fresh, base), *_ = await at.layers(d)
+        assert base == chain.base
+        await d.kill()
+        await at.vms[name].quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(fresh, chain.pictures[0])

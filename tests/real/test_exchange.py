@@ -325,8 +325,11 @@ async def test_a_qemu_that_ends_when_all_is_exchanged_keeps_the_old_file(folder:
 # -- what a process that was killed has begun for many, another ends for each --------------------
 
 
-def again(vm: qc.Session, plan: Plan, fresh: Path, noted: Mapping[str, Any]) -> Exchange:
-    return Exchange(vm, plan, str(fresh), guest="reset", note=Notes().note, noted=noted)
+def again(
+    vm: qc.Session, plan: Plan, fresh: Path, noted: Mapping[str, Any], notes: Notes | None = None
+) -> Exchange:
+    note = (notes or Notes()).note
+    return Exchange(vm, plan, str(fresh), guest="reset", note=note, noted=noted)
 
 
 async def killed_at(step: str, qmp: str, fresh: Path) -> tuple[Plan, dict[str, Any]]:
@@ -396,7 +399,9 @@ async def test_before_the_decision_another_process_puts_it_back(folder: Path, st
     async with machine(folder, chain, running=True) as qemu:
         plan, noted = await killed_at(step, qemu.qmp, fresh)
         async with qc.Session.connect(qemu.qmp) as session:
-            assert await put_back([again(session, plan, fresh, noted)]) == []
+            notes = Notes()
+            assert await put_back([again(session, plan, fresh, noted, notes)]) == []
+            assert notes.noted == {"step": "back", "running": None, "let_go": False}
             await as_before(session, qemu, chain, fresh)
 
 

@@ -145,7 +145,7 @@ async def test_a_line_without_an_end_is_the_end_of_the_connection(
 
 async def test_lines_without_sense_are_the_end_of_the_connection(folder: Path) -> None:
     async def garbage(command: str, arguments: dict[str, Any]) -> Any:
-        await fake.flood(b"no JSON at all\n", MANY)
+        await fake.flood(b"no JSON at all" * 20 + b"\n", MANY)
 
     most: list[int] = []
     async with (
