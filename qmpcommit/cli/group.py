@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 Named = Sequence[tuple[str, str]]
 """Pairs of a monitor and a disk."""
 
+CANCELLED = (
+    "all jobs were cancelled; no disk was pivoted or kept. The bases may hold part of the overlays'"
+    " data and are valid only under them"
+)
+"""What an interrupted command says of its group."""
+
 _ALONE = {
     "top": "--top",
     "filter_node_name": "--filter-node-name",
@@ -203,7 +209,7 @@ async def _run(running: Run, group: GroupCommit, asking: Asking | None) -> Group
     running.on_signal = lambda times: _interrupt(working, times)
     await asyncio.wait({working})
     if working.cancelled():
-        sent = "all jobs were cancelled; no disk was pivoted or kept" if group.jobs else ""
+        sent = CANCELLED if group.jobs else ""
         finalized = any(job.outcome and job.outcome.action != "abort" for job in group.jobs)
         if finalized:
             sent = "the disks had been decided already and were committed, all of them"

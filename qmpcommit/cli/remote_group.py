@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpcommit.cli.group import Named, group_text, policies_of, status_of
+from qmpcommit.cli.group import CANCELLED, Named, group_text, policies_of, status_of
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.remote import connect
 from qmpcommit.cli.running import Run
@@ -115,7 +115,7 @@ class _Following:
             raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
         if self._run.signals:
             outcome = waiting.result()
-            sent = "all jobs were cancelled; no disk was pivoted or kept"
+            sent = CANCELLED
             if outcome.status == "completed":
                 sent = "the disks had been decided already and were committed, all of them"
             raise Interrupted(f"interrupted; {sent}")

@@ -320,6 +320,13 @@ class CommitJob:
 
     def _order(self, choice: Choice) -> Awaitable[None]:
         match phases.objection(self.state, choice):
+            case "not ready" if not self.plan.two_phase:
+                raise NotReady(
+                    f"job {self.id} on {self.plan.disk} of {self.plan.vm} commits a layer below the"
+                    f" active one: it has no second phase, and nothing to {choice.value}. It goes"
+                    " on, and ends by itself",
+                    **self._where(),
+                )
             case "not ready":
                 raise NotReady(
                     f"job {self.id} on {self.plan.disk} of {self.plan.vm} is not READY: it is still"

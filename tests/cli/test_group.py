@@ -131,6 +131,7 @@ async def test_ctrl_c_cancels_all(folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         said = await end(process)
         assert (said.status, said.error["type"]) == (130, "Interrupted")
+        assert "valid only under them" in said.error["message"]
         assert await qemu.execute("query-jobs") == []
         await qemu.quit()
     for chain in chains:

@@ -15,7 +15,7 @@ from qmpcommit.commit.aftermath import Around, Barrier
 from qmpcommit.commit.converge import ConvergeReport
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Request
-from tests.ground.images import MIB, assert_disk, make_chain
+from tests.ground.images import MIB, Write, assert_disk, make_chain, write
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import let_pass, proxy
 from tests.ground.sessions import files, time_to_go_too_far
@@ -95,6 +95,23 @@ async def test_its_caller_may_decide_for_a_fresh_overlay(folder: Path) -> None:
     assert not (folder / "too-early.qcow2").exists()
     assert_disk(chain.base, chain.pictures[-1])
     assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_nothing_is_to_be_decided_for_a_layer_below_the_active_one(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    write(chain.files[1], [Write(44 * MIB, 18 * MIB, 0x77)])
+    chain.pictures[-1].fill(44 * MIB, 18 * MIB, 0x77)
+    async with machine(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("vda", top=1, bandwidth="1MiB")
+            with pytest.raises(
+                qc.NotReady, match=r"no second phase, and nothing to keep\. It goes"
+            ):
+                job.keep()
+            await job.cancel()
+            assert (await job.wait()).action == "abort"
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 @pytest.mark.parametrize("failure", [ZeroDivisionError, asyncio.CancelledError])
