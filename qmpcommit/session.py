@@ -313,7 +313,7 @@ class Session(Monitor):
         if only_if is not None:
             await ask_whether(only_if, job.plan)
         if timeout is not None:
-            job.timeout = max(0.0, timeout - (clock() - begun))
+            job.timeout, job.spent = timeout, clock() - begun
         return await self.launch(job, override=override)
 
     async def prepare(

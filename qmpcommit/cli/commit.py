@@ -379,6 +379,7 @@ async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool
     async with _offline(qmp) if offline else running.connect(qmp) as vm:
         foreground = Foreground(running, vm, qmp)
         job = await foreground.start(**request, timeout=running.remaining)
+        job.timeout = running.options.timeout  # as it was asked for: an error names it
         async with bar.of(job, str(job.plan.disk)):
             outcome = await foreground.end(job)
     return committed(running, request["policy"], outcome)

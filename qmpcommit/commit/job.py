@@ -68,6 +68,7 @@ class CommitJob:
             resumed=resumed,
         )
         self._driver.timeout = timeout
+        self.spent = 0.0
         self._waiters: set[asyncio.Future[None]] = set()
         self._timers: list[asyncio.TimerHandle] = []
         self._converging: asyncio.Task[ConvergeReport] | None = None
@@ -83,7 +84,10 @@ class CommitJob:
 
     @property
     def timeout(self) -> float | None:
-        """Seconds from the start on, after which the job is cancelled; set before it starts."""
+        """Seconds after which the job is cancelled, less those `spent` before it starts.
+
+        Set later it is only what a `DeadlineExceeded` names.
+        """
         return self._driver.timeout
 
     @timeout.setter
@@ -272,7 +276,8 @@ class CommitJob:
         driver = self._driver
         try:
             if driver.timeout is not None:
-                self._call_later(driver.timeout, self._time_is_up)
+                left = max(0.0, driver.timeout - self.spent)
+                self._call_later(left, self._time_is_up)
             if self._around.converge is not None:
                 from qmpcommit.commit.converge import converge
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -375,6 +376,7 @@ async def test_the_timeout_cancels_the_job(words: tuple[str, ...], folder: Path)
     async with machine(folder, chain) as qemu:
         said = await run_out_of_time("commit", qemu.qmp, "vda", *words)
         assert "still the active image" in said.error["message"]
+        assert re.search(r"within (1|4|16) s:", said.error["message"]), said.error
         await no_jobs(qemu)
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])

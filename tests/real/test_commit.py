@@ -359,8 +359,10 @@ async def test_only_if(folder: Path) -> None:
 async def test_a_deadline_cancels_the_job(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        job = await vm.commit("vda", policy=qc.Pivot(), bandwidth=SLOW, timeout=0.5)
-        with pytest.raises(qc.DeadlineExceeded, match="still the active image"):
+        job = await vm.commit(
+            "vda", policy=qc.Pivot(), bandwidth=SLOW, only_if=["sleep", "0.1"], timeout=0.5
+        )
+        with pytest.raises(qc.DeadlineExceeded, match=r"within 0\.5 s.*still the active image"):
             await job.wait()
         await end(vm, qemu)
     assert_disk(chain.top, chain.pictures[-1])
