@@ -15,11 +15,11 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
 from qmpcommit.errors import (
-    ConnectError,
     DaemonLost,
-    MonitorLost,
+    JobConflict,
     QmpCommitError,
     WindowError,
+    WindowNotFound,
 )
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
@@ -170,10 +170,10 @@ class _Held:
             try:
                 asked = {"seconds": lease}
                 self._parse(await self._client.ask("POST", f"{self._path}/lease", asked))
-            except (ConnectError, MonitorLost):
-                continue  # it may be back before the lease ends
-            except QmpCommitError:
+            except (JobConflict, WindowNotFound):
                 return  # it was closed by somebody else, which its end tells
+            except QmpCommitError:
+                continue  # the daemon may be back, or have room, before the lease ends
 
     async def _close(self) -> dict[str, Any]:
         if self._renewing is not None:
