@@ -105,7 +105,7 @@ class Watch:
         session = vm.session
         if session is None:
             return
-        with suppress(QmpCommitError, TimeoutError):
+        try:
             async with asyncio.timeout(LOOK):
                 found: dict[str, dict[str, Frozen]] = {}
                 for each in await session.windows():
@@ -113,6 +113,10 @@ class Watch:
                     found.setdefault(each.window, {})[each.disk] = frozen
                 cwd = session.cwd
                 self._found[vm.name] = [Orphan(vm.name, n, d, cwd) for n, d in found.items()]
+        except (QmpCommitError, TimeoutError):
+            pass  # what was seen last counts
+        except Exception as error:  # a bug of ours must end neither the watch nor the connection
+            self._log.warning("bug", vm=vm.name, error=repr(error))
         for orphan in self.orphans(vm.name):
             if self._first(vm.name, orphan.name, "orphan"):
                 overlays = [each.overlay for each in orphan.disks.values()]

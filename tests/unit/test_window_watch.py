@@ -37,3 +37,15 @@ def test_it_is_told_with_its_age_and_size(seen: Seen, size: int, warning: str | 
     assert [event for event, _ in said] == ([warning] if warning else [])
     for _, facts in said:
         assert (facts["vm"], facts["disk"], facts["overlay"]) == ("web1", "vda", seen.path)
+
+
+async def test_a_bug_in_a_look_ends_nothing() -> None:
+    async def windows() -> list[Any]:
+        raise RuntimeError("of ours")
+
+    engine: Any = SimpleNamespace(registry=SimpleNamespace(vms={}))
+    vm: Any = SimpleNamespace(name="web1", session=SimpleNamespace(windows=windows))
+    watch, said = Watch(engine, {}), list[str]()
+    watch._log = SimpleNamespace(warning=lambda event, **_: said.append(event))  # type: ignore[assignment]
+    await watch.look_at(vm)
+    assert said == ["bug"]
