@@ -7,7 +7,7 @@ facts are attributes, for programs. `to_dict` is what ``--json`` and the daemon 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class QmpCommitError(Exception):
@@ -39,6 +39,10 @@ class QmpCommitError(Exception):
             if value is not None and self.facts.get(name) is None:
                 self.facts[name] = value
                 setattr(self, name, value)
+
+    def again(self) -> Self:
+        """The same error for somebody else, who may add facts of their own."""
+        return type(self)(self.message, **self.facts)
 
     def to_dict(self) -> dict[str, object]:
         """The error as JSON-ready members: ``type``, ``message`` and the known facts."""

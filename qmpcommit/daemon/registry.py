@@ -240,7 +240,7 @@ class Registry:
     def _failed(self, vm: VM, error: QmpCommitError) -> None:
         if vm.error is None:
             self.log.info("vm_away", vm=vm.name, why=error.message)
-        vm.state, vm.error = "away", error
+        vm.state, vm.error = "away", error.again()
 
     async def _open(self, vm: VM) -> Session:
         """Connect where that is not so; `on_up` has run when this returns."""
@@ -275,7 +275,9 @@ class Registry:
                     async with asyncio.timeout(wait):
                         await vm.up.wait()
                 if not vm.up.is_set():
-                    raise vm.error or ConnectError(
+                    if vm.error is not None:
+                        raise vm.error.again()
+                    raise ConnectError(
                         f"{vm.name} is not connected yet; try again", vm=vm.name, address=vm.qmp
                     )
             try:

@@ -220,3 +220,25 @@ async def test_monitors_that_hang_keep_no_others_waiting(folder: Path) -> None:
                 assert known.vms["well"].state == "connected"
             assert all(vm.session is None or not vm.up.is_set() for vm in known.vms.values()
                        if vm.name != "well")  # fmt: skip
+
+
+@pytest.mark.parametrize("connect", ["keep", "on-demand"])
+async def test_everybody_gets_an_error_of_their_own(folder: Path, connect: str) -> None:
+    """Who adds the disk that they wanted adds it to nobody else's."""
+    config = {"vm": [{"name": "web1", "qmp": f"{folder}/none", "connect": connect}]}
+    async with registry(config) as known:
+        vm, errors = known.vms["web1"], list[ConnectError]()
+        for disk in ("vda", "vdb"):
+            async with asyncio.timeout(20):
+                while not errors or errors[-1].disk is not None:
+                    with pytest.raises(ConnectError) as raised:
+                        async with known.use(vm):
+                            raise AssertionError("there is nothing to connect to")
+                    if vm.error is not None:
+                        errors.append(raised.value)
+                    await asyncio.sleep(0.01)
+            errors[-1].add(disk=disk)
+        assert [error.disk for error in errors] == ["vda", "vdb"]
+        assert errors[0].message == errors[1].message
+        assert vm.error is not None
+        assert vm.error.disk is None
