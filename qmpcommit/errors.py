@@ -167,10 +167,13 @@ class GroupFailed(CommitFailed):
     """A group commit was cancelled: none of its disks was pivoted or kept.
 
     `outcomes` are the members' ends in their order, as JSON: an outcome each, or an ``error``.
+    `quiesced` is for how many seconds the guest stood still that did so longest, where a `freeze`
+    was asked for.
     """
 
-    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error", "outcomes")
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error", "outcomes", "quiesced")
     outcomes: list[dict[str, object]]
+    quiesced: float | None
 
 
 class GroupSplit(GroupFailed):
@@ -181,7 +184,7 @@ class GroupSplit(GroupFailed):
     """
 
     FACTS = (
-        *("vm", "disk", "job_id", "error", "outcomes"),
+        *GroupFailed.FACTS,
         *("pivoted", "not_pivoted", "kept", "not_kept", "unknown"),
     )
     pivoted: list[str]

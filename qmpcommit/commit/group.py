@@ -211,6 +211,8 @@ class GroupCommit:
         if error is not None and (finalized or not meant or not _none_done(ends)):
             if self._cause is not None:
                 error.__cause__ = self._cause
+            if self._stood_still:
+                error.add(quiesced=max(self._stood_still.values()))
             raise error
         return self._outcome(ends)
 
@@ -368,6 +370,9 @@ class GroupCommit:
     def _is_not_quiet(self, vm: Session, why: str, error: Exception | None) -> None:
         if self.state.stage in (Stage.FREEZING, Stage.DECIDED):
             self._cause = error
+        if self.state.stage is Stage.FINALIZING and error is None:
+            told = "before all of its disks had ended. They show the one instant all the same"
+            self._freezes.problems.append(f"{vm.name}: {why}, {told}")
         first = next(n for n, member in enumerate(self.members) if member.vm is vm)
         self._tell(group_phases.NotQuiesced(first, why))
 

@@ -199,9 +199,32 @@ async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
             await asyncio.sleep(0)
         late.to_qemu = let_pass
         late.release()
-        with pytest.raises(qc.GroupFailed, match="vda of two: its guest could not be"):
+        with pytest.raises(qc.GroupFailed, match="vda of two: its guest could not be") as failed:
             await going
+        assert failed.value.quiesced
         await none_pivoted(here)
+
+
+async def test_a_freeze_that_reaches_its_limit_after_the_decision_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_freeze, "LIMIT", 0.5)
+    async with two(folder) as here, asyncio.timeout(LIMIT):
+
+        async def slow(jobs: Any) -> None:
+            while not all([await runs(qemu) for qemu in here.qemus]):
+                await asyncio.sleep(0.01)
+
+        outcome = await qc.commit_group(
+            here.disks, policy=qc.Pivot(), freeze="pause", on_decision=slow
+        )
+        assert outcome.action == "pivot"
+        first, second = sorted(w for w in outcome.warnings if "show the one instant" in w)
+        assert first.startswith("one: its guest stood still for 0.5 s")
+        assert second.startswith("two: ")
+        for qemu, chain in zip(here.qemus, here.chains, strict=True):
+            await qemu.quit()
+            assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_a_qemu_that_takes_no_mark_is_recycled_all_the_same(folder: Path) -> None:
