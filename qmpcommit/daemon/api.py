@@ -313,11 +313,13 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             " ORDER BY created DESC, rowid DESC LIMIT ?3"
         )
         rows = await engine.journal.read(sql, vm, state, limit)
-        found = [
-            engine.live.get(row["id"]) or Promise.load(row, engine.journal, engine.metrics)
-            for row in rows
-        ]
-        return [view_commit(engine, promise) for promise in found]
+        found = []
+        for row in rows:
+            with suppress(ValueError):  # written by another version
+                known = engine.live.get(row["id"])
+                promise = known or Promise.load(row, engine.journal, engine.metrics)
+                found.append(view_commit(engine, promise))
+        return found
 
     @app.get("/v1/commits/{commit_id}", responses=problems(404, 422), tags=["commits"])
     async def get_commit(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
 
 from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_asking import ask_command
@@ -123,8 +124,13 @@ class Cycles:
             )
             if self.live.get(key) is running:  # else it has ended meanwhile, or begun
                 break
-        ended = (Round.load(row, self._engine.journal) for row in rows)
-        last = next((each for each in ended if each.disk == cycle.disk), None)
+        last = None
+        for row in rows:
+            with suppress(ValueError):  # written by another version
+                ended = Round.load(row, self._engine.journal)
+                if ended.disk == cycle.disk:
+                    last = ended
+                    break
         return CycleView(
             cycle=cycle,
             next_round=self._next.get(key),

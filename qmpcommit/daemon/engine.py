@@ -398,7 +398,13 @@ class Engine:
         rows = await self.journal.read("SELECT * FROM commits WHERE id = ?", commit_id)
         if not rows:
             raise CommitNotFound(f"there is no commit '{commit_id}'")
-        return Promise.load(rows[0], self.journal, self.metrics)
+        try:
+            return Promise.load(rows[0], self.journal, self.metrics)
+        except ValueError:
+            raise CommitNotFound(
+                f"commit '{commit_id}' was written by another version of qmpcommitd, and can't be"
+                " read by this one"
+            ) from None
 
     async def decide(self, commit_id: str, action: str) -> Promise:
         """Carry out a decision, durable before it is answered.

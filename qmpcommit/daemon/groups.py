@@ -255,7 +255,11 @@ class Groups:
             " LIMIT ?"
         )
         rows = await self._journal.read(sql, limit)
-        return [self.live.get(row["id"]) or await self._loaded(row) for row in rows]
+        found = []
+        for row in rows:
+            with suppress(ValueError):  # written by another version
+                found.append(self.live.get(row["id"]) or await self._loaded(row))
+        return found
 
     async def _loaded(self, row: Mapping[str, Any]) -> Group:
         group = Group.load(row, self._journal)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +231,43 @@ async def test_followers_are_bounded_and_their_places_given_back(folder: Path) -
                 await writer.wait_closed()
                 if b" 200 " in head:
                     return
+
+
+async def test_what_another_version_has_written_hides_nothing_else(folder: Path) -> None:
+    chain = make_chain(folder)
+    cycle = '[[cycle]]\nvm = "web1"\ndisk = "top"\nevery = "1h"\nkeep_if = ["true"]\nguest = "stop"'
+    asked = {"members": [{"vm": "web1", "disk": "top"}], "policy": {"kind": "abort"}}
+    keep = {"disk": "top", "policy": {"kind": "keep"}}
+    async with (
+        storage_daemon(folder, chain) as vm,
+        daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n{cycle}\n') as d,
+    ):
+        await d.connected("web1")
+
+        async def ended(path: str, body: Any) -> str:
+            made = (await d.post(path, body)).headers["location"]
+            async with asyncio.timeout(30):
+                while (await d.get(f"{made}?wait=5")).json["ended"] is None:
+                    pass
+            return str(made)
+
+        commit = await ended("/v1/vms/web1/commits", keep)
+        await ended("/v1/groups", asked)
+        await ended("/v1/vms/web1/cycles", {"disk": "top"})
+        assert await d.stop() == 0
+        with closing(sqlite3.connect(d.folder / "state" / "journal.db")) as journal, journal:
+            for table in ("commits", "undertakings"):
+                journal.execute(f"UPDATE {table} SET request = json_set(request, '$.newer', 1)")
+        await d.start()
+        await d.connected("web1")
+        for kind in ("commits", "groups"):
+            assert (await d.get(f"/v1/{kind}")).json == []
+        assert (await d.get("/v1/cycles")).json[0]["last"] is None
+        missing = await d.get(commit)
+        assert (missing.status, "another version" in missing.json["detail"]) == (404, True)
+        again = await ended("/v1/vms/web1/commits", keep)
+        (seen,) = (await d.get("/v1/commits")).json
+        assert again == f"/v1/commits/{seen['id']}"
+        assert await d.stop() == 0
+        assert '"bug"' not in d.log
+    assert_disk(chain.base, chain.pictures[-1])

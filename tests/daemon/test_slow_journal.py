@@ -112,7 +112,7 @@ async def test_a_queued_commit_is_cancelled_once(folder: Path) -> None:
 
 async def test_a_round_is_run(folder: Path) -> None:
     cycle = (
-        '[[cycle]]\nvm = "web1"\ndisk = "top"\nat = "00:00"\nkeep_if = ["true"]\nguest = "stop"\n'
+        '[[cycle]]\nvm = "web1"\ndisk = "top"\nevery = "1h"\nkeep_if = ["true"]\nguest = "stop"\n'
     )
     async with host(folder, cycle) as (d, _, _):
         with locked(d):
