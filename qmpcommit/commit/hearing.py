@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from qmpcommit.commit import facts
+from qmpcommit.qmp.clock import time_of
 
 _BLOCK_JOB_EVENTS = {"BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"}
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Hearing:
@@ -60,10 +59,9 @@ class Hearing:
         self._tell(facts.Ended(cancelled, None if error is None else str(error), done, total))
 
     def _stamp(self, what: str, message: Mapping[str, Any]) -> None:
-        stamp = message.get("timestamp")
-        with suppress(KeyError, TypeError, OverflowError):
-            since = timedelta(seconds=stamp["seconds"], microseconds=stamp["microseconds"])  # type: ignore[index]
-            self.times.setdefault(what, _EPOCH + since)
+        when = time_of(message.get("timestamp"))
+        if when is not None:
+            self.times.setdefault(what, when)
 
 
 def _bytes(value: object) -> int:

@@ -13,10 +13,12 @@ first event of its name arrives. Rests on the QMP specification and on QEMU's ``
 # Annotations are evaluated as they stand (no ``from __future__ import annotations``): pydantic
 # would have to compile each of them again, which takes a few milliseconds of importing this.
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qmpcommit.qmp.clock import stamp_of, time_of
 
 
 def _dashed(name: str) -> str:
@@ -50,7 +52,7 @@ class Event(BaseModel):
 
     def to_message(self) -> dict[str, Any]:
         """The QMP message that this was made of; without ``data`` where it has no members."""
-        message: dict[str, Any] = {"event": self.name, "timestamp": _stamp(self.timestamp)}
+        message: dict[str, Any] = {"event": self.name, "timestamp": stamp_of(self.timestamp)}
         data = self._members()
         if data:
             message["data"] = data
@@ -554,7 +556,7 @@ def parse_event(message: Mapping[str, object]) -> Event:
     name = message.get("event")
     if not isinstance(name, str):
         raise ValueError("a QMP event has a member 'event' that is a text")
-    when = _time(message.get("timestamp"))
+    when = time_of(message.get("timestamp"))
     data = message.get("data", {})
     if not isinstance(data, Mapping):
         return _unknown(name, when, {}, f"its data is not an object: {data!r:.200}")
@@ -575,27 +577,3 @@ def _unknown(
 ) -> UnknownEvent:
     """Made without checking it, so that nothing in it can be refused."""
     return UnknownEvent.model_construct(name=name, timestamp=when, data=dict(data), problem=problem)
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def _time(stamp: object) -> datetime | None:
-    """QMP's ``{"seconds", "microseconds"}``; QEMU writes -1 where its clock failed."""
-    if not isinstance(stamp, Mapping):
-        return None
-    seconds, microseconds = stamp.get("seconds"), stamp.get("microseconds")
-    if type(seconds) is not int or type(microseconds) is not int or min(seconds, microseconds) < 0:
-        return None
-    try:
-        return _EPOCH + timedelta(seconds=seconds, microseconds=microseconds)
-    except OverflowError:
-        return None
-
-
-def _stamp(when: datetime | None) -> dict[str, int]:
-    """The reverse of `_time`."""
-    if when is None:
-        return {"seconds": -1, "microseconds": -1}
-    since = when - _EPOCH
-    return {"seconds": since.days * 86400 + since.seconds, "microseconds": since.microseconds}

@@ -447,6 +447,11 @@ async def test_an_exported_disk_is_not_recycled_under_its_clients(folder: Path) 
     async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         with pytest.raises(qc.ChainError, match="exported"):
             await vm.commit("top", policy=qc.Recycle(str(folder / "x.qcow2")))
+        assert await vm.query_jobs() == []
+        assert await files(vm) == [chain.top, chain.base]
+        await qemu.quit()
+    assert not (folder / "x.qcow2").exists()
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 # -- storage errors ------------------------------------------------------------------------------

@@ -265,6 +265,9 @@ JSON = st.recursive(
     max_leaves=8,
 )
 
+NUMBERS = st.integers() | st.floats() | st.booleans() | st.just(10**400)
+STAMPS = JSON | st.fixed_dictionaries({"seconds": NUMBERS, "microseconds": NUMBERS})
+
 NAMES = st.sampled_from(sorted(MODELS)) | TEXT
 
 

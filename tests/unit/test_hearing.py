@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpcommit.commit import facts
 from qmpcommit.commit.hearing import Hearing
-from tests.unit.test_events import JOB, JSON, SAMPLES, message
+from tests.unit.test_events import JOB, JSON, SAMPLES, STAMPS, message
 
 
 def hear(*messages: dict[str, Any], job: str = "j") -> tuple[Hearing, list[facts.Fact]]:
@@ -78,8 +80,17 @@ def test_links() -> None:
     assert told == [facts.News.LINK_LOST]
 
 
-@given(st.sampled_from(sorted(SAMPLES)), JSON, JSON)
+@pytest.mark.parametrize(
+    "stamp",
+    [None, *({"seconds": n, "microseconds": n} for n in (-1, 10**400, math.nan, math.inf, True))],
+)
+def test_where_qemus_clock_failed_there_is_no_time(stamp: object) -> None:
+    hearing, told = hear({"event": "BLOCK_JOB_READY", "data": JOB, "timestamp": stamp})
+    assert (hearing.times, told) == ({}, [facts.BecameReady(5242880, 5242880)])
+
+
+@given(st.sampled_from(sorted(SAMPLES)), JSON, STAMPS)
 def test_no_message_breaks_it(name: str, data: Any, stamp: Any) -> None:
+    more = data if isinstance(data, dict) else {}
     hear({"event": name, "data": data, "timestamp": stamp})
-    if isinstance(data, dict):
-        hear({"event": name, "data": {**data, "id": "j", "device": "j"}, "timestamp": stamp})
+    hear({"event": name, "data": {**more, "id": "j", "device": "j"}, "timestamp": stamp})

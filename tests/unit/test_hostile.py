@@ -16,7 +16,7 @@ from qmpcommit.block.chain import read_disks
 from qmpcommit.block.graph import build_graph
 from qmpcommit.commit.hearing import Hearing
 from qmpcommit.commit.ledger import load_state
-from qmpcommit.commit.policy import parse_policy
+from qmpcommit.commit.policy import KINDS, parse_policy
 from qmpcommit.daemon.config import parse
 from qmpcommit.daemon.models import CommitRequest, Decision, NewVM
 from qmpcommit.qmp.address import Address
@@ -49,8 +49,13 @@ def test_events(name: str, data: Any, stamp: Any) -> None:
     Hearing("j", lambda fact: None).message(message)
 
 
+of_a_kind = st.builds(
+    lambda kind, more: {**more, "kind": kind}, st.sampled_from(list(KINDS)), thing
+)
+
+
 @settings(max_examples=500)
-@given(value=anything | st.text(max_size=60))
+@given(value=of_a_kind | anything | st.text(max_size=60))
 def test_policies(value: Any) -> None:
     with suppress(qc.InvalidRequest, qc.PolicyRequired):
         parse_policy(value)
