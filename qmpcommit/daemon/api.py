@@ -142,6 +142,9 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     malformed = any(each["type"] == "json_invalid" for each in error.errors())
     detail = "; ".join(f"{each['where']}: {each['what']}" for each in wrong)
     status = 400 if malformed else 422
+    sent_as = request.headers.get("content-type", "")
+    if "json" not in sent_as and any(each["loc"] == ("body",) for each in error.errors()):
+        detail = f"send it with Content-Type: application/json, and not '{sent_as:.80}'; {detail}"
     return _problem(status, "InvalidRequest", TITLES[status], detail[:2000], errors=wrong)
 
 

@@ -188,8 +188,11 @@ async def test_what_is_no_json(folder: Path) -> None:
             assert answer.status in expected, answer.body
             assert_problem(answer, answer.status)
             assert len(answer.body) < 8192, what
-        form = {"Content-Type": "application/x-www-form-urlencoded"}
-        assert_problem(await d.request("POST", "/v1/vms/off/commits", b"disk=a", form), 422)
+        for kind in ("application/x-www-form-urlencoded", "text/plain", ""):
+            headers = {"Content-Type": kind}
+            answer = await d.request("POST", "/v1/vms/off/commits", PIVOT, headers)
+            told = assert_problem(answer, 422, "InvalidRequest")["detail"]
+            assert told.startswith("send it with Content-Type: application/json"), told
 
 
 async def test_a_body_that_is_too_large(folder: Path) -> None:
