@@ -33,9 +33,9 @@ def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
 
 async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.block.chain import find_disk, read_disks
+    from qmpcommit.cli.held import tell_of_held, warn_of_held
     from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.show import disks_dot, disks_text
-    from qmpcommit.commit.pending import held_jobs
     from qmpcommit.session import Session
 
     async with running.vm(qmp) as vm:
@@ -48,13 +48,12 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
         else:
             disks = await vm.disks() if disk is None else [await vm.disk(disk)]
             windows = tell_of_windows(disks, (await vm.info()).qmp)
-        held: list[dict[str, str]] = []
-        if any(each.jobs for each in disks):
-            held = await (held_jobs(vm, qmp) if isinstance(vm, Session) else _held_jobs(vm))
+        held = await tell_of_held(vm, qmp)
+        if not isinstance(vm, Session) and any(each.jobs for each in disks):
+            held = await _held_jobs(vm)
+            warn_of_held(held)
     dumped = [each.model_dump(mode="json") for each in disks]
     data = {"vm": vm.name, "disks": dumped, "pending": held, **windows}
-    for job in held:
-        click.echo(f"qmpcommit: job {job['id']} {job['next']}", err=True)
     if dot:
         return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
     return Answer(

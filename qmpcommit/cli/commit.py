@@ -347,9 +347,11 @@ def _offline(qmp: str) -> AbstractAsyncContextManager[Session]:
 
 async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
     """``--dry-run``: the plan and its findings; status 1 where a check refuses."""
+    from qmpcommit.cli.held import tell_of_held
     from qmpcommit.cli.show import plan_text
 
     async with _offline(qmp) if offline else running.vm(qmp) as vm:
+        await tell_of_held(vm, qmp)
         plan = await vm.plan(**plan_request(request))
     return Answer(
         plan.model_dump(mode="json"),
@@ -374,9 +376,11 @@ def refused(plan: Plan, request: Mapping[str, Any]) -> bool:
 async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
     from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
+    from qmpcommit.cli.held import tell_of_held
 
     bar = Bar(running.options, qmp)
     async with _offline(qmp) if offline else running.connect(qmp) as vm:
+        await tell_of_held(vm, qmp, [request["disk"]])
         foreground = Foreground(running, vm, qmp)
         job = await foreground.start(**request, timeout=running.remaining)
         job.timeout = running.options.timeout  # as it was asked for: an error names it

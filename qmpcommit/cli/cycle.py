@@ -11,6 +11,7 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
+from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Options, common, here, shell
 from qmpcommit.cli.show import show_seconds
 
@@ -131,6 +132,7 @@ async def _round(
     async with AsyncExitStack() as stack:
         for qmp, vm in vms.items():
             await stack.enter_async_context(vm)
+            await tell_of_held(vm, qmp)
             if request["freeze"] is None:  # else it is thawed first
                 await tell_of_frozen(vm, qmp)
         agents = {vms[qmp]: socket for qmp, socket in sockets.items()}

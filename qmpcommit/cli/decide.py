@@ -67,9 +67,11 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
 
 async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
     from qmpcommit.cli.following import Foreground
+    from qmpcommit.cli.held import tell_of_held
     from qmpcommit.errors import CommitFailed, JobConflict
 
     async with running.connect(qmp) as vm:
+        await tell_of_held(vm, qmp, but=job_id)
         foreground = Foreground(running, vm, qmp, adopted=True)
         job = await vm.adopt(job_id, pending="cancel" if choice == "abort" else "finalize")
         try:

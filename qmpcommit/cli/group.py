@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.freezing import tell_of_frozen
+from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
 from qmpcommit.errors import InvalidRequest, JobConflict, NotReady
@@ -110,6 +111,7 @@ async def _connected(running: Run, named: Named, stack: AsyncExitStack) -> dict[
     for qmp, _ in named:
         if qmp not in vms:
             vms[qmp] = await stack.enter_async_context(running.connect(qmp))
+            await tell_of_held(vms[qmp], qmp, [name for vm, name in named if vm == qmp])
     return vms
 
 

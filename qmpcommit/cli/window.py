@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.freezing import freezing, sockets_of
+from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Options, common, here
 
 if TYPE_CHECKING:
@@ -103,9 +104,11 @@ def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], 
 
 
 async def _window(running: Run, qmp: str, command: list[str], request: dict[str, Any]) -> Answer:
-    async with running.vm(qmp) as vm, vm.snapshot(**request) as window:
-        files = {disk: frozen.filename for disk, frozen in window.items()}
-        status = await _run(running, [_filled(word, files) for word in command])
+    async with running.vm(qmp) as vm:
+        await tell_of_held(vm, qmp)
+        async with vm.snapshot(**request) as window:
+            files = {disk: frozen.filename for disk, frozen in window.items()}
+            status = await _run(running, [_filled(word, files) for word in command])
     return _closed(running, {"status": status, **_told(window)}, files, status)
 
 
@@ -149,6 +152,8 @@ async def _over_several(
             from qmpcommit.commit.window_group import snapshot
 
             vms = {qmp: await stack.enter_async_context(running.connect(qmp)) for qmp in wanted}
+            for qmp, vm in vms.items():
+                await tell_of_held(vm, qmp)
             pairs = [(vms[qmp], disk) for qmp, disks in wanted.items() for disk in disks]
             sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
             opening = snapshot(pairs, agents=sockets, **request)
@@ -199,6 +204,7 @@ async def _run(running: Run, command: list[str]) -> int:
 
 async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     async with running.connect(qmp) as vm:
+        await tell_of_held(vm, qmp)
         left = await vm.windows()
         outcomes = await vm.close_windows(**where)
     data = {
@@ -242,6 +248,7 @@ async def _flatten(  # noqa: PLR0917
     commits = OwnCommits(running, [vm])
     try:
         async with vm:
+            await tell_of_held(vm, qmp, [disk])
             async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
                 outcomes.append(outcome.model_dump(mode="json"))
                 if outcome.action == "pivot" and outcome.active is not None:

@@ -11,6 +11,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.freeze_marks import set_mark, thaw_marked
 from qmpcommit.commit.pending import held_jobs
+from tests.cli.command import run
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 
@@ -48,6 +49,37 @@ async def test_a_disk_that_was_left_held_is_told_of_and_ended(finalize: bool, fo
             assert await vm.query_jobs() == []
         await qemu.quit()
     assert_disk(chain.base if finalize else chain.top, chain.pictures[-1])
+
+
+async def test_each_command_on_that_monitor_names_it_and_how_to_resolve_it(folder: Path) -> None:
+    chains = make_chain(folder), make_chain(folder, names=("base2", "top2"))
+    async with machine(folder, *chains) as qemu:
+        async with left_pending(qemu):
+            pass
+        for words, status in (
+            (("chain", qemu.qmp, "vdb"), 0),
+            (("jobs", qemu.qmp), 0),
+            (("commit", qemu.qmp, "vda", "--pivot"), 1),
+            (("commit", qemu.qmp, "vdb", "--keep-overlay"), 0),
+            (("commit", qemu.qmp, "vdb", "--pivot", "--dry-run"), 0),
+            (("commit", qemu.qmp, "vda", "vdb", "--keep-overlay"), 1),
+            (("window", qemu.qmp, "vda", "--", "true"), 1),
+            (("window", qemu.qmp, "vdb", "--", "true"), 0),
+            (("window", "--close", qemu.qmp), 0),
+            (("cycle", qemu.qmp, "vda", "--keep-if", "true"), 1),
+            (("flatten", qemu.qmp, "vdb", "--keep", "2"), 0),
+            (("flatten", qemu.qmp, "vda", "--keep", "1"), 1),
+            (("keep", qemu.qmp, "another"), 4),
+        ):
+            said = await run(*words)
+            assert said.status == status, words
+            told = said.out + said.err
+            assert told.count(f"'qmpcommit abort {qemu.qmp} {JOB}'") == 1, words
+        said = await run("abort", qemu.qmp, JOB)
+        assert (said.status, said.err) == (0, "")
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_guest_that_was_left_quiesced_beside_it_is_named_too(folder: Path) -> None:
