@@ -13,15 +13,20 @@ from qmpcommit.journal import Journal, JournalError, Statement
 HOUR = 3600.0
 """Seconds between two times, where nothing is to be forgotten sooner."""
 
+# Commits wait for the writer: what is far back in a row, or in the table, is looked at last.
 # Of each base of a cycle the last commit is kept, for it tells whether the base is whole by itself.
 _COMMITS = """
-    DELETE FROM commits WHERE ended < ? AND rowid NOT IN (
+    DELETE FROM commits WHERE created < ?1 AND ended < ?1 AND rowid NOT IN (
         SELECT rowid FROM (
             SELECT rowid, max(ended) FROM commits
-            WHERE plan IS NOT NULL AND vm IN (SELECT value FROM json_each(?))
+            WHERE plan IS NOT NULL AND vm IN (SELECT value FROM json_each(?2))
             GROUP BY vm, json_extract(plan, '$.base.filename')
         )
     )
+"""
+_UNDERTAKINGS = "DELETE FROM undertakings WHERE created < ?1 AND ended < ?1"
+_EVENTS = """
+    DELETE FROM events WHERE id < (SELECT id FROM events WHERE at >= ? ORDER BY id LIMIT 1)
 """
 _KEYS = """
     DELETE FROM keys WHERE created < ?
@@ -39,8 +44,8 @@ async def forget_old(config: Config, journal: Journal) -> None:
         with suppress(JournalError):  # it has no room: then another time
             await journal.write(
                 Statement(_COMMITS, (before, cycled)),
-                Statement("DELETE FROM undertakings WHERE ended < ?", (before,)),
-                Statement("DELETE FROM events WHERE at < ?", (before,)),
+                Statement(_UNDERTAKINGS, (before,)),
+                Statement(_EVENTS, (before,)),
                 Statement(_KEYS, (before,)),
             )
         await asyncio.sleep(min(HOUR, retained))
