@@ -42,4 +42,5 @@ def main() -> None:
     """``qmpcommitd``."""
     from qmpcommit.cli.main import main as command
 
-    command(["daemon", *sys.argv[1:]], name="qmpcommitd")
+    words = sys.argv[1:]
+    command(words if words == ["--version"] else ["daemon", *words], name="qmpcommitd")

@@ -83,6 +83,11 @@ class CommitJob:
         return self._driver.state
 
     @property
+    def job_id(self) -> str:
+        """Its id in QEMU, as outcomes and errors call it."""
+        return self.id
+
+    @property
     def timeout(self) -> float | None:
         """Seconds after which the job is cancelled, less those `spent` before it starts.
 

@@ -97,6 +97,19 @@ def test_as_a_module() -> None:
     assert done.stdout == qmpcommit("--version").out
 
 
+def test_the_daemon_has_a_version_too() -> None:
+    start = "from qmpcommit.cli.daemon import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "--version"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == qmpcommit("--version").out
+
+
 def test_the_list_of_commands() -> None:
     said = qmpcommit("--help")
     assert said.status == 0

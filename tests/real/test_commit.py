@@ -78,7 +78,9 @@ async def test_pivot(kind: str, folder: Path) -> None:
     chain = make_chain(folder, 3)
     async with any_machine(kind, folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         name = "top" if "daemon" in kind else "vda"
-        outcome = await (await vm.commit(name, policy=qc.Pivot())).wait()
+        job = await vm.commit(name, policy=qc.Pivot())
+        outcome = await job.wait()
+        assert outcome.job_id == job.job_id == job.id
         assert (outcome.status, outcome.action) == ("completed", "pivot")
         assert outcome.base.filename == str(chain.base)
         assert outcome.top.filename == str(chain.top)
