@@ -608,10 +608,12 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
         return Verdict.FAILED, "QEMU reported success, but the layer is still in the chain", ()
     if where is Where.BASE:
         return Verdict.PIVOTED, None, gone if end is None else ()
-    if where is Where.UNUSED and end is not None and state.ordered in PIVOTS:
+    # What QEMU was not heard to take may have come second, after another client's decision.
+    taken = state.decision if state.accepted and state.decision is not Choice.ABORT else None
+    if where is Where.UNUSED and end is not None and taken in PIVOTS:
         remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
         return Verdict.PIVOTED, None, (remark,)
-    if where is Where.UNUSED and (end is None or state.ordered is None):
+    if where is Where.UNUSED and (end is None or taken is None):
         return Verdict.UNCLEAR, "the job has ended, and how can't be seen in the block graph", ()
     if where is Where.OTHER:
         return Verdict.UNCLEAR, "the disk uses neither the base nor the overlay any more", ()

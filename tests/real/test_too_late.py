@@ -75,6 +75,38 @@ async def test_a_qemu_that_is_killed_after_such_an_abort_may_have_pivoted(folder
     assert_disk(chain.base, chain.pictures[-1])
 
 
+async def test_an_overlay_that_another_client_kept_is_not_deleted_because_its_disk_is_unplugged(
+    folder: Path,
+) -> None:
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, device="scsi-hd", running=True) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path) as vm,
+        qc.Session.connect(qemu.qmp2) as other,
+    ):
+        vm.peer_pid = qemu.pid  # as without the proxy
+        job = await vm.commit("vda", policy=qc.Hold(), delete=True)
+        await job.ready()
+        ends = {"id": job.id, "status": "waiting"}
+        between.to_client = lambda message: "hold" if message.get("data") == ends else "pass"
+        with other.events("BLOCK_JOB_COMPLETED", "DEVICE_DELETED") as heard:
+            await other.execute("block-job-cancel", {"device": job.id, "force": False})
+            await anext(heard)
+            await other.execute("device_del", {"id": "vda"})
+            await anext(heard)
+        pivoting = asyncio.ensure_future(job.pivot())
+        while "job-complete" not in between.sent:
+            await asyncio.sleep(0)
+        between.release()
+        await pivoting
+        with pytest.raises(qc.CommitFailed, match="qemu-img compare"):
+            await job.wait()
+        await other.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 @pytest.mark.parametrize("kind", ["pivot", "keep"])
 async def test_an_overlay_that_another_client_lays_over_the_end_does_not_hide_it(
     kind: str, folder: Path

@@ -460,10 +460,12 @@ def test_a_shutdown_casts_doubt_only_before_the_end() -> None:
 
 
 def test_a_disk_that_nobody_uses_is_believed_by_what_was_ordered() -> None:
-    state, _ = ready(Choice.PIVOT, *COMPLETED, concluded(), GraphRead(Where.UNUSED))
+    state, _ = ready(
+        Choice.PIVOT, Accepted(PIVOT), *COMPLETED, concluded(), GraphRead(Where.UNUSED)
+    )
     assert state.verdict is Verdict.PIVOTED
     assert state.trail
-    state, _ = ready(Choice.KEEP, *COMPLETED, concluded(), GraphRead(Where.UNUSED))
+    state, _ = ready(Choice.KEEP, Accepted(KEEP), *COMPLETED, concluded(), GraphRead(Where.UNUSED))
     assert state.verdict is Verdict.KEPT
     state, _ = ready(Choice.PIVOT, *COMPLETED, concluded(), GraphRead(Where.OTHER))
     assert state.verdict is Verdict.UNCLEAR

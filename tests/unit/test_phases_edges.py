@@ -184,14 +184,17 @@ def test_a_recycle_whose_abort_came_too_late_has_its_overlay() -> None:
     assert (state.verdict, actions) == (Verdict.RECYCLED, [Command.DISMISS])
 
 
-@pytest.mark.parametrize(
-    ("choice", "verdict"), [(Choice.PIVOT, Verdict.PIVOTED), (Choice.KEEP, Verdict.KEPT)]
-)
-def test_a_disk_that_nobody_uses_is_believed_by_what_the_abort_came_after(
-    choice: Choice, verdict: Verdict
-) -> None:
-    late = after(taken(choice), Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
-    assert after(late, concluded(), GraphRead(Where.UNUSED))[0].verdict is verdict
+@pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP])
+def test_a_disk_that_nobody_uses_is_believed_only_by_what_qemu_has_taken(choice: Choice) -> None:
+    ended = (Ended(False, None, 10, 10), concluded(), GraphRead(Where.UNUSED))
+    pivots = choice is Choice.PIVOT
+    verdict = after(taken(choice), *ended)[0].verdict
+    assert verdict is (Verdict.PIVOTED if pivots else Verdict.KEPT)
+    assert after(decided(choice), *ended)[0].verdict is Verdict.UNCLEAR
+    refused = Refused(phases.ORDERS[choice], "Job not found")
+    assert after(decided(choice), refused, *ended)[0].verdict is Verdict.UNCLEAR
+    late = after(taken(choice), Decided(Choice.ABORT, "caller"), *ended)
+    assert late[0].verdict is Verdict.UNCLEAR
     never = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
     assert after(never, concluded(), GraphRead(Where.UNUSED))[0].verdict is Verdict.UNCLEAR
     dismissed = after(taken(choice), Answered(None), GraphRead(Where.UNUSED))
