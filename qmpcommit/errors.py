@@ -152,15 +152,15 @@ class JobConflict(QmpCommitError):
     """Another job, or another decision, is in the way."""
 
 
-class NoSpace(QmpCommitError):
-    """The storage under the base is full, or too small for what would be committed."""
-
-
 class CommitFailed(QmpCommitError):
     """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one."""
 
     FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error")
     error: str | None
+
+
+class NoSpace(CommitFailed):
+    """The storage under the base is full, or too small for what would be committed."""
 
 
 class GroupFailed(CommitFailed):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 from qmpcommit.block.chain import Image
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import Action, CommitOutcome, Timings
@@ -13,9 +16,13 @@ from qmpcommit.errors import (
     DeadlineExceeded,
     JobConflict,
     MonitorLost,
+    NoSpace,
     QmpCommitError,
     VMGone,
 )
+
+_FULL = os.strerror(errno.ENOSPC)
+"""How QEMU says that there is no room, in its own words as in ours."""
 
 _ACTIONS: dict[Verdict, tuple[Action, Choice | None]] = {
     Verdict.PIVOTED: ("pivot", Choice.PIVOT),
@@ -138,8 +145,13 @@ def _by_verdict(
                 begun=False,
             )
         case Verdict.FAILED:
-            return CommitFailed(
-                f"{subject} failed: {state.error}. {_still_active(plan)}", error=state.error
+            text = f"{subject} failed: {state.error}. {_still_active(plan)}"
+            if _FULL not in (state.error or ""):
+                return CommitFailed(text, error=state.error)
+            return NoSpace(
+                f"{text}. Make room under {plan.base.filename} and commit again, or have the next"
+                " commit wait for it (on_error='stop', --on-error stop)",
+                error=state.error,
             )
         case Verdict.VANISHED:
             return CommitFailed(
