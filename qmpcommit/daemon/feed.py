@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.journal import Event
+from qmpcommit.journal import Event, JournalError
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment tells that the stream is alive."""
@@ -63,6 +63,8 @@ class Feed:
                     continue
                 if (last is None or event.id > last) and self._wanted(event):
                     yield render(event)
+        except JournalError:
+            pass  # it was closed, for the daemon stops; whoever follows resumes with the next one
         finally:
             self.close()
 

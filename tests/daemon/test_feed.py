@@ -115,3 +115,19 @@ async def test_of_what_a_follower_has_not_read_nothing_is_kept_for_it(folder: Pa
         assert made._queue.qsize() == 1
         told = [text async for text in made]
         assert [text.split(b"\n")[0] for text in told] == [b": qmpcommit", b"id: 1"]
+
+
+async def test_a_journal_that_is_closed_ends_the_stream(folder: Path) -> None:
+    """The daemon stops while a follower reads what was; it resumes with the next one."""
+    journal = await Journal(folder / "journal.db").open()
+    engine = Engine(parse(f'state = "{folder}"'.encode(), "c"), journal)
+    await happen(engine, BATCH)
+    feed = aiter(feed_module.Feed(engine, 0, None, None))
+    heard = [await anext(feed), await anext(feed)]
+    assert heard[1].startswith(b"id: 1\n")
+    await engine.stop()
+    assert len(engine.followers) == 1
+    rest = [text async for text in feed]
+    assert rest, "a page was read before"
+    assert len(rest) < BATCH - 1
+    assert engine.followers == set()
