@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -11,16 +10,15 @@ from urllib.parse import quote
 
 from qmpcommit.client.job import HOLD
 from qmpcommit.client.problems import error_from
-from qmpcommit.client.vm import TAKING_BACK, name_of, policy_body, request_body
+from qmpcommit.client.taking_back import wanted
+from qmpcommit.client.vm import name_of, policy_body, request_body
 from qmpcommit.errors import (
     CommitFailed,
     CommitNotFound,
     DaemonError,
     DaemonLost,
     JobConflict,
-    QmpCommitError,
 )
-from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
@@ -151,14 +149,8 @@ async def commit_group(
         if own and own[0] is not None:
             member["policy"] = policy_body(own[0])
         body["members"].append(member)
-    asking = asyncio.create_task(_promise(client, body, idempotency_key))
-    try:
-        return (await asyncio.shield(asking))[0]
-    except asyncio.CancelledError:
-        doubt = await to_the_end(_take_back(asking))
-        if doubt is not None:
-            raise asyncio.CancelledError from doubt
-        raise
+    group, _ = await wanted(_promise(client, body, idempotency_key), _take_back, _unanswered)
+    return group
 
 
 async def _promise(
@@ -171,25 +163,17 @@ async def _promise(
     return group, key is None or reply.again or "idempotent-replay" not in reply.headers
 
 
-async def _take_back(asking: asyncio.Task[tuple[RemoteGroup, bool]]) -> QmpCommitError | None:
-    """Nobody waits for the promise any more; why it may have been given nevertheless."""
-    try:
-        async with asyncio.timeout(TAKING_BACK):
-            await asyncio.wait({asking})
-            group, new = asking.result()
-            if new:
-                await group.abort()
-    except DaemonLost as doubt:
-        return doubt
-    except QmpCommitError:
-        pass  # it was refused, or has ended already
-    except TimeoutError:
-        await stop(asking)
-        return DaemonLost(
-            "the daemon did not answer whether it has promised the group; perhaps it has. See"
-            " GET /v1/groups"
-        )
-    return None
+async def _take_back(promised: tuple[RemoteGroup, bool]) -> None:
+    group, new = promised
+    if new:
+        await group.abort()
+
+
+def _unanswered() -> DaemonLost:
+    return DaemonLost(
+        "the daemon did not answer whether it has promised the group; perhaps it has. See"
+        " GET /v1/groups"
+    )
 
 
 async def find_group(client: Client, group_id: str) -> RemoteGroup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import uuid
 from collections.abc import Collection, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qmpcommit.block.chain import Disk, Layer, find_disk, layer_name
 from qmpcommit.client.job import RemoteJob
 from qmpcommit.client.problems import sensible
+from qmpcommit.client.taking_back import wanted
 from qmpcommit.commit.plan import Plan, check_job_id
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, check_command, parse_policy
 from qmpcommit.errors import (
@@ -21,7 +21,6 @@ from qmpcommit.errors import (
     JobNotFound,
     QmpCommitError,
 )
-from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from qmpcommit.commit.window_records import Window
     from qmpcommit.daemon.cycle_models import RoundView
     from qmpcommit.daemon.models import VMView
-
-TAKING_BACK = 5.0
-"""Seconds that a cancelled request gets to be answered and then taken back."""
 
 
 class RemoteVM:
@@ -156,15 +152,9 @@ class RemoteVM:
             filter_node_name=filter_node_name, backing_mask_protocol=backing_mask_protocol,
             override=override, only_if=only_if, timeout=timeout, job_id=job_id, priority=priority,
         )  # fmt: skip
-        asking = asyncio.create_task(self._promise(body, idempotency_key))
-        try:
-            job, _ = await asyncio.shield(asking)
-            return job
-        except asyncio.CancelledError:
-            doubt = await to_the_end(self._take_back(asking))
-            if doubt is not None:
-                raise asyncio.CancelledError from doubt
-            raise
+        asking = self._promise(body, idempotency_key)
+        job, _ = await wanted(asking, self._take_back, self._unanswered)
+        return job
 
     def snapshot(
         self,
@@ -219,28 +209,17 @@ class RemoteVM:
         job = RemoteJob(self.client, commit_view(self._parse(reply)))
         return job, key is None or reply.again or "idempotent-replay" not in reply.headers
 
-    async def _take_back(
-        self, asking: asyncio.Task[tuple[RemoteJob, bool]]
-    ) -> QmpCommitError | None:
-        """Nobody waits for the promise any more; why it may have been given nevertheless."""
-        try:
-            async with asyncio.timeout(TAKING_BACK):
-                await asyncio.wait({asking})
-                job, new = asking.result()
-                if new:
-                    await job.decide("abort")
-        except DaemonLost as doubt:
-            return doubt
-        except QmpCommitError:
-            pass  # it was refused, or has ended already
-        except TimeoutError:
-            await stop(asking)
-            return DaemonLost(
-                f"the daemon did not answer whether it has promised the commit of {self.name};"
-                " perhaps it has. See what it lists",
-                vm=self.name,
-            )
-        return None
+    async def _take_back(self, promised: tuple[RemoteJob, bool]) -> None:
+        job, new = promised
+        if new:
+            await job.decide("abort")
+
+    def _unanswered(self) -> DaemonLost:
+        return DaemonLost(
+            f"the daemon did not answer whether it has promised the commit of {self.name};"
+            " perhaps it has. See what it lists",
+            vm=self.name,
+        )
 
     def _parse(self, reply: Any) -> Any:
         try:

@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.client.problems import error_from, sensible
-from qmpcommit.client.vm import TAKING_BACK, name_of
+from qmpcommit.client.taking_back import wanted
+from qmpcommit.client.vm import name_of
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
@@ -110,14 +111,7 @@ class _Held:
 
     async def open(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Open it; it is what the daemon shows of it. One that nobody waits for is closed."""
-        asking = asyncio.create_task(self._open(path, asked))
-        try:
-            view = await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            doubt = await to_the_end(self._take_back(asking))
-            if doubt is not None:
-                raise asyncio.CancelledError from doubt
-            raise
+        view = await wanted(self._open(path, asked), self._take_back, self._unanswered)
         renewing = self._renew(asked["lease"])
         self._renewing = asyncio.create_task(renewing, name=f"lease of {self._name}")
         return view
@@ -130,25 +124,15 @@ class _Held:
             self._path, self._name = f"/v1/windows/{view['id']}", str(view["name"])
         return view
 
-    async def _take_back(self, asking: asyncio.Task[dict[str, Any]]) -> QmpCommitError | None:
-        """Have a window closed that was opened meanwhile; why that is perhaps left to its lease."""
-        try:
-            async with asyncio.timeout(TAKING_BACK):
-                await asyncio.wait({asking})
-                asking.result()
-                self._parse(await self._client.ask("DELETE", self._path))
-        except DaemonLost as doubt:
-            return doubt
-        except QmpCommitError:
-            pass  # it was refused, or is closed already
-        except TimeoutError:
-            await stop(asking)
-            return DaemonLost(
-                f"the daemon did not answer whether it has opened a window on {self._vm}; perhaps"
-                " it has, and closes it when its lease has ended",
-                vm=self._vm,
-            )
-        return None
+    async def _take_back(self, opened: dict[str, Any]) -> None:
+        self._parse(await self._client.ask("DELETE", self._path))
+
+    def _unanswered(self) -> DaemonLost:
+        return DaemonLost(
+            f"the daemon did not answer whether it has opened a window on {self._vm}; perhaps"
+            " it has, and closes it when its lease has ended",
+            vm=self._vm,
+        )
 
     async def close(self) -> dict[str, Any]:
         """Have it closed, and wait for its end; raises the error that it ended with."""

@@ -438,13 +438,13 @@ async def test_a_request_that_is_cancelled_leaves_no_commit(folder: Path) -> Non
 async def test_a_cancelled_request_to_a_daemon_that_hangs_says_that_it_is_not_known(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpcommit.client.vm.TAKING_BACK", 0.2)
+    monkeypatch.setattr("qmpcommit.client.taking_back.TAKING_BACK", 0.2)
     chain = make_chain(folder)
     async with host_of(folder, chain) as (d, _, host):
         assert d.process is not None
         d.process.send_signal(signal.SIGSTOP)
         asking = asyncio.create_task(host.vm("web1").commit("top", policy=qc.Keep()))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # it is under way
         asking.cancel()
         with pytest.raises(asyncio.CancelledError) as cancelled:
             await asking

@@ -68,6 +68,27 @@ async def test_how_the_clients_window_may_end(folder: Path) -> None:
         await at.nothing_is_left()
 
 
+async def test_a_window_that_nobody_waits_for_any_more_is_closed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with host(folder) as at, qc.Client(at.d.socket) as client:
+        ask = client.ask
+
+        async def given_up_when_answered(method: str, *words: Any, **more: Any) -> Any:
+            reply = await ask(method, *words, **more)
+            if method == "POST":
+                opening.cancel()
+            return reply
+
+        monkeypatch.setattr(client, "ask", given_up_when_answered)
+        opening = asyncio.create_task(client.snapshot(DISKS, lease=3600).__aenter__())
+        await asyncio.wait({opening})
+        assert opening.cancelled()
+        (seen,) = (await at.d.get("/v1/windows")).json
+        await end_of(at.d, seen["id"])
+        await at.nothing_is_left()
+
+
 async def test_a_client_that_dies_leaves_it_to_the_lease(folder: Path) -> None:
     async with host(folder) as at, qc.Client(at.d.socket) as client:
         inside = asyncio.Event()
