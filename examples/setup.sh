@@ -27,7 +27,7 @@ apt_install() {
         say "  Fedora:        sudo dnf install qemu-system-x86-core qemu-img python3"
         say "  Arch:          sudo pacman -S qemu-base python"
         say "  openSUSE:      sudo zypper install qemu-x86 qemu-tools python311"
-        say "  macOS (brew):  brew install qemu python (the demo runs; the tests need Linux)"
+        say "  macOS (brew):  brew install qemu python (not tested; the tests need Linux)"
         exit 2
     fi
     say "installing: $*"

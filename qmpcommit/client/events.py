@@ -31,9 +31,10 @@ _FOLLOWING = "its events are followed no longer"
 class DaemonEvent(Record):
     """One change of state, as the daemon has it in its journal.
 
-    `id` grows; ``Client.events(after=id)`` goes on behind it. `kind` is ``commit`` or ``vm``,
-    `at` seconds since 1970, `commit` the commit's id, `data` all that is told: for a commit its
-    ``state`` and ``phase``, and in the end its ``outcome`` or ``error``.
+    `id` grows; ``Client.events(after=id)`` goes on behind it. `kind` is ``commit``, ``group``,
+    ``window``, ``cycle``, ``flatten`` or ``vm``, `at` seconds since 1970, `commit` a commit's id,
+    `data` all that is told: for a commit its ``state`` and ``phase``, and in the end its
+    ``outcome`` or ``error``.
     """
 
     id: int
