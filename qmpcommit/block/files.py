@@ -266,7 +266,7 @@ def image_locks(path: str, pid: int | None) -> Locks:
     away from all of this host (``/proc/locks``). Read twice, because locks come and go. The
     kernel takes some milliseconds for ``/proc/locks``, so it is not asked needlessly.
     """
-    if not _locked(path):
+    if not is_locked(path):
         return Locks("none")
     if not pid:
         return Locks("unknown")
@@ -291,7 +291,11 @@ def image_locks(path: str, pid: int | None) -> Locks:
     return Locks("others", tuple(_openers(FileId.of(this), but=pid)))
 
 
-def _locked(path: str) -> bool:
+def is_locked(path: str) -> bool:
+    """Whether anybody, QEMU itself included, holds one of QEMU's image locks on the file.
+
+    Raises OSError where it can't be opened from here.
+    """
     if not (is_regular(path) or is_block_device(path)):
         return False
     opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import FileId, open_files
+from qmpcommit.block.files import FileId, is_locked, open_files
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
@@ -97,7 +97,7 @@ def identify(path: str, pid: int | None) -> FileId | None:
 
     `pid` is QEMU's: the file has to be the one that it has open, not another of that name on
     this host. Where its files can't be looked at, its Unix socket has to do as a proof that it
-    runs here; without one nothing is known.
+    runs here, and QEMU's lock on the file that it is no other; without these nothing is known.
     """
     try:
         found = os.lstat(path)
@@ -107,7 +107,12 @@ def identify(path: str, pid: int | None) -> FileId | None:
         return None
     known = FileId(found.st_dev, found.st_ino)
     opened = open_files(pid)
-    return known if not opened or known in opened.values() else None
+    if opened:
+        return known if known in opened.values() else None
+    try:
+        return known if is_locked(path) else None
+    except OSError:
+        return None
 
 
 async def clear_away(
@@ -231,7 +236,7 @@ def remove_file(
     """
     path = os.path.join(cwd or os.getcwd(), image.filename)
     if known is None:
-        return f"{image.filename} stays: it was no regular file of this host"
+        return f"{image.filename} stays: it is no regular file here that QEMU was seen to have"
     try:
         folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.block import files as block_files
+from qmpcommit.commit import aftermath
 from tests.ground.images import (
     MIB,
     Chain,
@@ -225,7 +227,8 @@ async def test_an_overlay_that_was_unlinked_before_is_not_looked_for(folder: Pat
         chain.top.unlink()
         outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
         assert outcome.deleted == []
-        assert outcome.warnings == [f"{chain.top} stays: it was no regular file of this host"]
+        (told,) = outcome.warnings
+        assert told.startswith(f"{chain.top} stays: it is no regular file here")
         await vm.close()
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
@@ -548,6 +551,26 @@ async def test_a_stall_that_nobody_relieves_ends_with_the_deadline(folder: Path)
             await vm.close()
             await qemu.quit()
         assert_disk(chain.top, picture)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_of_a_qemu_whose_files_can_not_be_looked_at_only_a_locked_one_is_deleted(
+    replaced: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (aftermath, block_files):
+        monkeypatch.setattr(module, "open_files", lambda pid: {})  # another user's process
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        if replaced:
+            chain.top.rename(folder / "moved.qcow2")
+            chain.top.write_bytes(b"precious")
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
+        assert outcome.deleted == ([] if replaced else [str(chain.top)])
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert chain.top.exists() is replaced
+    assert not replaced or chain.top.read_bytes() == b"precious"
 
 
 # -- chain care ----------------------------------------------------------------------------------
