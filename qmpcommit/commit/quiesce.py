@@ -78,11 +78,16 @@ def check_how(how: object) -> None:
 def check_sockets(how: How | None, vms: Iterable[Monitor], agents: Sockets[Any]) -> None:
     """Raise `InvalidRequest` where these VMs' guests can't be quiesced so for want of a socket."""
     check_how(how)
-    lacking = [vm.name for vm in dict.fromkeys(vms) if how == "agent" and vm not in agents]
-    if lacking:
+    if how == "agent":
+        check_names(vm.name for vm in dict.fromkeys(vms) if vm not in agents)
+
+
+def check_names(lacking: Iterable[str]) -> None:
+    """Raise `InvalidRequest` where there are VMs without a guest agent's socket."""
+    names = ", ".join(lacking)
+    if names:
         raise InvalidRequest(
-            f"freeze='agent' needs the socket of each guest agent: agents has no socket for"
-            f" {', '.join(lacking)}"
+            f"freeze='agent' needs the socket of each guest agent: agents has no socket for {names}"
         )
 
 

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from qmpcommit.client import DEFAULT_SOCKET
+from qmpcommit.commit.quiesce import check_names
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.qmp.address import Address
 from qmpcommit.units import parse_seconds, parse_size
@@ -95,12 +96,10 @@ class _Section(BaseModel):
 
 def check_sockets(vms: Iterable[str], agents: Mapping[str, str]) -> None:
     """Raises ValueError where one of these VMs has no guest agent's socket there."""
-    lacking = [vm for vm in vms if vm not in agents]
-    if lacking:
-        raise ValueError(
-            'freeze="agent" needs the sockets of the guest agents, and agents has none for'
-            f" {', '.join(lacking)}"
-        )
+    try:
+        check_names(vm for vm in vms if vm not in agents)
+    except InvalidRequest as error:
+        raise ValueError(error.message) from None
 
 
 class Quiescing(_Section):

@@ -184,7 +184,7 @@ async def test_what_is_wrong_is_refused(folder: Path) -> None:
     async with hosted(folder, "agent", "pivot", 1, 1) as at:
         await at.begins()
         wrong: list[tuple[dict[str, Any], str]] = [
-            ({"agents": {"vm0": "/a"}}, "agents has none for vm1"),
+            ({"agents": {"vm0": "/a"}}, "agents has no socket for vm1"),
             ({"agents": {}, "agent": "/a"}, "agent is for one VM"),
             ({"freeze": "ice"}, "freeze"),
         ]
@@ -219,7 +219,7 @@ async def test_the_client_freezes_too(folder: Path) -> None:
                 1,
                 1,
             ]
-            with pytest.raises(qc.InvalidRequest, match="agents has none for vm1"):
+            with pytest.raises(qc.InvalidRequest, match="agents has no socket for vm1"):
                 await client.commit_group(
                     [("vm0", "vda"), ("vm1", "vda")], policy=qc.Keep(), freeze="agent",
                     agents={"vm0": "/a"},

@@ -62,7 +62,7 @@ async def test_how_the_clients_window_may_end(folder: Path) -> None:
             with pytest.raises(error):
                 async with client.snapshot(wrong):
                     pytest.fail("it is open")
-        with pytest.raises(qc.InvalidRequest, match="agents has none for web1, db1"):
+        with pytest.raises(qc.InvalidRequest, match="agents has no socket for web1, db1"):
             async with client.snapshot(DISKS, freeze="agent"):
                 pytest.fail("it is open")
         await at.nothing_is_left()

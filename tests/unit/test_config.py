@@ -137,7 +137,7 @@ WRONG = {
     f"{CYCLE.replace(TRUE, '[]')}every = 5": "cycle.0.keep_if: ",
     f"{CYCLE}every = 5\ntogether = [{{vm = 'a', disk = 'vda'}}]": "top: .*more than once: a vda",
     f"{CYCLE}every = 5\nfreeze = 'ice'": "cycle.0.freeze: ",
-    f"{CYCLE}every = 5\nfreeze = 'agent'": "cycle.0: .*agents has none for a$",
+    f"{CYCLE}every = 5\nfreeze = 'agent'": "cycle.0: .*agents has no socket for a$",
     f"{CYCLE}every = 5\nfreeze = 'agent'\nagent = '/x'\n{WITH_B}": "cycle.0: .*one VM",
     f"{CYCLE}every = 5\nfreeze = 'agent'\nagents = {{a = '/x'}}\n{WITH_B}": "cycle.0: .*for b$",
     f"{CYCLE}every = 5\ntogether = [{{vm = 'b'}}]": "cycle.0.together.0.disk: Field required",
