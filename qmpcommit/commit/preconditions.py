@@ -24,8 +24,10 @@ async def check_abilities(
     `status` is the VM's (None: a storage daemon, which runs no guest), `private` whether nobody
     else can reach what it exports.
     """
-    if isinstance(plan.policy, Recycle):
-        _check_recycle(plan, plan.policy, status, cwd, private)
+    for name in ("", "otherwise", "passed", "failed"):  # what a hold or a check may come to
+        decision = getattr(plan.policy, name, None) if name else plan.policy
+        if isinstance(decision, Recycle):
+            _check_recycle(plan, decision, status, cwd, private)
     masks = "backing-mask-protocol" in plan.arguments
     if not isinstance(plan.policy, Keep) and not masks:
         return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -46,6 +48,21 @@ async def test_a_mask_is_refused_early_where_qemu_has_none() -> None:
         await check(qc.Pivot(), lacks, **mask)
     await check(qc.Pivot(), **mask)
     await check(qc.Pivot(), lacks)
+
+
+@pytest.mark.parametrize("of", [
+    lambda recycle: recycle,
+    lambda recycle: qc.Hold(otherwise=recycle),
+    lambda recycle: qc.Check(["true"], passed=recycle),
+    lambda recycle: qc.Check(["true"], failed=recycle),
+], ids=["itself", "hold", "passed", "failed"])  # fmt: skip
+async def test_an_overlay_that_can_not_be_made_is_refused_early(
+    of: Callable[[qc.Recycle], Any], tmp_path: Path
+) -> None:
+    (tmp_path / "there").touch()
+    with pytest.raises(qc.InvalidRequest, match="exists already"):
+        await check(of(qc.Recycle(str(tmp_path / "there"))))
+    await check(of(qc.Recycle(str(tmp_path / "new"))))
 
 
 @pytest.mark.parametrize("busy", [True, False])
