@@ -35,7 +35,7 @@ from qmpcommit.errors import (
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, peer_pid
 from qmpcommit.qmp.client import Tap, dispose, hang_up, new_client
-from qmpcommit.qmp.queries import Queries
+from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end
 
@@ -364,8 +364,9 @@ class Monitor(Queries):
 
         Keyword arguments are added with ``_`` for ``-`` (``node_name=...``). A monitor that was
         lost before is connected again first. Raises `CommandRefused` with QEMU's error,
-        `MonitorLost` when the connection broke before the reply (QEMU may have run it), and
-        `DeadlineExceeded` when no reply came within `command_timeout`.
+        `MonitorLost` when the connection broke before the reply (QEMU may have run it),
+        `DeadlineExceeded` when no reply came within `command_timeout`, and `ProtocolViolation`
+        for jobs, nodes or a status that can't be QEMU's.
 
         ``query-named-block-nodes`` waits for the end of each ``blockdev-create`` job, for as long:
         a QEMU (5.2 and 7.2 do, 10.0 does not) that is asked for its nodes while it opens the
@@ -400,8 +401,7 @@ class Monitor(Queries):
             jobs = await self._execute("query-jobs", None, {})
         except CommandRefused:
             return []
-        with self.sensible("query-jobs"):
-            return [str(job["id"]) for job in jobs if is_creation(job)]
+        return [str(job["id"]) for job in jobs if is_creation(job)]
 
     async def _execute(
         self, command: str, arguments: Mapping[str, object] | None, more: Mapping[str, object]
@@ -424,7 +424,6 @@ class Monitor(Queries):
             async with asyncio.timeout(self.command_timeout):
                 value = await client.execute(command, given or None)
             self._back_at = None
-            return value
         except ExecuteError as error:
             self._back_at = None
             raise CommandRefused(
@@ -448,6 +447,8 @@ class Monitor(Queries):
                 vm=self.name,
                 command=command,
             ) from error
+        check_form(self.name, command, value)
+        return value
 
     def events(self, *names: str, limit: int = 10_000) -> EventStream:
         """A stream of typed events, of these names or of all; may be made before `open`."""

@@ -15,6 +15,28 @@ if TYPE_CHECKING:
 
     R = TypeVar("R", bound=schema.Return)
 
+_ENTRIES = {"query-jobs": "id", "query-block-jobs": "device", "query-named-block-nodes": None}
+"""Of answers that are lists and are read as they come: the name that each entry has."""
+
+
+def check_form(vm: str, command: str, reply: object) -> None:
+    """Raise `ProtocolViolation` where an answer that is read as it comes can't be QEMU's."""
+    if command in _ENTRIES:
+        name = _ENTRIES[command]
+        right = isinstance(reply, list) and all(
+            isinstance(entry, dict) and (name is None or isinstance(entry.get(name), str))
+            for entry in reply
+        )
+    else:
+        right = command != "query-status" or isinstance(reply, dict)
+    if not right:
+        raise ProtocolViolation(
+            f"what {vm} answered to {command} is not what QEMU's schema says. What answers there"
+            " is perhaps no QEMU",
+            vm=vm,
+            command=command,
+        )
+
 
 class Queries(ABC):
     """What can be asked of QEMU with a typed answer.

@@ -15,6 +15,7 @@ from qmpcommit.qmp import monitor as monitor_module
 from qmpcommit.qmp.address import Address
 from qmpcommit.qmp.client import Client, Tap
 from qmpcommit.qmp.monitor import NODES, Monitor
+from qmpcommit.qmp.queries import _ENTRIES
 from tests.ground.fake_monitor import Refusal, fake_monitor
 
 
@@ -94,5 +95,29 @@ async def test_a_monitor_without_jobs_is_asked_for_its_nodes(folder: Path) -> No
 
 async def test_an_answer_that_should_be_a_list_is_no_qemus(folder: Path) -> None:
     async with fake_monitor(folder) as fake, qc.Session.connect(fake.path) as vm:
-        with pytest.raises(qc.ProtocolViolation, match="query-block-jobs"):
-            await vm.query_block_jobs()
+        with pytest.raises(qc.ProtocolViolation, match="query-block"):
+            await vm.query_block()
+
+
+NO_LISTS: list[object] = [None, {}, "x", ["x"], [[]]]
+NO_OBJECTS: list[object] = [None, [], "running", 5]
+
+
+@pytest.mark.parametrize(
+    ("command", "reply"),
+    [
+        *[(command, reply) for command in _ENTRIES for reply in NO_LISTS],
+        *[(command, [{name: 5}]) for command, name in _ENTRIES.items() if name],
+        *[("query-status", reply) for reply in NO_OBJECTS],
+    ],
+)
+async def test_what_is_read_as_it_comes_has_qemus_form(
+    command: str, reply: object, folder: Path
+) -> None:
+    async def nonsense(asked: str, arguments: dict[str, Any]) -> Any:
+        return reply if asked == command else []
+
+    async with fake_monitor(folder, nonsense) as fake, qc.Session.connect(fake.path) as vm:
+        with pytest.raises(qc.ProtocolViolation, match=f"answered to {command} is not") as error:
+            await vm.execute(command)
+        assert (error.value.vm, error.value.command) == (vm.name, command)
