@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import cycle as cycle_module
-from qmpcommit.commit.exchange import Exchange
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.sessions import files, runs
+from tests.real.killed_discard import killed_at
 
 YES, NO = ["true"], ["false"]
 
@@ -167,29 +165,16 @@ async def test_an_export_or_a_chain_without_overlay_is_refused(folder: Path) -> 
         await qemu.quit()
 
 
-class Killed(BaseException):
-    """The process has ended here."""
-
-
 @pytest.mark.parametrize("step", ["lay", "reopen", "close", "guest", "exchanged"])
-async def test_one_that_was_killed_is_finished_by_the_next(
-    folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_that_was_killed_is_finished_by_the_next(folder: Path, step: str) -> None:
     chain = make_chain(folder)
-
-    async def note(name: str, **facts: Any) -> None:
-        if name == step:
-            raise Killed
 
     async with (
         machine(folder, chain, running=True) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(cycle_module, "_no_note", note)
-            patch.setattr(Exchange, "back", asyncio.sleep)  # a killed process undoes nothing
-            with pytest.raises(Killed):
-                await vm.discard("vda", guest="reset")
+        with killed_at(step):
+            await vm.discard("vda", guest="reset")
         before = await files(vm)
         assert before[-1] == chain.base
         done = await vm.discard("vda", guest="reset")
@@ -200,23 +185,15 @@ async def test_one_that_was_killed_is_finished_by_the_next(
     assert_disk(chain.top, chain.pictures[-1])
 
 
-async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(folder: Path) -> None:
     chain = make_chain(folder)
-
-    async def note(name: str, **facts: Any) -> None:
-        if name == "reopen":
-            raise Killed
 
     async with (
         machine(folder, chain, running=True) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(cycle_module, "_no_note", note)
-            with pytest.raises(Killed):
-                await vm.discard("vda", guest="reset")
+        with killed_at("reopen"):
+            await vm.discard("vda", guest="reset")
         done = await vm.cycle("vda", keep_if=["false; exit 126"], guest="reset")
         assert done.result == "discarded"
         assert done.discarded is not None
@@ -228,24 +205,16 @@ async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(
     assert_disk(Path(done.overlay), chain.pictures[0])
 
 
-async def test_an_overlay_whose_file_is_gone_is_not_taken_for_a_discards(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_overlay_whose_file_is_gone_is_not_taken_for_a_discards(folder: Path) -> None:
     """It is discarded as any overlay is: what lies below it is whole, and is not thrown away."""
     chain = make_chain(folder)
-
-    async def note(name: str, **facts: Any) -> None:
-        if name == "reopen":
-            raise Killed
 
     async with (
         machine(folder, chain, running=True) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(cycle_module, "_no_note", note)
-            with pytest.raises(Killed):
-                await vm.discard("vda", guest="reset")
+        with killed_at("reopen"):
+            await vm.discard("vda", guest="reset")
         laid = (await files(vm))[0]
         laid.unlink()
         done = await vm.discard("vda", guest="reset")

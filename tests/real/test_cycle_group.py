@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import cycle as cycle_module
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.sessions import files, runs
+from tests.real.killed_discard import killed_at
 
 YES, NO = ["true"], ["false"]
 
@@ -252,31 +252,17 @@ async def test_what_can_not_be_put_back_is_named(folder: Path) -> None:
         assert_disk(Path(end.overlay), chain.pictures[0])
 
 
-class Killed(BaseException):
-    """The process has ended here."""
-
-
 STEPS = [(step, place) for step in ("stop", "lay", "reopen") for place in range(1, 4)]
 
 
 @pytest.mark.parametrize(("step", "place"), STEPS)
 async def test_one_that_was_killed_is_finished_by_the_next(
-    folder: Path, step: str, place: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, step: str, place: int
 ) -> None:
     """At the `place`-th disk's step; once an overlay is laid the next call carries all out."""
-    count = 0
-
-    async def note(name: str, **facts: Any) -> None:
-        nonlocal count
-        count += name == step
-        if count == place:
-            raise Killed
-
     async with ground(folder) as g:
-        with monkeypatch.context() as patch:
-            patch.setattr(cycle_module, "_no_note", note)
-            with pytest.raises(Killed):
-                await qc.discard(g.disks, guest="reset", delete=True)
+        with killed_at(step, place):
+            await qc.discard(g.disks, guest="reset", delete=True)
         done = await qc.discard(g.disks, guest="reset", delete=True)
         assert [end.former for end in done] == [str(chain.top) for chain in g.chains]
         assert [end.deleted for end in done] == [True] * 3
@@ -287,23 +273,11 @@ async def test_one_that_was_killed_is_finished_by_the_next(
         await g.begun_anew([end.overlay for end in done], 0)
 
 
-async def test_a_disk_whose_former_overlay_somebody_closed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_disk_whose_former_overlay_somebody_closed(folder: Path) -> None:
     """Between a killed discard and the next; the others can be finished without it."""
-    swaps = 0
-
-    async def note(name: str, **facts: Any) -> None:
-        nonlocal swaps
-        swaps += name == "reopen"
-        if swaps == 2:
-            raise Killed
-
     async with ground(folder) as g:
-        with monkeypatch.context() as patch:
-            patch.setattr(cycle_module, "_no_note", note)
-            with pytest.raises(Killed):
-                await qc.discard(g.disks, guest="reset")
+        with killed_at("reopen", 2):
+            await qc.discard(g.disks, guest="reset")
         await g.vms["one"].execute("blockdev-del", node_name="top0")
         with pytest.raises(qc.ChainError, match="Name the other disks without it"):
             await qc.discard(g.disks, guest="reset")

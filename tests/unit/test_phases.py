@@ -37,6 +37,7 @@ from qmpcommit.commit.facts import (
 )
 from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.phases import Phase, State, Verdict
+from tests.unit.scenes import COMPLETED, CREATED, HELD, PENDING, concluded
 from tests.unit.simulated import World
 
 START = Command.START
@@ -44,9 +45,6 @@ PIVOT = Command.PIVOT
 KEEP = Command.KEEP
 ABORT = Command.ABORT
 DISMISS = Command.DISMISS
-
-CREATED = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
-COMPLETED = (StatusChanged("waiting"), StatusChanged("pending"), Ended(False, None, 10, 10))
 
 
 def play(*facts: Fact, two_phase: bool = True) -> tuple[State, list[Action]]:
@@ -61,10 +59,6 @@ def play(*facts: Fact, two_phase: bool = True) -> tuple[State, list[Action]]:
 def ready(choice: Choice, *facts: Fact) -> tuple[State, list[Action]]:
     """As `play`, from READY with that decision on."""
     return play(*CREATED, StatusChanged("ready"), BecameReady(), Decided(choice, "policy"), *facts)
-
-
-def concluded(error: str | None = None, done: int = 10) -> Answered:
-    return Answered(JobSeen("concluded", done, 10, error))
 
 
 def test_a_pivot_from_start_to_end() -> None:
@@ -416,12 +410,12 @@ def test_a_job_that_waits_to_be_finalized_is_finalized() -> None:
         Answered(JobSeen("ready", auto_finalize=False)),
         Decided(Choice.PIVOT, "caller"),
         Accepted(Command.PIVOT),
-        StatusChanged("pending"),
+        PENDING,
     ):
         state, more = phases.step(state, fact)
         actions = actions + more
     assert actions == [Duty.ASK, Duty.CONSULT, PIVOT, Command.FINALIZE]
-    state, more = phases.step(state, Answered(JobSeen("pending", auto_finalize=False)))
+    state, more = phases.step(state, HELD)
     assert more == [Command.FINALIZE]
 
 
@@ -813,10 +807,10 @@ def test_a_cancellation_that_qemu_took_for_a_soft_one_is_sent_again() -> None:
     for fact in (*CREATED, Decided(Choice.ABORT, "caller"), Accepted(ABORT)):
         state, _ = phases.step(state, fact)
     actions: list[Action] = []
-    for heard in (StatusChanged("ready"), StatusChanged("waiting"), StatusChanged("pending")):
+    for heard in (StatusChanged("ready"), StatusChanged("waiting"), PENDING):
         state, more = phases.step(state, heard)
         actions += more
     assert Duty.ASK in actions or ABORT in actions
     if ABORT not in actions:
-        state, actions = phases.step(state, Answered(JobSeen("pending", auto_finalize=False)))
+        state, actions = phases.step(state, HELD)
     assert actions[-1] is ABORT

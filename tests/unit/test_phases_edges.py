@@ -30,10 +30,8 @@ from qmpcommit.commit.facts import (
     Where,
 )
 from qmpcommit.commit.phases import Phase, State, Step, Verdict
+from tests.unit.scenes import CREATED, HELD, PENDING, concluded
 
-PENDING = StatusChanged("pending")
-HELD = Answered(JobSeen("pending", auto_finalize=False))
-RUNNING = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
 ONE = phases.begin(two_phase=True)
 LAYER = phases.begin(two_phase=False)
 PREPARES = phases.begin(two_phase=True, prepares=True)
@@ -51,16 +49,12 @@ def after(start: Step, *facts: Fact) -> Step:
 
 def decided(choice: Choice, start: Step = ONE) -> Step:
     """READY, and that decision made: its reply is due."""
-    return after(start, *RUNNING, BecameReady(), Decided(choice, "policy"))
+    return after(start, *CREATED, BecameReady(), Decided(choice, "policy"))
 
 
 def taken(choice: Choice, start: Step = ONE) -> Step:
     """READY, decided, and accepted."""
     return after(decided(choice, start), Accepted(phases.ORDERS[choice]))
-
-
-def concluded(error: str | None = None, done: int = 10) -> Answered:
-    return Answered(JobSeen("concluded", done, 10, error))
 
 
 # -- the beginning --------------------------------------------------------------------------------
@@ -96,15 +90,15 @@ def test_what_is_heard_of_a_job_tells_that_it_began(fact: Fact) -> None:
 
 
 def test_ready_tells_how_much_was_copied() -> None:
-    state, _ = after(ONE, *RUNNING, BecameReady(7, 9))
+    state, _ = after(ONE, *CREATED, BecameReady(7, 9))
     assert (state.done, state.total) == (7, 9)
 
 
 @pytest.mark.parametrize("status", ["concluded", "null"])
 def test_the_end_of_a_job_is_asked_for_if_it_began(status: str) -> None:
-    assert after(ONE, *RUNNING, StatusChanged(status))[1] == [Duty.ASK]
+    assert after(ONE, *CREATED, StatusChanged(status))[1] == [Duty.ASK]
     assert after(ONE, StatusChanged(status))[1] == []
-    ended = after(ONE, *RUNNING, concluded())
+    ended = after(ONE, *CREATED, concluded())
     assert after(ended, StatusChanged(status))[1] == []
 
 
@@ -138,14 +132,14 @@ def test_an_adopted_job_is_there_and_has_not_been_decided() -> None:
 def test_a_decision_is_made_once() -> None:
     for choice in (Choice.PIVOT, Choice.KEEP, Choice.ABORT):
         assert after(decided(choice), Decided(choice, "caller"))[1] == []
-    state, actions = after(ONE, *RUNNING, concluded(), Decided(Choice.ABORT, "caller"))
+    state, actions = after(ONE, *CREATED, concluded(), Decided(Choice.ABORT, "caller"))
     assert (state.decision, actions) == (None, [])
 
 
 def test_who_decided_is_remembered() -> None:
     assert decided(Choice.KEEP)[0].by == "policy"
     assert after(decided(Choice.KEEP), Decided(Choice.ABORT, "deadline"))[0].by == "deadline"
-    assert after(LAYER, *RUNNING, BecameReady())[0].by == "qmpcommit"
+    assert after(LAYER, *CREATED, BecameReady())[0].by == "qmpcommit"
     refused = Refused(Command.PIVOT, "no such command", final=True)
     state, _ = after(decided(Choice.PIVOT), refused)
     assert (state.decision, state.by) == (Choice.ABORT, "policy")
@@ -171,7 +165,7 @@ def test_what_an_abort_came_after_may_have_been_done() -> None:
     assert (never_sent.former, never_sent.ordered) == (None, None)
     refused = Refused(Command.PIVOT, "no such command", final=True)
     assert after(decided(Choice.PIVOT), refused)[0].former is None
-    assert after(ONE, *RUNNING, abort)[0].ordered is None
+    assert after(ONE, *CREATED, abort)[0].ordered is None
     assert taken(Choice.PIVOT)[0].ordered is Choice.PIVOT
 
 
@@ -195,7 +189,7 @@ def test_a_disk_that_nobody_uses_is_believed_only_by_what_qemu_has_taken(choice:
     assert after(decided(choice), refused, *ended)[0].verdict is Verdict.UNCLEAR
     late = after(taken(choice), Decided(Choice.ABORT, "caller"), *ended)
     assert late[0].verdict is Verdict.UNCLEAR
-    never = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
+    never = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"), Ended(False, None, 10, 10))
     assert after(never, concluded(), GraphRead(Where.UNUSED))[0].verdict is Verdict.UNCLEAR
     dismissed = after(taken(choice), Answered(None), GraphRead(Where.UNUSED))
     assert dismissed[0].verdict is Verdict.UNCLEAR
@@ -221,7 +215,7 @@ def test_a_decision_that_never_got_a_reply_ends_in_an_abort() -> None:
 
 
 def test_a_refused_abort_is_told_and_asked_about_at_each_tick() -> None:
-    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    start = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"))
     state, actions = after(start, Refused(Command.ABORT, "disabled", final=True))
     assert (state.refusal, actions) == ("disabled", [])
     assert state.trail == (state.error,) == ("QEMU refused to abort: disabled",)
@@ -230,7 +224,7 @@ def test_a_refused_abort_is_told_and_asked_about_at_each_tick() -> None:
 
 def test_an_abort_is_repeated_only_while_nothing_tells_that_it_was_taken() -> None:
     running = Answered(JobSeen("running"))
-    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    start = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"))
     assert after(start, running)[1] == []
     assert after(start, Accepted(Command.ABORT), running)[1] == []
     lost = after(start, Unanswered(Command.ABORT), LinkBack(True))
@@ -337,7 +331,7 @@ def test_a_lost_monitor_while_a_decision_is_in_flight() -> None:
 
 
 def test_a_link_that_is_lost_is_made_again_until_it_is_back() -> None:
-    state, _ = after(ONE, *RUNNING, News.LINK_LOST)
+    state, _ = after(ONE, *CREATED, News.LINK_LOST)
     assert phases.step(state, News.TICK) == (state, [Duty.RELINK])
     back, actions = phases.step(state, LinkBack(True))
     assert (back.linked, actions) == (True, [Duty.ASK])
@@ -350,31 +344,31 @@ def test_a_link_that_is_lost_is_made_again_until_it_is_back() -> None:
 @pytest.mark.parametrize("status", ["paused", "standby"])
 def test_a_halted_job_is_asked_why_if_errors_halt_it(status: str) -> None:
     halted = StatusChanged(status)
-    assert Duty.ASK in after(STALLS, *RUNNING, halted)[1]
-    assert Duty.ASK not in after(ONE, *RUNNING, halted)[1]
+    assert Duty.ASK in after(STALLS, *CREATED, halted)[1]
+    assert Duty.ASK not in after(ONE, *CREATED, halted)[1]
     full = Answered(JobSeen(status, io_status="nospace"))
-    stalled = after(STALLS, *RUNNING, full)
+    stalled = after(STALLS, *CREATED, full)
     assert (stalled[0].stalled, stalled[1]) == (True, [Duty.STALL])
     assert after(stalled, full)[1] == []
     assert Duty.ASK not in after(stalled, halted)[1]
-    assert after(ONE, *RUNNING, full)[1] != [Duty.STALL]
+    assert after(ONE, *CREATED, full)[1] != [Duty.STALL]
     for well in ("ok", ""):
-        assert Duty.STALL not in after(STALLS, *RUNNING, Answered(JobSeen(status)))[1]
+        assert Duty.STALL not in after(STALLS, *CREATED, Answered(JobSeen(status)))[1]
         fine = Answered(JobSeen(status, io_status=well))
-        assert Duty.STALL not in after(STALLS, *RUNNING, fine)[1]
+        assert Duty.STALL not in after(STALLS, *CREATED, fine)[1]
 
 
 @pytest.mark.parametrize("status", ["running", "ready"])
 def test_a_job_that_moves_again_does_not_stall(status: str) -> None:
     full = Answered(JobSeen("paused", io_status="nospace"))
-    state, actions = after(STALLS, *RUNNING, full, StatusChanged(status))
+    state, actions = after(STALLS, *CREATED, full, StatusChanged(status))
     assert not state.stalled
     assert Duty.ASK not in actions
 
 
 def test_a_stalled_job_is_resumed_when_there_is_room_again() -> None:
     full = Answered(JobSeen("paused", io_status="nospace"))
-    stalled = after(STALLS, *RUNNING, full)
+    stalled = after(STALLS, *CREATED, full)
     relieved = after(stalled, News.RELIEVED)
     assert (relieved[0].stalled, relieved[1]) == (False, [Command.RESUME])
     assert after(relieved, News.RELIEVED)[1] == []
@@ -409,7 +403,7 @@ def test_a_frozen_guest_is_nothing_to_any_other_decision() -> None:
 
 
 def test_an_abort_over_a_freeze_without_a_link_is_sent_when_the_link_is_back() -> None:
-    ready = after(ONE, *RUNNING, BecameReady(), News.LINK_LOST, Decided(Choice.RECYCLE, "policy"))
+    ready = after(ONE, *CREATED, BecameReady(), News.LINK_LOST, Decided(Choice.RECYCLE, "policy"))
     assert ready[1] == [Duty.FREEZE]
     aborted = after(ready, Decided(Choice.ABORT, "deadline"), Frozen("the monitor was lost"))
     seen = Answered(JobSeen("standby", 10, 10))
@@ -457,7 +451,7 @@ def test_who_dismissed_it_is_said_only_where_somebody_did() -> None:
     ended = (Ended(False, None, 10, 10), concluded())
     for start, where, verdict in (
         (taken(Choice.PIVOT), Where.BASE, Verdict.PIVOTED),
-        (after(LAYER, *RUNNING), Where.MERGED, Verdict.MERGED),
+        (after(LAYER, *CREATED), Where.MERGED, Verdict.MERGED),
     ):
         state, _ = after(start, Answered(None), GraphRead(where))
         assert state.verdict is verdict
@@ -467,21 +461,21 @@ def test_who_dismissed_it_is_said_only_where_somebody_did() -> None:
 
 
 def test_a_layer_whose_end_is_unknown_has_vanished() -> None:
-    gone = after(LAYER, *RUNNING, Answered(None))
+    gone = after(LAYER, *CREATED, Answered(None))
     for where in (Where.TOP, Where.OTHER, Where.UNUSED):
         assert after(gone, GraphRead(where))[0].verdict is Verdict.VANISHED
 
 
 @pytest.mark.parametrize("where", [Where.MERGED, Where.OTHER, Where.UNUSED])
 def test_a_layer_is_merged_as_qemu_says_whatever_others_did_to_its_base(where: Where) -> None:
-    ended = after(LAYER, *RUNNING, Ended(False, None, 10, 10), concluded(), GraphRead(where))
+    ended = after(LAYER, *CREATED, Ended(False, None, 10, 10), concluded(), GraphRead(where))
     assert (ended[0].verdict, ended[0].trail) == (Verdict.MERGED, ())
 
 
 def test_a_disk_that_nobody_uses_says_why_its_pivot_is_believed() -> None:
     state, _ = after(taken(Choice.PIVOT), concluded(), GraphRead(Where.UNUSED))
     assert "no device" in state.trail[0]
-    ready = after(ONE, *RUNNING, BecameReady())
+    ready = after(ONE, *CREATED, BecameReady())
     state, _ = after(ready, concluded(), GraphRead(Where.UNUSED))
     assert state.verdict is Verdict.UNCLEAR
     assert "can't be seen" in str(state.error)
@@ -510,7 +504,7 @@ def test_the_end_is_told_by_its_event_and_by_the_job() -> None:
 
 def test_an_error_after_an_abort_that_was_taken_is_its_cancellation() -> None:
     error = concluded("the job was stopped")
-    start = after(ONE, *RUNNING, Decided(Choice.ABORT, "caller"))
+    start = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"))
     assert after(start, Accepted(Command.ABORT), error)[0].end == Ended(True, None, 10, 10)
     for other in (start, taken(Choice.PIVOT)):
         assert after(other, error)[0].end == Ended(False, "the job was stopped", 10, 10)
@@ -592,7 +586,7 @@ def test_a_freeze_that_was_noted_is_done_again_unless_the_pivot_was_sent() -> No
 
 
 def test_whoever_takes_over_while_the_monitor_is_away_waits_until_the_same_qemu_answers() -> None:
-    ready, _ = after(ONE, *RUNNING, BecameReady())
+    ready, _ = after(ONE, *CREATED, BecameReady())
     freezing, _ = decided(Choice.RECYCLE)
     thawing, _ = after(recycled(), Overlaid())
     due: list[tuple[State, Action]] = [
@@ -643,7 +637,7 @@ def test_another_qemu_is_never_asked_nor_has_a_guest_to_thaw() -> None:
 
 
 def test_whoever_takes_over_at_ready_asks_the_policy_again() -> None:
-    ready, _ = after(ONE, *RUNNING, BecameReady())
+    ready, _ = after(ONE, *CREATED, BecameReady())
     start = phases.resume(ready, same_vm=True)
     assert (start[0].phase, start[1]) == (Phase.COPYING, [Duty.ASK])
     assert after(start, Answered(JobSeen("ready")))[1] == [Duty.CONSULT]
