@@ -317,11 +317,16 @@ async def test_a_guest_that_does_not_go_on_is_named(
         await g.as_before()
 
 
-async def test_a_cancelled_one_ends_first(folder: Path) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["new", "begun by a killed one"])
+async def test_a_cancelled_one_ends_first(folder: Path, again: bool) -> None:
     async with ground(folder) as g:
+        if again:
+            with killed_at("reopen"):
+                await qc.discard(g.disks, guest="reset")
+        command = "system_reset" if again else "blockdev-snapshot"
         discarding = asyncio.ensure_future(qc.discard(g.disks, guest="reset"))
         async with asyncio.timeout(30):
-            while ("one", "blockdev-snapshot") not in g.sent:
+            while ("one", command) not in g.sent:
                 await asyncio.sleep(0)
         discarding.cancel()
         with pytest.raises(asyncio.CancelledError):
