@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,19 @@ async def test_nothing_is_deleted_where_nothing_was_invalidated(policy: Any, fol
     assert_disk(chain.top, chain.pictures[-1])
 
 
+@contextlib.asynccontextmanager
+async def pivoting(folder: Path, chain: Chain) -> AsyncIterator[qc.Session]:
+    """A session in which the disk is pivoted: in the end its base shows it."""
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        yield vm
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_a_file_that_another_node_uses_stays(folder: Path) -> None:
     chain = make_chain(folder)
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         file = {"driver": "file", "filename": str(chain.top), "locking": "off"}
         node = {"driver": "raw", "node-name": "other", "read-only": True, "file": file}
         await vm.execute("blockdev-add", node)
@@ -261,7 +271,7 @@ async def test_a_file_that_is_gone_is_deleted_although_its_folder_can_not_be_syn
     def fsync(file: int) -> None:
         raise OSError(22, "Invalid argument")
 
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         monkeypatch.setattr(os, "fsync", fsync)
         outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
         monkeypatch.undo()
@@ -306,7 +316,7 @@ async def test_a_file_that_was_swapped_meanwhile_stays(swap: str, folder: Path) 
         elif swap == "other file":
             os.link(precious, chain.top)
 
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
         outcome = await job.wait()
         assert outcome.deleted == []
@@ -320,7 +330,7 @@ async def test_a_link_to_the_overlay_is_not_followed(folder: Path) -> None:
     real = folder / "real.qcow2"
     chain.top.rename(real)
     chain.top.symlink_to(real)
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
         assert outcome.deleted == []
         assert "no regular file" in outcome.warnings[0]
@@ -337,7 +347,7 @@ async def test_the_hook_runs_between_pivot_and_deletion(folder: Path) -> None:
         assert outcome.active is not None
         assert outcome.active.filename == str(chain.base)
 
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
         outcome = await job.wait()
     assert seen == [True]
@@ -350,7 +360,7 @@ async def test_nothing_is_deleted_when_the_hook_fails(folder: Path) -> None:
     async def on_pivot(outcome: qc.CommitOutcome) -> None:
         raise OSError("the inventory is down")
 
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+    async with pivoting(folder, chain) as vm:
         job = await vm.commit("vda", policy=qc.Pivot(), delete=True, on_pivot=on_pivot)
         outcome = await job.wait()
     assert (outcome.hook, outcome.deleted, outcome.action) == ("failed", [], "pivot")
@@ -418,6 +428,10 @@ async def test_a_keep_is_not_what_a_recycle_is(folder: Path) -> None:
         first = await (await vm.commit("vda", policy=qc.Keep())).wait()
         second = await (await vm.commit("vda", policy=qc.Keep())).wait()
         assert second.bytes_committed == first.bytes_committed > 0
+        await vm.close()
+        await qemu.quit()
+    for path in (chain.base, chain.top):
+        assert_disk(path, chain.pictures[-1])
 
 
 async def test_a_recycle_that_can_not_be_is_refused_or_aborted(folder: Path) -> None:

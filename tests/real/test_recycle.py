@@ -115,6 +115,8 @@ async def test_an_overlay_is_told_of_although_the_guest_went_on_before(folder: P
             assert outcome.active.filename == str(fresh)
             await nothing_left(vm, fresh, chain.base)
         await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, chain.pictures[-1])
 
 
 async def test_an_overlay_is_undone_although_the_guest_went_on_before(folder: Path) -> None:
@@ -308,6 +310,7 @@ async def test_a_creation_whose_end_is_not_told_is_asked_for(folder: Path) -> No
             assert (await job.wait()).action == "recycle"
             await nothing_left(vm, fresh, chain.base)
         await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
 
 
 async def test_what_was_created_before_is_created_anew(folder: Path) -> None:

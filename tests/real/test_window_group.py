@@ -307,11 +307,12 @@ async def test_the_command_over_two_vms(folder: Path) -> None:
 
 
 async def test_several_vms_have_one_instant_only_while_they_stand_still(folder: Path) -> None:
-    for more in (
-        (),
-        ("--freeze", "agent", "--agent", "one"),
-        ("--freeze", "pause", "--agent", "x"),
+    sockets = "Give --agent 2 times for --freeze agent"
+    for more, why in (
+        ((), "only while their guests stand still"),
+        (("--freeze", "agent", "--agent", "one"), sockets),
+        (("--freeze", "pause", "--agent", "x"), sockets),
     ):
         said = await qmpcommit("window", "one", "vda", "--and", "two", "vda", *more, "--", "true")
         assert said.status == 2
-        assert "stand still" in said.err or "Give --agent 2 times" in said.err
+        assert why in said.err
