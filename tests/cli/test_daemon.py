@@ -6,8 +6,7 @@ import asyncio
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.cli.command import (
 )
 from tests.cli.test_commit import job_of
 from tests.cli.test_help import imported
-from tests.daemon.daemons import Daemon, daemon
+from tests.daemon.daemons import Daemon, host_of
 from tests.ground.images import (
     MIB,
     Chain,
@@ -36,23 +35,11 @@ from tests.ground.images import (
     read,
     write,
 )
-from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.machines import machine, storage_daemon
 from tests.ground.small_disk import fill, needs_mounts, small_disk
 
 BULK = 33 * MIB
 SLOW = ("--bandwidth", "1MiB")  # with BULK, READY is half a minute away
-
-
-@asynccontextmanager
-async def host_of(
-    folder: Path, chain: Chain, config: str = ""
-) -> AsyncIterator[tuple[Daemon, Machine]]:
-    """A daemon that knows the VM ``web1``; its images can be read afterwards."""
-    text = f'{config}\n[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
-    async with storage_daemon(folder, chain) as qemu, daemon(folder, text) as d:
-        await d.connected("web1")
-        yield d, qemu
-        await qemu.quit()
 
 
 def through(d: Daemon) -> str:

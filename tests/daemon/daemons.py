@@ -17,6 +17,8 @@ from typing import Any
 
 from tests.cli.command import ENVIRONMENT
 from tests.ground.complaints import complaints
+from tests.ground.images import Chain
+from tests.ground.machines import Machine, storage_daemon
 
 
 class UnixConnection(http.client.HTTPConnection):
@@ -221,3 +223,15 @@ async def daemon(folder: Path, config: str = "", **environment: str) -> AsyncIte
         if made.process is not None and made.process.returncode is None:
             os.kill(made.process.pid, signal.SIGCONT)
             await made.kill()
+
+
+@asynccontextmanager
+async def host_of(
+    folder: Path, chain: Chain, config: str = ""
+) -> AsyncIterator[tuple[Daemon, Machine]]:
+    """A daemon that knows the VM ``web1``; its images can be read afterwards."""
+    text = f'{config}\n[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
+    async with storage_daemon(folder, chain) as qemu, daemon(folder, text) as d:
+        await d.connected("web1")
+        yield d, qemu
+        await qemu.quit()

@@ -17,7 +17,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.client.events import Events, Message, Parser
 from tests.cli.command import ENVIRONMENT, ROOT, end
-from tests.daemon.daemons import Daemon, daemon
+from tests.daemon.daemons import Daemon, daemon, host_of
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, storage_daemon
 
@@ -25,22 +25,18 @@ BULK = 33 * MIB  # more than a speed limit lets through at once
 
 
 @asynccontextmanager
-async def host_of(
+async def client_of(
     folder: Path, chain: Chain, config: str = "", **options: Any
 ) -> AsyncIterator[tuple[Daemon, Machine, qc.Client]]:
-    """A daemon that knows the VM ``web1``, and a client of it."""
-    text = f'{config}\n[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
-    async with storage_daemon(folder, chain) as qemu, daemon(folder, text) as d:
-        await d.connected("web1")
-        async with qc.Client(d.socket, **options) as host:
-            yield d, qemu, host
-            await qemu.quit()
+    """`host_of`, and a client of it."""
+    async with host_of(folder, chain, config) as (d, qemu), qc.Client(d.socket, **options) as host:
+        yield d, qemu, host
 
 
 @pytest.mark.parametrize("decision", ["pivot", "keep", "abort"])
 async def test_a_commit_is_decided_by_its_policy(decision: str, folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (_, qemu, host):
+    async with client_of(folder, chain) as (_, qemu, host):
         job = await host.vm("web1").commit("top", policy={"kind": decision})
         outcome = await job.wait()
         assert isinstance(outcome, qc.CommitOutcome)
@@ -59,7 +55,7 @@ async def test_a_commit_is_decided_by_its_policy(decision: str, folder: Path) ->
 @pytest.mark.parametrize("decision", ["pivot", "keep", "abort"])
 async def test_a_hold_is_decided_by_the_caller(decision: str, folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
-    async with host_of(folder, chain) as (d, qemu, host):
+    async with client_of(folder, chain) as (d, qemu, host):
         vm = host.vm("web1")
         job = await vm.commit("top", policy=qc.Hold(), bandwidth="1MiB")
         await d.until(job.id, "copying")
@@ -162,7 +158,7 @@ def _without_ids(error: qc.QmpCommitError) -> str:
 
 async def test_what_the_daemon_does_not_know_or_allow(folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (_, _, host):
+    async with client_of(folder, chain) as (_, _, host):
         with pytest.raises(qc.VMNotFound):
             await host.vm("web2").disks()
         with pytest.raises(qc.VMNotFound, match="name"):
@@ -223,7 +219,7 @@ async def test_vms_disks_and_plans(folder: Path) -> None:
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 async def test_waiting_goes_on_over_a_restart(how: str, folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
-    async with host_of(folder, chain) as (d, qemu, host):
+    async with client_of(folder, chain) as (d, qemu, host):
         events = host.events()
         async with events:
             job = await host.vm("web1").commit("top", policy=qc.Pivot(), bandwidth="1MiB")
@@ -257,7 +253,7 @@ async def _phases(job: qc.RemoteJob) -> list[str]:
 
 async def test_a_commit_is_asked_for_while_the_daemon_is_replaced(folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, qemu, host):
+    async with client_of(folder, chain) as (d, qemu, host):
         vm = host.vm("web1")
         for asked in range(1, 4):
             asking = asyncio.create_task(vm.commit("top", policy=qc.Hold()))
@@ -282,7 +278,7 @@ async def _to_the_end(events: Events) -> None:
 
 async def test_a_daemon_that_stays_away_is_told_of(folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain, patience=0.3) as (d, _, host):
+    async with client_of(folder, chain, patience=0.3) as (d, _, host):
         job = await host.vm("web1").commit("top", policy=qc.Hold())
         await job.ready()
         following = host.events(commit=job.id)
@@ -306,7 +302,7 @@ async def test_a_daemon_that_stays_away_is_told_of(folder: Path) -> None:
 
 async def test_a_client_that_dies_leaves_its_commit_with_the_daemon(folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, _, host):
+    async with client_of(folder, chain) as (d, _, host):
         async with qc.Client(d.socket) as other:
             job = await other.vm("web1").commit("top", policy=qc.Hold())
             waiting = asyncio.create_task(job.wait())
@@ -386,7 +382,7 @@ async def test_a_lost_reply_is_asked_for_again_and_starts_nothing_twice(
                 return True
         return False
 
-    async with host_of(folder, chain) as (d, qemu, host), lossy(folder, d.socket, lose) as path:
+    async with client_of(folder, chain) as (d, qemu, host), lossy(folder, d.socket, lose) as path:
         async with qc.Client(path) as through:
             job = await through.vm("web1").commit("top", policy=qc.Hold())
             await job.ready()
@@ -403,7 +399,7 @@ async def test_a_lost_reply_is_asked_for_again_and_starts_nothing_twice(
 
 async def test_an_idempotency_key_of_the_callers_own(folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, _, host):
+    async with client_of(folder, chain) as (d, _, host):
         vm = host.vm("web1")
         first = await vm.commit("top", policy=qc.Keep(), idempotency_key="mine")
         await first.wait()
@@ -419,7 +415,7 @@ async def test_an_idempotency_key_of_the_callers_own(folder: Path) -> None:
 
 async def test_a_request_that_is_cancelled_leaves_no_commit(folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
-    async with host_of(folder, chain) as (_, qemu, host):
+    async with client_of(folder, chain) as (_, qemu, host):
         vm = host.vm("web1")
         for rounds in range(12):
             asking = asyncio.create_task(vm.commit("top", policy=qc.Pivot(), bandwidth="1MiB"))
@@ -440,7 +436,7 @@ async def test_a_cancelled_request_to_a_daemon_that_hangs_says_that_it_is_not_kn
 ) -> None:
     monkeypatch.setattr("qmpcommit.client.taking_back.TAKING_BACK", 0.2)
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, _, host):
+    async with client_of(folder, chain) as (d, _, host):
         assert d.process is not None
         d.process.send_signal(signal.SIGSTOP)
         asking = asyncio.create_task(host.vm("web1").commit("top", policy=qc.Keep()))
@@ -461,7 +457,7 @@ async def test_a_queued_commit_is_cancelled(folder: Path) -> None:
     other.mkdir()
     second = make_chain(other)
     config = f'[limits]\ncommits = 1\n[[vm]]\nname = "web2"\nqmp = "{other}/qmp"\n'
-    async with storage_daemon(other, second), host_of(folder, chain, config) as (d, _, host):
+    async with storage_daemon(other, second), client_of(folder, chain, config) as (d, _, host):
         await d.connected("web2")
         first = await host.vm("web1").commit("top", policy=qc.Hold())
         await first.ready()
@@ -537,7 +533,7 @@ async def test_what_is_no_daemon(folder: Path) -> None:
 @pytest.mark.parametrize("found", [False, True], ids=["its own", "one that it finds"])
 async def test_the_example(found: bool, folder: Path) -> None:
     chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, _, host):
+    async with client_of(folder, chain) as (d, _, host):
         if found:
             job = await host.vm("web1").commit("top", policy=qc.Hold())
             await job.ready()
