@@ -120,7 +120,8 @@ async def open_window(
         raise WindowError("a disk is named twice", vm=vm.name)
     overlays: dict[str, FreshOverlay] = {}
     for number, (asked, disk) in enumerate(found.items()):
-        overlays[asked] = _fresh(vm, disk, window, number, overlay_dir)
+        others = [each.filename for each in overlays.values()]
+        overlays[asked] = _fresh(vm, disk, window, number, overlay_dir, others=others)
     made = Window(
         window,
         {
@@ -289,8 +290,13 @@ def _fresh(
     window: str,
     number: int,
     overlay_dir: str | os.PathLike[str] | None,
+    *,
+    others: Collection[str],
 ) -> FreshOverlay:
-    """The overlay of one disk, not made yet; raises where the disk is not fit for it."""
+    """The overlay of one disk, not made yet; raises where the disk is not fit for it.
+
+    It is called as no one of `others`, whose disks' files may have the same name elsewhere.
+    """
     active = disk.active
     if active is None:
         raise WindowError(f"{disk} of {vm.name} has no medium", vm=vm.name, disk=disk.name)
@@ -312,6 +318,8 @@ def _fresh(
     folder = os.fspath(overlay_dir) if overlay_dir is not None else os.path.dirname(path)
     stem = os.path.basename(path).removesuffix(".qcow2")
     filename = os.path.join(folder, f"{stem}{MARK}{window}.qcow2")
+    if filename in others:
+        filename = os.path.join(folder, f"{stem}{MARK}{window}.{number}.qcow2")
     plan = Plan(
         vm=vm.name,
         disk=disk,
@@ -384,8 +392,9 @@ async def _close(
     if failed:
         what = "; ".join(f"{each.overlay}: {error}" for each, error in failed)
         text = (
-            f"the window on {vm.name} could not be closed. The guest still writes to: {what}."
-            f" Nothing is lost; close it with 'qmpcommit window --close {vm.address}'"
+            f"the window on {vm.name} could not be closed. These overlays stay, for they hold what"
+            f" was written since it was opened: {what}. Nothing is lost; close it with"
+            f" 'qmpcommit window --close {vm.address}'"
         )
         if any(isinstance(error, (MonitorLost, VMGone)) for _, error in failed):
             text += (

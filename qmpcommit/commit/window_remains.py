@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -85,15 +86,19 @@ def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
 async def merge_back(
     vm: Session, each: Frozen, bandwidth: int | str | None
 ) -> CommitOutcome | None:
-    """Commit one overlay back and pivot; None where no disk writes to it any more.
+    """Commit one overlay back and pivot; None where nothing is left of it.
 
-    A commit of ours that is there already is taken up where it is.
+    A commit of ours that is there already is taken up where it is. Raises `WindowError` where no
+    disk writes to the overlay, and it may hold data.
     """
     for _ in range(ROUNDS):
         _, graph = await vm.look()
         disk = disk_over(graph, each.overlay)
         if disk is None or disk.active is None:
-            await clear(vm, [each.overlay])
+            remains = await left_of(vm, each.overlay)
+            if remains:
+                what = "; ".join(each.message for each in remains)
+                raise WindowError(f"no disk writes to it: {what}", vm=vm.name)
             return None
         ours = [job for job in disk.jobs if job.startswith(JOB_PREFIX)]
         if ours:
@@ -161,6 +166,21 @@ def _identified(vm: Session, image: Image) -> FileId | None:
 
 
 # -- nodes, jobs and files that nobody uses -------------------------------------------------------
+
+
+async def left_of(vm: Session, overlay: str) -> list[Remains]:
+    """What stays of an overlay that no disk writes to, after all has been removed that may be."""
+    graph = await read_graph(vm)
+    for disk in read_disks(graph):
+        if overlay in [image.filename for image in disk.chain[1:]] and disk.active is not None:
+            text = (
+                f"{disk} of {vm.name} has {disk.active.filename} over it by now, so that it is a"
+                f" layer of that disk like any other: 'qmpcommit commit {vm.address or 'QMP'}"
+                f" {disk} --top {shlex.quote(overlay)} --shallow --delete' merges it into the file"
+                " below"
+            )
+            return [Remains(overlay, text)]
+    return await clear(vm, [overlay])
 
 
 async def clear(

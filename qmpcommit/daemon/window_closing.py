@@ -14,7 +14,7 @@ from qmpcommit.block.chain import Disk
 from qmpcommit.commit.plan import JOB_PREFIX
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.window_records import Frozen
-from qmpcommit.commit.window_remains import clear, disk_over, merge_back
+from qmpcommit.commit.window_remains import disk_over, left_of, merge_back
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.models import CommitRequest
@@ -171,7 +171,7 @@ class Closing:
         disk = disk_over(graph, each.overlay)
         if disk is not None:
             return disk
-        remains = await clear(session, [each.overlay])
+        remains = await left_of(session, each.overlay)
         if not remains:
             return None
         vm = self._engine.registry.vms.get(part.vm)

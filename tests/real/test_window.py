@@ -334,3 +334,22 @@ async def test_a_recycle_of_a_disk_with_a_long_name(folder: Path) -> None:
         assert (await job.wait()).action == "recycle"
     assert_disk(fresh, chain.pictures[-1])
     assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_files_of_one_name_have_overlays_of_their_own_in_one_folder(folder: Path) -> None:
+    """As disks have that are called alike, each in a folder of its own."""
+    places = [folder / "a", folder / "b"]
+    for place in (*places, folder / "overlays"):
+        place.mkdir()
+    chains = [make_chain(place) for place in places]
+    async with machine(folder, *chains, style="drive", running=True) as vm:
+        async with qc.Session.connect(vm.qmp) as session:
+            disks = [disk.name for disk in await session.disks()]
+            async with session.snapshot(disks, overlay_dir=folder / "overlays") as window:
+                assert len({each.overlay for each in window.values()}) == 2
+                assert [each.window for each in await session.windows()] == [window.name] * 2
+            assert [outcome.action for outcome in window.outcomes] == ["pivot", "pivot"]
+            assert list((folder / "overlays").iterdir()) == []
+        await vm.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])

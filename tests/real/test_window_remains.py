@@ -25,7 +25,7 @@ from tests.ground.images import (
     write,
 )
 from tests.ground.machines import Machine, machine, storage_daemon
-from tests.ground.sessions import runs
+from tests.ground.sessions import files, runs
 from tests.real.test_agent import fake_agent
 
 NUMBER = "0123abcd"
@@ -347,6 +347,9 @@ async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Pat
                 await vm.execute("device_del", {"id": "vda"})
                 await anext(gone)
             with pytest.raises(qc.WindowError, match="unplugged, and is left alone") as failed:
+                await qc.close_window(vm, window)
+            assert failed.value.facts["overlays"] == [overlay.overlay]
+            with pytest.raises(qc.WindowError, match="unplugged, and is left alone") as failed:
                 await vm.close_windows()
             assert failed.value.facts["remains"] == [overlay.overlay]
             assert Path(overlay.overlay).exists()
@@ -357,6 +360,23 @@ async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Pat
         await qemu.quit()
     assert overlays(folder) == []
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_overlay_that_somebody_has_laid_one_over_is_told_to_stay(folder: Path) -> None:
+    async with running(folder) as (_, vm, chain):
+        window = await qc.open_window(vm, ["vda"])
+        overlay, theirs = window["vda"].overlay, folder / "theirs.qcow2"
+        await vm.execute("blockdev-snapshot-sync", {
+            "node-name": window["vda"].node_name, "snapshot-file": str(theirs),
+            "snapshot-node-name": "theirs"})  # fmt: skip
+        with pytest.raises(qc.WindowError, match=rf"--top {overlay} --shallow --delete") as failed:
+            await qc.close_window(vm, window)
+        assert failed.value.facts["overlays"] == [overlay]
+        merged = await vm.commit("vda", top=overlay, shallow=True, delete=True)
+        assert (await merged.wait()).deleted == [overlay]
+        assert await files(vm) == [theirs, chain.top, chain.base]
+    assert overlays(folder) == []
+    assert_disk(theirs, chain.pictures[-1])
 
 
 async def test_an_overlay_with_data_that_lies_over_nothing_is_closed_and_named(
