@@ -425,7 +425,8 @@ def _give_up(state: State, refusal: str) -> Step:
     remark = f"QEMU refused to {state.decision}: {refusal}"
     if not refusal:
         remark = f"QEMU did not {state.decision} in {state.tries} tries, and gave no answer to any"
-    state = state._replace(trail=(*state.trail, remark), error=state.error or remark)
+    trail = state.trail if remark in state.trail else (*state.trail, remark)
+    state = state._replace(trail=trail, error=state.error or remark)
     if state.decision is Choice.ABORT:
         return state._replace(refusal=refusal), []  # nothing stronger exists; ask at each tick
     return _decided(state, Choice.ABORT, state.by)

@@ -220,6 +220,19 @@ def test_a_refused_abort_is_told_and_asked_about_at_each_tick() -> None:
     assert (state.refusal, actions) == ("disabled", [])
     assert state.trail == (state.error,) == ("QEMU refused to abort: disabled",)
     assert phases.step(state, News.TICK)[1] == [Duty.ASK]
+    again = after((state, []), Answered(JobSeen("running")))
+    assert again[1] == [Command.ABORT]
+    refused = Refused(Command.ABORT, "disabled", final=True)
+    assert after(again, refused)[0].trail == state.trail, "it is told once"
+
+
+def test_an_abort_that_never_got_a_reply_is_told_of_once() -> None:
+    state, actions = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"))
+    for _ in range(phases.MAX_TRIES + 2):
+        lost = after((state, actions), Unanswered(Command.ABORT), LinkBack(True))
+        state, actions = after(lost, Answered(JobSeen("running")))
+    assert actions == []
+    assert state.trail == ("QEMU did not abort in 20 tries, and gave no answer to any",)
 
 
 def test_an_abort_is_repeated_only_while_nothing_tells_that_it_was_taken() -> None:
