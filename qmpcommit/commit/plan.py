@@ -197,7 +197,7 @@ def _to_be_written(
     if cwd is not None:
         return absolute(below, cwd)
     if _counts_from_cwd(overlay):
-        return _relative(below, overlay, cwd)
+        return _relative(below, overlay, None)
     raise ChainError(
         f"QEMU has the base {below.filename} open by a name that counts from its working directory,"
         f" which is not known here, and would write it into {overlay.filename}, where it means"
@@ -208,8 +208,9 @@ def _to_be_written(
 
 
 def _counts_from_cwd(image: Image) -> bool:
-    plain = image.shown == image.filename and not image.filename.startswith("json:")
-    return plain and ":" not in image.filename.split("/", 1)[0] and image.filename[:1] != "/"
+    """Whether QEMU has it open by a relative path: with a colon before any slash it is a URI."""
+    first, _, _ = image.filename.partition("/")
+    return image.shown == image.filename and first != "" and ":" not in first
 
 
 def _relative(base: Image, overlay: Image, cwd: str | None) -> str:

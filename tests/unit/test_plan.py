@@ -236,6 +236,10 @@ def test_a_name_that_counts_from_qemus_folder_is_written_in_full() -> None:
     assert written(disk("/a/top", "/a/mid", "/b/base"), "/vms") is None
     assert written(disk("a/top", "a/mid", "nbd://host/base"), "/vms") is None
     assert written(disk("a/top", "a/mid", "json:{}"), "/vms") is None
+    assert written(disk("a/top", "a/mid", "b/x:y/base"), "/vms") == "/vms/b/x:y/base"
+    wrapped = qc.Image("n2", "b/base", "qcow2", """json:{"file": {"filename": "b/base"}}""")
+    inside = qc.Disk(name="vda", chain=(*disk("a/top", "a/mid").chain, wrapped))
+    assert written(inside, "/vms") is None
     unknown = disk("/a/top", "a/mid", "b/base")
     assert written(unknown, "/vms") == "/vms/b/base"
     with pytest.raises(qc.ChainError, match="working directory") as error:
