@@ -16,7 +16,7 @@ from qmpcommit.commit.facts import Command, Fact, JobSeen, Where
 
 @dataclass
 class World:
-    """The truth about one VM: its job, its disk and its monitor."""
+    """The truth about one VM: its job, its disk and its monitor; whether its `will` is `ours`."""
 
     two_phase: bool = True
     auto_dismiss: bool = False
@@ -27,6 +27,8 @@ class World:
     error: str | None = None
     cancelled: bool = False
     will: str | None = None
+    ours: bool = False
+    unplugged: bool = False
     user_paused: bool = False
     drained: bool = False
     io_status: str = "ok"
@@ -192,5 +194,9 @@ class World:
         return JobSeen(self.job, 10, 10, error, self.auto_finalize, self.io_status)
 
     def where(self) -> Where:
-        """The block graph."""
-        return self.disk
+        """The block graph: of a disk that nothing uses it shows nothing."""
+        return Where.UNUSED if self.unplugged else self.disk
+
+    def unplug(self) -> None:
+        """The guest lets go of its disk; the job goes on."""
+        self.unplugged = True

@@ -1,14 +1,8 @@
-"""The state machine: each race by name, and any interleaving of facts."""
+"""The state machine: each race by name."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from qmpcommit.commit import phases
 from qmpcommit.commit.facts import (
@@ -22,23 +16,18 @@ from qmpcommit.commit.facts import (
     Duty,
     Ended,
     Fact,
-    Frozen,
     GraphRead,
     JobSeen,
     LinkBack,
     LinkDead,
     News,
-    Overlaid,
-    Prepared,
     Refused,
     StatusChanged,
     Unanswered,
     Where,
 )
-from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.phases import Phase, State, Verdict
 from tests.unit.scenes import COMPLETED, CREATED, HELD, PENDING, concluded
-from tests.unit.simulated import World
 
 START = Command.START
 PIVOT = Command.PIVOT
@@ -510,295 +499,6 @@ def test_the_graph_is_read_again_after_the_link_was_lost() -> None:
 def test_nothing_more_happens_after_the_end() -> None:
     state, _ = play(Refused(Command.START, "no"))
     assert phases.step(state, BecameReady()) == (state, [])
-
-
-# -- any interleaving --------------------------------------------------------------------------
-
-
-class Died(Exception):
-    """Our process is killed."""
-
-
-class Driver:
-    """Does what `CommitJob` does, on a simulated QEMU, with faults drawn by hypothesis."""
-
-    def __init__(self, world: World, draw: Callable[[int], int], adopted: bool) -> None:
-        self.world = world
-        self.draw = draw
-        self.faults = True
-        self.consulting = False
-        self.stalled = False
-        self.met_other = False
-        self.noted: dict[str, Any] | None = None
-        if adopted:
-            self.state, owed = phases.adopt(two_phase=world.two_phase)
-        else:
-            self.state, owed = phases.begin(
-                two_phase=world.two_phase, prepares=world.prepares, stalls=True
-            )
-        self.carry_out(owed)
-
-    def carry_out(self, owed: list[Action]) -> None:
-        try:
-            self._carry_out(owed)
-        except Died:
-            self.rise()
-
-    def note(self) -> None:
-        """What is about to be done is written down; we may die before it is done."""
-        self.noted = json.loads(json.dumps(dump_state(self.state)))
-        if self.faults and self.draw(30) == 1:
-            raise Died
-
-    def rise(self) -> None:
-        """Another process goes on from what was written down."""
-        if self.noted is None:
-            return
-        world = self.world
-        world.told.clear()
-        world.link = world.alive and self.draw(4) != 0
-        self.consulting = self.stalled = self.met_other = False
-        state = load_state(self.noted)
-        same = False if world.replaced and self.draw(2) else True if self.draw(2) else None
-        self.state, owed = phases.resume(state, same_vm=same, linked=world.link)
-        if not world.link and same is not False and not self.state.finished:
-            assert owed == [Duty.RELINK], "QEMU is asked, and may be another one"
-        self.carry_out(owed)
-
-    def _carry_out(self, owed: list[Action]) -> None:
-        for action in owed:
-            assert action is Duty.FINISH or not self.met_other, "another QEMU is asked, or ordered"
-            if isinstance(action, Command) or action in (Duty.FREEZE, Duty.OVERLAY, Duty.THAW):
-                self.note()
-            match action:
-                case Command():
-                    self.send(action)
-                case Duty.ASK:
-                    self.asked(lambda: Answered(self.world.query()))
-                case Duty.READ_GRAPH:
-                    self.asked(lambda: GraphRead(self.world.where()))
-                case Duty.CONSULT:
-                    assert not self.consulting, "the policy is asked once"
-                    self.consulting = True
-                case Duty.RELINK:
-                    self.relink()
-                case Duty.PREPARE:
-                    self.asked(self.prepare)
-                case Duty.FREEZE:
-                    self.asked(self.freeze, Frozen("the monitor was lost"))
-                case Duty.OVERLAY:
-                    self.asked(self.overlay)
-                case Duty.THAW:
-                    self.asked(self.thaw)
-                case Duty.STALL:
-                    self.stalled = True
-                case Duty.FINISH:
-                    pass
-
-    def send(self, command: Command) -> None:
-        world = self.world
-        fate = self.draw(12) if self.faults and world.link else 99
-        if not world.link or not world.alive or fate == 0:
-            self.cut()
-            world.told.append(Unanswered(command))  # never reached QEMU
-            return
-        before = world.starts
-        error = world.execute(command)
-        assert world.starts <= 1, "block-commit was sent twice"
-        assert before <= world.starts
-        if fate == 1:
-            self.cut()
-            world.told.append(Unanswered(command))  # done, but the reply was lost
-        elif error is None:
-            world.told.append(Accepted(command))
-        else:
-            world.told.append(Refused(command, error))
-
-    def asked(self, answer: Callable[[], Fact], *lost: Fact) -> None:
-        if not self.world.link or (self.faults and self.draw(12) == 0):
-            if self.draw(2):
-                answer()  # done, but the reply was lost
-            self.cut()
-            self.world.told.extend((News.LINK_LOST, *lost))
-        else:
-            self.world.told.append(answer())
-
-    def prepare(self) -> Fact:
-        if self.faults and self.draw(8) == 0:
-            return Prepared("a bitmap is busy")
-        self.world.prepared = self.world.job == "pending"
-        return Prepared()
-
-    def freeze(self) -> Fact:
-        if self.faults and self.draw(8) == 0:
-            return Frozen("the file is there already")
-        self.world.guest_paused = True
-        return Frozen()
-
-    def overlay(self) -> Fact:
-        assert self.world.disk is Where.BASE
-        assert self.world.guest_paused, "the guest could write to the base"
-        if self.faults and self.draw(8) == 0:
-            return Overlaid("no")
-        self.world.overlaid = True
-        return Overlaid()
-
-    def thaw(self) -> Fact:
-        self.world.guest_paused = False
-        return News.THAWED
-
-    def relieve(self) -> None:
-        if self.stalled:
-            self.stalled = False
-            self.world.told.append(News.RELIEVED)
-
-    def cut(self) -> None:
-        if self.world.link:
-            self.world.link = False
-            if self.draw(2):
-                self.world.told.append(News.LINK_LOST)
-
-    def relink(self) -> None:
-        if self.world.alive:
-            self.world.link = True
-            self.world.told.append(LinkBack(True if self.draw(2) else None))
-        elif self.world.replaced:
-            self.world.told.append(LinkBack(False))
-        else:
-            self.world.told.append(LinkDead(vm_gone=True))
-
-    def take(self) -> None:
-        fact = self.world.told.popleft() if self.world.told else News.TICK
-        self.met_other = self.met_other or fact == LinkBack(False)
-        self.state, owed = phases.step(self.state, fact)
-        self.carry_out(owed)
-
-    def decide(self) -> None:
-        if self.consulting:
-            self.consulting = False
-            choice = list(Choice)[self.draw(4)]
-            self.world.told.append(Decided(choice, "policy"))
-
-
-CHAOS: list[Callable[[Driver], object]] = [
-    Driver.take,
-    Driver.take,
-    Driver.take,
-    Driver.decide,
-    lambda d: d.world.progress(),
-    lambda d: d.world.progress(),
-    lambda d: d.world.drain(True),
-    lambda d: d.world.drain(False),
-    lambda d: d.world.pause(True),
-    lambda d: d.world.pause(False),
-    lambda d: d.cut(),
-    Driver.rise,
-    lambda d: d.world.fail(),
-    lambda d: d.world.stall(),
-    Driver.relieve,
-    lambda d: d.world.job in ("ready", "pending") and d.world.execute(Command.PIVOT),
-    lambda d: d.world.job == "ready" and d.world.execute(Command.KEEP),
-    lambda d: d.world.job and d.world.execute(Command.ABORT),
-    lambda d: d.world.job and d.world.execute(Command.DISMISS),
-    lambda d: d.world.told.append(Decided(Choice.ABORT, "caller")),
-    lambda d: d.world.told.append(News.TICK),
-]
-QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
-
-
-@settings(
-    max_examples=15 * settings().max_examples,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(
-    script=st.lists(st.integers(0, len(CHAOS) - 1) | st.sampled_from(QUIET), max_size=60),
-    draws=st.lists(st.integers(0, 2**16), max_size=80),
-    two_phase=st.booleans(),
-    defers=st.booleans(),
-    adopted=st.booleans(),
-    auto_dismiss=st.booleans(),
-    auto_finalize=st.booleans(),
-    prepares=st.booleans(),
-    dies=st.integers(0, 200),
-    replaced=st.booleans(),
-)
-def test_every_interleaving_ends_and_tells_the_truth(
-    script: list[int],
-    draws: list[int],
-    two_phase: bool,
-    defers: bool,
-    adopted: bool,
-    auto_dismiss: bool,
-    auto_finalize: bool,
-    prepares: bool,
-    dies: int,
-    replaced: bool,
-) -> None:
-    numbers = iter(draws)
-
-    def draw(below: int) -> int:
-        return next(numbers, 5) % below
-
-    world = World(two_phase=two_phase, defers_paused_pivot=defers)
-    if adopted:
-        world.auto_dismiss, world.auto_finalize = auto_dismiss, auto_finalize
-        world.execute(Command.START)
-        world.told.clear()
-    elif prepares:
-        world.prepares, world.auto_finalize = True, False
-    driver = Driver(world, draw, adopted)
-    for at, number in enumerate(script):
-        if at == dies:
-            world.alive = world.link = False
-            world.replaced = replaced
-            world.told.append(News.LINK_LOST)
-        if driver.state.finished:
-            break
-        CHAOS[number](driver)
-
-    # From any state there is a way on, once the world is fair: nothing more goes wrong, pauses
-    # by drains end, events and replies arrive, the policy answers.
-    driver.faults = False
-    for _ in range(400):
-        if driver.state.finished:
-            break
-        world.drain(False)
-        if world.job == "paused":
-            world.pause(False)  # who pauses a copy resumes it; in READY we do it ourselves
-        world.progress()
-        driver.decide()
-        driver.relieve()
-        driver.take()
-    state = driver.state
-    assert state.finished, f"stuck: {state} in {world}"
-    check_truth(state, world, adopted)
-
-
-def check_truth(state: State, world: World, adopted: bool) -> None:
-    """The verdict is what the simulated disk shows, and no job of ours is left behind."""
-    verdict = state.verdict
-    if verdict in (Verdict.VM_GONE, Verdict.MONITOR_LOST):
-        assert not world.alive
-        return
-    assert world.starts == 1 or verdict is Verdict.NEVER_BEGAN
-    assert not world.guest_paused or not world.alive, "a guest frozen by us"
-    pivoted = verdict in (Verdict.PIVOTED, Verdict.RECYCLED)
-    assert pivoted == (world.two_phase and world.disk is Where.BASE)
-    if verdict is Verdict.RECYCLED:
-        assert world.overlaid
-    elif pivoted and state.ordered is Choice.RECYCLE:
-        assert state.error or not world.alive, "a guest writes into the base unnoticed"
-    assert (verdict is Verdict.MERGED) == (not world.two_phase and world.disk is Where.MERGED)
-    if verdict is Verdict.KEPT:
-        assert world.will == "keep"
-        assert not world.cancelled
-        assert world.error is None
-    if verdict is Verdict.FAILED:
-        assert world.error is not None
-    if verdict is Verdict.CANCELLED:
-        assert world.cancelled
-    assert world.job is None or not world.alive, "a job was left behind"
 
 
 def test_a_cancellation_that_qemu_took_for_a_soft_one_is_sent_again() -> None:
