@@ -567,23 +567,30 @@ async def test_a_stall_that_nobody_relieves_ends_with_the_deadline(folder: Path)
         assert_disk(chain.top, picture)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("there", ["its own", "another", "unreadable"])
 async def test_of_a_qemu_whose_files_can_not_be_looked_at_only_a_locked_one_is_deleted(
-    replaced: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+    there: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unreadable(path: str) -> bool:
+        raise PermissionError(path)  # as another user's file is, but not to root
+
     for module in (aftermath, block_files):
         monkeypatch.setattr(module, "open_files", lambda pid: {})  # another user's process
+    if there == "unreadable":
+        monkeypatch.setattr(aftermath, "is_locked", unreadable)
+    replaced, deleted = there == "another", there == "its own"
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         if replaced:
             chain.top.rename(folder / "moved.qcow2")
             chain.top.write_bytes(b"precious")
         outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
-        assert outcome.deleted == ([] if replaced else [str(chain.top)])
+        assert outcome.deleted == ([str(chain.top)] if deleted else [])
+        assert len(outcome.warnings) == (0 if deleted else 1)
         await vm.close()
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
-    assert chain.top.exists() is replaced
+    assert chain.top.exists() is not deleted
     assert not replaced or chain.top.read_bytes() == b"precious"
 
 

@@ -130,8 +130,9 @@ async def test_a_file_that_is_there_is_not_overwritten(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
+@pytest.mark.parametrize("running", [True, False])
 @pytest.mark.parametrize("refused", ["blockdev-snapshot", "blockdev-reopen"])
-async def test_what_qemu_refuses_changes_nothing(folder: Path, refused: str) -> None:
+async def test_what_qemu_refuses_changes_nothing(folder: Path, refused: str, running: bool) -> None:
     """A QEMU that takes all but one command: no real one is known to refuse it."""
 
     class Refusing(qc.Session):
@@ -144,13 +145,13 @@ async def test_what_qemu_refuses_changes_nothing(folder: Path, refused: str) -> 
     chain = make_chain(folder, 2)
     fresh = folder / "fresh.qcow2"
     async with (
-        machine(folder, chain, running=True) as vm,
+        machine(folder, chain, running=running) as vm,
         Refusing.connect(vm.qmp) as session,
     ):
         with pytest.raises((qc.CommitFailed, CommandRefused)):
             await exchange(session, await plan_of(session), fresh, Notes())
         assert await files(session) == [chain.top, chain.base]
-        assert await runs(vm)
+        assert await runs(vm) is running
         await vm.quit()
     assert not fresh.exists()
     assert_disk(chain.top, chain.pictures[-1])
