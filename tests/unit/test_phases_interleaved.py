@@ -119,7 +119,11 @@ STRIKES: list[Callable[[Driver], object]] = [
 """What happens once or twice beside a commit that all else goes well with."""
 
 
-@settings(max_examples=20 * settings().max_examples, deadline=None)
+@settings(
+    max_examples=20 * settings().max_examples,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     strikes=st.lists(
         st.tuples(st.integers(3, 14), st.sampled_from(range(len(STRIKES)))), max_size=4
