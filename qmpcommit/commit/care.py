@@ -47,9 +47,14 @@ class Care:
         return self._overlay.paused if self._overlay is not None else None
 
     @property
-    def remark(self) -> str:
-        """Why a guest that a recycle paused was not let go on; empty where it was."""
-        return self._overlay.remark if self._overlay is not None else ""
+    def remarks(self) -> list[str]:
+        """That a guest which a recycle paused was let go on too early, or not at all, and why."""
+        overlay = self._overlay
+        return (
+            []
+            if overlay is None
+            else [text for text in (overlay.disturbed, overlay.remark) if text]
+        )
 
     async def prepare(self, *, keeps: bool) -> Fact:
         """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.
@@ -104,7 +109,10 @@ class Care:
 
     def _fresh(self, recycle: Recycle) -> FreshOverlay:
         around = self._around
-        return FreshOverlay(self._monitor, self._plan, recycle.overlay, around.cwd, around.ledger)
+        return FreshOverlay(
+            self._monitor, self._plan, recycle.overlay, around.cwd, around.ledger,
+            alone=around.barrier is None,
+        )  # fmt: skip
 
     async def obstacle(self, recycle: Recycle) -> str | None:
         """What stands where the fresh overlay is to be, seen before it is noted as ours."""
@@ -137,6 +145,11 @@ class Care:
         if self._overlay is not None:
             await self._overlay.thaw()
         return facts.News.THAWED
+
+    def leave(self) -> None:
+        """Nobody sees to the guest any more: it is as it is."""
+        if self._overlay is not None:
+            self._overlay.leave()
 
     async def undo(self) -> None:
         """The fresh overlay is not used: nothing is left of it, as far as QEMU can be asked."""

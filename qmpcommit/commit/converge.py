@@ -21,7 +21,7 @@ from qmpcommit.block.throttle import RESTORE_TRIES, Throttle, obstacle
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.pace import Controller, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase
-from qmpcommit.commit.run_state import go_on
+from qmpcommit.commit.run_state import Still
 from qmpcommit.errors import (
     CommandRefused,
     DeadlineExceeded,
@@ -119,6 +119,7 @@ class _Watch:
         self._touched = self._theirs = False
         self._pauses = False
         self._stopped_at: float | None = None
+        self._still: Still | None = None
         self._ready_at: float | None = None
         self._pid = monitor.peer_pid
         self._first: Sample | None = None
@@ -206,13 +207,14 @@ class _Watch:
         if not (status or {}).get("running"):
             return
         self._pauses = True
+        self._still = still = Still(self._monitor, paused=True)
         self._stopped_at = self._clock()
         self._tell(paused=None)
         self._called()
         self._log.warning("guest_paused", seconds=seconds, repair='{"execute": "cont"}')
         await self._write_down("stop")
         try:
-            await self._monitor.execute("stop")
+            await still.stop()
             async with asyncio.timeout(seconds):
                 await job._until(lambda: job.phase is not Phase.DECIDED)
         except DeadlineExceeded:
@@ -224,8 +226,8 @@ class _Watch:
 
     async def _resume(self) -> None:
         """Let the guest run again, if it was stopped here and still is."""
-        if self._stopped_at is not None:
-            await go_on(self._monitor)
+        if self._stopped_at is not None and self._still is not None:
+            await self._still.go_on()
             self._tell(paused=round(self._clock() - self._stopped_at, 3))
             self._stopped_at = None
             self._log.info("guest_resumed", seconds=self.report.paused)

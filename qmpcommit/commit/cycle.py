@@ -53,6 +53,9 @@ KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool] | bool]
 TIMEOUT = 3600.0
 """Seconds that a command gets to say it."""
 
+GRACE = 0.5
+"""Seconds after which an overlay that is made and not laid was left by somebody who was killed."""
+
 CANNOT_TELL = 126
 """From this exit status on a command has not answered: it was not found, or a signal ended it."""
 
@@ -467,18 +470,25 @@ async def _clear(vm: Session, plan: Plan) -> bool:
 
     If so it had stopped the guest, or was about to.
     """
+    left = _not_laid(await vm.graph())
+    if left:
+        await asyncio.sleep(GRACE)
     graph = await vm.graph()
-    left = [
-        name
-        for name, node in graph.nodes.items()
-        if _FRESH.match(name) and "backing" not in node.children and not users(graph, name)
-    ]
-    for name in left:
+    left &= _not_laid(graph)
+    for name in sorted(left):
         made = replace(plan, job_id=name.removesuffix("-top"))
         fresh = FreshOverlay(vm, made, str(graph.leaf(name).raw.get("file")), vm.cwd)
         fresh.restore(stopped=False)
         await fresh.undo()
     return bool(left)
+
+
+def _not_laid(graph: BlockGraph) -> set[str]:
+    return {
+        name
+        for name, node in graph.nodes.items()
+        if _FRESH.match(name) and "backing" not in node.children and not users(graph, name)
+    }
 
 
 def _former(graph: BlockGraph, vm: Session, disk: Disk) -> Image:

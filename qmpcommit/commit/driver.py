@@ -182,6 +182,7 @@ class Driver:
             await to_the_end(self._let_go())
             raise
         finally:
+            self._care.leave()
             if self._inside and self._around.gate is not None:
                 self._around.gate.release()
             if self._consulting is not None:  # it is stopped, and has not failed
@@ -522,8 +523,7 @@ class Driver:
         outcome = replace(outcome, guest_paused=self._care.paused, held=held)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
-        if self._care.remark:
-            outcome.warnings.append(self._care.remark)
+        outcome.warnings.extend(self._care.remarks)
         if self._care.unflushed is not None:
             outcome.warnings.append(
                 f"QEMU could not be made to flush {plan.base.filename} ({self._care.unflushed}):"

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image, read_disks
@@ -27,7 +27,7 @@ from qmpcommit.commit.aftermath import close_layers, remove_file, users
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Abort, Pivot
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.commit.run_state import go_on, runs
+from qmpcommit.commit.run_state import Still, runs
 from qmpcommit.errors import (
     ChainError,
     CommandRefused,
@@ -86,6 +86,7 @@ class Exchange:
         self.running: bool | None = noted.get("running")
         self._again = self.running is not None
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd)
+        self.still: Still | None = None
         if self._again:
             self._fresh.restore(stopped=False)
 
@@ -103,7 +104,9 @@ class Exchange:
             return
         self._check(graph)
         await self._note("stop", running=self.running)
-        await self._fresh.freeze(again=self._again)
+        await self._fresh.make(again=self._again)
+        if await runs(self.vm):
+            await self.held.stop()
         await self._note("lay")
         arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
         await self.vm.execute("blockdev-snapshot", arguments)
@@ -112,9 +115,24 @@ class Exchange:
         """The base below the fresh overlay, in the old one's place."""
         graph = await self.vm.graph()
         if self._below(graph) != self.plan.base.node_name:
+            await self._check_still("Nothing was discarded")
             await self._note("reopen")
             await self._reopen(graph, self.plan.base)
+            await self._check_still("Nothing was discarded; but reset it, for it saw the base")
         self._confirm(await self.vm.graph())
+
+    async def _check_still(self, state: str) -> None:
+        """What a guest writes meanwhile is its former disk's: the empty overlay is not empty then.
+
+        It may be let go on by another process of ours, or by a person.
+        """
+        if self.held.disturbed or await runs(self.vm):
+            raise CommitFailed(
+                f"somebody let the guest of {self.vm.name} go on while the overlay of"
+                f" {self.plan.disk} was being discarded. {state}",
+                vm=self.vm.name,
+                disk=self.plan.disk.name,
+            )
 
     async def close(self) -> list[str]:
         """Nobody uses the old one any more."""
@@ -125,13 +143,14 @@ class Exchange:
         """Reset the guest and have it go on, as asked; a second reset does no harm."""
         status = await _status(self.vm)
         if self._guest == "stop" or status is None:
+            self.held.leave_stopped()
             return
         if self._let_go_before and status.get("running"):
             return  # a former process had come as far as this
         await self._note("guest", let_go=True)
         await self.vm.execute("system_reset")
         if self.running:
-            await self.vm.execute("cont")
+            await self.held.go_on()
 
     async def tidy(self) -> list[str]:
         """Delete the old one, where that was asked for, and note the end."""
@@ -169,13 +188,20 @@ class Exchange:
     async def go_on(self) -> None:
         """The guest goes on as before, after `back`."""
         if self.running:
-            await go_on(self.vm)
+            await self.held.go_on()
 
     async def forget(self) -> None:
         """Note that all of it is as before, and nothing is known of the guest any more."""
         await self._note("back", running=None, let_go=False)
 
     # -- what they need ---------------------------------------------------------------------------
+
+    @property
+    def held(self) -> Still:
+        """The guest, which stands still for all exchanges of its disks."""
+        if self.still is None:
+            self.still = Still(self.vm, paused=bool(self.running))
+        return self.still
 
     def _laid(self, graph: BlockGraph) -> bool:
         node = graph.nodes.get(self._fresh.node)
@@ -265,26 +291,46 @@ async def exchange_all(
     decide = on_decision or _no_decision
     left = [each for each in exchanges if not each.over]
     ran = {each.vm: each.running for each in exchanges if each.running is not None}
-    for each in left:  # before the first of a guest's disks has it stopped
-        each.running = ran[each.vm] = ran[each.vm] if each.vm in ran else await runs(each.vm)
     begun: list[Exchange] = []
-    try:
-        for at in left:
-            begun.append(at)
-            await at.lay()
-        await decide("exchange")
-        for at in left:
-            await at.swap()
-    except (CommandRefused, CommitFailed, ChainError) as error:
-        await decide("back")
-        stuck = await to_the_end(put_back(begun))
-        raise _not_exchanged(at, error, stuck) from error
-    except QmpCommitError:
-        await decide("back")
-        await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
-        raise
-    warnings = await _finish(left)
+    with _standing_still(left):
+        for each in left:  # before the first of a guest's disks has it stopped
+            each.running = ran[each.vm] = ran[each.vm] if each.vm in ran else await each.held.ran()
+            each.held.paused = each.running
+        try:
+            for at in left:
+                begun.append(at)
+                await at.lay()
+            await decide("exchange")
+            for at in left:
+                await at.swap()
+        except (CommandRefused, CommitFailed, ChainError) as error:
+            await decide("back")
+            stuck = await to_the_end(put_back(begun))
+            raise _not_exchanged(at, error, stuck) from error
+        except QmpCommitError:
+            await decide("back")
+            await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
+            raise
+        warnings = await _finish(left)
     return [warnings.get(each, []) for each in exchanges]
+
+
+@contextmanager
+def _standing_still(exchanges: Sequence[Exchange]) -> Iterator[None]:
+    """Their guests stand still for all of a guest's disks together, until it is let go on."""
+    missing = [each for each in exchanges if each.still is None]
+    held: dict[Session, Still] = {}
+    for each in missing:
+        if each.vm not in held:
+            held[each.vm] = Still(each.vm, paused=bool(each.running))
+        each.still = held[each.vm]
+    try:
+        yield
+    finally:
+        for still in held.values():
+            still.leave()
+        for each in missing:
+            each.still = None
 
 
 async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
@@ -294,13 +340,14 @@ async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
     were, or the message names those that are not. What `Monitor.execute` raises.
     """
     left = [each for each in exchanges if not each.over]
-    try:
-        for at in left:
-            await at.swap()
-    except (CommandRefused, CommitFailed) as error:
-        stuck = await to_the_end(put_back(left))
-        raise _not_exchanged(at, error, stuck) from error
-    warnings = await _finish(left)
+    with _standing_still(left):
+        try:
+            for at in left:
+                await at.swap()
+        except (CommandRefused, CommitFailed) as error:
+            stuck = await to_the_end(put_back(left))
+            raise _not_exchanged(at, error, stuck) from error
+        warnings = await _finish(left)
     return [warnings.get(each, []) for each in exchanges]
 
 
@@ -315,6 +362,13 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
         try:
             closed = {each: await each.close() for each in mine}
             await mine[-1].let_go()
+            if mine[-1].held.disturbed:
+                for each in mine:
+                    closed[each].append(
+                        f"somebody let the guest go on before it was reset: {each.filename} may"
+                        " hold what it wrote then, which belongs to what was discarded. Discard"
+                        " again"
+                    )
         except (MonitorLost, VMGone) as error:
             lost.append(_discarded_before(mine, error))
         except QmpCommitError as error:
@@ -330,6 +384,11 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
 
 async def put_back(begun: Sequence[Exchange]) -> list[Stuck]:
     """What could not be put back, and why; a guest goes on when all its disks are back."""
+    with _standing_still(begun):
+        return await _put_back(begun)
+
+
+async def _put_back(begun: Sequence[Exchange]) -> list[Stuck]:
     stuck: dict[Session, Stuck] = {}
     for each in reversed(begun):
         try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from qmpcommit.commit.freeze_marks import set_mark, unmark
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.quiesce import NOTE_LIMIT
-from qmpcommit.commit.run_state import go_on, runs
+from qmpcommit.commit.run_state import Still
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.tasks import to_the_end
 
@@ -39,11 +39,21 @@ class Pauses:
         self.problems: list[str] = []
         self._recycles, self._owner = recycles, owner
         self._unmarked: set[Session] = set()
+        self._still: dict[Session, Still] = {}
         self._thawing: dict[Session, asyncio.Task[None]] = {}
 
     async def pause(self) -> None:
         """Pause those that run; raises what `Monitor.execute` and their ledgers raise."""
-        running = [vm for vm in self._recycles if await runs(vm)]
+        self._still = {vm: Still(vm) for vm in self._recycles}
+        try:
+            await self._pause()
+        finally:
+            for vm, still in self._still.items():
+                if vm not in self._thawing:
+                    still.leave()
+
+    async def _pause(self) -> None:
+        running = [vm for vm, still in self._still.items() if await still.ran()]
         for vm in running:  # all of it before the first, for the paused don't wait for a ledger
             for job in self._recycles[vm]:
                 await job.note("stop")
@@ -52,7 +62,7 @@ class Pauses:
             self._thawing[vm] = asyncio.create_task(self._thaw(vm, self._recycles[vm]))
         if self._owner is not None:
             await asyncio.gather(*(self._mark(vm, self._owner) for vm in running))
-        await asyncio.gather(*(vm.execute("stop") for vm in running))
+        await asyncio.gather(*(self._still[vm].stop() for vm in running))
 
     async def _mark(self, vm: Session, owner: str) -> None:
         if not await set_mark(vm, owner, "pause"):
@@ -77,8 +87,14 @@ class Pauses:
         for job in jobs:
             await job.settled()
         try:
-            remark = await go_on(vm)
+            if self._still[vm].disturbed and any(job.state.overlaid for job in jobs):
+                self.problems.append(
+                    f"somebody let the guest of {vm.name} go on before its fresh overlays lay, so"
+                    " that its bases may hold what it wrote after their instant"
+                )
+            remark = await self._still[vm].go_on()
         except QmpCommitError as error:
+            self._still[vm].leave()
             self.problems.append(
                 f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
                 " with 'cont'"

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from qmpcommit.commit.run_state import go_on, runs
+from qmpcommit.commit.run_state import Still, go_on
 from qmpcommit.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -163,13 +163,15 @@ async def thaw(
     *,
     patience: float = THAW_PATIENCE,
     ran: bool = False,
+    still: Still | None = None,
 ) -> None:
     """Let a guest go on that was quiesced so, whoever did it; safe to repeat.
 
     With "agent" it is tried over new connections until the agent says that nothing is frozen,
     for `patience` seconds. With "pause" a guest that is paused is continued; one that stands
     still for another reason (an I/O error, a migration) is not touched; one that was reset since
-    is continued only if it is known that it `ran` in this QEMU. Raises `VMGone` where QEMU has
+    is continued only if it is known that it `ran` in this QEMU; `still` is how it was held here.
+    Raises `VMGone` where QEMU has
     ended, and `QuiesceFailed` where the guest may still be frozen.
     """
     if how == "agent" and agent is None:
@@ -180,7 +182,7 @@ async def thaw(
     while True:
         try:
             async with asyncio.timeout_at(max(end, loop.time() + 1.0)):
-                await _thaw_once(vm, how, agent, ran=ran)
+                await _thaw_once(vm, how, agent, ran=ran, still=still)
             return
         except VMGone:
             raise
@@ -193,8 +195,16 @@ async def thaw(
 
 
 async def _thaw_once(
-    vm: Monitor, how: How, agent: str | os.PathLike[str] | None, *, ran: bool
+    vm: Monitor,
+    how: How,
+    agent: str | os.PathLike[str] | None,
+    *,
+    ran: bool,
+    still: Still | None,
 ) -> None:
+    if still is not None:
+        await still.go_on()
+        return
     if how == "pause" and ran:
         await go_on(vm)
         return
@@ -249,6 +259,7 @@ class _Hold:
         self._vm, self._quiet, self._how = vm, quiet, how
         self._agent, self._ledger = agent, ledger
         self._since: float | None = None  # may be frozen since then
+        self._still: Still | None = None
         self.expired = False
         self.failure: QmpCommitError | None = None
 
@@ -284,10 +295,11 @@ class _Hold:
             self._quiet.held = True
 
     async def _pause(self) -> None:
-        if not await runs(self._vm):
+        self._still = Still(self._vm)
+        if not await self._still.ran():
             return
         await self._begin()
-        await self._vm.execute("stop")
+        await self._still.stop()
         self._quiet.held = True
 
     async def _begin(self) -> None:
@@ -323,17 +335,21 @@ class _Hold:
         await self._thaw()
 
     async def _thaw(self) -> None:
-        since = self._since
+        since, still = self._since, self._still
         if since is None:
+            if still is not None:
+                still.leave()
             return
         await self._note_thaw()
         try:
-            await thaw(self._vm, self._how, self._agent, ran=True)
+            await thaw(self._vm, self._how, self._agent, ran=True, still=still)
         except VMGone:
             self._vm.log.info("quiesced_vm_gone", how=self._how)
         except QmpCommitError as error:
             self._vm.log.warning("thaw_failed", how=self._how, error=error.message)
             self.failure = error
+            if still is not None:
+                still.leave()
             raise
         self._since = None
         self._quiet.seconds = asyncio.get_running_loop().time() - since

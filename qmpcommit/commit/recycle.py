@@ -20,7 +20,7 @@ from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.files import names_are_ours
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
-from qmpcommit.commit.run_state import go_on, runs
+from qmpcommit.commit.run_state import Still, runs
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 
@@ -67,7 +67,8 @@ class FreshOverlay:
     """The overlay of one recycle; `paused` is for how long the guest stood still, in seconds.
 
     `remark` says why it was not let go on, where something else has stopped it by then. Each step
-    is safe to repeat. `thaw` continues the guest only if `freeze` paused it.
+    is safe to repeat. `thaw` continues the guest only if `freeze` paused it; unless it is
+    `alone`, whoever paused the guest for several of its disks does.
     """
 
     def __init__(
@@ -77,13 +78,17 @@ class FreshOverlay:
         filename: str,
         cwd: str | None,
         ledger: Ledger | None = None,
+        *,
+        alone: bool = True,
     ) -> None:
         self.filename = filename
+        self._alone = alone
+        self._still: Still | None = None
         self._cwd = cwd
         stem = node_stem(plan.job_id)
         self.node = f"{stem}-top"
         self.paused: float | None = None
-        self.remark = ""
+        self.remark = self.disturbed = ""
         self.size = 0
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{stem}-file"
@@ -100,6 +105,7 @@ class FreshOverlay:
         self._laid = laid
         if stopped:
             self._stopped_at = asyncio.get_running_loop().time()
+            self._still = Still(self._monitor, paused=True)
 
     async def freeze(self, *, again: bool = False, stopped: bool = False) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
@@ -110,6 +116,18 @@ class FreshOverlay:
         """
         if stopped:  # it goes on, whatever fails from here on
             self._stopped_at = asyncio.get_running_loop().time()
+            self._still = Still(self._monitor, paused=True)
+        await self.make(again=again)
+        if self._still is None and (self._alone or await runs(self._monitor)):
+            self._still = Still(self._monitor)
+        if self._still is not None and await self._still.ran():
+            if self._ledger is not None:
+                await self._ledger.note("stop")
+            self._stopped_at = asyncio.get_running_loop().time()
+            await self._still.stop()
+
+    async def make(self, *, again: bool = False) -> None:
+        """Make and open the overlay, as `freeze` does, and leave the guest as it is."""
         if again:
             for what in ("file", "qcow2"):
                 await self._forget(what)
@@ -117,11 +135,6 @@ class FreshOverlay:
             with suppress(FileNotFoundError):
                 await asyncio.to_thread(os.unlink, self._path)
         await self.open(again=again)
-        if await runs(self._monitor):
-            if self._ledger is not None:
-                await self._ledger.note("stop")
-            self._stopped_at = asyncio.get_running_loop().time()
-            await self._monitor.execute("stop")
 
     async def open(self, *, again: bool = False) -> None:
         """Make and open the overlay; raises `CommitFailed` for a file that is there already.
@@ -180,10 +193,25 @@ class FreshOverlay:
 
     async def thaw(self) -> None:
         """Let the guest go on, if it was paused here."""
+        still = self._still
+        if still is None:
+            return
+        if still.disturbed and self._laid:
+            base = self._plan.base.filename
+            self.disturbed = (
+                "somebody let the guest go on before the fresh overlay lay, so that"
+                f" {base} may hold what it wrote after its instant"
+            )
+        self.remark = await still.go_on()
+        self._still = None
         if self._stopped_at is not None:
-            self.remark = await go_on(self._monitor)
             self.paused = asyncio.get_running_loop().time() - self._stopped_at
             self._stopped_at = None
+
+    def leave(self) -> None:
+        """Nobody sees to the guest any more: it is as it is."""
+        if self._still is not None:
+            self._still.leave()
 
     async def undo(self) -> None:
         """It was not laid over the base: close it, and unlink what was made of it here."""

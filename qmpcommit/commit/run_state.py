@@ -1,9 +1,17 @@
 """Whether a guest runs, and letting one go on that was stopped here.
 
-Rests on ``query-status`` and ``cont``.
+Several may have one guest stand still at the same time, each for a reason of its own: two
+recycles, a window and a discard. QEMU does not count them, and the first ``cont`` would let the
+guest write to the disk of another. So each is a `Still`, and the last one to let go continues it.
+
+Rests on ``query-status``, ``stop`` and ``cont``, and on the event ``RESUME``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.monitor import Monitor
@@ -14,6 +22,78 @@ STOPPED_HERE = ("paused", "prelaunch")
 One that stands still for another reason (an I/O error, the end of a migration, after which the
 disks belong to another host) is not to be continued by whoever stopped it.
 """
+
+
+class _Guest:
+    """Those who have one guest stand still; `owed` is that one who has let go had stopped it."""
+
+    def __init__(self) -> None:
+        self.still: WeakSet[Still] = WeakSet()
+        self.owed = False
+
+
+_GUESTS: WeakKeyDictionary[Monitor, _Guest] = WeakKeyDictionary()
+
+
+class Still:
+    """One of those in this process who have a guest stand still, from now until `leave`.
+
+    `paused` tells that it is to go on when the last of them lets go: it ran, or had been stopped
+    by another one of them. `disturbed` tells that it went on meanwhile: somebody else, perhaps in
+    another process, has sent ``cont``.
+    """
+
+    def __init__(self, monitor: Monitor, *, paused: bool = False) -> None:
+        self.paused, self.disturbed = paused, False
+        self._monitor = monitor
+        self._guest = _GUESTS.setdefault(monitor, _Guest())
+        self._guest.still.add(self)
+        me = ref(self)
+
+        def heard(message: Mapping[str, Any]) -> None:
+            still = me()
+            if still is not None and message["event"] == "RESUME":
+                still.disturbed = True
+
+        self._listening = monitor.subscribers.add(heard)
+
+    async def ran(self) -> bool:
+        """Whether the guest has to go on afterwards. Raises what `Monitor.execute` raises."""
+        running = await runs(self._monitor)
+        self.paused = running or self._guest.owed or any(each.paused for each in self._others)
+        return self.paused
+
+    async def stop(self) -> None:
+        """Stop it; raises what `Monitor.execute` raises."""
+        await self._monitor.execute("stop")
+        self.disturbed = False
+
+    async def go_on(self) -> str:
+        """Let go; the guest goes on, unless another one has it stand still. As `go_on`."""
+        if not self.paused and not self._guest.owed:
+            self.leave()
+            return ""
+        status = await _status(self._monitor)
+        self.leave(owing=self.paused)
+        return await _continue(self._monitor, status)
+
+    def leave(self, *, owing: bool = False) -> None:
+        """Let go, and leave the guest as it is; with `owing` another one has to continue it."""
+        self._guest.still.discard(self)
+        self._listening.close()
+        if owing or not self._guest.still:
+            self._guest.owed = owing
+
+    def leave_stopped(self) -> None:
+        """Let go of a guest that is to stay stopped, whoever else lets go of it."""
+        for each in self._others:
+            each.paused = False
+        self._guest.owed = False
+        self.leave()
+
+    @property
+    def _others(self) -> list[Still]:
+        return [each for each in self._guest.still if each is not self]
 
 
 async def runs(monitor: Monitor) -> bool:
@@ -27,10 +107,23 @@ async def runs(monitor: Monitor) -> bool:
 async def go_on(monitor: Monitor) -> str:
     """Continue a guest that ran and was stopped here, if it still stands still for that.
 
-    Else what is returned says why it was not continued. Safe to repeat; raises what
-    `Monitor.execute` raises.
+    Else what is returned says why it was not continued; nothing where it is continued by the
+    last of those who have it stand still. Safe to repeat; raises what `Monitor.execute` raises.
     """
-    status = (await monitor.execute("query-status")).get("status")
+    return await _continue(monitor, await _status(monitor))
+
+
+async def _status(monitor: Monitor) -> object:
+    return (await monitor.execute("query-status")).get("status")
+
+
+async def _continue(monitor: Monitor, status: object) -> str:
+    guest = _GUESTS.get(monitor)
+    if guest is not None and guest.still:
+        guest.owed = True
+        return ""
+    if guest is not None:
+        guest.owed = False
     if status in STOPPED_HERE:
         await monitor.execute("cont")
     elif status != "running":

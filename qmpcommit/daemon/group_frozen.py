@@ -59,7 +59,7 @@ class Frozen:
         if guest is not None and guest.identity == vm.identity:
             group.log.warning("guest_left_frozen", vm=vm.name, how=guest.how)
             try:
-                await thaw(session, guest.how, guest.agent, patience=0.0)
+                await thaw(session, guest.how, guest.agent, patience=0.0, ran=True)
             except QmpCommitError as error:  # its task tries it again
                 group.log.warning("thaw_failed", vm=vm.name, error=error.message)
                 return
@@ -105,7 +105,7 @@ class Frozen:
             if vm.identity != guest.identity:
                 group.goes_on_again(guest.vm)
                 return
-            await thaw(session, guest.how, guest.agent)
+            await thaw(session, guest.how, guest.agent, ran=True)
             group.goes_on_again(guest.vm, time.time() - guest.since)
             await _unmark(session, group)
 

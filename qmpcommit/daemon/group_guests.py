@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from qmpcommit.commit.run_state import go_on
 from qmpcommit.daemon.registry import Registry
 from qmpcommit.errors import (
     CommandRefused,
@@ -45,9 +46,7 @@ def paused_for(promises: Iterable[Promise]) -> list[list[Promise]]:
 async def let_go_on(session: Session, promises: Sequence[Promise]) -> None:
     """Continue the guest that was paused for these; raises what `Monitor.execute` raises."""
     try:
-        # Whoever else has it stand still, for an I/O error or a migration, has it so on purpose.
-        if (await session.execute("query-status")).get("status") == "paused":
-            await session.execute("cont")
+        await go_on(session)
     except CommandRefused as error:
         promises[0].log.warning("guest_stays_paused", why=error.message)
     for promise in promises:

@@ -21,6 +21,7 @@ from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Ready, run_command
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
+from qmpcommit.commit.run_state import go_on
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.models import CommitRequest
@@ -193,7 +194,7 @@ class Keeper:
                 await session.execute(repair["execute"], repair.get("arguments"))
                 await promise.note("unthrottle")
             if promise.noted.get("stopped") and "overlay" not in promise.noted:
-                await session.execute("cont")
+                await go_on(session)
                 await promise.note("cont")
 
     def _when_possible(self, promise: Promise, job: CommitJob) -> None:
