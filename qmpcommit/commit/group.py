@@ -108,7 +108,12 @@ class GroupCommit:
         self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
         self._on_decision = on_decision
         hold_limit = parse_seconds(hold_limit, "hold limit")
-        self.state = group_phases.begin(len(self.members), hold_limit, freezes=freeze is not None)
+        self.state = group_phases.begin(
+            len(self.members),
+            hold_limit,
+            freezes=freeze is not None,
+            records=on_decision is not None,
+        )
         self._freeze, self._agents = freeze, dict(agents or {})
         self._freezes = Freezes(
             self.id,
@@ -337,8 +342,10 @@ class GroupCommit:
                     self._quiesce()
                 case GroupAction.DECIDE:
                     self._decide()
+                case GroupAction.RECORD:
+                    self._record()
                 case GroupAction.FINALIZE:
-                    self._finalize()
+                    self._gate.set()
                 case GroupAction.CANCEL:
                     self._cancel(self.state.why)
                 case _:
@@ -370,7 +377,7 @@ class GroupCommit:
     def _is_not_quiet(self, vm: Session, why: str, error: Exception | None) -> None:
         if self.state.stage in (Stage.FREEZING, Stage.DECIDED):
             self._cause = error
-        if self.state.stage is Stage.FINALIZING and error is None:
+        if self.state.stage in (Stage.RECORDING, Stage.FINALIZING) and error is None:
             told = "before all of its disks had ended. They show the one instant all the same"
             self._freezes.problems.append(f"{vm.name}: {why}, {told}")
         first = next(n for n, member in enumerate(self.members) if member.vm is vm)
@@ -406,21 +413,19 @@ class GroupCommit:
         for number, job in enumerate(self.jobs):
             job.decide(*self._decisions[number])
 
-    def _finalize(self) -> None:
-        if self._on_decision is None:
-            self._gate.set()
-        else:
-            self._recording = asyncio.ensure_future(self._record(self._on_decision))
+    def _record(self) -> None:
+        assert self._on_decision is not None
+        self._recording = asyncio.ensure_future(self._written_down(self._on_decision))
 
-    async def _record(self, on_decision: OnDecision) -> None:
+    async def _written_down(self, on_decision: OnDecision) -> None:
         """Have the decision written down before the first job is finalized; or cancel all."""
         try:
             async with asyncio.timeout(self.state.hold_limit):
                 await on_decision([job.id for job in self.jobs])
         except Exception as error:
-            self._cancel(f"the decision could not be written down ({error!r})")
+            self._tell(group_phases.Recorded(repr(error)))
         else:
-            self._gate.set()
+            self._tell(group_phases.Recorded())
 
     def _cancel(self, why: str) -> None:
         self._refusal = why

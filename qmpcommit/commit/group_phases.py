@@ -19,6 +19,10 @@ flushes and a held disk does not. They go on when their own disks have ended, or
 PENDING holds a disk's I/O. When all are PENDING no disk is written, so all bases show that one
 instant, and a write that waited for another's completion can't be in one base without the other.
 
+A group whose decision is written down is RECORDING between DECIDED and FINALIZING: nothing is
+finalized yet, so a member that ends then (somebody took its job for one left behind, and cancelled
+it) cancels all.
+
 All or none: before FINALIZING anything that goes wrong cancels all, and QEMU undoes what was
 decided. From FINALIZING on nothing is cancelled any more: the decision is made, and a member
 that does not get there is the failure of that member alone.
@@ -36,6 +40,7 @@ class Stage(StrEnum):
     GATHERING = "gathering"
     FREEZING = "freezing"
     DECIDED = "decided"
+    RECORDING = "recording"
     FINALIZING = "finalizing"
     CANCELLING = "cancelling"
     OVER = "over"
@@ -58,7 +63,8 @@ class Part(NamedTuple):
 class GroupState(NamedTuple):
     """All that is known about a group.
 
-    `freezes` is whether its guests are quiesced before the decisions are carried out;
+    `freezes` is whether its guests are quiesced before the decisions are carried out, `records`
+    whether somebody writes down that all are to be finalized, before the first is;
     `held_since` is when the first member was seen PENDING, on the clock of `step`'s `now`;
     `why` tells why it was cancelled, `culprit` for which member.
     """
@@ -66,6 +72,7 @@ class GroupState(NamedTuple):
     parts: tuple[Part, ...]
     hold_limit: float
     freezes: bool = False
+    records: bool = False
     stage: Stage = Stage.GATHERING
     held_since: float | None = None
     why: str = ""
@@ -112,6 +119,12 @@ class Pending(NamedTuple):
     member: int
 
 
+class Recorded(NamedTuple):
+    """That all are to be finalized is written down; or it can't be, with why."""
+
+    why: str = ""
+
+
 class Lost(NamedTuple):
     """The monitor of the member's VM went away."""
 
@@ -141,7 +154,7 @@ class Tick(NamedTuple):
     """Time has passed."""
 
 
-GroupFact = Ready | Quiesced | NotQuiesced | Pending | Lost | Back | Ended | Stop | Tick
+GroupFact = Ready | Quiesced | NotQuiesced | Pending | Recorded | Lost | Back | Ended | Stop | Tick
 
 
 class GroupAction(StrEnum):
@@ -149,6 +162,7 @@ class GroupAction(StrEnum):
 
     QUIESCE = "quiesce all guests, now"
     DECIDE = "carry out the decisions, now"
+    RECORD = "write down that all are to be finalized"
     FINALIZE = "let all end, now"
     CANCEL = "cancel all"
 
@@ -156,9 +170,11 @@ class GroupAction(StrEnum):
 GroupStep = tuple[GroupState, list[GroupAction]]
 
 
-def begin(members: int, hold_limit: float, *, freezes: bool = False) -> GroupState:
+def begin(
+    members: int, hold_limit: float, *, freezes: bool = False, records: bool = False
+) -> GroupState:
     """A group whose members are about to copy; `hold_limit` in seconds."""
-    return GroupState((Part(),) * members, hold_limit, freezes)
+    return GroupState((Part(),) * members, hold_limit, freezes, records)
 
 
 def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
@@ -172,6 +188,8 @@ def step(state: GroupState, fact: GroupFact, now: float) -> GroupStep:
             return _not_quiesced(state, member, why)
         case Pending(member):
             return _pending(_with(state, member, pending=True), member, now)
+        case Recorded(why):
+            return _recorded(state, why)
         case Back(member):
             return _go_on(_with(state, member, linked=True), now)
         case Lost(member):
@@ -228,21 +246,35 @@ def _go_on(state: GroupState, now: float) -> GroupStep:
     if state.stage is Stage.DECIDED and all(p.pending and p.linked for p in state.parts):
         if state.deadline is not None and now > state.deadline:
             return step(state, Tick(), now)
+        if state.records:
+            return state._replace(stage=Stage.RECORDING), [GroupAction.RECORD]
         return state._replace(stage=Stage.FINALIZING), [GroupAction.FINALIZE]
     return state, []
+
+
+def _recorded(state: GroupState, why: str) -> GroupStep:
+    if state.stage is not Stage.RECORDING:
+        return state, []
+    if why:
+        return _undo(state, f"the decision could not be written down ({why})", None)
+    return state._replace(stage=Stage.FINALIZING), [GroupAction.FINALIZE]
 
 
 def _ended(state: GroupState, member: int) -> GroupStep:
     actions: list[GroupAction] = []
     if state.stage in _UNDECIDED:
         state, actions = _cancel(state, "it ended before all disks were held", member)
+    elif state.stage is Stage.RECORDING:
+        state, actions = _undo(state, "it ended before any was finalized", member)
     if all(part.ended for part in state.parts):
         return state._replace(stage=Stage.OVER), []
     return state, actions
 
 
 def _cancel(state: GroupState, why: str, member: int | None) -> GroupStep:
-    if state.stage not in _UNDECIDED:
-        return state, []
+    return _undo(state, why, member) if state.stage in _UNDECIDED else (state, [])
+
+
+def _undo(state: GroupState, why: str, member: int | None) -> GroupStep:
     state = state._replace(stage=Stage.CANCELLING, why=why, culprit=member)
     return state, [GroupAction.CANCEL]

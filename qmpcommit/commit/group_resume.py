@@ -29,6 +29,8 @@ class ResumableGroup(GroupCommit):
     @property
     def stage(self) -> str:
         """``copying``, ``ready``, ``decided``, ``finalizing``, ``cancelling`` or ``over``."""
+        if self.state.stage is Stage.RECORDING:
+            return Stage.FINALIZING.value  # nobody can decide otherwise any more
         if self.state.stage is not Stage.GATHERING:
             return self.state.stage.value
         ready = self.jobs and all(job.state.phase.value == "ready" for job in self.jobs)

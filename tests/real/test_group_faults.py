@@ -15,8 +15,8 @@ import pytest
 import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT, run
 from tests.ground.daemons import many_disks
-from tests.ground.images import MIB, Chain, assert_disk, two_chains
-from tests.ground.machines import Machine
+from tests.ground.images import MIB, Chain, assert_disk, make_chain, two_chains
+from tests.ground.machines import Machine, machine
 from tests.ground.nbd import Nbd
 from tests.ground.proxy import Strike, let_pass, proxy
 from tests.ground.sessions import lost
@@ -262,6 +262,39 @@ async def test_a_decision_that_can_not_be_written_down_is_none(folder: Path) -> 
             await vm.commit_group(TWO, policy=qc.Pivot(), on_decision=full)
         assert await active(vm, *TWO) == TWO
         assert await vm.execute("query-jobs") == []
+
+
+async def test_one_that_is_taken_for_left_behind_before_that_is_written_down_undoes_all(
+    folder: Path,
+) -> None:
+    """As by a daemon that connects just then, and sees a held disk whose owner it does not know."""
+    places = [folder / "1", folder / "2"]
+    for place in places:
+        place.mkdir()
+    chains = [make_chain(place) for place in places]
+    async with (
+        machine(places[0], chains[0]) as one,
+        machine(places[1], chains[1]) as two,
+        qc.Session.connect(one.qmp) as first,
+        qc.Session.connect(two.qmp) as second,
+    ):
+
+        async def slow(jobs: Sequence[str]) -> None:
+            async with qc.Session.connect(one.qmp2) as other:
+                (ended,) = await qc.resolve_pending(other, grace=0)
+                assert (ended.job_id, ended.action) == (jobs[0], "abort")
+
+        members = [(first, "vda"), (second, "vda")]
+        with pytest.raises(qc.GroupFailed, match="it ended before any was finalized"):
+            await qc.commit_group(members, policy=qc.Pivot(), on_decision=slow)
+        for vm in (first, second):
+            assert [len(disk.chain) for disk in await vm.disks()] == [2]
+            assert await vm.execute("query-jobs") == []
+            await vm.close()
+        await one.quit()
+        await two.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
 
 
 class Countdown:

@@ -21,21 +21,23 @@ from qmpcommit.commit.group_phases import (
     Pending,
     Quiesced,
     Ready,
+    Recorded,
     Stage,
     Stop,
     Tick,
 )
 
 DECIDE, FINALIZE, CANCEL = GroupAction.DECIDE, GroupAction.FINALIZE, GroupAction.CANCEL
-QUIESCE = GroupAction.QUIESCE
+QUIESCE, RECORD = GroupAction.QUIESCE, GroupAction.RECORD
 LIMIT = 2.0
 
 
 def play(
-    *facts: GroupFact, members: int = 2, freezes: bool = False
+    *facts: GroupFact, members: int = 2, freezes: bool = False, records: bool = False
 ) -> tuple[GroupState, list[GroupAction]]:
     """Feed facts, a tenth of a second apart; all actions, in order."""
-    state, actions = group_phases.begin(members, LIMIT, freezes=freezes), []
+    state = group_phases.begin(members, LIMIT, freezes=freezes, records=records)
+    actions: list[GroupAction] = []
     for number, fact in enumerate(facts):
         state, more = group_phases.step(state, fact, number / 10)
         actions += more
@@ -46,6 +48,25 @@ def test_from_start_to_end() -> None:
     state, actions = play(Ready(0), Ready(1), Pending(1), Pending(0), Ended(0), Ended(1))
     assert actions == [DECIDE, FINALIZE]
     assert (state.stage, state.why, state.over) == (Stage.OVER, "", True)
+
+
+HELD = (Ready(0), Ready(1), Pending(0), Pending(1))
+
+
+def test_what_is_to_be_finalized_is_written_down_before() -> None:
+    state, actions = play(*HELD, Stop("late"), Lost(1), Back(1), Tick(), records=True)
+    assert (state.stage, actions) == (Stage.RECORDING, [DECIDE, RECORD])
+    state, actions = play(*HELD, Recorded(), Recorded("late"), records=True)
+    assert (state.stage, actions) == (Stage.FINALIZING, [DECIDE, RECORD, FINALIZE])
+    state, actions = play(*HELD, Recorded("full"), records=True)
+    assert (state.stage, actions) == (Stage.CANCELLING, [DECIDE, RECORD, CANCEL])
+    assert state.why == "the decision could not be written down (full)"
+
+
+def test_one_that_ends_while_that_is_written_down_cancels_all() -> None:
+    state, actions = play(*HELD, Ended(1), Recorded(), records=True)
+    assert (state.stage, actions) == (Stage.CANCELLING, [DECIDE, RECORD, CANCEL])
+    assert (state.why, state.culprit) == ("it ended before any was finalized", 1)
 
 
 def test_nothing_is_decided_before_all_are_ready() -> None:
@@ -180,12 +201,12 @@ class Members(RuleBasedStateMachine):
         self.guests: list[str] = []
         self.state = group_phases.begin(1, LIMIT)
 
-    @initialize(members=st.integers(1, 4), freezes=st.booleans())
-    def start(self, members: int, freezes: bool) -> None:
+    @initialize(members=st.integers(1, 4), freezes=st.booleans(), records=st.booleans())
+    def start(self, members: int, freezes: bool, records: bool) -> None:
         self.jobs = ["running"] * members
         self.guests = ["going"] * members
         self.orders = [[] for _ in range(members)]
-        self.state = group_phases.begin(members, LIMIT, freezes=freezes)
+        self.state = group_phases.begin(members, LIMIT, freezes=freezes, records=records)
 
     def tell(self, fact: GroupFact) -> None:
         self.state, actions = group_phases.step(self.state, fact, self.now)
@@ -201,10 +222,10 @@ class Members(RuleBasedStateMachine):
             assert set(self.jobs) == {"pending"}, "final before all disks were held"
             held = self.state.held_since
             assert held is not None
-            assert self.now - held <= LIMIT
+            assert self.state.records or self.now - held <= LIMIT
         for action in actions:
             for orders, job in zip(self.orders, self.jobs, strict=True):
-                if job not in OVER and action is not QUIESCE:
+                if job not in OVER and action not in (QUIESCE, RECORD):
                     orders.append(action)
 
     def end(self, member: int, how: str) -> None:
@@ -247,6 +268,11 @@ class Members(RuleBasedStateMachine):
         if member < len(self.jobs) and self.guests[member] == "quiet":
             self.guests[member] = "going"
             self.tell(NotQuiesced(member, "its limit"))
+
+    @rule(failed=st.booleans())
+    def write_down(self, failed: bool = False) -> None:
+        if self.state.stage is Stage.RECORDING:
+            self.tell(Recorded("full" if failed else ""))
 
     @rule(member=st.integers(0, 3))
     def fail(self, member: int) -> None:
@@ -295,6 +321,7 @@ class Members(RuleBasedStateMachine):
                 self.become_ready(member)
                 self.quiesce(member)
                 self.obey(member)
+                self.write_down()
                 self.obey(member)
         if self.jobs:
             assert self.state.over, (self.jobs, self.state)
