@@ -138,6 +138,28 @@ def absolute(image: Image, cwd: str | None) -> str:
     return os.path.join(cwd or os.getcwd(), image.filename)
 
 
+def check_nameable(image: Image, vm: str, disk: str) -> None:
+    """Raise `ChainError` where an overlay can't name this image as its backing file."""
+    if image.filename.startswith("/dev/fdset/"):
+        raise ChainError(
+            f"QEMU has {image.node_name} of {disk} of {vm} open by a file descriptor"
+            f" ({image.filename}, from add-fd), which means nothing once it has ended, and would be"
+            " the backing file's name in the new overlay: have QEMU open that image by its name."
+            " Nothing was sent",
+            vm=vm,
+            disk=disk,
+        )
+
+
+def backing_name(image: Image, cwd: str | None) -> str:
+    """The name by which an overlay's header means this image, wherever the overlay is.
+
+    A slice of a raw file (``offset``, ``size``) is none of that file's name alone.
+    """
+    sliced = image.driver == "raw" and image.shown.startswith("json:")
+    return image.shown if sliced else absolute(image, cwd)
+
+
 def same_file(name: str, image: Image, cwd: str | None) -> bool:
     """Whether a file name that somebody typed means this image.
 

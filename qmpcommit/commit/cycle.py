@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from qmpcommit.block.chain import Disk, Image, absolute, read_image
+from qmpcommit.block.chain import Disk, Image, absolute, check_nameable, read_image
 from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.aftermath import identify, users
@@ -266,6 +266,7 @@ def plan_round(vm: str, disk: Disk, job_id: str) -> Plan:
             " its clients back while its overlay is exchanged. Nothing was changed",
             **where,
         )
+    check_nameable(disk.chain[1], vm, disk.name)
     return Plan(
         vm=vm,
         disk=disk,
@@ -427,6 +428,8 @@ def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
         header = read_header(absolute(fresh, vm.cwd))
     except OSError:
         return False
+    if header is not None and header.backing == base.shown:
+        return True
     folder = os.path.dirname(absolute(fresh, vm.cwd))
     named = os.path.join(folder, header.backing) if header is not None else ""
     return os.path.normpath(named) == os.path.normpath(absolute(base, vm.cwd))

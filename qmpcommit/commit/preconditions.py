@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from qmpcommit.block.bitmaps import Carrying, plan_carrying
+from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Keep, Ready, Recycle, run_command
@@ -75,6 +76,7 @@ def _check_recycle(
             " the fresh overlay is laid. Nothing was sent",
             **where,
         )
+    check_nameable(plan.base, plan.vm, plan.disk.name)
     path = os.path.join(cwd or os.getcwd(), recycle.overlay)
     if os.path.lexists(path):
         raise InvalidRequest(

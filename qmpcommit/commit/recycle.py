@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.block.chain import Image, absolute, read_image
+from qmpcommit.block.chain import Image, backing_name, read_image
 from qmpcommit.block.files import names_are_ours
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
@@ -264,7 +264,7 @@ class FreshOverlay:
             "driver": "qcow2",
             "file": self._file_node,
             "size": self.size,
-            "backing-file": absolute(base, self._cwd),
+            "backing-file": backing_name(base, self._cwd),
             "backing-fmt": base.driver,
         }
         if top.cluster_size and top.driver == "qcow2":

@@ -19,7 +19,14 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks, read_image
+from qmpcommit.block.chain import (
+    Disk,
+    absolute,
+    check_nameable,
+    find_disk,
+    read_disks,
+    read_image,
+)
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.outcome import CommitOutcome
@@ -314,6 +321,7 @@ def _fresh(
             vm=vm.name,
             disk=disk.name,
         )
+    check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
     folder = os.fspath(overlay_dir) if overlay_dir is not None else os.path.dirname(path)
     stem = os.path.basename(path).removesuffix(".qcow2")
