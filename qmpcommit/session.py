@@ -375,10 +375,9 @@ class Session(Monitor):
         """Commit several disks at one instant: all of them or none.
 
         `disks` gives each its policy (a mapping, or tuples), or only names them, with one `policy`
-        for all. All jobs
-        become READY, all disks are held for some milliseconds, and all bases show that one
-        instant. `freeze` quiesces the guest around it: its file systems through the guest agent's
-        socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
+        for all. All jobs become READY, all disks are held for some milliseconds, and all bases show
+        that one instant. `freeze` quiesces the guest around it: its file systems through the guest
+        agent's socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
         """
         from qmpcommit.commit.group import GroupCommit
 

@@ -49,12 +49,9 @@ class Care:
     @property
     def remarks(self) -> list[str]:
         """That a guest which a recycle paused was let go on too early, or not at all, and why."""
-        overlay = self._overlay
-        return (
-            []
-            if overlay is None
-            else [text for text in (overlay.disturbed, overlay.remark) if text]
-        )
+        if self._overlay is None:
+            return []
+        return [text for text in (self._overlay.disturbed, self._overlay.remark) if text]
 
     async def prepare(self, *, keeps: bool) -> Fact:
         """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.

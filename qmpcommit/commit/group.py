@@ -523,9 +523,9 @@ async def commit_group(
 
     `members` are tuples of a session (or a monitor's address, which is connected for it), a disk
     and, unless one `policy` is given to all, a policy, which a mapping gives to ``(vm, disk)`` as
-    well; `agents` has the guest agents' sockets by
-    these sessions or addresses. `options` are those of `GroupCommit`.
-    Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation cancels all.
+    well; `agents` has the guest agents' sockets by these sessions or addresses. `options` are those
+    of `GroupCommit`. Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation
+    cancels all.
     """
     from qmpcommit.session import Session
 

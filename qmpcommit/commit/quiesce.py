@@ -171,8 +171,7 @@ async def thaw(
     for `patience` seconds. With "pause" a guest that is paused is continued; one that stands
     still for another reason (an I/O error, a migration) is not touched; one that was reset since
     is continued only if it is known that it `ran` in this QEMU; `still` is how it was held here.
-    Raises `VMGone` where QEMU has
-    ended, and `QuiesceFailed` where the guest may still be frozen.
+    Raises `VMGone` where QEMU has ended, and `QuiesceFailed` where the guest may still be frozen.
     """
     if how == "agent" and agent is None:
         raise InvalidRequest("the socket of the guest agent is needed to thaw the guest")
