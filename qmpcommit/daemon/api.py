@@ -312,8 +312,8 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     ) -> list[CommitView]:
         """Commits, the newest first: those under way and those that have ended."""
         sql = (
-            "SELECT * FROM commits WHERE (?1 IS NULL OR vm = ?1) AND (?2 IS NULL OR state = ?2)"
-            " ORDER BY created DESC, rowid DESC LIMIT ?3"
+            "SELECT * FROM commits WHERE vm = ifnull(?, vm) AND state = ifnull(?, state)"
+            " ORDER BY created DESC, rowid DESC LIMIT ?"
         )
         rows = await engine.journal.read(sql, vm, state, limit)
         found = []

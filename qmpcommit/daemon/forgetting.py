@@ -16,15 +16,15 @@ HOUR = 3600.0
 # Commits wait for the writer: what is far back in a row, or in the table, is looked at last.
 # Of each base of a cycle the last commit is kept, for it tells whether the base is whole by itself.
 _COMMITS = """
-    DELETE FROM commits WHERE created < ?1 AND ended < ?1 AND rowid NOT IN (
+    DELETE FROM commits WHERE created < ? AND ended < ? AND rowid NOT IN (
         SELECT rowid FROM (
             SELECT rowid, max(ended) FROM commits
-            WHERE plan IS NOT NULL AND vm IN (SELECT value FROM json_each(?2))
+            WHERE plan IS NOT NULL AND vm IN (SELECT value FROM json_each(?))
             GROUP BY vm, json_extract(plan, '$.base.filename')
         )
     )
 """
-_UNDERTAKINGS = "DELETE FROM undertakings WHERE created < ?1 AND ended < ?1"
+_UNDERTAKINGS = "DELETE FROM undertakings WHERE created < ? AND ended < ?"
 _EVENTS = """
     DELETE FROM events WHERE id < (SELECT id FROM events WHERE at >= ? ORDER BY id LIMIT 1)
 """
@@ -43,8 +43,8 @@ async def forget_old(config: Config, journal: Journal) -> None:
         before = time.time() - retained
         with suppress(JournalError):  # it has no room: then another time
             await journal.write(
-                Statement(_COMMITS, (before, cycled)),
-                Statement(_UNDERTAKINGS, (before,)),
+                Statement(_COMMITS, (before, before, cycled)),
+                Statement(_UNDERTAKINGS, (before, before)),
                 Statement(_EVENTS, (before,)),
                 Statement(_KEYS, (before,)),
             )

@@ -81,8 +81,8 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
             found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
         sql = (
             "SELECT * FROM undertakings WHERE kind = 'window'"
-            " AND (?1 IS NULL OR instr(',' || vm || ',', ',' || ?1 || ','))"
-            " AND (?2 IS NULL OR state = ?2) ORDER BY created DESC, rowid DESC LIMIT ?3"
+            " AND instr(',' || vm || ',', ',' || ifnull(?, vm) || ',') AND state = ifnull(?, state)"
+            " ORDER BY created DESC, rowid DESC LIMIT ?"
         )
         for row in await engine.journal.read(sql, vm, state, limit - len(found)):
             with suppress(ValueError):  # written by another version

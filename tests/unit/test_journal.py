@@ -175,11 +175,23 @@ async def test_a_close_that_is_cancelled_closes_all_the_same(folder: Path) -> No
             await journal.write(key(1))
 
 
-async def test_an_opening_that_is_cancelled_leaves_nothing_open(folder: Path) -> None:
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    prepare = Journal._prepare
+
+    def slow(journal: Journal) -> sqlite3.Connection:
+        begun.set()
+        assert go_on.wait(DEADLINE)
+        return prepare(journal)
+
+    monkeypatch.setattr(Journal, "_prepare", slow)
     journal = Journal(folder / "j.db")
     opening = asyncio.create_task(journal.open())
-    await asyncio.sleep(0)
+    assert await asyncio.to_thread(begun.wait, DEADLINE)
     opening.cancel()
+    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await opening
     assert journal._thread is not None
