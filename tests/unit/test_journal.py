@@ -192,11 +192,14 @@ async def test_an_opening_that_is_cancelled_leaves_nothing_open(
     assert await asyncio.to_thread(begun.wait, DEADLINE)
     opening.cancel()
     go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await opening
-    assert journal._thread is not None
-    assert not journal._thread.is_alive()
-    assert not [path for path in os.listdir("/proc/self/fd") if leads_to(path, folder)]
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert journal._thread is not None
+        assert not journal._thread.is_alive()
+        assert not [path for path in os.listdir("/proc/self/fd") if leads_to(path, folder)]
+    finally:
+        await journal.close()  # or its thread would keep the tests from ending
 
 
 def leads_to(descriptor: str, folder: Path) -> bool:
