@@ -270,7 +270,7 @@ class World:
             self._ended("abort")
         else:
             unexpected = [text for text in outcome.warnings if not re.search(EXPECTED, text)]
-            assert unexpected == []
+            assert not unexpected, unexpected
             self._ended(outcome.action)
 
     def _ended(self, action: str) -> None:
