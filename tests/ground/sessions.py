@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+
 import qmpcommit as qc
+from qmpcommit.commit import quiesce
 
 
 class Asked(Protocol):
@@ -54,3 +57,10 @@ def hurried(vm: qc.Session, *, patience: float | None = None) -> Iterator[None]:
         yield
     finally:
         vm.timeout, vm.command_timeout, vm.patience = former
+
+
+def thaws_once(patch: pytest.MonkeyPatch) -> None:
+    """A guest that can't be thawed is not tried again."""
+    defaults = quiesce.thaw.__kwdefaults__
+    assert defaults is not None
+    patch.setitem(defaults, "patience", 0.0)

@@ -15,7 +15,7 @@ from qmpcommit.commit import freeze_marks, group_freeze
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Strike, let_pass
-from tests.ground.sessions import runs, time_to_go_too_far
+from tests.ground.sessions import runs, thaws_once, time_to_go_too_far
 from tests.real.test_agent import FakeAgent, fake_agent
 from tests.real.test_window_group import LIMIT, Two, two
 
@@ -426,7 +426,7 @@ async def test_an_agent_thaws_although_the_monitor_is_away(
 async def test_a_freeze_that_is_cancelled_and_can_not_be_thawed_stays_marked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpcommit.commit.quiesce.thaw.__kwdefaults__", {"patience": 0.0})
+    thaws_once(monkeypatch)
     async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
         (fake, _), vm = await agents_of(here, folder, stack), here.vms[0]
         refusal = b'{"error": {"class": "GenericError", "desc": "not today"}}\n'
@@ -455,7 +455,7 @@ async def test_a_freeze_that_is_cancelled_and_can_not_be_thawed_stays_marked(
 async def test_a_guest_that_can_not_be_thawed_is_named_and_stays_marked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpcommit.commit.quiesce.thaw.__kwdefaults__", {"patience": 0.0})
+    thaws_once(monkeypatch)
     async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
         first, second = await agents_of(here, folder, stack)
         refusal = b'{"error": {"class": "GenericError", "desc": "not today"}}\n'

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import quiesce
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
-from tests.ground.sessions import hurried, runs
+from tests.ground.sessions import hurried, runs, thaws_once
 
 
 class Notebook:
@@ -235,7 +234,7 @@ def hangs(qemu: Machine, vm: qc.Session) -> Iterator[None]:
 def no_patience() -> Iterator[None]:
     """In the block a thaw is tried once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+        thaws_once(patch)
         yield
 
 

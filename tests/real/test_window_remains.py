@@ -25,7 +25,7 @@ from tests.ground.images import (
     write,
 )
 from tests.ground.machines import Machine, machine, storage_daemon
-from tests.ground.sessions import files, runs
+from tests.ground.sessions import files, runs, thaws_once
 from tests.real.test_agent import fake_agent
 
 NUMBER = "0123abcd"
@@ -150,7 +150,7 @@ async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
     async with running(folder) as (_, vm, _), fake_agent(folder) as agent:
         agent.instead["guest-fsfreeze-thaw"] = [None] * 1000
         with monkeypatch.context() as patched:
-            patched.setattr(quiesce.thaw, "__kwdefaults__", {"patience": 0})
+            thaws_once(patched)
             with pytest.raises(qc.QuiesceFailed, match="may still be frozen"):
                 await qc.open_window(vm, ["vda"], freeze="agent", agent=agent.path, name=NAME)
         assert await nodes(vm) == [f"qmpcommit-w{NUMBER}-frozen"]
