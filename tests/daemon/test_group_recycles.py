@@ -442,15 +442,27 @@ async def test_killed_at_every_step(
 
 
 async def killed_twice(first: str, folder: Path, number: int) -> list[str]:
-    """A kill there, one at that place of the recovery, and the end; the recovery's places."""
+    """A kill there, one at that place of the recovery, and the end; the recovery's places.
+
+    A recovery may have fewer places than another one: who has ended all before is killed then.
+    """
     (place := folder / f"{number}").mkdir()
     async with killed_in(first, place, 2) as (d, (guest,), group):
         (place / "places").write_text("")
         d.environment |= {"QMPCOMMIT_RECOVERS": "1", "QMPCOMMIT_DIE_AT": str(number)}
         if number:
-            process = await d.launch()
-            async with asyncio.timeout(30):
-                await process.wait()
+            dying = asyncio.create_task((await d.launch()).wait())
+            ending = asyncio.create_task(end_of(d, group))
+            try:
+                async with asyncio.timeout(30):
+                    await asyncio.wait({dying, ending}, return_when=asyncio.FIRST_COMPLETED)
+                passed = len((place / "places").read_text().splitlines())
+                assert dying.done() or passed <= number
+            finally:
+                ending.cancel()
+                await asyncio.wait({ending})
+                await d.kill()
+                await dying
             d.environment["QMPCOMMIT_DIE_AT"] = "0"
         await d.start()
         ended = await end_of(d, group)
