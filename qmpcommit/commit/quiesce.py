@@ -201,15 +201,8 @@ async def _thaw_once(
     ran: bool,
     still: Still | None,
 ) -> None:
-    if still is not None:
-        await still.go_on()
-        return
-    if how == "pause" and ran:
-        await go_on(vm)
-        return
     if how == "pause":
-        if (await vm.execute("query-status")).get("status") == "paused":
-            await vm.execute("cont")
+        await (go_on(vm, ran=ran) if still is None else still.go_on())
         return
     assert agent is not None
     async with Agent(agent, vm=vm.name) as client:

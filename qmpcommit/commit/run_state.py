@@ -9,7 +9,7 @@ Rests on ``query-status``, ``stop`` and ``cont``, and on the event ``RESUME``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -104,27 +104,30 @@ async def runs(monitor: Monitor) -> bool:
         return False
 
 
-async def go_on(monitor: Monitor) -> str:
+async def go_on(monitor: Monitor, *, ran: bool = True) -> str:
     """Continue a guest that ran and was stopped here, if it still stands still for that.
 
-    Else what is returned says why it was not continued; nothing where it is continued by the
-    last of those who have it stand still. Safe to repeat; raises what `Monitor.execute` raises.
+    Where it is not known that it `ran`, one that was reset since is left as it is. Else what is
+    returned says why it was not continued; nothing where it is continued by the last of those who
+    have it stand still. Safe to repeat; raises what `Monitor.execute` raises.
     """
-    return await _continue(monitor, await _status(monitor))
+    return await _continue(monitor, await _status(monitor), STOPPED_HERE if ran else ("paused",))
 
 
 async def _status(monitor: Monitor) -> object:
     return (await monitor.execute("query-status")).get("status")
 
 
-async def _continue(monitor: Monitor, status: object) -> str:
+async def _continue(
+    monitor: Monitor, status: object, stopped: Collection[str] = STOPPED_HERE
+) -> str:
     guest = _GUESTS.get(monitor)
     if guest is not None and guest.still:
         guest.owed = True
         return ""
     if guest is not None:
         guest.owed = False
-    if status in STOPPED_HERE:
+    if status in stopped:
         await monitor.execute("cont")
     elif status != "running":
         monitor.log.warning("not_continued", status=status)
