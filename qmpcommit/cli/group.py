@@ -33,7 +33,8 @@ CANCELLED = (
     "all jobs were cancelled; no disk was pivoted or kept. The bases may hold part of the overlays'"
     " data and are valid only under them"
 )
-"""What an interrupted command says of its group."""
+DECIDED = "the disks had been decided already and were committed, all of them"
+"""What an interrupted command says of its group, where it was in time and where it was too late."""
 
 _ALONE = {
     "top": "--top",
@@ -214,7 +215,7 @@ async def _run(running: Run, group: GroupCommit, asking: Asking | None) -> Group
         sent = CANCELLED if group.jobs else ""
         finalized = any(job.outcome and job.outcome.action != "abort" for job in group.jobs)
         if finalized:
-            sent = "the disks had been decided already and were committed, all of them"
+            sent = DECIDED
         raise Interrupted(f"interrupted; {sent or 'nothing was sent'}")
     return working.result()
 

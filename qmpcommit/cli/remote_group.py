@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpcommit.cli.group import CANCELLED, Named, group_text, policies_of, status_of
+from qmpcommit.cli.group import CANCELLED, DECIDED, Named, group_text, policies_of, status_of
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.remote import connect
 from qmpcommit.cli.running import Run
@@ -117,7 +117,7 @@ class _Following:
             outcome = waiting.result()
             sent = CANCELLED
             if outcome.status == "completed":
-                sent = "the disks had been decided already and were committed, all of them"
+                sent = DECIDED
             raise Interrupted(f"interrupted; {sent}")
         return waiting.result()
 

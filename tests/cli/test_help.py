@@ -85,22 +85,14 @@ def test_with_nothing_else_installed() -> None:
     assert said.stderr == "qmpcommit: the package click is not installed: pip install qmpcommit\n"
 
 
-def test_as_a_module() -> None:
+@pytest.mark.parametrize(
+    "start",
+    [["-m", "qmpcommit"], ["-c", "from qmpcommit.cli.daemon import main; main()"]],
+    ids=["as a module", "the daemon"],
+)
+def test_the_version_is_told_whatever_is_started(start: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "qmpcommit", "--version"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=60,
-        check=True,
-    )
-    assert done.stdout == qmpcommit("--version").out
-
-
-def test_the_daemon_has_a_version_too() -> None:
-    start = "from qmpcommit.cli.daemon import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", start, "--version"],
+        [sys.executable, *start, "--version"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
