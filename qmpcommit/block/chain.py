@@ -277,10 +277,11 @@ def _names_layer(image: Image, name: str, cwd: str | None) -> bool:
 
 
 def _is_called(disk: Disk, name: str, cwd: str | None) -> bool:
+    if not name:
+        return False
     of_device = (disk.qdev, qom_path(disk.qdev), qdev_id(disk.qdev))
-    names = (disk.name, disk.device, *of_device, disk.root, *disk.exports, *disk.filters)
-    if not name or name in names:
-        return bool(name)
+    if name in (disk.name, disk.device, *of_device, disk.root, *disk.exports, *disk.filters):
+        return True
     return disk.active is not None and _names_layer(disk.active, name, cwd)
 
 
