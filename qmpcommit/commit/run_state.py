@@ -60,7 +60,8 @@ class Still:
     async def ran(self) -> bool:
         """Whether the guest has to go on afterwards. Raises what `Monitor.execute` raises."""
         running = await runs(self._monitor)
-        self.paused = running or self._guest.owed or any(each.paused for each in self._others)
+        owed = self._guest.owed or any(each.paused for each in self._guest.still)
+        self.paused = running or owed
         return self.paused
 
     async def stop(self) -> None:

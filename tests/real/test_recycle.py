@@ -87,6 +87,20 @@ async def overlay_of(vm: qc.Session, fresh: Path) -> FreshOverlay:
     return FreshOverlay(vm, plan, str(fresh), vm.cwd)
 
 
+async def test_a_guest_goes_on_that_a_killed_process_had_just_stopped(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("stop", folder, chain, fresh) as (qemu, notes):
+        await qemu.execute("stop")  # as it had, when it was killed
+        async with qc.Session.connect(qemu.qmp) as vm:
+            outcome = await (await take_up(vm, notes, fresh)).wait()
+            assert outcome.action == "recycle"
+            assert outcome.guest_paused is not None
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, chain.pictures[-1])
+
+
 @pytest.mark.parametrize("step", ["freeze", "stop", "job-complete", "overlay", "thaw"])
 async def test_a_recycle_whose_process_is_killed_is_ended_by_the_next(
     step: str, folder: Path
