@@ -424,11 +424,14 @@ class Engine:
                 raise NotReady(f"commit {commit_id} waits in the queue still", **where)
             await self.shielded(self._cancel(promise))
             return promise
-        if action != "abort" and promise.ready is not None:
+        asked_again = promise.decision == action
+        if action != "abort" and promise.ready is not None and not asked_again:
             await self._found_again(promise)
         job = promise.job
         if promise.over.is_set() or (job is not None and not job.state.running):
             raise JobConflict(f"commit {commit_id} has ended already", **where)
+        if job is None and asked_again:
+            return promise  # it is carried out when the job is found again
         if job is None and action != "abort":
             raise NotReady(
                 f"commit {commit_id} can't be decided: the monitor of {promise.vm} is away, or is"

@@ -14,6 +14,7 @@ from typing import Any
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import storage_daemon
+from tests.ground.proxy import Strike, let_pass, proxy
 
 HOLD = {"disk": "top", "policy": {"kind": "hold"}}
 
@@ -27,6 +28,33 @@ async def one_disk(folder: Path) -> AsyncIterator[tuple[Daemon, Chain]]:
     ):
         await d.connected("web1")
         yield d, chain
+
+
+async def test_a_decision_is_taken_again_while_the_vm_is_away(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        between.to_qemu = Strike("job-complete", "hold")
+        async with daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{between.path}"\n') as d:
+            await d.connected("web1")
+            commit = await d.commit("web1", **HOLD)
+            await d.until(commit, "ready")
+
+            async def decide(action: str) -> Any:
+                return await d.post(f"/v1/commits/{commit}/decision", {"action": action})
+
+            assert (await decide("pivot")).status == 202
+            async with asyncio.timeout(30):
+                await between.held.wait()
+            await between.refuse()
+            await d.kill()
+            await d.start()
+            again = await decide("pivot")
+            assert (again.status, again.json.get("decision")) == (202, "pivot")
+            between.to_qemu = let_pass
+            await between.open()
+            ended = await d.end_of(commit)
+            assert (ended["outcome"]["action"], ended["decision"]) == ("pivot", "pivot")
+    assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_a_key_makes_one_commit_whatever_happens(folder: Path) -> None:
