@@ -295,7 +295,7 @@ async def _resumed(qemu: Machine) -> None:
         await job.ready()
         await job.detach()
         again = await vm.resume(job.plan, Resumed(job.state))
-        await again.abort()
+        await again.detach()
 
 
 LEAVING = [_detached, _released, _resumed]
