@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,28 @@ async def test_it_tells_how_far_it_is_and_who_decided(folder: Path) -> None:
             await group.wait()
             assert (group.stage, group.decided_by) == ("over", "caller")
             await group.hand_over()  # there is nothing any more
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_nobody_can_decide_otherwise_while_the_decision_is_written_down(folder: Path) -> None:
+    chain = make_chain(folder)
+    begun, written = asyncio.Event(), asyncio.Event()
+
+    async def write_down(finals: Sequence[str]) -> None:
+        begun.set()
+        await written.wait()
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm, asyncio.timeout(20):
+            group = ResumableGroup([(vm, "top")], policy=qc.Pivot(), on_decision=write_down)
+            ending = asyncio.create_task(group.run())
+            await begun.wait()
+            assert group.stage == "finalizing"
+            with pytest.raises(qc.JobConflict):
+                group.keep()
+            written.set()
+            assert (await ending).action == "pivot"
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
 

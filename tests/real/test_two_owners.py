@@ -162,3 +162,33 @@ async def test_what_a_guest_may_have_written_before_its_reset_is_told(
         await other.close()
         await qemu.quit()
     assert_disk(Path(made.overlay), chain.pictures[-1])
+
+
+async def test_what_a_guest_may_have_written_while_a_group_had_it_stand_still_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = two_chains(folder)
+    fresh = [folder / "fresh1", folder / "fresh2"]
+    async with (
+        machine(folder, *chains, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+        qc.Session.connect(qemu.qmp2) as other,
+        asyncio.timeout(PATIENCE),
+    ):
+        last = Gate(vm, monkeypatch, "blockdev-snapshot", chains[1].base.stem)
+        policies = {disk: qc.Recycle(str(p)) for disk, p in zip(("vda", "vdb"), fresh, strict=True)}
+        group = asyncio.create_task(vm.commit_group(policies))
+        await last.reached.wait()
+        assert not await runs(other)
+        await other.execute("cont")
+        last.opened.set()
+        outcome = await group
+        assert outcome.action == "recycle"
+        (warning,) = outcome.warnings
+        assert f"let the guest of {vm.name} go on before its fresh overlays lay" in warning
+        assert await runs(other)
+        await other.close()
+        await qemu.quit()
+    for chain, path in zip(chains, fresh, strict=True):
+        assert_disk(path, chain.pictures[-1])
+        assert_disk(chain.base, chain.pictures[-1])
