@@ -121,7 +121,8 @@ class Care:
         With `again`, a former process may have done a part of it, and paused the guest if
         `stopped`.
         """
-        self._overlay = self._fresh(recycle)
+        if self._overlay is None:  # else it was done here before the line broke
+            self._overlay = self._fresh(recycle)
         try:
             await self._overlay.freeze(again=again, stopped=stopped)
         except (CommandRefused, CommitFailed) as error:

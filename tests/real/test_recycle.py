@@ -19,7 +19,7 @@ from qmpcommit.commit.plan import WINDOW_MARK, Plan, Request
 from qmpcommit.commit.recycle import FreshOverlay, Left, interrupted_recycles
 from tests.ground.images import MIB, Chain, Picture, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
-from tests.ground.proxy import Strike, proxy
+from tests.ground.proxy import Proxy, Strike, proxy
 from tests.ground.qemu import QEMU
 from tests.ground.sessions import files, lost
 
@@ -66,11 +66,13 @@ async def killed_at(
         yield qemu, notes
 
 
-async def take_up(vm: qc.Session, notes: Notes, fresh: Path) -> qc.CommitJob:
+async def take_up(
+    vm: qc.Session, notes: Notes, fresh: Path, *, ledger: Notes | None = None
+) -> qc.CommitJob:
     assert notes.plan is not None
     assert notes.state is not None
     resumed = Resumed(notes.state, recycle=qc.Recycle(str(fresh)), stopped=notes.stopped)
-    return await vm.resume(notes.plan, resumed)
+    return await vm.resume(notes.plan, resumed, ledger=ledger)
 
 
 async def nothing_left(vm: qc.Session, *expected: Path) -> None:
@@ -175,6 +177,36 @@ async def test_a_freeze_is_made_again_once_its_monitor_is_back(step: str, folder
             await lost(vm)
             job = await take_up(vm, notes, fresh)
             await between.open()
+            outcome = await job.wait()
+            assert outcome.action == "recycle"
+            assert outcome.guest_paused is not None
+            await nothing_left(vm, fresh, chain.base)
+        await qemu.quit()
+    for path in (fresh, chain.base):
+        assert_disk(path, chain.pictures[-1])
+
+
+class Cut(Notes):
+    """A ledger; the line breaks once, before the guest is stopped."""
+
+    def __init__(self, between: Proxy, vm: qc.Session) -> None:
+        super().__init__("")
+        self._between, self._vm = between, vm
+
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+        if step == "stop" and not self.stopped:
+            await self._between.cut()
+            await lost(self._vm)
+        await super().note(step, state, **facts)
+
+
+async def test_a_guest_goes_on_that_was_stopped_before_its_freeze_was_made_again(
+    folder: Path,
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with killed_at("freeze", folder, chain, fresh) as (qemu, notes):
+        async with proxy(folder, qemu.qmp) as between, qc.Session.connect(between.path) as vm:
+            job = await take_up(vm, notes, fresh, ledger=Cut(between, vm))
             outcome = await job.wait()
             assert outcome.action == "recycle"
             assert outcome.guest_paused is not None
