@@ -48,9 +48,16 @@ class Pauses:
         try:
             await self._pause()
         finally:
-            for vm, still in self._still.items():
-                if vm not in self._thawing:
-                    still.leave()
+            await to_the_end(self._give_up())
+
+    async def _give_up(self) -> None:
+        """Those that are not paused here go on where others had paused them."""
+        for vm, still in self._still.items():
+            if vm not in self._thawing:
+                try:
+                    await still.give_up()
+                except QmpCommitError as error:
+                    self._stays(vm, error)
 
     async def _pause(self) -> None:
         running = [vm for vm, still in self._still.items() if await still.ran()]
@@ -94,17 +101,20 @@ class Pauses:
                 )
             remark = await self._still[vm].go_on()
         except QmpCommitError as error:
-            self._still[vm].leave()
-            self.problems.append(
-                f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
-                " with 'cont'"
-            )
+            self._stays(vm, error)
         else:
             self.seconds[vm] = clock() - since
             self.problems += [remark] if remark else []
             await self._note_that_it_goes_on(vm, jobs)
             if self._owner is not None and vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
+
+    def _stays(self, vm: Session, error: QmpCommitError) -> None:
+        self._still[vm].leave()
+        self.problems.append(
+            f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
+            " with 'cont'"
+        )
 
     async def _note_that_it_goes_on(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
         end = asyncio.get_running_loop().time() + NOTE_LIMIT

@@ -329,22 +329,26 @@ class _Hold:
     async def _thaw(self) -> None:
         since, still = self._since, self._still
         if since is None:
-            if still is not None:
-                still.leave()
-            return
-        await self._note_thaw()
+            if still is None:
+                return
+            still.paused = False  # it was not stopped here
+        else:
+            await self._note_thaw()
         try:
             await thaw(self._vm, self._how, self._agent, ran=True, still=still)
         except VMGone:
             self._vm.log.info("quiesced_vm_gone", how=self._how)
+            if still is not None:
+                still.leave()
         except QmpCommitError as error:
             self._vm.log.warning("thaw_failed", how=self._how, error=error.message)
             self.failure = error
             if still is not None:
                 still.leave()
             raise
+        if since is not None:
+            self._quiet.seconds = asyncio.get_running_loop().time() - since
         self._since = None
-        self._quiet.seconds = asyncio.get_running_loop().time() - since
 
     async def _note_thaw(self) -> None:
         if self._ledger is None:

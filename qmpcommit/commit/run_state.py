@@ -31,6 +31,11 @@ class _Guest:
         self.still: WeakSet[Still] = WeakSet()
         self.owed = False
 
+    @property
+    def here(self) -> list[Still]:
+        """Those of them whose guest is that of the QEMU which answers now."""
+        return [each for each in self.still if each.here]
+
 
 _GUESTS: WeakKeyDictionary[Monitor, _Guest] = WeakKeyDictionary()
 
@@ -40,12 +45,12 @@ class Still:
 
     `paused` tells that it is to go on when the last of them lets go: it ran, or had been stopped
     by another one of them. `disturbed` tells that it went on meanwhile: somebody else, perhaps in
-    another process, has sent ``cont``.
+    another process, has sent ``cont``. The guest of a QEMU that has come instead is another one.
     """
 
     def __init__(self, monitor: Monitor, *, paused: bool = False) -> None:
         self.paused, self.disturbed = paused, False
-        self._monitor = monitor
+        self._monitor, self._pid = monitor, monitor.peer_pid
         self._guest = _GUESTS.setdefault(monitor, _Guest())
         self._guest.still.add(self)
         me = ref(self)
@@ -60,7 +65,8 @@ class Still:
     async def ran(self) -> bool:
         """Whether the guest has to go on afterwards. Raises what `Monitor.execute` raises."""
         running = await runs(self._monitor)
-        owed = self._guest.owed or any(each.paused for each in self._guest.still)
+        self._pid = self._monitor.peer_pid
+        owed = self._guest.owed or any(each.paused for each in self._guest.here)
         self.paused = running or owed
         return self.paused
 
@@ -74,15 +80,19 @@ class Still:
         if not self.paused and not self._guest.owed:
             self.leave()
             return ""
+        self.paused = True  # also where that was another one's to see to
         status = await _status(self._monitor)
-        self.leave(owing=self.paused)
+        if not self.here:
+            self.leave()
+            return f"the guest of {self._monitor.name} is another one: its QEMU has ended"
+        self.leave(owing=True)
         return await _continue(self._monitor, status)
 
     def leave(self, *, owing: bool = False) -> None:
         """Let go, and leave the guest as it is; with `owing` another one has to continue it."""
         self._guest.still.discard(self)
         self._listening.close()
-        if owing or not self._guest.still:
+        if owing or not self._guest.here:
             self._guest.owed = owing
 
     def leave_stopped(self) -> None:
@@ -91,6 +101,17 @@ class Still:
             each.paused = False
         self._guest.owed = False
         self.leave()
+
+    async def give_up(self) -> str:
+        """Let go of a guest that was not stopped by this one; else as `go_on`."""
+        self.paused = False
+        return await self.go_on()
+
+    @property
+    def here(self) -> bool:
+        """Whether no other QEMU is known to answer by now."""
+        now = self._monitor.peer_pid
+        return self._pid is None or now is None or self._pid == now
 
     @property
     def _others(self) -> list[Still]:
@@ -123,7 +144,7 @@ async def _continue(
     monitor: Monitor, status: object, stopped: Collection[str] = STOPPED_HERE
 ) -> str:
     guest = _GUESTS.get(monitor)
-    if guest is not None and guest.still:
+    if guest is not None and guest.here:
         guest.owed = True
         return ""
     if guest is not None:

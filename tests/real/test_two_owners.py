@@ -12,7 +12,7 @@ import qmpcommit as qc
 from qmpcommit.commit.quiesce import quiesced
 from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine
-from tests.ground.sessions import files, runs
+from tests.ground.sessions import files, lost, runs
 
 PATIENCE = 60
 
@@ -192,3 +192,69 @@ async def test_what_a_guest_may_have_written_while_a_group_had_it_stand_still_is
     for chain, path in zip(chains, fresh, strict=True):
         assert_disk(path, chain.pictures[-1])
         assert_disk(chain.base, chain.pictures[-1])
+
+
+class Late:
+    """Where the step that stops a guest can't be written down, once it is let through."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = asyncio.Event(), asyncio.Event()
+
+    async def note(self, step: str, state: object = None, **facts: Any) -> None:
+        if step in ("freeze", "stop"):
+            self.reached.set()
+            await self.opened.wait()
+            raise OSError("no room")
+
+    def moved(self, state: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["pause", "group"])
+async def test_a_guest_goes_on_where_the_last_of_two_gives_up(group: bool, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+        asyncio.timeout(PATIENCE),
+    ):
+        notes = Late()
+
+        async def in_vain() -> None:
+            if group:
+                policies = {"vda": qc.Recycle(str(folder / "fresh"))}
+                await vm.commit_group(policies, hold_limit=PATIENCE, ledger=notes)
+            async with quiesced(vm, "pause", limit=PATIENCE, ledger=notes):
+                raise AssertionError("it was not noted")
+
+        async with quiesced(vm, "pause", limit=PATIENCE):
+            second = asyncio.create_task(in_vain())
+            await notes.reached.wait()
+        notes.opened.set()
+        with pytest.raises((OSError, qc.GroupFailed), match="no room"):
+            await second
+        assert await runs(qemu)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["not started", "paused anew"])
+async def test_a_guest_is_not_taken_for_one_that_stood_still_in_another_qemu(
+    held: bool, folder: Path
+) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True) as qemu:
+        vm = await qc.Session.connect(qemu.qmp)
+        former = quiesced(vm, "pause", limit=PATIENCE)
+        await former.__aenter__()
+        qemu.kill()
+        await lost(vm)
+    async with machine(folder, chain) as qemu:
+        if held:
+            await qemu.execute("cont")
+            async with quiesced(vm, "pause", limit=PATIENCE):
+                assert not await runs(qemu)
+            assert await runs(qemu)
+        await former.__aexit__(None, None, None)
+        assert await runs(qemu) is held
+        await vm.close()
