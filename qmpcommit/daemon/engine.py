@@ -446,11 +446,20 @@ class Engine:
         return promise
 
     async def _carry_out(self, promise: Promise, action: str) -> None:
-        await promise.decide(action)
-        job = promise.job  # it may have begun while that was written
-        if job is not None:
-            with suppress(NotReady, JobConflict):  # it has moved on meanwhile
-                self._orders(job)[action]()
+        async with promise.deciding:
+            if action != "abort" and promise.decision not in (None, action):
+                raise JobConflict(
+                    f"commit {promise.id} was decided already, by another request:"
+                    f" {promise.decision}",
+                    vm=promise.vm,
+                    disk=promise.disk,
+                    job_id=promise.job_id,
+                )
+            await promise.decide(action)
+            job = promise.job  # it may have begun while that was written
+            if job is not None:
+                with suppress(NotReady, JobConflict):  # it has moved on meanwhile
+                    self._orders(job)[action]()
 
     async def _found_again(self, promise: Promise) -> None:
         """One that was READY for a former daemon, or before its monitor was lost, is looked for."""

@@ -299,15 +299,18 @@ class Groups:
         return group
 
     async def _carry_out(self, group: Group, action: str) -> None:
-        await group.decide(action)
-        commit = group.commit
-        if action == "abort":
-            group.changed.set()
-            if commit is not None:
-                commit.abort()
-        elif commit is not None:
-            with suppress(NotReady, JobConflict):  # it has moved on meanwhile
-                (commit.pivot if action == "pivot" else commit.keep)()
+        async with group.deciding:
+            if action != "abort" and group.commit is not None:
+                group.commit.check_ready()  # another request may have been first
+            await group.decide(action)
+            commit = group.commit
+            if action == "abort":
+                group.changed.set()
+                if commit is not None:
+                    commit.abort()
+            elif commit is not None:
+                with suppress(NotReady, JobConflict):  # it has moved on meanwhile
+                    (commit.pivot if action == "pivot" else commit.keep)()
 
     # -- running ----------------------------------------------------------------------------------
 

@@ -63,7 +63,8 @@ class Promise:
     It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
     last one, from which another process goes on. `group` is the id of the group that it is a
     member of, and `barrier` what is then awaited while its disk is held; `settled` is set when
-    QEMU has done its part, after which no guest has to wait for it.
+    QEMU has done its part, after which no guest has to wait for it. `deciding` is held by the
+    request whose decision is being written down.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Promise:
         self.found = asyncio.Event()
         self.settled = asyncio.Event()
         self.over = asyncio.Event()
+        self.deciding = asyncio.Lock()
         self._journal, self._metrics = journal, metrics
         self._ready_at: float | None = None
         self.called(job_id)

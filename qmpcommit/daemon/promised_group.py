@@ -31,6 +31,7 @@ class Group(Undertaking[GroupRequest]):
 
     `commit` is there while it is driven from here. `torn` tells that it can't go on as it is: its
     jobs are cancelled, and it begins again. `problems` are for people to read, beside its end.
+    `deciding` is held by the request whose decision is being written down.
     """
 
     kind: ClassVar[str] = "group"
@@ -46,6 +47,7 @@ class Group(Undertaking[GroupRequest]):
         self.handed_over = False
         self.problems: list[str] = []
         self.changed = asyncio.Event()
+        self.deciding = asyncio.Lock()
 
     @property
     def finalizes(self) -> bool:

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.daemons import many_disks
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -152,3 +154,26 @@ async def test_a_vm_is_added_once(folder: Path) -> None:
         await d.kill()
         await d.start()
         assert {vm["name"]: vm["qmp"] for vm in (await d.get("/v1/vms")).json} == made
+
+
+@pytest.mark.parametrize("kind", ["commits", "groups"])
+async def test_of_two_decisions_one_counts(kind: str, folder: Path) -> None:
+    asked = {"members": [{"vm": "web1", "disk": "top"}], "policy": {"kind": "hold"}}
+    async with host(folder) as (d, _, _):
+        if kind == "groups":
+            path = f"/v1/groups/{(await d.post('/v1/groups', asked)).json['id']}"
+        else:
+            path = f"/v1/commits/{await d.commit('web1', disk='top', policy={'kind': 'hold'})}"
+        await until(d, path, phase="ready")
+        with locked(d):
+            for action in ("keep", "pivot"):
+                late = await d.post(f"{path}/decision", {"action": action})
+                assert late.status == 503
+        ended = await until(d, path, state="done")
+        assert ended["outcome"]["action"] == "keep"
+        with closing(sqlite3.connect(d.folder / "state" / "journal.db")) as journal:
+            told = {
+                "commits": "SELECT decision FROM commits",
+                "groups": "SELECT json_extract(noted, '$.decision') FROM undertakings",
+            }
+            assert journal.execute(told[kind]).fetchall() == [("keep",)]
