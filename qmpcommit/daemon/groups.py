@@ -371,7 +371,8 @@ class Groups:
                 return
             group.log.info("begin_again", tries=tries)
             group.torn = False
-            await group.move("running", beside=[p.forgetting() for p in group.members])
+            forgetting = [promise.forgetting() for promise in group.members]
+            await group.move("running", beside=forgetting, finalize=False)
 
     async def _drive(self, group: Group) -> bool:
         """Send or take up its jobs, and see their end; False where it has to be looked at again."""

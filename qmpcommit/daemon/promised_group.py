@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.group_resume import ResumableGroup
 from qmpcommit.commit.quiesce import How
 from qmpcommit.daemon.group_models import GroupRequest
@@ -51,8 +52,13 @@ class Group(Undertaking[GroupRequest]):
 
     @property
     def finalizes(self) -> bool:
-        """Whether it was noted that all jobs are to be finalized."""
-        return bool(self.noted.get("finalize"))
+        """Whether it was noted that all jobs are to be finalized.
+
+        And nothing else since: where one ends before that is noted, the others are cancelled.
+        """
+        states = [promise.noted.get("state") or {} for promise in self.members]
+        undone = any(state.get("decision") == Choice.ABORT for state in states)
+        return bool(self.noted.get("finalize")) and not undone
 
     @property
     def decision(self) -> Literal["pivot", "keep", "abort"] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon.daemons import daemon
 from tests.daemon.kill_sweep import killable
 from tests.daemon.test_groups import (
     HOLD,
@@ -19,8 +20,10 @@ from tests.daemon.test_groups import (
     served,
     until,
 )
+from tests.daemon.test_slow_journal import locked
 from tests.ground.images import assert_disk
 from tests.ground.machines import Machine
+from tests.ground.proxy import Strike, let_pass, proxy
 
 
 async def status_of(vm: Machine) -> str:
@@ -131,3 +134,46 @@ async def test_a_deadline_cancels_all(folder: Path) -> None:
         assert ended["error"]["type"] == "DeadlineExceeded", ended
         assert await host.jobs() == []
         await host.ends_as("abort")
+
+
+async def test_one_that_is_being_cancelled_is_not_finalized_by_the_next_daemon(
+    folder: Path,
+) -> None:
+    """One ends while the group's decision is written down; the daemon is killed at the other."""
+    async with (
+        hosted(folder, 1, 1) as host,
+        proxy(folder / "m0", host.vms[0].qmp) as first,
+        proxy(folder / "m1", host.vms[1].qmp) as second,
+        daemon(folder, "") as d,
+    ):
+        for number, between in enumerate((first, second)):
+            await d.post("/v1/vms", {"name": f"vm{number}", "qmp": between.path})
+            await d.connected(f"vm{number}")
+        first.to_qemu, second.to_qemu = (
+            Strike("job-dismiss", "hold"),
+            Strike("job-complete", "hold"),
+        )
+        group = (await ask(d, host, policy=PIVOT, hold_limit=30))["id"]
+        async with asyncio.timeout(30):
+            await second.held.wait()
+            while await status_of(host.vms[0]) != "pending":
+                await asyncio.sleep(0.01)
+            ((job,),) = [await host.vms[0].execute("query-jobs")]
+            await host.vms[0].execute("job-cancel", id=job["id"])
+            await first.held.wait()
+            with locked(d):
+                second.to_qemu = Strike("job-cancel", "hold")
+                second.release()
+                await until(d, group, "finalizing")
+                first.to_qemu = let_pass
+                first.release()
+                await until(d, group, "cancelling")
+            await second.held.wait()
+        await d.kill()
+        second.to_qemu = let_pass
+        await second.cut()
+        await d.start()
+        ended = await end_of(d, group)
+        assert (ended["error"] or {}).get("type") != "GroupSplit", ended
+        assert await host.jobs() == []
+        await host.ends_as("pivot" if ended["state"] == "done" else "abort")
