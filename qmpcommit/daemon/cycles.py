@@ -22,7 +22,7 @@ from qmpcommit.daemon.cycle_times import reached, until_next
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.undertaking import ENDED
+from qmpcommit.daemon.undertaking import ENDED, readable
 from qmpcommit.errors import CommitNotFound, InvalidRequest, JobConflict, QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
@@ -148,7 +148,8 @@ class Cycles:
         rows = await self._engine.journal.read(sql, round_id)
         if not rows:
             raise CommitNotFound(f"there is no round '{round_id}' of a cycle")
-        return Round.load(rows[0], self._engine.journal)
+        with readable(f"round '{round_id}'"):
+            return Round.load(rows[0], self._engine.journal)
 
     async def ask(self, vm: str, disk: str, key: str | None, fingerprint: str) -> Round:
         """A round to be run now, durable.

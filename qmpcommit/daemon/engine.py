@@ -24,7 +24,7 @@ from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
-from qmpcommit.daemon.undertaking import Story
+from qmpcommit.daemon.undertaking import Story, readable
 from qmpcommit.errors import (
     CommitNotFound,
     ConnectError,
@@ -398,13 +398,8 @@ class Engine:
         rows = await self.journal.read("SELECT * FROM commits WHERE id = ?", commit_id)
         if not rows:
             raise CommitNotFound(f"there is no commit '{commit_id}'")
-        try:
+        with readable(f"commit '{commit_id}'"):
             return Promise.load(rows[0], self.journal, self.metrics)
-        except ValueError:
-            raise CommitNotFound(
-                f"commit '{commit_id}' was written by another version of qmpcommitd, and can't be"
-                " read by this one"
-            ) from None
 
     async def decide(self, commit_id: str, action: str) -> Promise:
         """Carry out a decision, durable before it is answered.

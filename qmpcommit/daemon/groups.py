@@ -33,7 +33,7 @@ from qmpcommit.daemon.keeping import asked_of, storage_of
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.undertaking import ENDED
+from qmpcommit.daemon.undertaking import ENDED, readable
 from qmpcommit.errors import (
     CommandRefused,
     CommitNotFound,
@@ -246,7 +246,8 @@ class Groups:
         rows = await self._journal.read(sql, group_id)
         if not rows:
             raise CommitNotFound(f"there is no group '{group_id}'")
-        return await self._loaded(rows[0])
+        with readable(f"group '{group_id}'"):
+            return await self._loaded(rows[0])
 
     async def groups(self, limit: int) -> list[Group]:
         """The newest groups, those that have ended included."""

@@ -6,12 +6,14 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
 
 from qmpcommit.daemon.registry import VM
+from qmpcommit.errors import CommitNotFound, QmpCommitError
 from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
 
@@ -179,6 +181,17 @@ class Undertaking(Generic[R]):
             " WHERE id = ?"
         )
         return Statement(sql, values)
+
+
+@contextmanager
+def readable(what: str, missing: type[QmpCommitError] = CommitNotFound) -> Iterator[None]:
+    """Have what the body can't load from the journal, as ValueError tells, be `missing`."""
+    try:
+        yield
+    except ValueError:
+        raise missing(
+            f"{what} was written by another version of qmpcommitd, and can't be read by this one"
+        ) from None
 
 
 async def write_when_possible(

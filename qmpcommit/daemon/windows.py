@@ -16,6 +16,7 @@ from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.undertaking import readable
 from qmpcommit.daemon.window_closing import Closing
 from qmpcommit.daemon.window_models import WindowMember, WindowRequest
 from qmpcommit.daemon.window_opening import Opening
@@ -162,7 +163,8 @@ class Windows:
         rows = await self._engine.journal.read(sql, window_id)
         if not rows:
             raise WindowNotFound(f"there is no window '{window_id}'; GET /v1/windows lists them")
-        window = LeasedWindow.load(rows[0], self._engine.journal)
+        with readable(f"window '{window_id}'", WindowNotFound):
+            window = LeasedWindow.load(rows[0], self._engine.journal)
         window.opened.set()
         return window
 

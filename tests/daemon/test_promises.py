@@ -274,25 +274,33 @@ async def test_what_another_version_has_written_hides_nothing_else(folder: Path)
 
         async def ended(path: str, body: Any) -> str:
             made = (await d.post(path, body)).headers["location"]
+            if path.endswith("windows"):
+                await d.request("DELETE", made)
             async with asyncio.timeout(30):
                 while (await d.get(f"{made}?wait=5")).json["ended"] is None:
                     pass
             return str(made)
 
-        commit = await ended("/v1/vms/web1/commits", keep)
-        await ended("/v1/groups", asked)
-        await ended("/v1/vms/web1/cycles", {"disk": "top"})
+        made = [
+            await ended("/v1/vms/web1/commits", keep),
+            await ended("/v1/groups", asked),
+            await ended("/v1/vms/web1/windows", {"disks": ["top"], "lease": 600}),
+            await ended("/v1/vms/web1/cycles", {"disk": "top"}),
+        ]
         assert await d.stop() == 0
         with closing(sqlite3.connect(d.folder / "state" / "journal.db")) as journal, journal:
             for table in ("commits", "undertakings"):
                 journal.execute(f"UPDATE {table} SET request = json_set(request, '$.newer', 1)")
         await d.start()
         await d.connected("web1")
-        for kind in ("commits", "groups"):
+        for kind in ("commits", "groups", "windows"):
             assert (await d.get(f"/v1/{kind}")).json == []
         assert (await d.get("/v1/cycles")).json[0]["last"] is None
-        missing = await d.get(commit)
-        assert (missing.status, "another version" in missing.json["detail"]) == (404, True)
+        for each in made:
+            missing = await d.get(each)
+            assert (missing.status, "another version" in missing.json["detail"]) == (404, True), (
+                each
+            )
         again = await ended("/v1/vms/web1/commits", keep)
         (seen,) = (await d.get("/v1/commits")).json
         assert again == f"/v1/commits/{seen['id']}"
