@@ -51,6 +51,7 @@ from qmpcommit.commit.window_remains import (
     merge_back,
 )
 from qmpcommit.errors import (
+    CommandRefused,
     InvalidRequest,
     JobConflict,
     MonitorLost,
@@ -314,13 +315,7 @@ def _fresh(
             vm=vm.name,
             disk=disk.name,
         )
-    if disk.jobs:
-        raise JobConflict(
-            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-            " Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
+    _check_idle(vm, disk)
     check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
     folder = os.fspath(overlay_dir) if overlay_dir is not None else os.path.dirname(path)
@@ -340,6 +335,16 @@ def _fresh(
     return FreshOverlay(vm, plan, filename, vm.cwd)
 
 
+def _check_idle(vm: Session, disk: Disk) -> None:
+    if disk.jobs:
+        raise JobConflict(
+            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
+            " Nothing was changed",
+            vm=vm.name,
+            disk=disk.name,
+        )
+
+
 async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
     """All overlays at one instant, or none."""
     graph = await read_graph(vm)
@@ -353,15 +358,18 @@ async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
                 vm=vm.name,
                 disk=disk.name,
             )
+    over = {disk.active.node_name: each.node for disk, each in pairs if disk.active is not None}
     actions = [
-        {
-            "type": "blockdev-snapshot",
-            "data": {"node": disk.active.node_name, "overlay": overlay.node},
-        }
-        for disk, overlay in pairs
-        if disk.active is not None
+        {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}}
+        for node, overlay in over.items()
     ]
-    await vm.execute("transaction", {"actions": actions})
+    try:
+        await vm.execute("transaction", {"actions": actions})
+    except CommandRefused:
+        for disk in read_disks(await read_graph(vm)):  # a job may have been begun meanwhile
+            if disk.active is not None and disk.active.node_name in over:
+                _check_idle(vm, disk)
+        raise
 
 
 async def _undo(vm: Session, overlays: Sequence[FreshOverlay]) -> None:

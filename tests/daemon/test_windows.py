@@ -18,6 +18,7 @@ from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import MIB, Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.nbd import Nbd
+from tests.ground.proxy import Strike, proxy
 
 OTHERS = ("base2", "mid2", "low2", "top2")
 
@@ -187,6 +188,28 @@ async def test_what_can_not_be_opened_is_told(folder: Path) -> None:
         await vm.quit()
     assert overlays(folder) == []
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_job_that_begins_at_the_same_instant_is_a_conflict(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as vm, proxy(folder, vm.qmp) as between:
+        between.to_qemu = Strike("transaction", "hold")
+        async with daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{between.path}"\n') as d:
+            await d.connected("web1")
+            opening = asyncio.create_task(d.post("/v1/vms/web1/windows", {"disks": ["top"]}))
+            await between.held.wait()
+            async with qc.Session.connect(vm.qmp2) as session:
+                job = await session.commit("top", policy=qc.Hold())
+                between.release()
+                answer = await opening
+                assert answer.status == 409, answer.json
+                assert answer.json["type"] == "urn:qmpcommit:JobConflict"
+                assert job.id in answer.json["detail"]
+                await job.keep()
+                await job.wait()
+        await vm.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.base, chain.pictures[-1])
 
 
 async def test_one_that_nobody_here_opened_is_listed_and_can_be_closed(folder: Path) -> None:
