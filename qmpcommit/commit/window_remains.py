@@ -88,8 +88,8 @@ async def merge_back(
 ) -> CommitOutcome | None:
     """Commit one overlay back and pivot; None where nothing is left of it.
 
-    A commit of ours that is there already is taken up where it is. Raises `WindowError` where no
-    disk writes to the overlay, and it may hold data.
+    A commit of the window's that is there already is taken up where it is. Raises `WindowError`
+    where no disk writes to the overlay, and it may hold data; `JobConflict` for another's job.
     """
     for _ in range(ROUNDS):
         _, graph = await vm.look()
@@ -100,20 +100,18 @@ async def merge_back(
                 what = "; ".join(each.message for each in remains)
                 raise WindowError(f"no disk writes to it: {what}", vm=vm.name)
             return None
-        ours = [job for job in disk.jobs if job.startswith(JOB_PREFIX)]
-        if ours:
-            job = await _take_up(vm, graph, ours[0])
+        own = own_jobs(disk, each.overlay)
+        if own:
+            job = await _take_up(vm, graph, own[0])
         else:
             node = disk.active.node_name
-            stem = node.removesuffix("-top")
-            job_id = f"{stem}-{os.urandom(4).hex()}" if stem.startswith(JOB_PREFIX) else None
             job = await vm.commit(
                 each.overlay,
                 policy=Pivot(),
                 shallow=True,
                 delete=True,
                 bandwidth=bandwidth,
-                job_id=job_id,
+                job_id=new_own_job(each.overlay, node),
                 on_pivot=partial(_mark_closed, vm, node),
             )
         outcome = await job.wait()
@@ -124,6 +122,24 @@ async def merge_back(
         " decides too. Nothing is lost",
         vm=vm.name,
     )
+
+
+def new_own_job(overlay: str, node: str) -> str:
+    """An id for the job that commits this overlay back, which is open as that node."""
+    stem = node.removesuffix("-top")
+    if not re.fullmatch(_own_stem(overlay), stem):  # whoever started this QEMU named it
+        stem = f"{JOB_PREFIX}window"
+    return f"{stem}-{os.urandom(4).hex()}"
+
+
+def own_jobs(disk: Disk, overlay: str) -> list[str]:
+    """The jobs on a disk that were begun to close the window of its overlay, by their ids."""
+    own = re.compile(f"{_own_stem(overlay)}-[0-9a-f]{{8}}")
+    return [job for job in disk.jobs if own.fullmatch(job)]
+
+
+def _own_stem(overlay: str) -> str:
+    return rf"{JOB_PREFIX}(w{re.escape(window_of(overlay)[-8:])}-\d+|window)"
 
 
 async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:

@@ -7,14 +7,12 @@ nothing twice.
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk
-from qmpcommit.commit.plan import JOB_PREFIX
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.window_records import Frozen
-from qmpcommit.commit.window_remains import disk_over, left_of, merge_back
+from qmpcommit.commit.window_remains import disk_over, left_of, merge_back, new_own_job, own_jobs
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.models import CommitRequest
@@ -110,7 +108,7 @@ class Closing:
                 disk = await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each))
                 if disk is None:
                     return None
-                if self._is_being_merged(part, disk):
+                if self._is_being_merged(disk, each):
                     merged = await ask(self._engine, part, lambda vm: merge_back(vm, each, rate))
                     return None if merged is None else merged.model_dump(mode="json")
                 promise = await self._take(part, asked, each, rate)
@@ -140,10 +138,10 @@ class Closing:
         rows = await self._engine.journal.read(sql, part.vm, job_id)
         return await self._engine.commit(rows[0]["id"]) if rows else None
 
-    def _is_being_merged(self, part: Part, disk: Disk) -> bool:
-        """Whether a commit of ours is there that nobody owns: an undoing that was cut off."""
+    def _is_being_merged(self, disk: Disk, each: Frozen) -> bool:
+        """Whether the window's commit is there, and nobody owns it: an undoing was cut off."""
         owned = {promise.job_id for promise in self._engine.live.values()}
-        return any(job.startswith(JOB_PREFIX) and job not in owned for job in disk.jobs)
+        return any(job not in owned for job in own_jobs(disk, each.overlay))
 
     async def _take(self, part: Part, asked: str, each: Frozen, rate: int | None) -> Promise:
         request = CommitRequest(
@@ -191,6 +189,4 @@ def _what_stays(part: Part, failed: list[_End]) -> str:
 
 
 def _job_id(each: Frozen) -> str:
-    stem = each.node_name.removesuffix("-top")
-    stem = stem if stem.startswith(JOB_PREFIX) else f"{JOB_PREFIX}window"
-    return f"{stem}-{os.urandom(4).hex()}"
+    return new_own_job(each.overlay, each.node_name)

@@ -246,6 +246,29 @@ async def test_one_that_nobody_here_opened_is_listed_and_can_be_closed(folder: P
     assert overlays(folder) == []
 
 
+async def test_a_commit_that_another_client_began_on_it_is_left_alone_and_told(
+    folder: Path,
+) -> None:
+    chain = make_chain(folder)
+    async with host(folder, chain) as (d, vm):
+        window = await opened(d, disks=["top"])
+        async with qc.Session.connect(vm.qmp2) as session:
+            (disk,) = window["disks"].values()
+            job = await session.commit(disk["overlay"], policy=qc.Hold(), shallow=True)
+            await job.ready()
+            await closed(d, window["id"])
+            ended = await end_of(d, window["id"])
+            assert ended["state"] == "failed"
+            assert f"has a block job already: {job.id}" in ended["error"]["message"]
+            await job.keep()
+            assert (await job.wait()).action == "keep"
+        answer = await d.request("DELETE", f"/v1/windows/{window['name']}")
+        assert (await end_of(d, answer.json["id"]))["state"] == "done"
+        await vm.quit()
+    assert overlays(folder) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 async def test_its_lease_goes_on_over_a_restart(folder: Path, how: str) -> None:
     chain = make_chain(folder)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.block.chain import Disk
 from qmpcommit.commit import quiesce, window_remains
 from qmpcommit.commit.recycle import FreshOverlay
-from qmpcommit.commit.window_remains import remains_of
+from qmpcommit.commit.window_remains import new_own_job, own_jobs, remains_of
 from tests.ground.images import (
     MIB,
     Chain,
@@ -255,8 +256,9 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(folder) as (_, vm, _):
-        window = await qc.open_window(vm, ["vda"])
-        job = await vm.commit(window["vda"].overlay, policy=qc.Hold(), shallow=True)
+        window = await qc.open_window(vm, ["vda"], name=NAME)
+        overlay, job_id = window["vda"].overlay, f"qmpcommit-w{NUMBER}-0-00000001"
+        job = await vm.commit(overlay, policy=qc.Hold(), shallow=True, job_id=job_id)
         await job.ready()
         look, looked = vm.look, asyncio.Event()
 
@@ -273,6 +275,34 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
         assert outcome.action == "pivot"
         assert outcome.job_id != job.id
     assert overlays(folder) == []
+
+
+async def test_a_commit_that_another_client_began_is_left_alone_and_told(folder: Path) -> None:
+    async with running(folder) as (qemu, vm, _):
+        window = await qc.open_window(vm, ["vda"])
+        overlay = window["vda"].overlay
+        async with qc.Session.connect(qemu.qmp2) as another:
+            job = await another.commit(overlay, policy=qc.Hold(), shallow=True)
+            await job.ready()
+            with pytest.raises(qc.WindowError, match=f"has a block job already: {job.id}"):
+                await qc.close_window(vm, window)
+            with pytest.raises(qc.WindowError, match=job.id):
+                await vm.close_windows()
+            await job.keep()
+            assert (await job.wait()).action == "keep"
+        (outcome,) = await qc.close_window(vm, window)
+        assert outcome.deleted == [overlay]
+    assert overlays(folder) == []
+
+
+@pytest.mark.parametrize("node", ["qmpcommit-w0123abcd-1-top", "theirs"])
+def test_the_jobs_of_a_window_are_told_from_others(node: str) -> None:
+    overlay = f"top.qmpcommit-window-{NAME}.1.qcow2"
+    own = {new_own_job(overlay, node) for _ in range(2)}
+    assert len(own) == 2
+    others = ("qmpcommit-vda-0123abcd", "qmpcommit-w00000000-1-0123abcd", "backup")
+    disk = Disk(name="vda", jobs=(*others, *own))
+    assert set(own_jobs(disk, overlay)) == own
 
 
 async def test_who_always_decides_otherwise_is_told(
