@@ -14,8 +14,9 @@ from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
 from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify
-from qmpcommit.commit.checks import Finding, check_commit, refuse
+from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
 from qmpcommit.commit.policy import (
@@ -23,6 +24,7 @@ from qmpcommit.commit.policy import (
     Hold,
     PolicyCall,
     check_command,
+    parse_policy,
 )
 from qmpcommit.commit.preconditions import (
     ask_whether,
@@ -190,6 +192,8 @@ class Session(Monitor):
         Without `check`, the files are not looked at.
         """
         asked = Request(disk=str(disk), **request)
+        policy = None if policy is None else parse_policy(policy)
+        refuse_idle(policy, stale=asked.stale)
         plan, graph = await self._plan(asked, policy)
         if not check:
             return plan
@@ -308,6 +312,9 @@ class Session(Monitor):
             filter_node_name=filter_node_name,
             backing_mask_protocol=backing_mask_protocol,
         )
+        policy = None if policy is None else parse_policy(policy)
+        refuse_idle(policy, stale=request.stale, on_pivot=on_pivot)
+        check_override(override)
         around = Around(on_pivot=on_pivot, on_stall=on_stall, converge=converge, ledger=ledger)
         job = await self.prepare(request, policy, around, override=override)
         if only_if is not None:
@@ -624,7 +631,6 @@ class Session(Monitor):
         decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
         Raises `JobNotFound`, or `JobConflict` where it is no commit job.
         """
-        from qmpcommit.commit.policy import parse_policy
         from qmpcommit.commit.takeover import adopted
 
         asked = parse_policy(policy)

@@ -18,6 +18,7 @@ from qmpcommit.errors import CommitFailed
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.aftermath import Stall
+    from qmpcommit.commit.objections import Stale
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.plan import Plan
@@ -209,6 +210,8 @@ def commit(
         parse_size(bandwidth, "bandwidth")
     hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
     policy = _policy(decisions, needed=top is None or top.strip() == "0")
+    stale: Stale = "delete" if delete else "rename" if rename else "leave"
+    _refuse_unheard(policy, stale, hook, override)
     request = {
         "disk": "disk" if offline else disk,
         "policy": policy,
@@ -217,7 +220,7 @@ def commit(
         "shallow": shallow,
         "bandwidth": bandwidth,
         "only_if": None if only_if is None else shell(only_if, "--only-if"),
-        "stale": "delete" if delete else "rename" if rename else "leave",
+        "stale": stale,
         "on_error": on_error,
         "converge": None if converge is None else _converge(converge),
         "carry_bitmaps": not no_bitmaps,
@@ -305,6 +308,20 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
     policy = parse_policy(given.get("policy"))
     assert isinstance(policy, AnyPolicy)  # a text is no callable
     return policy
+
+
+def _refuse_unheard(
+    policy: AnyPolicy | None, stale: Stale, hook: list[str] | None, override: tuple[str, ...]
+) -> None:
+    """What would have no effect is refused before anybody is connected to."""
+    if stale != "leave" or hook is not None:
+        from qmpcommit.commit.objections import refuse_idle
+
+        refuse_idle(policy, stale=stale, on_pivot=hook)
+    if override:
+        from qmpcommit.commit.checks import check_override
+
+        check_override(override)
 
 
 async def _persist(hook: list[str], outcome: CommitOutcome) -> None:
@@ -405,8 +422,10 @@ def exit_status(policy: AnyPolicy | None, outcome: CommitOutcome) -> int:
     """0 for what was asked, 3 for what was decided otherwise, 1 where the hook failed."""
     if outcome.hook == "failed":
         return 1
-    if outcome.action == "none" or policy is None:
+    if outcome.action == "none":
         return 0
+    if policy is None:  # an intermediate layer, which was to be merged
+        return 3
     if outcome.decided_by in ("check failed", "hold expired"):
         return 3
     if policy.kind in ("pivot", "keep", "abort", "recycle"):

@@ -185,6 +185,8 @@ def _complain(error: Exception, as_json: bool) -> int:
     if isinstance(error, QmpCommitError):
         said = error.to_dict()
         status = next((s for kind, s in _STATUS if isinstance(error, kind)), FAILED)
+        if isinstance(error, OnlyIfFailed) and not _has_answered(error.exit_status):
+            status = FAILED
     elif isinstance(error, click.ClickException):
         said = {"type": "UsageError", "message": _usage_message(error)}
         status = USAGE
@@ -201,6 +203,13 @@ def _complain(error: Exception, as_json: bool) -> int:
         with suppress(OSError):  # nobody may be reading any more: the status is left
             sys.stderr.write(f"qmpcommit: {paragraph}\n")
     return status
+
+
+def _has_answered(status: int | None) -> bool:
+    """Whether an only_if has decided; one that could not be run, or was killed, has not."""
+    from qmpcommit.commit.policy import is_answer
+
+    return is_answer(status)
 
 
 def _usage_message(error: click.ClickException) -> str:

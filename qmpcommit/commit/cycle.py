@@ -30,7 +30,15 @@ from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
-from qmpcommit.commit.policy import Pivot, Ready, Recycle, check_command, run_command
+from qmpcommit.commit.policy import (
+    Pivot,
+    Ready,
+    Recycle,
+    check_command,
+    is_answer,
+    no_answer,
+    run_command,
+)
 from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.run_state import runs
@@ -56,8 +64,6 @@ TIMEOUT = 3600.0
 GRACE = 0.5
 """Seconds after which an overlay that is made and not laid was left by somebody who was killed."""
 
-CANNOT_TELL = 126
-"""From this exit status on a command has not answered: it was not found, or a signal ended it."""
 
 _FORMER = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}$")
 _FRESH = re.compile(rf"{JOB_PREFIX}([cd][0-9a-f]{{8}})(?:-[0-9a-f]{{4}})?-top$")
@@ -343,11 +349,11 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bo
     except OSError as error:
         how = f"could not be run: {error.strerror}"
     else:
-        if status is not None and 0 <= status < CANNOT_TELL:
+        if status is not None and is_answer(status):
             return status == 0
         how = f"took longer than {timeout:g} s"
         if status is not None:
-            how = f"ended with status {status}, which is no answer"
+            how = f"{no_answer(status)}, which is no answer"
     raise CommitFailed(
         f"whether the overlay {which} is to be kept is not known: {' '.join(keep_if)} {how}."
         " Nothing was changed",

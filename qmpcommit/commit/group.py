@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from qmpcommit.commit import group_phases
+from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.freeze_marks import mark_of_group, thaw_all_abandoned
 from qmpcommit.commit.group_freeze import Freezes
@@ -33,6 +34,7 @@ from qmpcommit.commit.group_pause import Pauses
 from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
 from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.objections import may_pivot, refuse_idle
 from qmpcommit.commit.policy import (
     Abort,
     AnyPolicy,
@@ -47,6 +49,7 @@ from qmpcommit.commit.policy import (
 )
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.quiesce import How, Notes, Sockets, check_sockets
+from qmpcommit.commit.report import said_of
 from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
@@ -145,6 +148,19 @@ class GroupCommit:
         check_sockets(self._freeze, (member.vm for member in self.members), self._agents)
         if isinstance(self._policy, Recycle) and len(self.members) > 1:
             raise InvalidRequest(ONE_OVERLAY)
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Refuse what would have no effect: on a member, or on any where it is asked of all."""
+        policies = [self._policy or own for own in self._policies]
+        for asked, concerned in (
+            (self._options, policies),
+            *((m.options, [policy]) for m, policy in zip(self.members, policies, strict=True)),
+        ):
+            stale: Any = "delete" if asked.get("delete") else asked.get("stale") or "leave"
+            reached = next(filter(may_pivot, concerned), concerned[0])
+            refuse_idle(reached, stale=stale, on_pivot=asked.get("on_pivot"))
+            check_override(asked.get("override") or ())
 
     # -- what a caller sees -----------------------------------------------------------------------
 
@@ -310,7 +326,7 @@ class GroupCommit:
 
     def _policy_failed(self, error: Exception) -> None:
         self._cause = error
-        self._tell(group_phases.Stop(f"the policy failed ({error!r})"))
+        self._tell(group_phases.Stop(f"the policy failed ({said_of(error)})"))
 
     def check_ready(self) -> None:
         """Raises `NotReady` or `JobConflict` where nothing can be decided now."""

@@ -26,6 +26,9 @@ Resume = Callable[[Barrier], Awaitable[CommitJob]]
 class ResumableGroup(GroupCommit):
     """A group that can be taken up by another process while none of its disks is decided."""
 
+    def _check_options(self) -> None:
+        """What a client asked was looked at when it was promised; it may be decided by now."""
+
     @property
     def stage(self) -> str:
         """``copying``, ``ready``, ``decided``, ``finalizing``, ``cancelling`` or ``over``."""

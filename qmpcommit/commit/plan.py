@@ -17,6 +17,7 @@ from qmpcommit.block.chain import (
     read_image,
 )
 from qmpcommit.block.graph import BlockGraph
+from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
 from qmpcommit.units import parse_size
@@ -108,8 +109,10 @@ def plan_commit(
         top, base = _layers(disk, request, cwd)
         if top == 0:
             policy = parse_policy(policy)
+        else:
+            refuse_decision(policy, vm, disk, disk.chain[top], disk.chain[base])
         _no_job(disk)
-    except (ChainError, JobConflict, PolicyRequired) as error:
+    except (ChainError, InvalidRequest, JobConflict, PolicyRequired) as error:
         error.add(vm=vm, disk=disk.name)
         raise
     job_id = check_job_id(request.job_id) if request.job_id is not None else new_job_id(disk.name)

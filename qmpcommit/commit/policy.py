@@ -17,7 +17,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
-from qmpcommit.errors import InvalidRequest, PolicyRequired
+from qmpcommit.errors import CommitFailed, InvalidRequest, PolicyRequired
 from qmpcommit.tasks import kill
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
@@ -100,7 +100,9 @@ class Check(Record):
 
     The command learns the commit from the variables ``QMPCOMMIT_VM``, ``_DISK``, ``_JOB``,
     ``_BASE``, ``_TOP`` (file names), ``_BASE_NODE`` and ``_TOP_NODE``. What it prints goes to
-    standard error. After `timeout` seconds it is killed and has failed.
+    standard error. After `timeout` seconds it is killed and has failed. One that could not be run
+    (exit status 126 or 127) or that a signal ended (128 and above) has decided nothing: the job is
+    aborted, and the commit fails.
     """
 
     command: Sequence[str]
@@ -115,6 +117,9 @@ class Check(Record):
         _check_decision(self.passed, "Check's passed")
         _check_decision(self.failed, "Check's failed")
 
+
+CANNOT_TELL = 126
+"""From this exit status on a command has not answered: it was not found, or a signal ended it."""
 
 AnyPolicy: TypeAlias = Pivot | Keep | Abort | Recycle | Hold | Check
 """Every policy that is a value; `Policy` is the same with its JSON discriminator."""
@@ -263,7 +268,11 @@ async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
         status = await run_command(policy.command, ready.environment(), policy.timeout)
         if status == 0:
             return Settled(policy.passed, "check passed")
-        return Settled(policy.failed, "check failed")
+        if is_answer(status):
+            return Settled(policy.failed, "check failed")
+        raise CommitFailed(
+            f"its check {' '.join(policy.command)} {no_answer(status)}, which decides nothing"
+        )
     if isinstance(policy, AnyPolicy):
         return Settled(policy, "policy")
     answer: object = policy(ready)
@@ -276,6 +285,20 @@ async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
             job_id=ready.job_id,
         )
     return await settle(answer, ready)
+
+
+def is_answer(status: int | None) -> bool:
+    """Whether a command has answered at all; None, a time-out, is for the caller to judge."""
+    return status is None or 0 <= status < CANNOT_TELL
+
+
+def no_answer(status: int | None) -> str:
+    """How a command ended that has not answered, in words."""
+    why = {126: " (it could not be run)", 127: " (it was not found)"}
+    killed = status is not None and (status < 0 or status > 128)
+    return f"ended with status {status}" + (
+        " (a signal ended it)" if killed else why.get(status or 0, "")
+    )
 
 
 async def run_command(

@@ -9,7 +9,7 @@ from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Keep, Ready, Recycle, run_command
+from qmpcommit.commit.policy import Keep, Ready, Recycle, is_answer, no_answer, run_command
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, OnlyIfFailed
 from qmpcommit.qmp.monitor import Monitor
 
@@ -106,7 +106,7 @@ def carrying_of(graph: BlockGraph, plan: Plan) -> Carrying | None:
 
 
 async def ask_whether(command: Sequence[str], plan: Plan) -> None:
-    """Run ``only_if``; raises `OnlyIfFailed` where it does not succeed."""
+    """Run ``only_if``; raises `OnlyIfFailed` where it does not succeed, or can't be run."""
     ready = Ready(plan.vm, plan.disk.name, plan.job_id, plan.base, plan.top)
     try:
         status = await run_command(command, ready.environment(), ONLY_IF_TIMEOUT)
@@ -118,7 +118,9 @@ async def ask_whether(command: Sequence[str], plan: Plan) -> None:
             command=list(command),
         ) from error
     if status != 0:
-        how = f"ended with status {status}" if status is not None else "took too long"
+        how = "took too long"
+        if status is not None:
+            how = f"ended with status {status}" if is_answer(status) else no_answer(status)
         raise OnlyIfFailed(
             f"{plan.disk} of {plan.vm} was not committed, because {' '.join(command)} {how}."
             " Nothing was sent",

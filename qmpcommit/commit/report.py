@@ -113,8 +113,8 @@ def error_of(
         error = deadline_error(plan, state, timeout or 0)
     if error is None and policy_error is not None and state.verdict is Verdict.CANCELLED:
         error = CommitFailed(
-            f"the policy of {_subject(plan)} failed ({policy_error!r}), so the job was aborted."
-            f" {_still_active(plan)}",
+            f"the policy of {_subject(plan)} failed ({said_of(policy_error)}), so the job was"
+            f" aborted. {_still_active(plan)}",
             error=str(policy_error),
         )
         error.__cause__ = policy_error
@@ -232,6 +232,11 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
     # An order that QEMU was not heard to take may have come second, after another client's keep.
     ours = state.accepted and state.decision in PIVOTS
     return True if ours and not state.doubt else None
+
+
+def said_of(error: BaseException) -> str:
+    """An error of somebody else's code, in words: ours have a message for people."""
+    return error.message if isinstance(error, QmpCommitError) else repr(error)
 
 
 def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded:

@@ -17,6 +17,7 @@ from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import resolve_pending
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
+from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.keeping import Keeper, asked_of, seconds_left
 from qmpcommit.daemon.metrics import Metrics
@@ -307,6 +308,7 @@ class Engine:
         self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
     ) -> Promise:
         self._check_room(request)
+        check_asked([request])
         vm = self.vm(vm_name)
         promise = Promise(
             uuid.uuid4().hex, vm_name, request, request.job_id or "", journal=self.journal,

@@ -23,6 +23,7 @@ from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.group_resume import HAND_OVER, ResumableGroup
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import Hold
+from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.group_ends import is_clean, is_unsure
 from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
@@ -205,6 +206,7 @@ class Groups:
         known_as = os.urandom(4).hex()
         asked = request.requests(known_as)
         engine.check_room_for(asked)
+        check_asked(asked)
         vms = {member.vm: engine.vm(member.vm) for member in request.members}
         group = Group(",".join(sorted(vms)), request, self._journal, known_as=known_as)
         group.state = "queued"

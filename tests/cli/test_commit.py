@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import end, on_a_terminal, run, run_out_of_time, start, taken
-from tests.ground.images import MIB, Chain, assert_disk, make_chain
+from tests.ground.images import MIB, Chain, assert_disk, make_chain, read
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.proxy import Strike, proxy
 
@@ -137,7 +137,32 @@ async def test_a_policy_as_json(folder: Path) -> None:
     assert_kept(chain)
 
 
-@pytest.mark.parametrize(("command", "status"), [("exit 0", 0), ("exit 1", 3)])
+async def test_a_check_that_could_not_be_run_decides_nothing(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await run("commit", qemu.qmp, "vda", "--check", "no-such-command", "--json")
+        assert (said.status, said.json["error"]["type"]) == (1, "CommitFailed")
+        assert "127" in said.json["error"]["message"]
+        await no_jobs(qemu)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_rehearsal_of_a_layer_below_is_refused(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    images = {file: read(file) for file in chain.files}
+    async with machine(folder, chain) as qemu:
+        for policy in (["--abort"], ["--keep-overlay"], ["--hold", "1"], ["--check", "true"]):
+            said = await run("commit", qemu.qmp, "vda", "--top", "1", "--delete", *policy, "--json")
+            assert (said.status, said.error["type"]) == (2, "InvalidRequest")
+        await no_jobs(qemu)
+        await qemu.quit()
+    said = await run("commit", "--offline", chain.top, "--top", "1", "--abort")
+    assert said.status == 2
+    assert {file: read(file) for file in chain.files} == images
+
+
+@pytest.mark.parametrize(("command", "status"), [("exit 0", 0), ("exit 1", 3), ("exit 127", 1)])
 async def test_only_if(command: str, status: int, folder: Path) -> None:
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu:

@@ -110,6 +110,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[qc.QmpCommitError]]] = {
         qc.InvalidRequest,
     ),
     "no time": ({"disk": "top", "policy": qc.Pivot(), "timeout": -1}, qc.InvalidRequest),
+    "delete after a keep": (
+        {"disk": "top", "policy": qc.Keep(), "delete": True},
+        qc.InvalidRequest,
+    ),
+    "no check": (
+        {"disk": "top", "policy": qc.Pivot(), "override": ["everything"]},
+        qc.InvalidRequest,
+    ),
+    "an abort of a layer below": (
+        {"disk": "top", "policy": qc.Abort(), "top": 1, "shallow": True, "delete": True},
+        qc.InvalidRequest,
+    ),
     "only if": (
         {"disk": "top", "policy": qc.Pivot(), "only_if": ["false"]},
         qc.OnlyIfFailed,

@@ -218,6 +218,8 @@ async def test_groups_that_are_wrong(folder: Path) -> None:
         assert_problem(await d.post("/v1/groups", nobody), 404, "VMNotFound")
         nothing = {"members": [one, {**two, "disk": "nothing"}], "policy": KEEP}
         assert_problem(await d.post("/v1/groups", nothing), 404, "DiskNotFound")
+        idle = {"members": [one, two], "policy": KEEP, "delete": True}
+        assert_problem(await d.post("/v1/groups", idle), 422, "InvalidRequest")
         assert_problem(await d.get("/v1/groups/0123abcd"), 404, "CommitNotFound")
         assert (await d.get("/v1/groups")).json == []
         assert await host.jobs() == []

@@ -279,6 +279,9 @@ async def test_what_a_group_can_not_be(folder: Path) -> None:
             (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "hold_limit": -1}),
             (qc.ChainError, {"top": qc.Recycle("f"), "top2": qc.Pivot()}, {}),
             (qc.InvalidRequest, TWO, {"policy": qc.Recycle("f")}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Keep(), "delete": True}),
+            (qc.InvalidRequest, {"top": qc.Abort(), "top2": qc.Keep()}, {"stale": "rename"}),
+            (qc.InvalidRequest, TWO, {"policy": qc.Pivot(), "override": ["everything"]}),
             (qc.OnlyIfFailed, TWO, {"policy": qc.Pivot(), "only_if": ["false"]}),
             (qc.DiskNotFound, ["top", "nothing"], {"policy": qc.Pivot()}),
         ]

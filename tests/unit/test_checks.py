@@ -64,7 +64,8 @@ def made(
         ),
     )  # fmt: skip
     disk = find_disk(read_disks(graph), "vda", vm="v")
-    return graph, plan_commit("v", disk, Request(disk="vda", **request), qc.Keep())
+    policy = None if "top" in request else qc.Keep()
+    return graph, plan_commit("v", disk, Request(disk="vda", **request), policy)
 
 
 def found(name: str, graph: BlockGraph, plan: Plan, **options: Any) -> list[Finding]:

@@ -53,7 +53,7 @@ def test_the_default_is_the_whole_chain_into_its_bottom() -> None:
     ],
 )
 def test_layers(request_: dict[str, Any], top: int, base: int) -> None:
-    made = plan(qc.Keep(), **request_)
+    made = plan(qc.Pivot(), **request_)
     assert (made.top, made.base) == (LAYERS[top], LAYERS[base])
     assert made.two_phase is (top == 0)
 
@@ -154,7 +154,7 @@ def test_a_plan_tells_what_was_asked_for() -> None:
     assert "backing-mask-protocol" not in made.arguments
     assert plan(qc.Pivot(), backing_mask_protocol=True).arguments["backing-mask-protocol"] is True
     assert plan(qc.Pivot()).stale == "leave"
-    assert plan(qc.Keep(), top="mid").policy == qc.Keep()
+    assert plan(qc.Pivot(), top="mid").policy == qc.Pivot()
 
 
 @pytest.mark.parametrize("on_error", ["report", "stop", "ignore", "enospc"])

@@ -17,7 +17,7 @@ import qmpcommit as qc
 from qmpcommit.block.chain import Image
 from qmpcommit.commit import policy as policy_module
 from qmpcommit.commit.policy import immediate, parse_policy, run_command, settle
-from qmpcommit.errors import InvalidRequest, PolicyRequired
+from qmpcommit.errors import CommitFailed, InvalidRequest, PolicyRequired
 
 READY = qc.Ready(
     vm="web1",
@@ -266,6 +266,16 @@ async def test_a_hold_lasts_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) 
 async def test_who_decided_is_said_of_a_check(code: int, by: str) -> None:
     check = qc.Check(command=["sh", "-c", f"exit {code}"])
     assert await settle(check, READY) == (qc.Keep() if code else qc.Pivot(), by)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("exit 126", "126.*could"), ("no-such-command", "127.*found"), ("kill -9 $$", "-9.*signal"),
+     ("exit 137", "137.*signal")],
+)  # fmt: skip
+async def test_a_check_that_could_not_be_made_decides_nothing(script: str, said: str) -> None:
+    with pytest.raises(CommitFailed, match=f"status {said}"):
+        await settle(qc.Check(command=["sh", "-c", script]), READY)
 
 
 async def test_a_callable_may_answer_with_a_check_that_learns_what_it_is_about() -> None:

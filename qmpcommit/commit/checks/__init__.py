@@ -19,7 +19,7 @@ from qmpcommit.commit.checks.sharing import base_shared
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import ChainError, InvalidRequest, NoSpace
 
-__all__ = ["NAMES", "Finding", "check_commit", "growth", "refuse"]
+__all__ = ["NAMES", "Finding", "check_commit", "check_override", "growth", "refuse"]
 
 Check = Callable[[Case], Iterator[Finding]]
 
@@ -68,18 +68,23 @@ def check_commit(
     return findings
 
 
+def check_override(names: Collection[str]) -> None:
+    """Refuse a name that no check has; raises `InvalidRequest`."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise InvalidRequest(
+            f"there is no check {', '.join(map(repr, unknown))}; those that can be overridden are"
+            f" {', '.join(NAMES)}. Nothing was sent"
+        )
+
+
 def refuse(findings: Iterable[Finding], overridden: Collection[str] = ()) -> None:
     """Raise one error that names all failed checks which are not overridden.
 
     `NoSpace` where only space is missing, else `ChainError`; `InvalidRequest` for a name in
     `overridden` that no check has.
     """
-    unknown = sorted(set(overridden) - set(NAMES))
-    if unknown:
-        raise InvalidRequest(
-            f"there is no check {', '.join(map(repr, unknown))}; those that can be overridden are"
-            f" {', '.join(NAMES)}. Nothing was sent"
-        )
+    check_override(overridden)
     failed = [f for f in findings if f.level == "refuse" and f.name not in overridden]
     if not failed:
         return
