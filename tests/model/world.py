@@ -214,7 +214,8 @@ class World:
         try:
             job = await self.vm.commit(
                 self.layers.active.node, policy=_policy(policy), base=depth - 1 - base,
-                top=depth - 1 - top, bandwidth=SLOW if slow else None, delete=delete,
+                top=depth - 1 - top, bandwidth=SLOW if slow else None,
+                delete=delete and policy not in ("keep", "abort"),
                 override=["on-disk-backing"] if self.broken else [],
             )  # fmt: skip
         except qc.JobConflict:

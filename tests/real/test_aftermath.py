@@ -124,9 +124,10 @@ async def test_rename_keeps_the_data_under_another_name(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
-@pytest.mark.parametrize("policy", [qc.Keep(), qc.Abort()], ids=lambda p: p.kind)
-async def test_nothing_is_deleted_where_nothing_was_invalidated(policy: Any, folder: Path) -> None:
+@pytest.mark.parametrize("end", [qc.Keep(), qc.Abort()], ids=lambda p: p.kind)
+async def test_nothing_is_deleted_where_nothing_was_invalidated(end: Any, folder: Path) -> None:
     chain = make_chain(folder)
+    policy = qc.Hold(timeout=0, otherwise=end)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         outcome = await (await vm.commit("vda", policy=policy, delete=True)).wait()
         assert (outcome.invalidated, outcome.deleted) == ([], [])
