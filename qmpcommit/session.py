@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
-from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall, identify
+from qmpcommit.block.identity import FileId, identify
+from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import refuse_idle
@@ -610,10 +610,10 @@ class Session(Monitor):
         return tuple(self._jobs)
 
     def _files_of(self, plan: Plan) -> dict[str, FileId | None]:
-        """Which files of this host the stale layers are, as QEMU has them open."""
+        """Which files of this host the layers are, as QEMU has them open: stale ones and base."""
         return {
             image.node_name: identify(absolute(image, self.cwd), self.peer_pid)
-            for image in (plan.top, *plan.between)
+            for image in (plan.top, *plan.between, plan.base)
         }
 
     async def adopt(

@@ -1,13 +1,10 @@
-"""Image files on this host: where they are, how much room is behind them, who locks them.
+"""Image files on this host: how much room is behind them, what their headers say, who locks them.
 
-Nothing here writes, and nothing takes a lock. A file is looked at as QEMU sees it: through
-QEMU's own root directory where it runs in another mount namespace.
+Nothing here writes, and nothing takes a lock. Which file a name means is `identity`'s.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import stat
 import struct
@@ -16,15 +13,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
-_FLOCK = "hhqqi4x"
-
-LOCK_BYTES = (*range(100, 105), *range(200, 205))
-"""QEMU locks byte 100 + n for a permission it has, 200 + n for one it lets nobody else have.
-
-The permissions are read, write, write unchanged, resize (and, before 6.2, graph changes). All
-are shared OFD locks, so several holders of one byte are usual.
-"""
+from qmpcommit.block.identity import LOCK_BYTES, FileId, is_locked, open_files
 
 _WRITES, _LETS_NOBODY_WRITE = 101, 201
 _IN_THE_WAY = (101, 103, 200, 201, 203)
@@ -32,125 +21,6 @@ _IN_THE_WAY = (101, 103, 200, 201, 203)
 
 Who shares everything (``qemu-img -U``) has said that it does not mind.
 """
-
-
-class Place(NamedTuple):
-    """Where a file of QEMU's can be looked at from here; an empty `path` for the `reason`."""
-
-    path: str
-    reason: str = ""
-
-
-def locate(filename: str, *, pid: int | None, cwd: str | None = None) -> Place:
-    """The path that reaches the file that QEMU (process `pid`) has open by this name.
-
-    `cwd` is QEMU's working directory. Without a pid (a TCP monitor) nothing proves that QEMU
-    runs here. A path that exists here but is not what QEMU has open is not used either.
-    """
-    if not pid:
-        return Place("", "QEMU is not known to run on this host")
-    if ":" in filename.split("/", maxsplit=1)[0]:
-        return Place("", f"'{filename}' is no file of this host")
-    if filename.startswith("/dev/fdset/"):
-        return Place("", f"QEMU was given the open file '{filename}', which has no name here")
-    path = os.path.join(cwd or _link(f"/proc/{pid}/cwd") or os.getcwd(), filename)
-    root = _root(pid)
-    if root is None:
-        return Place("", f"QEMU (process {pid}) has its own file systems, which can't be read here")
-    path = _inside(root, path)
-    try:
-        found = os.stat(path)
-    except OSError as error:
-        return Place("", f"'{filename}' can't be looked at from here: {error.strerror}")
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
-        return Place("", f"'{filename}' is neither a regular file nor a block device")
-    opened = open_files(pid)
-    if opened and FileId.of(found) not in opened.values():
-        return Place("", f"QEMU (process {pid}) has another file open than '{filename}' is now")
-    return Place(path)
-
-
-def names_are_ours(pid: int | None) -> bool:
-    """Whether an absolute file name means here what it means to QEMU (process `pid`).
-
-    It runs on this host, and is not seen to have file systems of its own.
-    """
-    return bool(pid) and _root(pid or 0) == ""
-
-
-def _inside(root: str, path: str) -> str:
-    """`path` below another root; its absolute links, which that root is for, are followed."""
-    if not root:
-        return path
-    path = os.path.normpath(path)
-    for _ in range(40):
-        done = root
-        parts = path.strip("/").split("/")
-        for number, part in enumerate(parts):
-            done = f"{done}/{part}"
-            target = _link(done)
-            if target is not None:
-                here = "/" + "/".join(parts[:number])
-                rest = parts[number + 1 :]
-                path = os.path.normpath(os.path.join(here, target, *rest))
-                break
-        else:
-            return root + path
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-
-
-def _root(pid: int) -> str | None:
-    """What to put before QEMU's absolute paths: nothing where it sees what we see."""
-    try:
-        theirs = os.stat(f"/proc/{pid}/ns/mnt").st_ino, os.readlink(f"/proc/{pid}/root")
-        mine = os.stat("/proc/self/ns/mnt").st_ino, os.readlink("/proc/self/root")
-    except OSError:
-        return ""  # not ours to ask (another user's process): its Unix socket is on this host
-    if theirs == mine:
-        return ""
-    root = f"/proc/{pid}/root"
-    return root if os.access(root, os.X_OK) else None
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return None
-
-
-class FileId(NamedTuple):
-    """A file, whatever its names."""
-
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> FileId:
-        """That of a file or, for a device node, of the device."""
-        if stat.S_ISBLK(found.st_mode):
-            return cls(-1, found.st_rdev)
-        return cls(found.st_dev, found.st_ino)
-
-
-def file_id(path: str) -> FileId | None:
-    """What the path names, links followed; None where nothing."""
-    try:
-        return FileId.of(os.stat(path))
-    except OSError:
-        return None
-
-
-def open_files(pid: int) -> dict[int, FileId]:
-    """The open files of a process by descriptor; empty where we may not look."""
-    found: dict[int, FileId] = {}
-    try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(FileNotFoundError):
-                found[int(number)] = FileId.of(os.stat(f"/proc/{pid}/fd/{number}"))
-    except OSError:
-        return {}
-    return found
 
 
 # -- room ---------------------------------------------------------------------------------------
@@ -289,25 +159,6 @@ def image_locks(path: str, pid: int | None) -> Locks:
         if not attempt:
             time.sleep(0.01)
     return Locks("others", tuple(_openers(FileId.of(this), but=pid)))
-
-
-def is_locked(path: str) -> bool:
-    """Whether anybody, QEMU itself included, holds one of QEMU's image locks on the file.
-
-    Raises OSError where it can't be opened from here.
-    """
-    if not (is_regular(path) or is_block_device(path)):
-        return False
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        for start in (LOCK_BYTES[0], LOCK_BYTES[5]):
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, 5, 0)
-            answer = struct.unpack(_FLOCK, fcntl.fcntl(opened, F_OFD_GETLK, asked))
-            if answer[0] != fcntl.F_UNLCK:
-                return True
-    finally:
-        os.close(opened)
-    return False
 
 
 def _lock_name(found: os.stat_result) -> str:

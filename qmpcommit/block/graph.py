@@ -79,6 +79,8 @@ class BlockGraph(NamedTuple):
     exports: tuple[Raw, ...]
     jobs: Mapping[str, JobNodes]
     parents: Mapping[str, frozenset[str]]
+    fdsets: Mapping[str, tuple[int, ...]] = {}
+    """Of files that QEMU was given open (``/dev/fdset/N``): its descriptors of them."""
 
     def below_filters(self, name: str | None) -> str | None:
         """The first node at or under `name` that is not a filter."""
@@ -146,7 +148,15 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
         exports = await _optional(monitor, "query-block-exports", [])
         edges = await _optional(monitor, "x-debug-query-block-graph", None)
         _check_users([*devices, *exports, *(d.get("inserted") or {} for d in devices)])
-        return build_graph(nodes, devices, exports, edges)
+        graph = build_graph(nodes, devices, exports, edges)
+        if any("/dev/fdset/" in str(node.get("file")) for node in nodes):
+            sets = await _optional(monitor, "query-fdsets", [])
+            graph = graph._replace(fdsets=_descriptors(sets))
+        return graph
+
+
+def _descriptors(sets: Iterable[Raw]) -> dict[str, tuple[int, ...]]:
+    return {f"/dev/fdset/{s['fdset-id']}": tuple(fd["fd"] for fd in s["fds"]) for s in sets}
 
 
 def _check_users(users: Iterable[Raw]) -> None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import FileId, is_locked, open_files
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import FileId, OpenFiles, unnamed
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused, InvalidRequest, QmpCommitError
@@ -92,29 +92,6 @@ class Around(NamedTuple):
         return not plan.two_phase or (self.carrying is not None and bool(self.carrying.names))
 
 
-def identify(path: str, pid: int | None) -> FileId | None:
-    """The regular file that this path names itself (not through a link); None where none.
-
-    `pid` is QEMU's: the file has to be the one that it has open, not another of that name on
-    this host. Where its files can't be looked at, its Unix socket has to do as a proof that it
-    runs here, and QEMU's lock on the file that it is no other; without these nothing is known.
-    """
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    if not stat.S_ISREG(found.st_mode) or pid is None:
-        return None
-    known = FileId(found.st_dev, found.st_ino)
-    opened = open_files(pid)
-    if opened:
-        return known if known in opened.values() else None
-    try:
-        return known if is_locked(path) else None
-    except OSError:
-        return None
-
-
 async def clear_away(
     monitor: Monitor,
     plan: Plan,
@@ -154,6 +131,8 @@ async def clear_away(
                     graph=graph,
                     base=plan.base,
                     cwd=around.cwd,
+                    pid=monitor.peer_pid,
+                    held=around.files.get(plan.base.node_name),
                     rename_to=new,
                 )
                 if problem is not None:
@@ -227,16 +206,24 @@ def remove_file(
     graph: BlockGraph,
     base: Image,
     cwd: str | None,
-    rename_to: str | None,
+    pid: int | None,
+    held: FileId | None = None,
+    rename_to: str | None = None,
 ) -> str | None:
     """Unlink (or rename) one stale file; why it was not done, or None.
 
     Only the very file that the chain had when the commit was planned, only a regular file,
-    never through a link, never the base, never one that QEMU or another process still uses.
+    never through a link, never the base, never one that QEMU or another process still uses; and
+    only if its data are in a file with a name: that of `base`, which QEMU (process `pid`) has
+    open, and which was `held` when the commit was planned.
     """
     path = os.path.join(cwd or os.getcwd(), image.filename)
     if known is None:
         return f"{image.filename} stays: it is no regular file here that QEMU was seen to have"
+    if base.node_name:
+        nowhere = unnamed(graph, OpenFiles.of(graph, pid, cwd=cwd), base.node_name, held)
+        if nowhere:
+            return f"{image.filename} stays, for what it held may be in no other file: {nowhere}"
     try:
         folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from qmpcommit.block.chain import Disk, Image, absolute, check_nameable, read_image
 from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.commit.aftermath import identify, users
+from qmpcommit.block.identity import identify
+from qmpcommit.commit.aftermath import users
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.group import GroupCommit

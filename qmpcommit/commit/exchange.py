@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image, read_disks
-from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.identity import FileId
 from qmpcommit.commit.aftermath import close_layers, remove_file, users
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Abort, Pivot
@@ -269,7 +269,13 @@ class Exchange:
         except QmpCommitError as error:
             return [f"{image.filename} stays: {error.message}"]
         problem = await asyncio.to_thread(
-            remove_file, image, file, graph=graph, base=self.plan.base, cwd=cwd, rename_to=None
+            remove_file,
+            image,
+            file,
+            graph=graph,
+            base=self.plan.base,
+            cwd=cwd,
+            pid=self.vm.peer_pid,
         )
         return [problem] if problem is not None else []
 

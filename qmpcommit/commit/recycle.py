@@ -17,8 +17,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.chain import Image, backing_name, read_image
-from qmpcommit.block.files import names_are_ours
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import names_are_ours
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
 from qmpcommit.commit.run_state import Still, runs
 from qmpcommit.errors import CommandRefused, CommitFailed

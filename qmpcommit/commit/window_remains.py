@@ -21,10 +21,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
-from qmpcommit.block.files import FileId
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import FileId, identify
 from qmpcommit.block.qcow2 import bitmap_names, holds_data
-from qmpcommit.commit.aftermath import close_nodes, identify, remove_file
+from qmpcommit.commit.aftermath import close_nodes, remove_file
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.freeze_marks import marks_among
 from qmpcommit.commit.outcome import CommitOutcome
@@ -306,7 +306,7 @@ async def _clear_node(vm: Session, graph: BlockGraph, name: str, file: str) -> l
         return [_unknown(vm, path)]
     base = read_image(graph, below) if below is not None else Image("", "", "")
     problem = await asyncio.to_thread(
-        remove_file, image, known, graph=now, base=base, cwd=vm.cwd, rename_to=None
+        remove_file, image, known, graph=now, base=base, cwd=vm.cwd, pid=vm.peer_pid
     )
     return [] if problem is None else [Remains(path, problem)]
 
@@ -340,7 +340,7 @@ def _clear_file(vm: Session, graph: BlockGraph, path: str) -> list[Remains]:
         graph=graph,
         base=Image("", "", ""),
         cwd=vm.cwd,
-        rename_to=None,
+        pid=vm.peer_pid,
     )
     return [] if problem is None else [Remains(path, problem)]
 

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk
-from qmpcommit.commit.aftermath import identify
+from qmpcommit.block.identity import identify
 from qmpcommit.commit.cycle import deserves, new_overlay, plan_round
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.cycle_round import Round

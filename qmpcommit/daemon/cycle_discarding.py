@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from qmpcommit.block.files import FileId
+from qmpcommit.block.identity import FileId
 from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
 from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.cycle_asking import sessions

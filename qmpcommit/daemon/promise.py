@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.block.files import FileId
+from qmpcommit.block.identity import FileId
 from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import dump_state, load_state

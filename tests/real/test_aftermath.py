@@ -13,7 +13,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block import files as block_files
-from qmpcommit.commit import aftermath
+from qmpcommit.block import identity
 from tests.ground.images import (
     MIB,
     Chain,
@@ -575,10 +575,10 @@ async def test_of_a_qemu_whose_files_can_not_be_looked_at_only_a_locked_one_is_d
     def unreadable(path: str) -> bool:
         raise PermissionError(path)  # as another user's file is, but not to root
 
-    for module in (aftermath, block_files):
+    for module in (identity, block_files):
         monkeypatch.setattr(module, "open_files", lambda pid: {})  # another user's process
     if there == "unreadable":
-        monkeypatch.setattr(aftermath, "is_locked", unreadable)
+        monkeypatch.setattr(identity, "is_locked", unreadable)
     replaced, deleted = there == "another", there == "its own"
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:

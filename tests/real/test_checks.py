@@ -494,7 +494,7 @@ async def test_other_names_of_the_same_file(name: str, folder: Path) -> None:
 
 
 async def test_a_base_that_was_replaced_on_disk(folder: Path) -> None:
-    """The name means another file than the one that QEMU has open: nothing is said of that."""
+    """QEMU opens it anew by its name, and would write into the other file."""
     chain = make_chain(folder)
     async with (
         machine(folder, chain, style="implicit") as qemu,
@@ -502,6 +502,16 @@ async def test_a_base_that_was_replaced_on_disk(folder: Path) -> None:
     ):
         chain.base.rename(folder / "away.qcow2")
         create(chain.base, 64 * MIB)
-        (space,) = (await look(vm))["free-space"]
+        found = await look(vm)
+        (space,) = found["free-space"]
         assert space.level == "note"
         assert "another file open" in space.message
+        (replaced,) = found["replaced-file"]
+        assert (replaced.level, replaced.final) == ("refuse", True)
+        assert str(folder / "away.qcow2") in replaced.message  # where QEMU's own file is now
+        other = chain.base.read_bytes()
+        with pytest.raises(qc.ChainError, match=r"another file now.*Nothing was sent"):
+            await vm.commit("vda", policy=qc.Pivot(), override=["replaced-file"])
+        assert chain.base.read_bytes() == other
+        await bare_commit(vm)  # QEMU does not look
+        assert chain.base.read_bytes() != other

@@ -12,7 +12,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.chain import absolute
-from qmpcommit.commit.aftermath import identify
+from qmpcommit.block.identity import identify
 from qmpcommit.commit.exchange import Exchange, Guest, complete, put_back
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused

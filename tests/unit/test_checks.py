@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.block import files
+from qmpcommit.block import files, identity
 from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, build_graph
 from qmpcommit.commit.checks import NAMES, Finding, check_commit, growth, read_only, refuse
@@ -86,7 +86,7 @@ def test_a_sound_chain() -> None:
     findings = check_commit(graph, plan)
     assert {f.level for f in findings} == {"ok", "note"}
     notes = [f for f in findings if f.level == "note"]
-    assert [f.name for f in notes] == ["free-space", "base-shared"]
+    assert [f.name for f in notes] == ["free-space", "base-shared", "replaced-file"]
     assert all("not known to run on this host" in f.message for f in notes)
     refuse(findings)
 
@@ -331,15 +331,15 @@ def test_locate(folder: Path) -> None:
     me = os.getpid()
     path = folder / "file"
     path.write_bytes(b"x")
-    assert files.locate(str(path), pid=None).reason
+    assert identity.locate(str(path), pid=None).reason
     for name in ("nbd://host/x", "json:{}", "/dev/fdset/1", str(folder), str(folder / "nothing")):
-        place = files.locate(name, pid=me)
+        place = identity.locate(name, pid=me)
         assert not place.path, name
         assert place.reason
-    assert "another file open" in files.locate(str(path), pid=me).reason
+    assert "another file open" in identity.locate(str(path), pid=me).reason
     with path.open("rb"):
-        assert files.locate(str(path), pid=me).path == str(path)
-        assert files.locate("file", pid=me, cwd=str(folder)).path == str(path)
+        assert identity.locate(str(path), pid=me).path == str(path)
+        assert identity.locate("file", pid=me, cwd=str(folder)).path == str(path)
 
 
 def test_links_below_another_root(folder: Path) -> None:
@@ -350,9 +350,9 @@ def test_links_below_another_root(folder: Path) -> None:
     (folder / "root/loop").symlink_to("/loop")
     root = str(folder / "root")
     for name in ("/images/file", "/link", "/dir/file", "/dir/../link"):
-        assert files._inside(root, name) == f"{root}/images/file"
+        assert identity._inside(root, name) == f"{root}/images/file"
     with pytest.raises(OSError, match="links"):
-        files._inside(root, "/loop")
+        identity._inside(root, "/loop")
 
 
 def test_a_file_that_is_no_qcow2(folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.block.files import Locks, Place
+from qmpcommit.block.files import Locks
+from qmpcommit.block.identity import Place
 from qmpcommit.commit.checks import (
     CHECKS,
     Finding,

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.identity import OpenFiles
 from qmpcommit.commit.checks.finding import Case, Finding, unchecked
 from qmpcommit.commit.checks.layers import corrupt, encrypted
 from qmpcommit.commit.checks.on_disk import on_disk_backing
 from qmpcommit.commit.checks.read_only import read_only_base
+from qmpcommit.commit.checks.replaced import replaced_file
 from qmpcommit.commit.checks.room import growth, sizes, space
 from qmpcommit.commit.checks.sharing import base_shared
 from qmpcommit.commit.plan import Plan
@@ -31,6 +33,7 @@ CHECKS: dict[str, Check] = {
     "corrupt": corrupt,
     "encrypted": encrypted,
     "on-disk-backing": on_disk_backing,
+    "replaced-file": replaced_file,
 }
 
 NAMES = tuple(CHECKS)
@@ -57,7 +60,8 @@ def check_commit(
     """
     if not {plan.base.node_name, plan.top.node_name} <= graph.nodes.keys():
         return [Finding(name, "note", "not checked: the layers are not known") for name in NAMES]
-    case = Case(graph, plan, pid, cwd, probe_locks)
+    opened = OpenFiles.of(graph, pid, cwd=cwd)
+    case = Case(graph, plan, pid, cwd, probe_locks, opened)
     findings: list[Finding] = []
     for name, check in CHECKS.items():
         try:
@@ -85,7 +89,8 @@ def refuse(findings: Iterable[Finding], overridden: Collection[str] = ()) -> Non
     `overridden` that no check has.
     """
     check_override(overridden)
-    failed = [f for f in findings if f.level == "refuse" and f.name not in overridden]
+    against = (f for f in findings if f.level == "refuse")
+    failed = [f for f in against if f.final or f.name not in overridden]
     if not failed:
         return
     kind = NoSpace if all(f.name in _ABOUT_SPACE for f in failed) else ChainError

@@ -7,13 +7,10 @@ from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import Place, locate
 from qmpcommit.block.graph import BlockGraph, Node, Raw
+from qmpcommit.block.identity import HOST_FILES, OpenFiles, Place, locate
 from qmpcommit.commit.plan import Plan
 from qmpcommit.values import Record, record
-
-HOST_FILES = frozenset(("file", "host_device", "host_cdrom"))
-"""The protocol drivers whose files are looked at on this host."""
 
 
 @record
@@ -21,13 +18,14 @@ class Finding(Record):
     """What one check found: "refuse" speaks against the commit, a "note" should be known.
 
     A check that could not be made is a note that says why. `numbers` are those of the message,
-    in bytes.
+    in bytes. What is `final` can't be overridden.
     """
 
     name: str
     level: Literal["ok", "note", "refuse"]
     message: str
     numbers: dict[str, int] = field(default_factory=dict)
+    final: bool = False
 
 
 class Case(NamedTuple):
@@ -38,6 +36,7 @@ class Case(NamedTuple):
     pid: int | None
     cwd: str | None
     probe_locks: bool = True
+    opened: OpenFiles = OpenFiles(None, ())
 
     @property
     def layers(self) -> tuple[Image, ...]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import file_id, locate, read_header
+from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import Raw
+from qmpcommit.block.identity import HOST_FILES, file_id, locate
 from qmpcommit.commit.checks.finding import (
-    HOST_FILES,
     Case,
     Finding,
     flat_options,

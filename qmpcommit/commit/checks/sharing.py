@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import FileId, file_id, image_locks
+from qmpcommit.block.files import image_locks
 from qmpcommit.block.graph import FILTERS, BlockGraph, Node
-from qmpcommit.commit.checks.finding import HOST_FILES, Case, Finding, refused, unchecked
+from qmpcommit.block.identity import HOST_FILES, FileId, file_id
+from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
 
 
 def base_shared(case: Case) -> Iterator[Finding]:

@@ -1,0 +1,73 @@
+"""Whether the layers' names still lead to the files that QEMU has open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qmpcommit.block.chain import Image
+from qmpcommit.block.identity import HOST_FILES, FileId, Named, file_id, is_plain, storage
+from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
+
+NAME = "replaced-file"
+
+
+def replaced_file(case: Case) -> Iterator[Finding]:
+    """A layer that stays, whose file was replaced or removed while QEMU has it open.
+
+    What is committed would be in a file that nobody finds when QEMU has ended. A base that QEMU
+    has to open anew for writing is opened by its name: it would write into the other file.
+    """
+    base, leaves = case.plan.base, {image.node_name for image in case.layers}
+    chain = case.plan.disk.chain
+    if base.node_name not in [image.node_name for image in chain]:
+        chain = (*case.layers, base)
+    seen: dict[FileId, str] = {}
+    unknown = ""
+    for image in chain:
+        for name, told in _named(case, image):
+            if told.verdict == "unknown":
+                unknown = unknown or told.reason
+            elif told.verdict == "same":
+                file = file_id(told.here) if told.here else None
+                if file is not None and seen.setdefault(file, image.node_name) != image.node_name:
+                    yield refused(
+                        NAME,
+                        f"{name} is the same file as another layer of {case.plan.disk} now, and"
+                        " QEMU has two different ones open: put the layers' own files back",
+                    )
+            elif image.node_name in leaves:
+                yield Finding(NAME, "note", f"{told.reason}; nothing of that name is deleted")
+            else:
+                yield _refused(case, image, told)
+    if unknown:
+        yield unchecked(NAME, unknown)
+
+
+def _named(case: Case, image: Image) -> Iterator[tuple[str, Named]]:
+    for node in storage(case.graph, image.node_name):
+        name = str(node.raw.get("file") or "")
+        if node.driver in HOST_FILES and is_plain(name):
+            yield name, case.opened.named(name)
+
+
+def _refused(case: Case, image: Image, told: Named) -> Finding:
+    what = "the base" if image.node_name == case.plan.base.node_name else "the layer"
+    out = (
+        "put that file back under its name (where it was only moved, move it back), or copy the"
+        " disk as the guest sees it into a new file (blockdev-mirror) and go on with that"
+    )
+    node = case.graph.leaf(image.node_name)
+    if what == "the base" and node.raw.get("ro") and image.read_only:
+        return Finding(
+            NAME, "refuse",
+            f"{what} {image.filename} was replaced or removed while QEMU has it open:"
+            f" {told.reason}. QEMU opens it anew by its name to write to it, and would write into"
+            f" what has that name now; this can't be overridden: {out}",
+            final=True,
+        )  # fmt: skip
+    return refused(
+        NAME,
+        f"{what} {image.filename} was replaced or removed while QEMU has it open: {told.reason}."
+        " What is written to it is lost when QEMU ends, or is where the VM does not look at its"
+        f" next start: {out}",
+    )

@@ -1,0 +1,67 @@
+"""Which file is meant, where names and open files have parted: on a real QEMU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import qmpcommit as qc
+from tests.ground.images import assert_disk, create, make_chain, run
+from tests.ground.machines import machine, storage_daemon
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+async def test_a_base_whose_file_lost_its_name_is_refused_and_its_overlay_never_deleted(
+    how: str, folder: Path
+) -> None:
+    chain = make_chain(folder, layers=3)
+    base, mid, top = chain.files
+    async with (
+        storage_daemon(folder, chain) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        if how == "replaced":
+            run("qemu-img", "convert", "-U", "-O", "qcow2", base, folder / "new")
+            os.rename(folder / "new", base)
+        else:
+            base.unlink()
+        for refused in ({"policy": qc.Keep()}, {"top": "mid"}):
+            with pytest.raises(qc.ChainError, match=r"base .*replaced or removed.*\(deleted\)"):
+                await vm.commit("top", **refused)  # type: ignore[arg-type]
+        with pytest.raises(qc.ChainError, match=r"layer .*replaced or removed"):
+            await vm.commit("top", policy=qc.Pivot(), shallow=True)
+        job = await vm.commit(
+            "top", policy=qc.Pivot(), delete=True, override=["replaced-file", "on-disk-backing"]
+        )
+        outcome = await job.wait()
+        assert (outcome.action, outcome.deleted) == ("pivot", [])
+        assert [w for w in outcome.warnings if "may be in no other file" in w]
+        await vm.close()
+        await qemu.quit()
+    assert mid.exists()
+    if how == "replaced":
+        assert_disk(top, chain.pictures[-1])
+
+
+async def test_an_overlay_whose_file_was_removed_is_rescued_by_a_pivot(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        chain.top.unlink()
+        create(chain.top, 1 << 20)  # another one, which nobody may delete
+        outcome = await (await vm.commit("top", policy=qc.Pivot(), delete=True)).wait()
+        assert (outcome.action, outcome.deleted) == ("pivot", [])
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert chain.top.exists()
+
+
+async def test_two_layers_that_became_one_file_are_refused(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        chain.base.unlink()
+        chain.base.hardlink_to(chain.top)
+        with pytest.raises(qc.ChainError, match="same file as another layer"):
+            await vm.commit("vda", policy=qc.Pivot())
