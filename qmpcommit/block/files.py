@@ -5,6 +5,7 @@ Nothing here writes, and nothing takes a lock. Which file a name means is `ident
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import struct
@@ -21,6 +22,18 @@ _IN_THE_WAY = (101, 103, 200, 201, 203)
 
 Who shares everything (``qemu-img -U``) has said that it does not mind.
 """
+
+
+def opened_for_writing(pid: int, file: FileId) -> bool:
+    """Whether a process has this file open for writing (``/proc/PID/fdinfo``)."""
+    for number, opened in open_files(pid).items():
+        if opened != file:
+            continue
+        with suppress(OSError), open(f"/proc/{pid}/fdinfo/{number}", encoding="utf-8") as info:
+            flags = [line.split()[1] for line in info if line.startswith("flags:")]
+            if flags and int(flags[0], 8) & os.O_ACCMODE == os.O_RDWR:
+                return True
+    return False
 
 
 # -- room ---------------------------------------------------------------------------------------
@@ -64,8 +77,10 @@ def read_only_because(path: str, pid: int | None = None) -> str:
         return ""
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         return "its file system is mounted read-only"
+    if _is_immutable(path):
+        return "it is marked immutable (chattr -i lets it be written again)"
     who = _credentials(pid) if pid else None
-    if who is None or 0 in who.users or _has_acl(path):
+    if who is None or who.overrides or _has_acl(path):
         return ""
     if found.st_uid in who.users:
         allowed = found.st_mode & stat.S_IWUSR
@@ -77,14 +92,39 @@ def read_only_because(path: str, pid: int | None = None) -> str:
     return "" if allowed else f"QEMU's user {who.users[0]} may not write it ({mode})"
 
 
+_FS_IOC_GETFLAGS = 0x80086601
+_IMMUTABLE_OR_APPEND = 0x10 | 0x20
+
+
+def _is_immutable(path: str) -> bool:
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        answer = fcntl.ioctl(opened, _FS_IOC_GETFLAGS, bytes(8))
+        return bool(struct.unpack("=i4x", answer)[0] & _IMMUTABLE_OR_APPEND)
+    except OSError:
+        return False  # a file system without such marks
+    finally:
+        os.close(opened)
+
+
+_DAC_OVERRIDE = 1 << 1
+
+
 class _Who(NamedTuple):
+    """Who a process is for the file system; `overrides` where modes do not bind it."""
+
     users: tuple[int, ...]
     groups: frozenset[int]
+    overrides: bool
 
 
 def _credentials(pid: int) -> _Who | None:
     users: tuple[int, ...] = ()
     groups: set[int] = set()
+    overrides = False
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -95,9 +135,11 @@ def _credentials(pid: int) -> _Who | None:
                     groups.add(int(values.split()[3]))
                 elif name == "Groups":
                     groups.update(int(value) for value in values.split())
+                elif name == "CapEff":
+                    overrides = bool(int(values, 16) & _DAC_OVERRIDE)
     except OSError:
         return None
-    return _Who(users, frozenset(groups)) if users else None
+    return _Who(users, frozenset(groups), overrides) if users else None
 
 
 def _has_acl(path: str) -> bool:

@@ -13,6 +13,13 @@ MAGIC = b"QFI\xfb"
 BITMAPS = 0x23852875
 """The header extension that tells where the bitmaps are."""
 
+LONGEST_NAME = 1023
+"""Bytes that a backing file's name may have at all."""
+
+_BACKING_FORMAT, _FEATURE_NAMES = 0xE2792ACA, 0x6803F857
+_HEADER = 112
+"""Bytes of the header itself as QEMU rewrites it (version 3, since 5.1)."""
+
 _MOST = 1 << 25
 """Bytes that a table may have to be read here."""
 
@@ -33,6 +40,45 @@ def holds_data(path: str) -> bool:
             return bool(snapshots) or any(_table(file, where, entries * 8))
     except (OSError, ValueError):
         return True
+
+
+def name_room(path: str, backing_format: str) -> int | None:
+    """The bytes that a backing file's name of this format may have in the header; None: no qcow2.
+
+    QEMU keeps header, extensions and name in the first cluster. It adds the names of the features
+    where clusters are large enough for them to do no harm.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(104)
+            if len(start) < 72 or start[:4] != MAGIC:
+                return None
+            version, _, _, bits = struct.unpack(">IQII", start[4:24])
+            place, used = 72, 72
+            if version >= 3:
+                (place,) = struct.unpack(">I", start[100:104])
+                used = max(place, _HEADER)
+            features = 8 + 48 * 16 if version >= 3 and bits >= 12 else 0
+            while True:
+                file.seek(place)
+                kind, length = struct.unpack(">II", file.read(8))
+                if kind == 0:
+                    break
+                size = 8 + _padded(length)
+                place += size
+                if kind == _FEATURE_NAMES:
+                    features = max(features, size)
+                elif kind != _BACKING_FORMAT:
+                    used += size
+    except (OSError, struct.error):
+        return None
+    used += features + 8 + _padded(len(backing_format)) + 8  # the last: no more extensions
+    cluster = 1 << int(bits)
+    return max(0, min(LONGEST_NAME, cluster - used))
+
+
+def _padded(length: int) -> int:
+    return (length + 7) // 8 * 8
 
 
 def bitmap_names(path: str) -> list[str]:

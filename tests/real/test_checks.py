@@ -81,7 +81,7 @@ def mounted(folder: Path, size: int) -> Iterator[Path]:
 async def foreign(path: Path, *options: str, fmt: str = "qcow2") -> AsyncIterator[int]:
     """Another process that has the image open."""
     process = await asyncio.create_subprocess_exec(
-        QEMU.io, *options, "-f", fmt, str(path),
+        QEMU.io, *options, *(["-f", fmt] if fmt else []), str(path),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout

@@ -292,7 +292,8 @@ def test_backing_names_on_disk(full: str, expected: str) -> None:
     ],
 )
 def test_read_only_on_a_command_line(option: str, expected: bool | None) -> None:
-    assert read_only._declared(option, "f") is expected
+    options = read_only._options(option, "f")
+    assert (None if options is None else read_only.is_on(options.get("read-only"))) is expected
 
 
 # -- one error for all ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles
 from qmpcommit.commit.checks.finding import Case, Finding, unchecked
+from qmpcommit.commit.checks.header_above import header_above
 from qmpcommit.commit.checks.layers import corrupt, encrypted
 from qmpcommit.commit.checks.on_disk import on_disk_backing
 from qmpcommit.commit.checks.read_only import read_only_base
@@ -34,6 +35,7 @@ CHECKS: dict[str, Check] = {
     "encrypted": encrypted,
     "on-disk-backing": on_disk_backing,
     "replaced-file": replaced_file,
+    "header-above": header_above,
 }
 
 NAMES = tuple(CHECKS)
@@ -83,7 +85,7 @@ def check_override(names: Collection[str]) -> None:
 
 
 def refuse(findings: Iterable[Finding], overridden: Collection[str] = ()) -> None:
-    """Raise one error that names all failed checks which are not overridden.
+    """Raise one error that names all failed checks which are not overridden, or can't be.
 
     `NoSpace` where only space is missing, else `ChainError`; `InvalidRequest` for a name in
     `overridden` that no check has.

@@ -18,7 +18,7 @@ class Finding(Record):
     """What one check found: "refuse" speaks against the commit, a "note" should be known.
 
     A check that could not be made is a note that says why. `numbers` are those of the message,
-    in bytes. What is `final` can't be overridden.
+    in bytes. What is `final` can't be overridden: the commit would do certain harm.
     """
 
     name: str

@@ -46,6 +46,12 @@ def read_only_base(case: Case) -> Iterator[Finding]:
 
 def _declared_read_only(name: str, pid: int | None) -> bool | None:
     """Whether QEMU's command line declares this node read-only; None where it is not there."""
+    options = declared(name, pid)
+    return None if options is None else is_on(options.get("read-only"))
+
+
+def declared(name: str, pid: int | None) -> dict[str, Any] | None:
+    """The options of the node of this name on QEMU's command line, flat; None: not there."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = [os.fsdecode(word) for word in file.read().split(b"\0")]
@@ -53,14 +59,19 @@ def _declared_read_only(name: str, pid: int | None) -> bool | None:
         return None
     for option, value in pairwise(words):
         if option in ("-blockdev", "--blockdev"):
-            found = _declared(value, name)
+            found = _options(value, name)
             if found is not None:
                 return found
     return None
 
 
-def _declared(value: str, name: str) -> bool | None:
-    """The ``read-only`` beside this ``node-name``, in either form of ``-blockdev``."""
+def is_on(value: object) -> bool:
+    """Whether an option's value, of either form, is a yes."""
+    return value is True or value in ("on", "yes", "true", "y")
+
+
+def _options(value: str, name: str) -> dict[str, Any] | None:
+    """The options beside this ``node-name``, in either form of ``-blockdev``."""
     options: dict[str, Any] = {}
     if value.startswith("{"):
         try:
@@ -73,6 +84,6 @@ def _declared(value: str, name: str) -> bool | None:
             options[key] = given.replace("\0", ",")
     for key, given in options.items():
         if given == name and (key == "node-name" or key.endswith(".node-name")):
-            said = options.get(key.removesuffix("node-name") + "read-only")
-            return said is True or said in ("on", "yes", "true", "y")
+            of = key.removesuffix("node-name")
+            return {k.removeprefix(of): v for k, v in options.items() if k.startswith(of)}
     return None

@@ -1,0 +1,137 @@
+"""The overlay above the merged layers can't be written: refused, for QEMU would crash over it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.block.qcow2 import name_room
+from tests.ground.images import MIB, Chain, assert_disk, create, make_chain, run
+from tests.ground.machines import Machine, storage_daemon
+from tests.ground.qemu import QEMU
+from tests.real.test_checks import foreign, qcow2, running
+
+ABOVE = "header-above"
+
+
+@asynccontextmanager
+async def opened(folder: Path, chain: Chain) -> AsyncIterator[tuple[Machine, qc.Session]]:
+    """A storage daemon that opened the layers below by their headers."""
+    async with (
+        storage_daemon(folder, chain, style="implicit") as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):
+        yield daemon, vm
+
+
+async def refused(vm: qc.Session, disk: str, why: str, **options: Any) -> None:
+    """Both the commit below its second layer and the flattening are; nothing is changed."""
+    before = (await vm.disk(disk)).chain
+    with pytest.raises(qc.ChainError, match=why) as told:
+        await vm.commit(disk, top=2, **options)
+    assert ABOVE in told.value.facts["checks"]
+    with pytest.raises(qc.ChainError, match=why):
+        await vm.flatten(disk, keep=3)
+    assert (await vm.disk(disk)).chain == before
+    assert await vm.execute("query-jobs") == []
+
+
+def alone(path: Path) -> str:
+    """The image without its backing files, for ``--image-opts``."""
+    return f"driver=qcow2,file.driver=file,file.filename={path},backing="
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "read by another"])
+async def test_a_file_that_qemu_would_have_to_open_again(how: str, folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    above, aside = chain.files[2], folder / "aside"
+    async with opened(folder, chain) as (_, vm), AsyncExitStack() as reading:
+        if how == "read by another":
+            await reading.enter_async_context(
+                foreign(Path(alone(above)), "-r", "--image-opts", fmt="")
+            )
+            await refused(vm, "top", "locked by another process, qemu-io")
+            await reading.aclose()
+        else:
+            above.rename(aside)
+            if how == "replaced":
+                create(above, None, backing=chain.files[1])
+            why = "no file has the name" if how == "removed" else "is another file now than"
+            await refused(vm, "top", why)
+            aside.rename(above)
+        outcome = await (await vm.commit("top", top=2)).wait()  # nothing stands in the way now
+        assert outcome.action == "none"
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("how", ["beside", "inside", "node", "format", "twice", "sibling"])
+async def test_a_node_that_stays_read_only(how: str, folder: Path) -> None:
+    """Declared so beside its name or in its overlay's options; one that is reopened is not."""
+    chain = make_chain(folder, 4)
+    base, mid, low, top = chain.files
+    here = ",read-only=on,backing=mid"
+    if how in ("beside", "sibling"):
+        here += ",file.read-only=on,file.node-name=low-file"
+    elif how == "inside":
+        here += ",file.read-only=on"
+    nodes = [qcow2("base", base), qcow2("mid", mid, ",backing=base"), qcow2("low", low, here)]
+    if how == "node":
+        nodes[2:] = [f"driver=file,node-name=f,filename={low},read-only=on",
+                     "driver=qcow2,node-name=low,read-only=on,backing=mid,file=f"]  # fmt: skip
+    over = "mid" if how == "sibling" else "low"
+    async with running(folder, *nodes, qcow2("top", top, f",backing={over}")) as vm:
+        if how == "sibling":  # its own overlay is written as well
+            found = (await vm.plan("vda", top=1)).findings
+            assert [f.level for f in found if f.name == ABOVE] == ["refuse"]
+            return
+        if how == "twice":
+            file = {"driver": "file", "filename": str(low)}
+            more = {"driver": "qcow2", "node-name": "more", "read-only": True, "file": file}
+            await vm.execute("blockdev-add", {**more, "backing": None})
+            await refused(vm, "vda", "has it open once more, as more")
+            await vm.execute("blockdev-del", {"node-name": "more"})
+        elif how != "format":
+            await refused(vm, "vda", "was opened with read-only=on")
+            return
+        outcome = await (await vm.commit("vda", top=2)).wait()
+        assert outcome.action == "none"
+
+
+def deep(folder: Path, length: int) -> Path:
+    """A folder in it such that the path of a file "b" there has so many bytes."""
+    while (missing := length - 2 - len(str(folder))) > 0:
+        folder /= "x" * (min(missing - 1, 200) if missing != 202 else 199)
+        folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [((), 1023), (("cluster_size=512",), 376), (("cluster_size=512", "compat=0.10"), 416)],
+)
+async def test_a_name_for_which_there_is_no_room(
+    options: tuple[str, ...], most: int, folder: Path
+) -> None:
+    """The longest one is written; one more byte is refused, and a relative name is the way out."""
+    given = [word for option in options for word in ("-o", option)]
+    for length in (most, most + 1):
+        place = folder / str(length)
+        place.mkdir()
+        base = create(deep(place, length) / "b", 16 * MIB)
+        assert len(str(base)) == length
+        mid, top = create(place / "m", None, backing=base.relative_to(place)), place / "t"
+        run(QEMU.img, "create", "-q", "-f", "qcow2", *given, "-b", mid, "-F", "qcow2", top)
+        assert name_room(str(top), "qcow2") == most
+        async with opened(folder, Chain([base, mid, top], [])) as (_, vm):
+            if length > most:
+                with pytest.raises(qc.ChainError, match=f"has room for {most}") as told:
+                    await vm.commit("t", top=1, override=[ABOVE])
+                assert "--keep-relative" in str(told.value)
+            job = await vm.commit("t", top=1, keep_relative=length > most)
+            assert (await job.wait()).action == "none"
+        run(QEMU.img, "info", "--backing-chain", top)
