@@ -120,10 +120,15 @@ class OnlyIfFailed(QmpCommitError):
 
 
 class VMStateError(QmpCommitError):
-    """The VM is in a state in which its disks are not its own to write (``query-status``)."""
+    """The VM is in a state in which its disks are not its own to write, or may soon not be.
 
-    FACTS = ("vm", "disk", "job_id", "status")
+    `status` is its run state (``query-status``), `migration` that of its migration
+    (``query-migrate``).
+    """
+
+    FACTS = ("vm", "disk", "job_id", "status", "migration")
     status: str
+    migration: str
 
 
 class NotReady(QmpCommitError):

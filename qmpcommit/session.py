@@ -16,9 +16,10 @@ from qmpcommit.block.identity import FileId, identify
 from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import Plan, Request, check_vm_state, plan_commit
+from qmpcommit.commit.plan import Plan, Request, plan_commit
 from qmpcommit.commit.policy import (
     AnyPolicy,
     Hold,
@@ -33,7 +34,6 @@ from qmpcommit.commit.preconditions import (
     check_job_id,
 )
 from qmpcommit.errors import (
-    CommandRefused,
     CommitFailed,
     InvalidRequest,
     JobConflict,
@@ -224,10 +224,7 @@ class Session(Monitor):
 
         Raises `VMStateError` where the VM's disks are not its own to write.
         """
-        status = await self._status()
-        if status is not None:
-            check_vm_state(self.name, status)
-        return status, await self.graph()
+        return await look_at_owner(self), await self.graph()
 
     async def _plan(
         self, request: Request, policy: Any, seen: tuple[str | None, BlockGraph] | None = None
@@ -692,13 +689,6 @@ class Session(Monitor):
             await to_the_end(job.abandon())
             raise
         return job
-
-    async def _status(self) -> str | None:
-        try:
-            with self.sensible("query-status"):
-                return str((await self.execute("query-status")).get("status"))
-        except CommandRefused:
-            return None  # qemu-storage-daemon runs no guest
 
 
 async def commit(

@@ -21,6 +21,7 @@ from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, OpenFiles, unnamed
+from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import CommandRefused, InvalidRequest, QmpCommitError
@@ -64,7 +65,8 @@ class Around(NamedTuple):
     `files` are the stale layers' files as they were when the commit was planned, by node-name;
     `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken;
     `barrier` is awaited last before the job's end is made final; `gate` is passed by what follows
-    the end, so that many jobs that end at once don't keep those that become READY waiting.
+    the end, so that many jobs that end at once don't keep those that become READY waiting;
+    with `in_migration` it is sent and ended also while the VM is being migrated.
     """
 
     on_pivot: OnPivot | None = None
@@ -76,6 +78,7 @@ class Around(NamedTuple):
     ledger: Ledger | None = None
     barrier: Barrier | None = None
     gate: asyncio.Semaphore | None = None
+    in_migration: bool = False
 
     def check(self) -> None:
         """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
@@ -120,7 +123,10 @@ async def clear_away(
             warnings += await close_layers(monitor, stale)
         else:
             warnings += await close_nodes(monitor, [image.node_name for image in stale])
-        if plan.stale != "leave" and hook != "failed" and not keep_files:
+        why = "" if around.in_migration else await objection(monitor)
+        if why:
+            warnings.append(f"{', '.join(plan.invalidated)} stays, and is stale: {why}")
+        elif plan.stale != "leave" and hook != "failed" and not keep_files:
             graph = await read_graph(monitor)
             for image in stale:
                 new = f"{image.filename}.stale-{plan.job_id}" if plan.stale == "rename" else None

@@ -17,10 +17,17 @@ from qmpcommit.block.flush import flush, sync_file
 from qmpcommit.commit import facts
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
+from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.commit.recycle import FreshOverlay, Left
-from qmpcommit.errors import CommandRefused, CommitFailed, DeadlineExceeded, QmpCommitError
+from qmpcommit.errors import (
+    CommandRefused,
+    CommitFailed,
+    DeadlineExceeded,
+    QmpCommitError,
+    VMStateError,
+)
 from qmpcommit.qmp.monitor import Monitor
 
 HOLD_LIMIT = 2.0
@@ -125,6 +132,9 @@ class Care:
             self._overlay = self._fresh(recycle)
         try:
             await self._overlay.freeze(again=again, stopped=stopped)
+            await look_at_owner(self._monitor)  # after the pivot it would be too late
+        except VMStateError as error:
+            return facts.Frozen(error.message.removesuffix(". Nothing was sent"))
         except (CommandRefused, CommitFailed) as error:
             return facts.Frozen(getattr(error, "desc", error.message))
         return facts.Frozen()

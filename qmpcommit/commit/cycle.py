@@ -18,7 +18,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from qmpcommit.block.chain import Disk, Image, absolute, check_nameable, read_image
+from qmpcommit.block.chain import (
+    Disk,
+    Image,
+    absolute,
+    check_nameable,
+    find_disk,
+    read_disks,
+    read_image,
+)
 from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
@@ -227,10 +235,11 @@ def _discarded(ends: Iterable[Discarded]) -> tuple[Round, ...]:
 
 
 async def _find(disks: Iterable[Place]) -> list[Found]:
-    """Look each disk up; raises `InvalidRequest` where one is named twice."""
+    """Look each disk up; raises `InvalidRequest` where one is named twice, as `Session.look`."""
     found: list[Found] = []
     for vm, name in disks:
-        disk = await vm.disk(name)
+        _, graph = await vm.look()
+        disk = find_disk(read_disks(graph), str(name), vm=vm.name, cwd=vm.cwd)
         if any((vm, disk.root) == (other, known.root) for other, known in found):
             raise InvalidRequest(
                 f"{name} is a disk of {vm.name} that was named before; name it once."

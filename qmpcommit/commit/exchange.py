@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId
-from qmpcommit.commit.aftermath import close_layers, remove_file, users
-from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
+from qmpcommit.commit.migration import look_at_owner
+from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Abort, Pivot
 from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.run_state import Still, runs
@@ -36,6 +37,7 @@ from qmpcommit.errors import (
     MonitorLost,
     QmpCommitError,
     VMGone,
+    VMStateError,
 )
 from qmpcommit.tasks import to_the_end
 
@@ -107,6 +109,7 @@ class Exchange:
         await self._fresh.make(again=self._again)
         if await runs(self.vm):
             await self.held.stop()
+        await look_at_owner(self.vm)  # a migration may have begun meanwhile
         await self._note("lay")
         arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
         await self.vm.execute("blockdev-snapshot", arguments)
@@ -116,6 +119,7 @@ class Exchange:
         graph = await self.vm.graph()
         if self._below(graph) != self.plan.base.node_name:
             await self._check_still("Nothing was discarded")
+            await look_at_owner(self.vm)
             await self._note("reopen")
             await self._reopen(graph, self.plan.base)
             await self._check_still("Nothing was discarded; but reset it, for it saw the base")
@@ -169,14 +173,13 @@ class Exchange:
             return
         if self._below(graph) != self.plan.top.node_name:
             await self._reopen(graph, self.plan.top)
-        job = await self.vm.commit(
-            self._fresh.node,
-            policy=Pivot(),
-            shallow=True,
-            delete=True,
-            override=["on-disk-backing"],  # the empty one names the base already
-            job_id=job_id,
-        )
+        request = Request(self._fresh.node, shallow=True, stale="delete", job_id=job_id)
+        override = ["on-disk-backing"]  # the empty one names the base already
+        # Also during a migration: its destination knows the disk as it will be then.
+        around = Around(in_migration=True)
+        seen = None, await self.vm.graph()
+        job = await self.vm.prepare(request, Pivot(), around, override=override, seen=seen)
+        job = await self.vm.launch(job, override=override)
         await job.wait()
 
     async def _end_former(self, job_id: str) -> None:
@@ -265,7 +268,7 @@ class Exchange:
         if not await asyncio.to_thread(os.path.lexists, path):
             return []  # a former process had come as far as this
         try:
-            graph = await self.vm.graph()
+            _, graph = await self.vm.look()
         except QmpCommitError as error:
             return [f"{image.filename} stays: {error.message}"]
         problem = await asyncio.to_thread(
@@ -309,7 +312,7 @@ async def exchange_all(
             await decide("exchange")
             for at in left:
                 await at.swap()
-        except (CommandRefused, CommitFailed, ChainError) as error:
+        except (CommandRefused, CommitFailed, ChainError, VMStateError) as error:
             await decide("back")
             stuck = await to_the_end(put_back(begun))
             raise _not_exchanged(at, error, stuck) from error
@@ -350,7 +353,7 @@ async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
         try:
             for at in left:
                 await at.swap()
-        except (CommandRefused, CommitFailed) as error:
+        except (CommandRefused, CommitFailed, VMStateError) as error:
             stuck = await to_the_end(put_back(left))
             raise _not_exchanged(at, error, stuck) from error
         warnings = await _finish(left)
@@ -438,14 +441,16 @@ def _discarded_before(mine: Sequence[Exchange], error: QmpCommitError) -> QmpCom
 
 
 def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[Stuck]) -> QmpCommitError:
-    where = {"vm": at.vm.name, "disk": at.plan.disk.name}
+    where: dict[str, object] = {"vm": at.vm.name, "disk": at.plan.disk.name}
     text = error.message
     if isinstance(error, CommandRefused):
         text = (
             f"QEMU does not exchange the overlay of {at.plan.disk} of {at.vm.name}: {error.desc}."
             " Nothing was discarded"
         )
-    kind = ChainError if isinstance(error, ChainError) else CommitFailed
+    kind: type[QmpCommitError] = CommitFailed
+    if isinstance(error, (ChainError, VMStateError)):
+        kind, where = type(error), {**error.facts, **where}
     return kind(". But ".join([text, *(each.text for each in stuck)]), **where)
 
 

@@ -19,7 +19,7 @@ from qmpcommit.block.chain import (
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
-from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired, VMStateError
+from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
 from qmpcommit.units import parse_size
 from qmpcommit.values import Record, record
 
@@ -30,11 +30,6 @@ WINDOW_MARK = ".qmpcommit-window-"
 """In the file name of each overlay of a snapshot window."""
 
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_UNFIT_STATES = {
-    "inmigrate": "it waits for an incoming migration, and the source host still owns its disks",
-    "postmigrate": "its migration has finished, and the destination host owns its disks",
-    "finish-migrate": "its migration is finishing, and its disks are being handed over",
-}
 
 
 @record
@@ -229,16 +224,6 @@ def _no_job(disk: Disk) -> None:
             " (qmpcommit jobs shows it; qmpcommit pivot, keep or abort end a commit's second"
             " phase). Nothing was sent",
             job_id=disk.jobs[0],
-        )
-
-
-def check_vm_state(vm: str, status: str) -> None:
-    """Refuse a VM whose disks are not its own to write (``query-status``)."""
-    if status in _UNFIT_STATES:
-        raise VMStateError(
-            f"{vm} can't commit in the state '{status}': {_UNFIT_STATES[status]}. Nothing was sent",
-            vm=vm,
-            status=status,
         )
 
 

@@ -29,6 +29,7 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
+from qmpcommit.commit.migration import look_at_owner, objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
@@ -223,6 +224,7 @@ async def close_windows(
         Remains(mark.node, f"{mark.message}, so that its writes hang: {_SAY_THE_SOCKET}")
         for mark in await thaw_marked(vm, agent)
     ]
+    await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
     outcomes = await to_the_end(_close(vm, left, bandwidth))
     folders = () if overlay_dir is None else (os.fspath(overlay_dir),)
@@ -254,10 +256,10 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
     await end_jobs(vm, [each.overlay for each in noted.disks.values()])
     if noted.freeze is not None:
         await thaw_marked(vm, noted.agent, owner=mark_of_window(noted.name))
-    _, graph = await vm.look()
+    graph = await vm.graph()
     laid = {asked: each for asked, each in noted.disks.items() if disk_over(graph, each.overlay)}
     rest = [each.overlay for each in noted.disks.values() if each not in laid.values()]
-    if rest:
+    if rest and not await objection(vm):
         await to_the_end(clear(vm, rest))
     vm.log.info("window_recovered", window=noted.name, disks=list(laid))
     return Window(noted.name, laid) if laid else None
@@ -347,7 +349,7 @@ def _check_idle(vm: Session, disk: Disk) -> None:
 
 async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
     """All overlays at one instant, or none."""
-    graph = await read_graph(vm)
+    _, graph = await vm.look()  # once more, for a migration may have begun meanwhile
     for disk, overlay in pairs:
         active = disk.active and disk.active.node_name
         size = read_image(graph, active).virtual_size if active in graph.nodes and active else None

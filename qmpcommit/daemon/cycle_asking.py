@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from qmpcommit.block.chain import absolute, find_disk
+from qmpcommit.block.chain import absolute, find_disk, read_disks
 from qmpcommit.block.identity import identify
 from qmpcommit.commit.cycle import deserves, new_overlay, plan_round
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
@@ -65,7 +65,8 @@ async def _plans(engine: Engine, found: Round, held: Mapping[str, Session]) -> l
     stem = f"{JOB_PREFIX}c{found.id[:8]}"
     for number, (vm, name) in enumerate(found.request.disks):
         session = held[vm]
-        disks = await session.disks()
+        _, graph = await session.look()
+        disks = read_disks(graph)
         disk = find_disk(disks, name, vm=vm, cwd=session.cwd)
         where = {"vm": vm, "disk": name}
         if any((plan.vm, plan.disk.root) == (vm, disk.root) for plan in plans):

@@ -616,32 +616,6 @@ async def test_refusals_send_nothing(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
-async def test_a_vm_that_waits_for_a_migration_is_refused(folder: Path) -> None:
-    chain = make_chain(folder)
-    extra = ("-incoming", "defer")
-    async with (
-        machine(folder, chain, extra=extra) as qemu,
-        qc.Session.connect(qemu.qmp) as vm,
-    ):
-        with pytest.raises(qc.VMStateError, match="inmigrate"):
-            await vm.commit("vda", policy=qc.Pivot())
-
-
-async def test_a_vm_whose_migration_has_finished_is_refused(folder: Path) -> None:
-    chain = make_chain(folder)
-    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        with vm.events("STOP", "MIGRATION") as stops:
-            await vm.execute("migrate-set-capabilities", {
-                "capabilities": [{"capability": "events", "state": True}]
-            })  # fmt: skip
-            await vm.execute("cont")
-            await vm.execute("migrate", {"uri": "exec:cat >/dev/null"})
-            while getattr(await anext(stops), "status", "") != "completed":
-                pass
-        with pytest.raises(qc.VMStateError, match=r"postmigrate|finish-migrate"):
-            await vm.commit("vda", policy=qc.Pivot())
-
-
 async def test_qemus_own_refusal_is_a_failure_with_its_text(folder: Path) -> None:
     chain = make_chain(folder)
     async with (

@@ -12,11 +12,10 @@ from qmpcommit.commit.plan import (
     Request,
     adopted_plan,
     check_job_id,
-    check_vm_state,
     new_job_id,
     plan_commit,
 )
-from qmpcommit.errors import InvalidRequest, VMStateError
+from qmpcommit.errors import InvalidRequest
 
 LAYERS = tuple(qc.Image(n, f"/i/{n}.qcow2", "qcow2") for n in ("top", "mid", "low", "base"))
 DISK = qc.Disk(name="vda", chain=LAYERS, root="thr")
@@ -135,17 +134,6 @@ def test_an_ill_formed_job_id(job_id: str) -> None:
         plan(qc.Pivot(), job_id=job_id)
 
 
-@pytest.mark.parametrize("status", ["inmigrate", "postmigrate", "finish-migrate"])
-def test_states_in_which_the_disks_are_anothers(status: str) -> None:
-    with pytest.raises(VMStateError, match=status):
-        check_vm_state("web1", status)
-
-
-@pytest.mark.parametrize("status", ["running", "paused", "prelaunch", "io-error", "shutdown"])
-def test_states_in_which_a_commit_is_fine(status: str) -> None:
-    check_vm_state("web1", status)
-
-
 def test_a_plan_tells_what_was_asked_for() -> None:
     made = plan(qc.Pivot(), on_error="stop", filter_node_name="flt", stale="delete")
     assert (made.vm, made.disk, made.policy, made.stale) == ("web1", DISK, qc.Pivot(), "delete")
@@ -260,12 +248,6 @@ def test_a_job_id_has_room_for_the_end_of_a_name() -> None:
     assert made.removeprefix(f"{JOB_PREFIX}").rpartition("-")[0] == "xaZ9" + "." * 28
     assert len(made.rpartition("-")[2]) == 8
     assert check_job_id("a" * 255) == "a" * 255
-
-
-def test_a_state_that_is_unfit_is_in_the_error() -> None:
-    with pytest.raises(VMStateError) as error:
-        check_vm_state("web1", "inmigrate")
-    assert (error.value.vm, error.value.status) == ("web1", "inmigrate")
 
 
 # -- a job that runs already ----------------------------------------------------------------------
