@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
-from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
 from qmpcommit.block.identity import FileId, identify
 from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
@@ -161,10 +161,7 @@ class Session(Monitor):
     @property
     def cwd(self) -> str | None:
         """QEMU's working directory, against which relative file names count, where it is known."""
-        try:
-            return os.readlink(f"/proc/{self.peer_pid}/cwd") if self.peer_pid else None
-        except OSError:
-            return None
+        return working_directory(self.peer_pid)
 
     async def set_write_threshold(self, node: str, threshold: int | str) -> None:
         """Be told by ``BLOCK_WRITE_THRESHOLD`` when a node's file grows past so many bytes.

@@ -25,8 +25,9 @@ _HOST_DRIVERS = frozenset(("file", "host_device", "host_cdrom"))
 class Image(Record):
     """One layer of a backing chain.
 
-    `filename` is the host file where the layer lives on one, else what QEMU shows (a protocol
-    URI or ``json:``); `shown` is always QEMU's own. Sizes are in bytes: `virtual_size` is what
+    `filename` is the host file where the layer lives on one (absolute, where QEMU's working
+    directory is known), else what QEMU shows (a protocol URI or ``json:``); `shown` is always
+    QEMU's own. Sizes are in bytes: `virtual_size` is what
     the guest sees, `allocated_size` what the layer takes on the host (None where unknown), which
     is also the most that a commit of it copies. `bitmaps` are the names of its dirty bitmaps,
     `warnings` what somebody should look at: corruption, encryption, an inconsistent bitmap.
@@ -182,7 +183,7 @@ def read_image(graph: BlockGraph, name: str) -> Image:
     leaf = graph.leaf(name)
     filename = shown
     if leaf.driver in _HOST_DRIVERS:
-        filename = str(leaf.raw.get("file") or shown)
+        filename = graph.file(leaf) or shown
     return Image(
         node_name=name,
         filename=filename,

@@ -8,6 +8,7 @@ older QEMUs gives: children, and which nodes a block job holds as source and tar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,6 +82,8 @@ class BlockGraph(NamedTuple):
     parents: Mapping[str, frozenset[str]]
     fdsets: Mapping[str, tuple[int, ...]] = {}
     """Of files that QEMU was given open (``/dev/fdset/N``): its descriptors of them."""
+    cwd: str | None = None
+    """QEMU's working directory, from which relative file names count, where it is known."""
 
     def below_filters(self, name: str | None) -> str | None:
         """The first node at or under `name` that is not a filter."""
@@ -125,6 +128,11 @@ class BlockGraph(NamedTuple):
             name = above[0]
             seen.add(name)
 
+    def file(self, node: Node) -> str:
+        """The name of the file that a node shows: absolute, where it is a host file's."""
+        name = str(node.raw.get("file") or "")
+        return os.path.join(self.cwd, name) if self.cwd and is_plain(name) else name
+
     def leaf(self, name: str) -> Node:
         """The protocol node at the bottom of a layer: what holds its bytes."""
         node = self.nodes[name]
@@ -152,7 +160,20 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
         if any("/dev/fdset/" in str(node.get("file")) for node in nodes):
             sets = await _optional(monitor, "query-fdsets", [])
             graph = graph._replace(fdsets=_descriptors(sets))
-        return graph
+        return graph._replace(cwd=working_directory(monitor.peer_pid))
+
+
+def working_directory(pid: int | None) -> str | None:
+    """A process's, as its path is from here; None where it can't be known."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd") if pid else None
+    except OSError:
+        return None
+
+
+def is_plain(filename: str) -> bool:
+    """Whether it is a host file's name: with a colon before any slash it is a URI."""
+    return bool(filename) and ":" not in filename.split("/", maxsplit=1)[0]
 
 
 def _descriptors(sets: Iterable[Raw]) -> dict[str, tuple[int, ...]]:

@@ -114,11 +114,6 @@ def identify(path: str, pid: int | None) -> FileId | None:
         return None
 
 
-def is_plain(filename: str) -> bool:
-    """Whether it is a host file's name: with a colon before any slash it is a URI."""
-    return bool(filename) and ":" not in filename.split("/", maxsplit=1)[0]
-
-
 # -- where it can be looked at --------------------------------------------------------------------
 
 

@@ -158,7 +158,7 @@ async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:
     left = [
         name
         for name, node in graph.nodes.items()
-        if node.raw.get("file") in files and not users(graph, name)
+        if graph.file(node) in files and not users(graph, name)
     ]
     return warnings + (await close_nodes(monitor, left) if left else [])
 

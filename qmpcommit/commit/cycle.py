@@ -317,7 +317,7 @@ def _overlays(
     files = []
     for (vm, _), plan in zip(found, plans, strict=True):
         path = absolute(plan.top, vm.cwd)
-        place = os.path.dirname(path) if given is None else os.fspath(given)
+        place = os.path.join(vm.cwd or "", given or os.path.dirname(path))
         if given is None or os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
             files.append(new_overlay(place, path))
         elif len(plans) == 1:
@@ -496,7 +496,7 @@ async def _clear(vm: Session, plan: Plan) -> bool:
     left &= _not_laid(graph)
     for name in sorted(left):
         made = replace(plan, job_id=name.removesuffix("-top"))
-        fresh = FreshOverlay(vm, made, str(graph.leaf(name).raw.get("file")), vm.cwd)
+        fresh = FreshOverlay(vm, made, graph.file(graph.leaf(name)), vm.cwd)
         fresh.restore(stopped=False)
         await fresh.undo()
     return bool(left)

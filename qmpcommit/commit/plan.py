@@ -16,7 +16,7 @@ from qmpcommit.block.chain import (
     read_disks,
     read_image,
 )
-from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.graph import BlockGraph, is_plain
 from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
@@ -207,8 +207,7 @@ def _to_be_written(
 
 def _counts_from_cwd(image: Image) -> bool:
     """Whether QEMU has it open by a relative path: with a colon before any slash it is a URI."""
-    first, _, _ = image.filename.partition("/")
-    return image.shown == image.filename and first != "" and ":" not in first
+    return is_plain(image.shown) and not os.path.isabs(image.shown)
 
 
 def _relative(base: Image, overlay: Image, cwd: str | None) -> str:

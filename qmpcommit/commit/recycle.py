@@ -220,8 +220,9 @@ class FreshOverlay:
         for what in ("file", "qcow2"):
             await self._forget(what)
         await self._discard()
-        nodes = (await read_graph(self._monitor)).nodes
-        opened = {str(node.raw.get("file")) for node in nodes.values()}
+        graph = await read_graph(self._monitor)
+        nodes = graph.nodes
+        opened = {graph.file(node) for node in nodes.values()}
         if nodes.keys() & {self.node, self._file_node} or opened & {self._path, self.filename}:
             return  # somebody uses it after all
         if self._is_here():

@@ -320,7 +320,7 @@ def _fresh(
     _check_idle(vm, disk)
     check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
-    folder = os.fspath(overlay_dir) if overlay_dir is not None else os.path.dirname(path)
+    folder = os.path.join(vm.cwd or "", overlay_dir or os.path.dirname(path))
     stem = os.path.basename(path).removesuffix(".qcow2")
     filename = os.path.join(folder, f"{stem}{MARK}{window}.qcow2")
     if filename in others:

@@ -66,7 +66,7 @@ def remains_of(graph: BlockGraph) -> list[Remains]:
     """
     found = [Remains(mark.node, mark.message) for mark in marks_among(graph.nodes)]
     for name in graph.nodes:
-        file = str(graph.leaf(name).raw.get("file") or "")
+        file = graph.file(graph.leaf(name))
         if MARK in file and not graph.parents.get(name) and not _laid(graph, name):
             found.append(Remains(name, f"{file} is open, and no disk uses it"))
     return found
@@ -78,7 +78,8 @@ def remains_of(graph: BlockGraph) -> list[Remains]:
 def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
     """The disk whose guest writes to this overlay; None where it was not laid over anything."""
     for disk in read_disks(graph):
-        if disk.active and disk.active.filename == overlay and len(disk.chain) > 1:
+        named = os.path.join(graph.cwd or "", overlay)
+        if disk.active and disk.active.filename == named and len(disk.chain) > 1:
             return disk
     return None
 
@@ -188,7 +189,8 @@ async def left_of(vm: Session, overlay: str) -> list[Remains]:
     """What stays of an overlay that no disk writes to, after all has been removed that may be."""
     graph = await read_graph(vm)
     for disk in read_disks(graph):
-        if overlay in [image.filename for image in disk.chain[1:]] and disk.active is not None:
+        named = os.path.join(graph.cwd or "", overlay)
+        if named in [image.filename for image in disk.chain[1:]] and disk.active is not None:
             text = (
                 f"{disk} of {vm.name} has {disk.active.filename} over it by now, so that it is a"
                 f" layer of that disk like any other: 'qmpcommit commit {vm.address or 'QMP'}"
@@ -211,9 +213,10 @@ async def clear(
     await end_jobs(vm, overlays)
     remains = []
     graph = await read_graph(vm)
+    wanted = {os.path.join(graph.cwd or "", each) for each in overlays or ()}
     for name in list(graph.nodes):
-        file = str(graph.leaf(name).raw.get("file") or "")
-        if MARK not in file or (overlays is not None and file not in overlays):
+        file = graph.file(graph.leaf(name))
+        if MARK not in file or (overlays is not None and file not in wanted):
             continue
         if graph.parents.get(name) or _laid(graph, name):
             continue

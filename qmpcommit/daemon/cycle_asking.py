@@ -93,7 +93,7 @@ async def _check_base(engine: Engine, disk: str, plan: Plan) -> None:
         plan.vm,
     )
     for row in rows:
-        if json.loads(row["plan"])["base"]["filename"] != plan.base.filename:
+        if json.loads(row["plan"])["base"]["filename"] not in (plan.base.filename, plan.base.shown):
             continue
         outcome = json.loads(row["outcome"]) if row["outcome"] else {}
         if outcome.get("action", "abort") != "abort":

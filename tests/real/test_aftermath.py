@@ -625,7 +625,7 @@ async def test_a_name_that_counts_from_qemus_folder_is_not_written_into_an_overl
     async with machine(folder, opened, style=style) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             job = await vm.commit("vda", top=1, delete=True)
-            assert (await job.wait()).deleted == ["images/mid.qcow2"]
+            assert (await job.wait()).deleted == [str(chain.files[1])]
         await qemu.quit()
     assert f"backing file: {chain.base}" in run(QEMU.img, "info", chain.top)
     assert_disk(chain.top, chain.pictures[-1])

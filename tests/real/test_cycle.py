@@ -203,8 +203,8 @@ async def test_a_round_finishes_a_discard_that_was_killed_and_asks_nobody(
         done = await vm.cycle("vda", keep_if=["false; exit 126"], guest="reset")
         assert done.result == "discarded"
         assert done.discarded is not None
-        assert done.discarded.former == str(opened.top)
-        assert await files(vm) == [Path(done.overlay), opened.base]
+        assert done.discarded.former == str(chain.top)
+        assert await files(vm) == [Path(done.overlay), chain.base]
         assert await runs(qemu)
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[0])

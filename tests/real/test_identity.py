@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from tests.ground.images import assert_disk, create, make_chain, run
+from tests.ground.images import Chain, assert_disk, create, make_chain, run
 from tests.ground.machines import machine, storage_daemon
 
 
@@ -65,3 +65,35 @@ async def test_two_layers_that_became_one_file_are_refused(folder: Path) -> None
         chain.base.hardlink_to(chain.top)
         with pytest.raises(qc.ChainError, match="same file as another layer"):
             await vm.commit("vda", policy=qc.Pivot())
+
+
+async def test_names_that_count_from_qemus_folder_are_handed_out_absolute(folder: Path) -> None:
+    chain = make_chain(folder, relative=True)
+    opened = Chain([path.relative_to(folder) for path in chain.files], chain.pictures)
+    seen: list[qc.Ready] = []
+
+    async def policy(ready: qc.Ready) -> qc.Pivot:
+        seen.append(ready)
+        return qc.Pivot()
+
+    async with storage_daemon(folder, opened) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        (disk,) = await vm.disks()
+        assert [(image.filename, image.shown) for image in disk.chain] == [
+            (str(chain.top), "top.qcow2"),
+            (str(chain.base), "base.qcow2"),
+        ]
+        async with vm.snapshot(["top"]) as window:
+            assert window["top"].filename == str(chain.top)
+            assert [each.filename for each in await vm.windows()] == [str(chain.top)]
+        assert not Path(window["top"].overlay).exists()
+        for base in ("base.qcow2", chain.base):  # as QEMU shows it, and as it is
+            plan = await vm.plan("top.qcow2", policy=qc.Keep(), base=base)
+            assert plan.base.filename == str(chain.base)
+        outcome = await (await vm.commit(str(chain.top), policy=policy, delete=True)).wait()
+        assert outcome.active is not None
+        named = {seen[0].environment()["QMPCOMMIT_BASE"], outcome.base.filename}
+        assert named | {outcome.active.filename} == {str(chain.base)}
+        assert outcome.invalidated == outcome.deleted == [str(chain.top)]
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qmpcommit.block.chain import Image
-from qmpcommit.block.identity import HOST_FILES, FileId, Named, file_id, is_plain, storage
+from qmpcommit.block.graph import is_plain
+from qmpcommit.block.identity import HOST_FILES, FileId, Named, file_id, storage
 from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
 
 NAME = "replaced-file"
