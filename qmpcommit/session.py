@@ -232,7 +232,20 @@ class Session(Monitor):
         disk = find_disk(disks, request.disk, vm=self.name, cwd=self.cwd)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
-        return plan, graph
+        return await self._named(plan, graph), graph
+
+    async def _named(self, plan: Plan, graph: BlockGraph) -> Plan:
+        """With the name that goes into a header, where the commit rewrites one."""
+        if plan.two_phase:
+            return plan
+        from qmpcommit.commit.headers import is_bare, with_backing_file
+
+        plan = await asyncio.to_thread(with_backing_file, plan, graph, self.peer_pid, self.cwd)
+        if is_bare(graph, plan.base.node_name):  # its format would be called "file"
+            features = await self.features()
+            if features.has_argument("block-commit", "backing-mask-protocol"):
+                plan.arguments["backing-mask-protocol"] = True
+        return plan
 
     async def commit(
         self,

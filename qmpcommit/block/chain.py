@@ -152,15 +152,6 @@ def check_nameable(image: Image, vm: str, disk: str) -> None:
         )
 
 
-def backing_name(image: Image, cwd: str | None) -> str:
-    """The name by which an overlay's header means this image, wherever the overlay is.
-
-    A slice of a raw file (``offset``, ``size``) is none of that file's name alone.
-    """
-    sliced = image.driver == "raw" and image.shown.startswith("json:")
-    return image.shown if sliced else absolute(image, cwd)
-
-
 def same_file(name: str, image: Image, cwd: str | None) -> bool:
     """Whether a file name that somebody typed means this image.
 

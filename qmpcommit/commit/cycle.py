@@ -27,7 +27,6 @@ from qmpcommit.block.chain import (
     read_disks,
     read_image,
 )
-from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
 from qmpcommit.commit.aftermath import users
@@ -139,7 +138,7 @@ async def discard(
     of them are exchanged, and `overlay` is a folder where there are several.
     """
     found = await _find(disks)
-    stem = _interrupted(found)
+    stem = await _interrupted(found)
     if stem is not None:
         return await _finish(found, stem, guest, delete)
     plans = _plans(found)
@@ -175,7 +174,7 @@ async def cycle(
     if freeze is not None:
         await thaw_all_abandoned({vm for vm, _ in disks}, agents or {})
     found = await _find(disks)
-    stem = _interrupted(found)
+    stem = await _interrupted(found)
     if stem is not None:
         return _discarded(await _finish(found, stem, guest, delete))
     plans = _plans(found)
@@ -420,14 +419,14 @@ async def _no_note(step: str, **facts: Any) -> None:
 # -- after a crash --------------------------------------------------------------------------------
 
 
-def _interrupted(found: Sequence[Found]) -> str | None:
+async def _interrupted(found: Sequence[Found]) -> str | None:
     """What the names of a killed discard's overlays have in common, where it left any half-way.
 
     Such a one has laid its empty overlay, and not yet exchanged what is below.
     """
     for vm, disk in found:
         stem = _stem(disk)
-        if stem is not None and len(disk.chain) > 2 and _starts_from_the_base(vm, disk):
+        if stem is not None and len(disk.chain) > 2 and await _starts_from_the_base(vm, disk):
             return stem
     return None
 
@@ -437,18 +436,20 @@ def _stem(disk: Disk) -> str | None:
     return name[1] if name is not None else None
 
 
-def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
+async def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
     """Whether the active layer names what is below the layer that it lies over."""
-    fresh, _, base = disk.chain[:3]
-    try:
-        header = read_header(absolute(fresh, vm.cwd))
-    except OSError:
-        return False
-    if header is not None and header.backing == base.shown:
-        return True
-    folder = os.path.dirname(absolute(fresh, vm.cwd))
-    named = os.path.join(folder, header.backing) if header is not None else ""
-    return os.path.normpath(named) == os.path.normpath(absolute(base, vm.cwd))
+    from qmpcommit.block.backing_name import ON_DISK, View, leads_to, written_below
+
+    graph = await vm.graph()
+    fresh, base = disk.chain[0].node_name, disk.chain[2].node_name
+
+    def names_it() -> bool:
+        view = View.of(vm.peer_pid, vm.cwd)
+        written = next(written_below(graph, fresh, view))
+        on_disk = written.source == ON_DISK
+        return on_disk and leads_to(graph, fresh, base, written, view) == "same"
+
+    return {fresh, base} <= graph.nodes.keys() and await asyncio.to_thread(names_it)
 
 
 async def _finish(
@@ -466,7 +467,7 @@ async def _finish(
             plans += _plans([(vm, disk)], stem)
             fresh += _overlays([(vm, disk)], plans[-1:], None)
             continue
-        laid = len(disk.chain) > 2 and _starts_from_the_base(vm, disk)
+        laid = len(disk.chain) > 2 and await _starts_from_the_base(vm, disk)
         plans.append(
             Plan(
                 vm=vm.name,

@@ -12,11 +12,10 @@ from qmpcommit.block.chain import (
     Disk,
     Image,
     Layer,
-    absolute,
     read_disks,
     read_image,
 )
-from qmpcommit.block.graph import BlockGraph, is_plain
+from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
@@ -78,6 +77,7 @@ class Plan(Record):
     between: tuple[Image, ...] = ()
     stale: Literal["leave", "rename", "delete"] = "leave"
     findings: list[Any] = field(default_factory=list)
+    keep_relative: bool = False
 
     @property
     def stalls(self) -> bool:
@@ -127,10 +127,6 @@ def plan_commit(
         arguments["filter-node-name"] = request.filter_node_name
     if request.backing_mask_protocol:
         arguments["backing-mask-protocol"] = True
-    if top > 0:
-        written = _to_be_written(vm, disk, top, base, cwd, keep_relative=request.keep_relative)
-        if written is not None:
-            arguments["backing-file"] = written
     return Plan(
         vm=vm,
         disk=disk,
@@ -142,6 +138,7 @@ def plan_commit(
         arguments=arguments,
         between=chain[top + 1 : base],
         stale=request.stale,
+        keep_relative=request.keep_relative,
     )
 
 
@@ -177,43 +174,6 @@ def _layers(disk: Disk, request: Request, cwd: str | None) -> tuple[int, int]:
             " above it; a commit writes downwards. Nothing was sent"
         )
     return top, base
-
-
-def _to_be_written(
-    vm: str, disk: Disk, top: int, base: int, cwd: str | None, *, keep_relative: bool
-) -> str | None:
-    """The base's name for the header of the overlay above top; None where QEMU's own is right.
-
-    QEMU writes the name by which it opened the base. A relative one counts from its working
-    directory there, and in the header from the overlay's folder: another file, or none.
-    """
-    below, overlay = disk.chain[base], disk.chain[top - 1]
-    if keep_relative:
-        return _relative(below, overlay, cwd)
-    if not _counts_from_cwd(below):
-        return None
-    if cwd is not None:
-        return absolute(below, cwd)
-    if _counts_from_cwd(overlay):
-        return _relative(below, overlay, None)
-    raise ChainError(
-        f"QEMU has the base {below.filename} open by a name that counts from its working directory,"
-        f" which is not known here, and would write it into {overlay.filename}, where it means"
-        " another file. Use QEMU's Unix socket on its own host. Nothing was sent",
-        vm=vm,
-        disk=disk.name,
-    )
-
-
-def _counts_from_cwd(image: Image) -> bool:
-    """Whether QEMU has it open by a relative path: with a colon before any slash it is a URI."""
-    return is_plain(image.shown) and not os.path.isabs(image.shown)
-
-
-def _relative(base: Image, overlay: Image, cwd: str | None) -> str:
-    """The base's name as the overlay above top is to have it written, relative to itself."""
-    folder = os.path.dirname(absolute(overlay, cwd))
-    return os.path.relpath(absolute(base, cwd), folder)
 
 
 def _no_job(disk: Disk) -> None:

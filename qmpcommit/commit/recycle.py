@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.block.chain import Image, backing_name, read_image
+from qmpcommit.block.backing_name import BackingName, View, name_below
+from qmpcommit.block.chain import Image, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import names_are_ours
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
@@ -254,8 +255,10 @@ class FreshOverlay:
         return os.path.join(self._cwd or os.getcwd(), self.filename)
 
     async def _open(self) -> None:
-        base, top = self._plan.base, self._plan.top
-        self.size = await self._size_now()
+        top = self._plan.top
+        graph = await read_graph(self._monitor)
+        self.size = self._size_now(graph)
+        name = await asyncio.to_thread(self._backing_name, graph)
         created = {"driver": "file", "filename": self.filename, "size": 0}
         self._begun, self._here = True, self._is_here()
         await self._create("file", created)
@@ -265,8 +268,8 @@ class FreshOverlay:
             "driver": "qcow2",
             "file": self._file_node,
             "size": self.size,
-            "backing-file": backing_name(base, self._cwd),
-            "backing-fmt": base.driver,
+            "backing-file": name.text,
+            "backing-fmt": name.format,
         }
         if top.cluster_size and top.driver == "qcow2":
             image["cluster-size"] = top.cluster_size
@@ -279,9 +282,26 @@ class FreshOverlay:
         }
         await self._monitor.execute("blockdev-add", overlay)
 
-    async def _size_now(self) -> int:
+    def _backing_name(self, graph: BlockGraph) -> BackingName:
+        """What its header calls the base.
+
+        QEMU shows an overlay with a relative name as ``json:``, so that one which is shown by its
+        file's name goes on being so, unless the caller wants a relative name.
+        """
+        plan = self._plan
+        layers = [] if plan.top == plan.base else [plan.top, *plan.between]
+        kept = None if plan.top.shown.startswith("json:") else False
+        return name_below(
+            graph,
+            plan.base.node_name,
+            self.filename,
+            View.of(self._monitor.peer_pid, self._cwd),
+            through=[image.node_name for image in layers],
+            relative=plan.keep_relative or kept,
+        )
+
+    def _size_now(self, graph: BlockGraph) -> int:
         """The disk's; it may have been resized since the plan was made."""
-        graph = await read_graph(self._monitor)
         layers = (self._plan.base, self._plan.top)
         now = [read_image(graph, i.node_name) for i in layers if i.node_name in graph.nodes]
         return max(image.virtual_size or 0 for image in now or layers)

@@ -609,8 +609,7 @@ async def test_relative_backing_names_stay_relative(relative: bool, folder: Path
         await job.wait()
         await vm.close()
         await qemu.quit()
-    info = run(QEMU.img, "info", chain.top)
-    assert ("backing file: base.qcow2" in info) is relative
+    assert "backing file: base.qcow2" in run(QEMU.img, "info", chain.top)
     assert_disk(chain.top, chain.pictures[-1])
 
 
@@ -627,7 +626,9 @@ async def test_a_name_that_counts_from_qemus_folder_is_not_written_into_an_overl
             job = await vm.commit("vda", top=1, delete=True)
             assert (await job.wait()).deleted == [str(chain.files[1])]
         await qemu.quit()
-    assert f"backing file: {chain.base}" in run(QEMU.img, "info", chain.top)
+    header = block_files.read_header(str(chain.top))
+    assert header is not None
+    assert header.backing == "base.qcow2"
     assert_disk(chain.top, chain.pictures[-1])
 
 

@@ -266,8 +266,9 @@ def test_encryption() -> None:
         ("file:/i/base", "ok"),
         ('json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/i/base"}}', "ok"),
         ('json:{"file.filename": "/i/base"}', "ok"),
-        ("/i/old", "refuse"),
-        ("nbd://host/base", "refuse"),
+        ('json:{"driver": "file", "filename": "/i/base"}', "note"),
+        ("/i/old", "note"),  # it may be a link on the host of this QEMU, which is not known
+        ("nbd://host/base", "note"),
         ("json:{", "refuse"),
         ("", "note"),
     ],

@@ -183,60 +183,6 @@ def test_the_shortest_chain_has_two_layers() -> None:
     assert (made.top, made.base, made.between) == (*LAYERS[:2], ())
 
 
-def test_relative_names_are_relative_to_where_the_vm_runs() -> None:
-    layers = tuple(qc.Image(n, f"{n}/{n}.qcow2", "qcow2") for n in ("top", "mid", "low", "base"))
-    disk = qc.Disk(name="vda", chain=layers)
-    request = Request("vda", top="/vms/low/low.qcow2", keep_relative=True)
-    made = plan_commit("web1", disk, request, None, cwd="/vms")
-    assert made.top == layers[2]
-    assert made.arguments["backing-file"] == "../base/base.qcow2"
-    request = Request("vda", top="mid", base="low", keep_relative=True)
-    made = plan_commit("web1", disk, request, None, cwd="/vms")
-    assert made.arguments["backing-file"] == "../low/low.qcow2"
-    active = plan_commit("web1", disk, Request("vda", keep_relative=True), qc.Pivot(), cwd="/vms")
-    assert "backing-file" not in active.arguments
-
-
-def test_the_new_backing_name_is_relative_to_the_overlay_above_top() -> None:
-    names = ("/a/one.qcow2", "/b/two.qcow2", "/c/three.qcow2", "/b/base.qcow2")
-    layers = tuple(qc.Image(f"n{i}", name, "qcow2") for i, name in enumerate(names))
-    disk = qc.Disk(name="vda", chain=layers)
-    request = Request("vda", top=2, keep_relative=True)
-    assert plan_commit("v", disk, request, None).arguments["backing-file"] == "base.qcow2"
-    cwd = "/elsewhere"
-    mixed = (layers[0], qc.Image("n1", "two.qcow2", "qcow2"), *layers[2:])
-    made = plan_commit("v", qc.Disk(name="vda", chain=mixed), request, None, cwd=cwd)
-    assert made.arguments["backing-file"] == "../b/base.qcow2"
-
-
-def test_a_name_that_counts_from_qemus_folder_is_written_in_full() -> None:
-    def disk(*names: str) -> qc.Disk:
-        layers = (qc.Image(f"n{i}", name, "qcow2", name) for i, name in enumerate(names))
-        return qc.Disk(name="vda", chain=tuple(layers))
-
-    def written(chain: qc.Disk, cwd: str | None, **more: Any) -> object:
-        made = plan_commit("v", chain, Request("vda", top=1, **more), None, cwd)
-        return made.arguments.get("backing-file")
-
-    relative = disk("a/top", "a/mid", "b/base")
-    assert written(relative, "/vms") == "/vms/b/base"
-    assert written(relative, None) == "../b/base"
-    assert written(disk("/a/top", "/a/mid", "/b/base"), "/vms") is None
-    assert written(disk("a/top", "a/mid", "nbd://host/base"), "/vms") is None
-    assert written(disk("a/top", "a/mid", "json:{}"), "/vms") is None
-    assert written(disk("a/top", "a/mid", "b/x:y/base"), "/vms") == "/vms/b/x:y/base"
-    wrapped = qc.Image("n2", "b/base", "qcow2", """json:{"file": {"filename": "b/base"}}""")
-    inside = qc.Disk(name="vda", chain=(*disk("a/top", "a/mid").chain, wrapped))
-    assert written(inside, "/vms") is None
-    unknown = disk("/a/top", "a/mid", "b/base")
-    assert written(unknown, "/vms") == "/vms/b/base"
-    with pytest.raises(qc.ChainError, match="working directory") as error:
-        written(unknown, None)
-    assert (error.value.vm, error.value.disk) == ("v", "vda")
-    active = plan_commit("v", relative, Request("vda"), qc.Pivot(), "/vms")
-    assert "backing-file" not in active.arguments
-
-
 def test_all_jobs_of_a_disk_are_told() -> None:
     with pytest.raises(qc.JobConflict, match=r"job7, job8\. Wait"):
         plan(qc.Pivot(), qc.Disk(name="vda", chain=LAYERS, jobs=("job7", "job8")))

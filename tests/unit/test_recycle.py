@@ -50,6 +50,8 @@ class Creating(Monitor):
             raise CommandRefused("no guest", error_class="CommandNotFound", desc="not found")
         elif command == "query-jobs":
             return [self._look(job) for job in list(self.jobs)]
+        elif command == "query-named-block-nodes":
+            return [{"node-name": "base", "drv": "raw", "file": "/vms/base"}]
         return {}
 
     def begin(self, job: str) -> None:

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from itertools import pairwise
 
-from qmpcommit.block.chain import Image
-from qmpcommit.block.files import read_header
-from qmpcommit.block.graph import Raw
-from qmpcommit.block.identity import HOST_FILES, file_id, locate
-from qmpcommit.commit.checks.finding import (
-    Case,
-    Finding,
-    flat_options,
-    refused,
-    unchecked,
-)
+from qmpcommit.block.backing_name import View, leads_to, written_below
+from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
 
 
 def on_disk_backing(case: Case) -> Iterator[Finding]:
@@ -27,86 +16,41 @@ def on_disk_backing(case: Case) -> Iterator[Finding]:
     if case.plan.base.node_name not in names:
         yield unchecked("on-disk-backing", "the base is not in the disk's chain")
         return
+    view = View.of(case.pid, case.cwd)
     last = names.index(case.plan.base.node_name)
     for overlay, below in pairwise(chain[: last + 1]):
         if overlay.node_name not in case.graph.nodes or below.node_name not in case.graph.nodes:
             continue
-        for source, written, full in _written(case, overlay):
-            if not written:
+        for written in written_below(case.graph, overlay.node_name, view):
+            if not written.text:
                 yield Finding(
                     "on-disk-backing", "note",
-                    f"{overlay.filename} names no backing file itself ({source}), while QEMU has"
-                    f" {below.filename} under it: a start of the VM must give the whole chain",
+                    f"{overlay.filename} names no backing file itself ({written.source}), while"
+                    f" QEMU has {below.filename} under it: a start of the VM must give the whole"
+                    " chain",
                 )  # fmt: skip
                 break
-            if not _means(case, full, below):
+            said = f"{overlay.filename} names '{written.text}' as its backing file"
+            verdict = leads_to(case.graph, overlay.node_name, below.node_name, written, view)
+            if verdict == "other":
                 yield refused(
                     "on-disk-backing",
-                    f"{overlay.filename} names '{written}' as its backing file ({source}), but"
-                    f" QEMU has {below.filename} under it: started from its files, the VM would"
-                    " have another disk. qemu-img rebase -u repairs the name while the VM is off",
+                    f"{said} ({written.source}), but QEMU has {below.filename} under it: started"
+                    " from its files, the VM would have another disk, or none. qemu-img rebase -u"
+                    " repairs the name while the VM is off",
                 )
                 break
-
-
-def _written(case: Case, overlay: Image) -> Iterator[tuple[str, str, str]]:
-    """The backing names of a layer: who says so, as written, and in full."""
-    leaf = case.graph.leaf(overlay.node_name)
-    place = case.place(leaf)
-    if place.path and overlay.driver == "qcow2":
-        try:
-            header = read_header(place.path)
-        except OSError:
-            header = None
-        if header is not None:
-            folder = os.path.dirname(str(leaf.raw.get("file")))
-            yield "its header on disk", header.backing, _full(header.backing, folder)
-    info: Raw = case.graph.nodes[overlay.node_name].raw.get("image") or {}
-    written = str(info.get("backing-filename") or "")
-    yield "as QEMU read it", written, str(info.get("full-backing-filename") or written)
-
-
-def _full(name: str, folder: str) -> str:
-    if not name or name.startswith("json:") or ":" in name.split("/", maxsplit=1)[0]:
-        return name
-    return os.path.join(folder, name)
-
-
-def _means(case: Case, name: str, image: Image) -> bool:
-    """Whether a backing file's name means this layer."""
-    leaf = case.graph.leaf(image.node_name)
-    opened = str(leaf.raw.get("file"))
-    if name in (image.shown, image.filename, opened):
-        return True
-    name = _plain(name)
-    if name == opened:
-        return True
-    if leaf.driver not in HOST_FILES or not name or ":" in name.split("/", maxsplit=1)[0]:
-        return False
-    cwd = case.cwd or os.getcwd()
-    if os.path.normpath(os.path.join(cwd, name)) == os.path.normpath(os.path.join(cwd, opened)):
-        return True
-    here, there = case.place(leaf), locate(name, pid=case.pid, cwd=case.cwd)
-    if here.path and there.path:
-        return file_id(here.path) == file_id(there.path)
-    if not case.pid:
-        return os.path.realpath(os.path.join(cwd, name)) == os.path.realpath(
-            os.path.join(cwd, opened)
-        )
-    return False
-
-
-def _plain(name: str) -> str:
-    """The plain file name in ``file:...`` or ``json:{...}``; other names as they are."""
-    if name.startswith("file:"):
-        return name.removeprefix("file:").removeprefix("//")
-    if not name.startswith("json:"):
-        return name
-    try:
-        options = flat_options(json.loads(name.removeprefix("json:")))
-    except ValueError:
-        return name
-    for key in ("file.filename", "filename", "file.file.filename"):
-        if isinstance(options.get(key), str):
-            return str(options[key])
-    return name
+            if verdict == "part":
+                yield Finding(
+                    "on-disk-backing", "note",
+                    f"{said} ({written.source}), but QEMU has another part of that file, or in"
+                    " another format: a start of the VM must give the whole chain",
+                )  # fmt: skip
+                break
+            if verdict == "unknown":
+                yield unchecked(
+                    "on-disk-backing",
+                    f"{said} ({written.source}), which can't be compared from here with"
+                    f" {below.filename}, which QEMU has under it",
+                )
+                break
