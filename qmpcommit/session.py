@@ -358,6 +358,10 @@ class Session(Monitor):
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
+        if not plan.two_phase:
+            from qmpcommit.commit.overlays_above import check_writable
+
+            await check_writable(self, plan, graph, self.cwd, override)
         around = around._replace(
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
             files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},

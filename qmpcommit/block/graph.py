@@ -62,6 +62,17 @@ class JobNodes(NamedTuple):
     nodes: Mapping[str, str]
 
     @property
+    def changed(self) -> set[str]:
+        """The nodes whose contents the job moves: not the disk's root, if only that is called so.
+
+        A commit of an intermediate layer has the root that it was given as its main node.
+        """
+        held = dict(self.nodes)
+        if "intermediate node" in held:
+            held.pop("main node", None)
+        return set(held.values())
+
+    @property
     def source(self) -> str | None:
         """The layer that is copied (an active commit names it so)."""
         return self.nodes.get("source")
@@ -220,7 +231,10 @@ def build_graph(
             if parent["type"] == "block-driver" and parent["name"] in children:
                 children[parent["name"]].setdefault(edge["name"], child["name"])
             elif parent["type"] == "block-job":
-                jobs.setdefault(parent["name"], {})[edge["name"]] = child["name"]
+                held, name = jobs.setdefault(parent["name"], {}), edge["name"]
+                if name in held:  # a commit calls each layer above its base "intermediate node"
+                    name = f"{name} {len(held)}"
+                held[name] = child["name"]
     elif not any(children.values()):
         _guess_children(raw, children)
     parents: dict[str, set[str]] = {}

@@ -1,9 +1,9 @@
 """What has to be done around the two phases, at the moments that the machine names.
 
-While the job is PENDING the bitmaps are carried, and an intermediate layer's base is flushed before
-the chain names it; for a recycle the guest is paused, a
-fresh overlay laid over the base, and the guest continued. Each step answers with the fact that
-the machine waits for; losing the monitor is raised, for the driver to tell.
+While the job is PENDING the bitmaps are carried. An intermediate layer's base is flushed before
+the chain names it, and the overlays above are opened, whose headers will name it. For a recycle
+the guest is paused, a fresh overlay laid over the base, and the guest continued. Each step answers
+with the fact that the machine waits for; losing the monitor is raised, for the driver to tell.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from qmpcommit.commit import facts
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
 from qmpcommit.commit.migration import look_at_owner
+from qmpcommit.commit.overlays_above import OverlaysAbove
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.commit.recycle import FreshOverlay, Left
@@ -47,6 +48,7 @@ class Care:
         self._monitor, self._plan, self._around = monitor, plan, around
         self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._overlay: FreshOverlay | None = None
+        self._above = OverlaysAbove(monitor, plan, around.cwd)
 
     @property
     def paused(self) -> float | None:
@@ -67,6 +69,9 @@ class Care:
         """
         if not self._plan.two_phase:
             await self._flush()
+            why = await self._above.open()
+            if why is not None:
+                return facts.Prepared(self._not_to_be_ended(why))
         prepared = facts.Prepared() if keeps else await self._carry()
         barrier = self._around.barrier
         if barrier is None or prepared.error is not None:
@@ -75,6 +80,20 @@ class Care:
             return facts.Prepared(await barrier())
         except Exception as error:  # the owner's own; the disk must not be held for it
             return facts.Prepared(f"the barrier failed: {error!r}")
+
+    def _not_to_be_ended(self, why: str) -> str:
+        plan = self._plan
+        below = ", ".join(image.filename for image in (*plan.between, plan.base))
+        return (
+            f"{why}. At the job's end QEMU would have crashed over it, and the guest with it, so"
+            f" the job was cancelled: no header was rewritten. {below} may hold part of the data"
+            f" that was to be committed, and is valid only under {plan.top.filename}. Mend that,"
+            " and commit again"
+        )
+
+    async def close_above(self) -> None:
+        """The job has ended: the overlays above are read-only again."""
+        await self._above.close()
 
     async def _flush(self) -> None:
         base = self._plan.base

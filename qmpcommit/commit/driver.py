@@ -115,7 +115,8 @@ class Driver:
                 stalls=plan.stalls,
                 meets=around.barrier is not None,
             )
-        self._auto_finalize = auto_finalize and not (prepares or self.state.prepares)
+        by_us = prepares or (self.state.prepares and not adopted)
+        self._auto_finalize = auto_finalize and not by_us
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._consulting: asyncio.Task[Settled] | None = None
         self._stalling: asyncio.Task[None] | None = None
@@ -203,6 +204,7 @@ class Driver:
             if self.state.status == "pending" and self.state.prepares:
                 order = "job-finalize" if self.state.prepared else "job-cancel"
                 await self._monitor.execute(order, {"id": self.id})
+            await self._care.close_above()
             if self.state.frozen:
                 await self._care.thaw()
 
@@ -485,6 +487,7 @@ class Driver:
 
     async def _conclude(self) -> None:
         state, plan = self.state, self.plan
+        await self._care.close_above()
         if state.verdict not in _NO_UNDOING:
             await self._care.undo()
         left = None

@@ -199,11 +199,17 @@ def begin(
 def adopt(*, two_phase: bool, undoes: bool = False, linked: bool = True) -> Step:
     """A job that exists already: QEMU has to be asked where it is.
 
-    One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. `linked`
-    is as for `resume`.
+    One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. The end of
+    an intermediate layer's is prepared before, for QEMU may crash over it. `linked` is as for
+    `resume`.
     """
     state = State(
-        two_phase=two_phase, phase=Phase.COPYING, began=True, undoes=undoes, linked=linked
+        two_phase=two_phase,
+        phase=Phase.COPYING,
+        began=True,
+        prepares=not two_phase,
+        undoes=undoes,
+        linked=linked,
     )
     return state, [Duty.ASK if linked else Duty.RELINK]
 
@@ -220,6 +226,7 @@ def resume(state: State, *, same_vm: bool | None, linked: bool = True) -> Step:
         linked=linked,
         in_flight=False,
         preparing=False,
+        prepared=state.prepared and state.two_phase,  # an intermediate layer's is looked at again
         resumed=False,
         stalled=False,
         other_vm=same_vm is False,

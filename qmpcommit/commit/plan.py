@@ -204,7 +204,7 @@ def check_job_id(job_id: str) -> str:
 def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
     """What is known of a running job from the nodes that it holds."""
     held = graph.jobs.get(job_id)
-    nodes = set(held.nodes.values()) if held is not None else set()
+    nodes = held.changed if held is not None else set()
     disks = [d for d in read_disks(graph) if job_id in d.jobs]
     disk = disks[0] if disks else Disk(name="?")
     source, target = (held.source, held.target) if held is not None else (None, None)

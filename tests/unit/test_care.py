@@ -16,11 +16,15 @@ from tests.unit.test_checks import made
 
 
 class Refusing(Monitor):
-    """Refuses all that it is asked."""
+    """Refuses all that it is asked, but has no nodes."""
 
     connected = True
 
     async def execute(self, command: str, arguments: Any = None, **more: object) -> Any:
+        if command.startswith("query-"):
+            return []
+        if command == "x-debug-query-block-graph":
+            return {"nodes": [], "edges": []}
         raise CommandRefused("refused", error_class="GenericError", desc="no such driver")
 
 

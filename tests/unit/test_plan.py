@@ -249,8 +249,10 @@ def test_an_adopted_job_whose_edges_have_other_names() -> None:
     assert names_of(made) == ("mid", "low", ())
     made = adopted({"source": "mid", "target": "low", "above": "top", "below": "base"})
     assert names_of(made) == ("mid", "low", ())
+    # The main node of an intermediate layer's commit is the disk's root, which is not committed.
     made = adopted({"main node": "top", "intermediate node": "mid", "base": "low"})
-    assert names_of(made) == ("top", "low", ("mid",))
+    assert names_of(made) == ("mid", "low", ())
+    assert not made.two_phase
 
 
 def test_an_adopted_job_whose_layer_is_gone_from_the_graph() -> None:

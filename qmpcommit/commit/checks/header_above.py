@@ -17,6 +17,8 @@ from qmpcommit.block.qcow2 import LONGEST_NAME, name_room
 from qmpcommit.commit.checks.finding import Case, Finding, image_data, refused
 from qmpcommit.commit.checks.read_only import declared, is_on
 
+NAME = "header-above"
+
 _REWRITABLE = ("qcow2", "qed")
 """The formats whose backing name QEMU can change."""
 
@@ -33,7 +35,7 @@ def header_above(case: Case) -> Iterator[Finding]:
         image = read_image(case.graph, node.name)
         if between:
             yield refused(
-                "header-above",
+                NAME,
                 f"{image.filename} lies over {case.plan.top.filename} through the filter"
                 f" '{between}', and QEMU does not change its backing name through a filter: started"
                 " from its files, the VM would still need the layers that are merged away. Remove"
@@ -42,18 +44,18 @@ def header_above(case: Case) -> Iterator[Finding]:
             continue
         why = _no_name(node, case, image, name) or _no_format(case, node)
         if why:
-            yield Finding("header-above", "refuse", why, final=True)
+            yield Finding(NAME, "refuse", why, final=True)
             continue
         why, known = _not_writable(case, node) if node.raw.get("ro") else ("", True)
         if why and known:
             yield refused(
-                "header-above",
+                NAME,
                 f"at its end QEMU would write the base's name into the header of {image.filename},"
                 f" and would crash, and the guest with it, since it can't: {why}",
             )
         elif why:
             yield Finding(
-                "header-above", "note",
+                NAME, "note",
                 f"QEMU will write into the header of {image.filename}, and it is not known from"
                 f" here whether it can: {why}",
             )  # fmt: skip

@@ -1,0 +1,122 @@
+"""The overlays above the merged layers, opened for writing before QEMU has to.
+
+At the end of an intermediate commit QEMU reopens a read-only overlay above for writing, changes
+the backing name in its header, and crashes if it can't. The monitor's ``qemu-io`` makes the very
+same reopening when it is asked, and tells when it fails: by the file's name, with QEMU's own
+rights, locks and options. What it has opened stays open until the job has ended, so that nothing
+can come in between. A storage daemon has no such command; there the files have to tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import OpenFiles
+from qmpcommit.commit.checks.finding import Case, Finding
+from qmpcommit.commit.checks.header_above import NAME, header_above, overlays_above
+from qmpcommit.errors import ChainError, CommandRefused, QmpCommitError
+from qmpcommit.tasks import to_the_end
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from qmpcommit.commit.plan import Plan
+    from qmpcommit.qmp.monitor import Monitor
+
+
+class OverlaysAbove:
+    """Those of one intermediate commit; `opened` are the nodes that were opened for writing."""
+
+    def __init__(self, monitor: Monitor, plan: Plan, cwd: str | None) -> None:
+        self._monitor, self._plan, self._cwd = monitor, plan, cwd
+        self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
+        self.opened: list[str] = []
+
+    async def open(self, graph: BlockGraph | None = None) -> str | None:
+        """Open them for writing (``qemu-io NODE "reopen -w"``); why it can't be done, or None.
+
+        Where one can't be opened, all are as they were. Raises what `Monitor.execute` raises.
+        """
+        graph = graph or await read_graph(self._monitor)
+        found = await asyncio.to_thread(self._look, graph)
+        for finding in found:
+            if finding.level == "refuse" and finding.final:
+                return finding.message
+        read_only = [
+            node.name
+            for node, _ in overlays_above(graph, self._plan.top.node_name)
+            if node.raw.get("ro") and node.name not in self.opened
+        ]
+        for node in read_only:
+            self.opened.append(node)  # it may be done even if its reply is not awaited
+            try:
+                why = await self._reopen(node, "-w")
+            except CommandRefused:  # a storage daemon
+                self.opened.remove(node)
+                return self._by_sight(found)
+            if why:
+                self.opened.remove(node)
+                await self.close()
+                return f"QEMU can't open '{node}' for writing, whose header it has to change: {why}"
+        return None
+
+    async def close(self) -> None:
+        """Make those that were opened read-only again, as far as QEMU can be asked."""
+        for node in self.opened:
+            with suppress(QmpCommitError):
+                why = await self._reopen(node, "-r")
+                if why:
+                    self._log.warning("stays_writable", node=node, why=why)
+        self.opened.clear()
+
+    async def _reopen(self, node: str, how: str) -> str:
+        """What the monitor says, which is nothing where it was done."""
+        line = {"command-line": f'qemu-io {node} "reopen {how}"'}
+        said = await self._monitor.execute("human-monitor-command", line)
+        return " ".join(str(said).split())
+
+    def _look(self, graph: BlockGraph) -> list[Finding]:
+        pid = self._monitor.peer_pid
+        opened = OpenFiles.of(graph, pid, cwd=self._cwd)
+        return list(header_above(Case(graph, self._plan, pid, self._cwd, opened=opened)))
+
+    def _by_sight(self, found: list[Finding]) -> str | None:
+        """What the files tell, unless somebody said that it does not count."""
+        overridden = any(f.name == NAME and f.level == "refuse" for f in self._plan.findings)
+        told = [f.message for f in found if f.level == "refuse" and not overridden]
+        return told[0] if told else None
+
+
+async def check_writable(
+    monitor: Monitor,
+    plan: Plan,
+    graph: BlockGraph,
+    cwd: str | None,
+    override: Collection[str] = (),
+) -> None:
+    """Have QEMU open the overlays above for writing, and close them again.
+
+    Raises `ChainError` where it can't: at the commit's end it would crash. So it does where it
+    can't be asked and nothing else tells.
+    """
+    above = OverlaysAbove(monitor, plan, cwd)
+    try:
+        why = await above.open(graph)
+    finally:
+        await to_the_end(above.close())
+    if why is None and NAME not in override:
+        asked = await monitor.features()
+        unknown = [f.message for f in plan.findings if f.name == NAME and f.level == "note"]
+        if unknown and not asked.has_command("human-monitor-command"):
+            why = f"{unknown[0]} (override '{NAME}' to commit anyway)"
+    if why is not None:
+        raise ChainError(
+            f"[{NAME}] {why}. QEMU would crash at the commit's end, and the guest with it. Nothing"
+            " was changed",
+            vm=plan.vm,
+            disk=plan.disk.name,
+            checks=[NAME],
+        )
