@@ -32,6 +32,7 @@ from qmpcommit.commit.preconditions import (
     carrying_of,
     check_abilities,
     check_job_id,
+    check_overlays,
 )
 from qmpcommit.errors import (
     CommitFailed,
@@ -232,6 +233,7 @@ class Session(Monitor):
         disk = find_disk(disks, request.disk, vm=self.name, cwd=self.cwd)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
+        await check_overlays(self, plan, graph)
         return await self._named(plan, graph), graph
 
     async def _named(self, plan: Plan, graph: BlockGraph) -> Plan:

@@ -17,11 +17,12 @@ from qmpcommit.block.flush import flush, sync_file
 from qmpcommit.commit import facts
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.overlays_above import OverlaysAbove
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.commit.recycle import FreshOverlay, Left
+from qmpcommit.commit.recycle import Left
 from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,
@@ -57,10 +58,11 @@ class Care:
 
     @property
     def remarks(self) -> list[str]:
-        """That a guest which a recycle paused was let go on too early, or not at all, and why."""
+        """That a paused guest was let go on too early, or not at all; what the overlay lacks."""
         if self._overlay is None:
             return []
-        return [text for text in (self._overlay.disturbed, self._overlay.remark) if text]
+        told = (self._overlay.disturbed, self._overlay.remark, *self._overlay.warnings)
+        return [text for text in told if text]
 
     async def prepare(self, *, keeps: bool) -> Fact:
         """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.
@@ -134,7 +136,7 @@ class Care:
         around = self._around
         return FreshOverlay(
             self._monitor, self._plan, recycle.overlay, around.cwd, around.ledger,
-            alone=around.barrier is None,
+            asked=recycle.asked, alone=around.barrier is None,
         )  # fmt: skip
 
     async def obstacle(self, recycle: Recycle) -> str | None:

@@ -32,6 +32,7 @@ from qmpcommit.block.identity import identify
 from qmpcommit.commit.aftermath import users
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.group import GroupCommit
 from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_policy import group_ready
@@ -48,7 +49,6 @@ from qmpcommit.commit.policy import (
     run_command,
 )
 from qmpcommit.commit.quiesce import How, Sockets, check_sockets
-from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.run_state import runs
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
 from qmpcommit.tasks import to_the_end

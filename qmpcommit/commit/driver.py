@@ -291,7 +291,7 @@ class Driver:
         if obstacle is not None:  # once noted it would be ours, for the next process to unlink
             self.tell(facts.Frozen(obstacle))
             return
-        await self.note("freeze", overlay=recycle.overlay)
+        await self.note("freeze", overlay=recycle.overlay, recycle=recycle)
         freezing = self._care.freeze(recycle, again=again, stopped=self._stopped_before)
         await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
 

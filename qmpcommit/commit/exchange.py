@@ -24,10 +24,10 @@ from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Abort, Pivot
-from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.run_state import Still, runs
 from qmpcommit.errors import (
     ChainError,

@@ -17,6 +17,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.errors import CommitFailed, InvalidRequest, PolicyRequired
 from qmpcommit.tasks import kill
 from qmpcommit.units import parse_seconds
@@ -53,11 +54,21 @@ class Recycle(Record):
     """Pivot, then lay a fresh empty overlay (a new file) over the base, the guest paused meanwhile.
 
     The new overlay holds *only the changes since*, which a keep's does not. `overlay` is the
-    file name, as QEMU is to open it; the file must not exist.
+    file name, as QEMU is to open it; the file must not exist. It is like the overlay that it
+    follows; what QEMU does not tell of that is said in `overlay_options`, which are members of
+    ``blockdev-add`` (for its protocol node in ``file``), and `overlay_secret` is the id of the
+    QEMU secret that the fresh overlay of an encrypted disk is encrypted with.
     """
 
     overlay: str
+    overlay_options: Mapping[str, Any] | None = None
+    overlay_secret: str | None = None
     kind: Literal["recycle"] = field(default="recycle", kw_only=True)
+
+    @property
+    def asked(self) -> OverlayOptions:
+        """What is asked of the fresh overlay."""
+        return OverlayOptions.of(self.overlay_options, self.overlay_secret)
 
     def __post_init__(self) -> None:
         if not isinstance(self.overlay, (str, os.PathLike)) or not os.fspath(self.overlay):
@@ -65,6 +76,7 @@ class Recycle(Record):
         object.__setattr__(self, "overlay", os.fspath(self.overlay))
         if "\0" in self.overlay:
             raise InvalidRequest("a file name can't contain a NUL byte")
+        OverlayOptions.of(self.overlay_options, self.overlay_secret)
 
 
 Decision: TypeAlias = Pivot | Keep | Abort | Recycle

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 
 from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
+from qmpcommit.commit.overlay_like import unfit
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Keep, Ready, Recycle, is_answer, no_answer, run_command
-from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, OnlyIfFailed
+from qmpcommit.errors import (
+    ChainError,
+    CommandRefused,
+    CommitFailed,
+    InvalidRequest,
+    JobConflict,
+    OnlyIfFailed,
+)
 from qmpcommit.qmp.monitor import Monitor
 
 ONLY_IF_TIMEOUT = 60.0
@@ -25,10 +36,8 @@ async def check_abilities(
     `status` is the VM's (None: a storage daemon, which runs no guest), `private` whether nobody
     else can reach what it exports.
     """
-    for name in ("", "otherwise", "passed", "failed"):  # what a hold or a check may come to
-        decision = getattr(plan.policy, name, None) if name else plan.policy
-        if isinstance(decision, Recycle):
-            _check_recycle(plan, decision, status, cwd, private)
+    for recycle in _recycles(plan):
+        _check_recycle(plan, recycle, status, cwd, private)
     masks = "backing-mask-protocol" in plan.arguments
     if not isinstance(plan.policy, Keep) and not masks:
         return
@@ -44,6 +53,41 @@ async def check_abilities(
         raise CommitFailed(
             f"QEMU of {plan.vm} has no block-job-cancel with 'force', the only way to keep"
             " the overlay active; pivot instead. Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+
+
+def _recycles(plan: Plan) -> list[Recycle]:
+    """What a policy may come to of this kind, be it a hold or a check."""
+    policy = plan.policy
+    found = [policy, *(getattr(policy, name, None) for name in ("otherwise", "passed", "failed"))]
+    return [each for each in found if isinstance(each, Recycle)]
+
+
+async def check_overlays(monitor: Monitor, plan: Plan, graph: BlockGraph) -> None:
+    """Whether a fresh overlay can follow the disk's as is asked; raises `ChainError`."""
+    for recycle in _recycles(plan):
+        await check_follows(monitor, plan, graph, recycle.asked)
+
+
+async def check_follows(
+    monitor: Monitor, plan: Plan, graph: BlockGraph, asked: OverlayOptions, *, lasting: bool = True
+) -> None:
+    """Raise `ChainError` where an overlay like the plan's top can't lie over its base.
+
+    Or where QEMU has no such secret, as far as it tells (``qom-list``).
+    """
+    top, base = plan.top.node_name, plan.base.node_name
+    why = unfit(graph, top, base, asked, lasting=lasting)
+    if why is None and asked.secret is not None:
+        with suppress(CommandRefused):  # it has none, or does not tell
+            objects = await monitor.execute("qom-list", {"path": "/objects"})
+            if asked.secret not in [each.get("name") for each in objects]:
+                why = f"QEMU has no secret object '{asked.secret}': add it with object-add"
+    if why is not None:
+        raise ChainError(
+            f"no fresh overlay can be laid over {plan.disk} of {plan.vm}: {why}. Nothing was sent",
             vm=plan.vm,
             disk=plan.disk.name,
         )
@@ -83,7 +127,13 @@ def _check_recycle(
             f"{recycle.overlay} exists already; a fresh overlay needs a new file. Nothing was sent",
             **where,
         )
-    if not os.path.isdir(os.path.dirname(path)):
+    try:
+        found = os.stat(os.path.dirname(path))
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    except OSError:
+        return  # QEMU is asked, who may look there
+    if found is None or not stat.S_ISDIR(found.st_mode):
         raise InvalidRequest(
             f"there is no folder {os.path.dirname(path)} for the fresh overlay. Nothing was sent",
             **where,

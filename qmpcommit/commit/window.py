@@ -29,12 +29,12 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.quiesce import LIMIT, How, Notes, quiesced, thaw
-from qmpcommit.commit.recycle import FreshOverlay
 from qmpcommit.commit.window_records import (
     MARK,
     NAME,

@@ -231,6 +231,7 @@ class Promise:
                 statements.append(Statement(sql, (_json(self.plan), self.id)))
             case "freeze":
                 noted["overlay"] = facts["overlay"]
+                noted["recycle"] = facts["recycle"].model_dump(mode="json")
             case "stop":
                 noted["stopped"] = True
             case "cont":
@@ -286,12 +287,13 @@ class Promise:
         object.__setattr__(plan, "policy", policy)
         state = load_state(self.noted["state"])
         before = self.identity
-        recycle = self.noted.get("overlay")
+        recycle = self.noted.get("overlay")  # the version before noted no more than that
+        recycled = self.noted.get("recycle") or {"overlay": recycle}
         outcome = self.noted.get("outcome")
         resumed = Resumed(
             state=state,
             same_vm=before == identity if before and identity else None,
-            recycle=Recycle(recycle) if recycle else None,
+            recycle=Recycle.model_validate(recycled) if recycle else None,
             # Its group lets the guest go on, when the last of its disks is where it has to be.
             stopped=bool(self.noted.get("stopped")) and not self.group,
             outcome=CommitOutcome.model_validate(outcome) if outcome else None,

@@ -14,9 +14,10 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.phases import State
 from qmpcommit.commit.plan import WINDOW_MARK, Plan, Request
-from qmpcommit.commit.recycle import FreshOverlay, Left, interrupted_recycles
+from qmpcommit.commit.recycle import Left, interrupted_recycles
 from tests.ground.images import MIB, Chain, Picture, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
 from tests.ground.proxy import Proxy, Strike, proxy

@@ -13,7 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit import quiesce, window_remains
-from qmpcommit.commit.recycle import FreshOverlay
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.window_remains import new_own_job, own_jobs, remains_of
 from tests.ground.images import (
     MIB,

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.commit import recycle
+from qmpcommit.commit import creation_job, recycle
 from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.phases import State, Verdict
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.commit.recycle import FreshOverlay, Left, has_ended
+from qmpcommit.commit.recycle import Left, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
 from qmpcommit.qmp.monitor import Monitor
 from tests.unit.test_checks import made
@@ -45,13 +46,16 @@ class Creating(Monitor):
             assert self.jobs.pop(job) >= self.looks + (not self.tells), f"{job} runs still"
             self.dismissed.append(job)
         elif command == "blockdev-add" and (arguments or {}).get("read-only"):
-            raise CommandRefused("none", error_class="GenericError", desc="no such file")
+            desc = "Could not open 'fresh': No such file or directory"
+            raise CommandRefused("none", error_class="GenericError", desc=desc)
         elif command in ("query-status", "x-debug-query-block-graph"):
             raise CommandRefused("no guest", error_class="CommandNotFound", desc="not found")
         elif command == "query-jobs":
             return [self._look(job) for job in list(self.jobs)]
         elif command == "query-named-block-nodes":
-            return [{"node-name": "base", "drv": "raw", "file": "/vms/base"}]
+            base = {"node-name": "base", "drv": "raw", "file": "/vms/base"}
+            empty = {"node-name": f"{JOB}-file", "drv": "file", "image": {"virtual-size": 0}}
+            return [base, empty]
         return {}
 
     def begin(self, job: str) -> None:
@@ -74,29 +78,28 @@ def overlay(vm: Monitor, folder: Path) -> FreshOverlay:
 async def test_a_creation_is_asked_for_until_it_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recycle, "PATIENCE", 0.001)
+    monkeypatch.setattr(creation_job, "PATIENCE", 0.001)
     vm = Creating(looks=3)
     await overlay(vm, tmp_path).open()
-    assert vm.dismissed == [f"{JOB}-create-file", f"{JOB}-create-qcow2"]
+    assert vm.dismissed == [f"{JOB}-create-qcow2"]
 
 
 @pytest.mark.parametrize("tells", [True, False])
 async def test_a_creation_of_a_former_process_is_seen_to_its_end(
     tells: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recycle, "PATIENCE", 1000.0 if tells else 0.001)
+    monkeypatch.setattr(creation_job, "PATIENCE", 1000.0 if tells else 0.001)
     vm = Creating(looks=1, tells=tells)
     vm.begin(f"{JOB}-create-file")
     fresh = overlay(vm, tmp_path)
-    for what in ("file", "qcow2"):
-        await fresh._forget(what)
+    await fresh._forget()
     assert vm.dismissed == [f"{JOB}-create-file"]
 
 
 async def test_a_creation_that_does_not_end_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recycle, "PATIENCE", 0.001)
+    monkeypatch.setattr(creation_job, "PATIENCE", 0.001)
     vm = Creating(looks=math.inf, timeout=0.05)
     with pytest.raises(CommitFailed, match=r"did not create .*fresh.qcow2 within 0.05 s"):
         await overlay(vm, tmp_path).open()

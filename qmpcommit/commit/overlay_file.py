@@ -1,0 +1,131 @@
+"""The file of a fresh overlay: made where nothing was, like the file that it follows.
+
+It is made here, so that nothing that exists is ever opened by QEMU to be written to, however
+names are changed meanwhile: by O_EXCL, and only for its owner until it is like the other one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NamedTuple
+
+from qmpcommit.block.files import read_header
+from qmpcommit.block.identity import FileId
+from qmpcommit.block.qcow2 import holds_data
+
+_LABELS = ("security.selinux", "system.posix_acl_access")
+_ODD = 4096
+"""Sizes that a new file is known by are multiples of this many bytes (O_DIRECT's), up to 1 GiB."""
+
+
+class NewFile(NamedTuple):
+    """A file that was made here and is empty; `descriptor` is held until QEMU has it open."""
+
+    path: str
+    file: FileId
+    descriptor: int
+
+    def mark(self) -> int:
+        """Give it a size by which QEMU can tell that it has opened this very file."""
+        size = _ODD * (1 + secrets.randbelow((1 << 30) // _ODD))
+        os.ftruncate(self.descriptor, size)
+        return size
+
+    def is_named(self) -> bool:
+        """Whether its name still leads to it."""
+        try:
+            return FileId.of(os.stat(self.path)) == self.file
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """QEMU has it."""
+        os.close(self.descriptor)
+
+
+def make_file(path: str, like: str) -> NewFile:
+    """Make a new file with mode, owner and label of the one at `like` ("" for none).
+
+    Raises FileExistsError where the name is taken, by a link too; OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    opened = os.open(path, flags, 0o600)
+    made = NewFile(path, FileId.of(os.fstat(opened)), opened)
+    if like:
+        with suppress(OSError):  # what could not be made alike is looked for afterwards
+            _resemble(opened, like)
+    return made
+
+
+def _resemble(opened: int, like: str) -> None:
+    other = os.stat(like)
+    for owner in ((other.st_uid, other.st_gid), (-1, other.st_gid)):
+        with suppress(OSError):
+            os.fchown(opened, *owner)
+            break
+    os.fchmod(opened, stat.S_IMODE(other.st_mode) & 0o777)
+    for name in _LABELS:
+        with suppress(OSError):
+            os.setxattr(opened, name, os.getxattr(like, name))
+
+
+def differences(path: str, like: str) -> str:
+    """In what a file's mode and owner differ from another's; "" for in nothing that is seen."""
+    try:
+        mine, other = os.stat(path), os.stat(like)
+    except OSError:
+        return ""
+    found = []
+    if stat.S_IMODE(mine.st_mode) != stat.S_IMODE(other.st_mode) & 0o777:
+        modes = stat.S_IMODE(mine.st_mode), stat.S_IMODE(other.st_mode)
+        found.append("mode {:o}, not {:o}".format(*modes))
+    if (mine.st_uid, mine.st_gid) != (other.st_uid, other.st_gid):
+        owners = mine.st_uid, mine.st_gid, other.st_uid, other.st_gid
+        found.append("owner {}:{}, not {}:{}".format(*owners))
+    return " and ".join(found)
+
+
+def remove_new(path: str, file: FileId | None, names: Iterable[str]) -> bool:
+    """Unlink a fresh overlay that was never used; whether it was there and is gone.
+
+    It is the `file` that was made here. Where another process has made it (None) it is known by
+    being empty, or an empty qcow2 image over a layer that has one of these `names`. Nothing else
+    is touched, and no link is followed.
+    """
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    if not stat.S_ISREG(found.st_mode):
+        return False
+    ours = FileId.of(found) == file if file is not None else _is_void(path, set(names))
+    if ours:
+        with suppress(OSError):
+            os.unlink(path)
+            return True
+    return False
+
+
+def _is_void(path: str, names: set[str]) -> bool:
+    if holds_data(path):
+        return False
+    try:
+        header = read_header(path)
+    except OSError:
+        return False
+    return header is None or header.backing in names
+
+
+def in_memory(path: str) -> str:
+    """The folder of a new file, if it is the host's /dev, whose files are gone with its power."""
+    folder = os.path.dirname(path)
+    try:
+        device = os.stat("/dev").st_dev
+        gone = os.stat(folder).st_dev == device != os.stat("/").st_dev
+    except OSError:
+        return ""
+    return folder if gone else ""
