@@ -8,13 +8,14 @@ protocol URIs as QEMU prints them, plain files also through symlinks and relativ
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
-from qmpcommit.block.graph import BlockGraph, Raw
+from qmpcommit.block.graph import BlockGraph, Raw, is_plain
 from qmpcommit.errors import ChainError, DiskNotFound
 from qmpcommit.values import Record, record
 
@@ -43,6 +44,11 @@ class Image(Record):
     cluster_size: int | None = None
     bitmaps: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def handed_out(self) -> str:
+        """The name by which a command finds it: of a slice of a file not the whole file's."""
+        return self.shown if slice_of(self.shown) else self.filename
 
     def __str__(self) -> str:
         return (
@@ -166,6 +172,21 @@ def same_file(name: str, image: Image, cwd: str | None) -> bool:
     return mine == theirs
 
 
+def slice_of(shown: str) -> bool:
+    """Whether an image is a part of a file only: a ``raw`` with an offset or a size, or in one."""
+    if not shown.startswith("json:"):
+        return False
+    try:
+        options = json.loads(shown.removeprefix("json:"))
+    except ValueError:
+        return False
+    while isinstance(options, dict):
+        if options.get("driver") == "raw" and (options.get("offset") or options.get("size")):
+            return True
+        options = options.get("file")
+    return False
+
+
 def read_image(graph: BlockGraph, name: str) -> Image:
     """The `Image` of a node."""
     node = graph.nodes[name]
@@ -200,6 +221,14 @@ def _warnings(graph: BlockGraph, name: str) -> Iterator[str]:
     for bitmap in bitmaps_of(graph, name):
         if bitmap.inconsistent:
             yield f"bitmap {bitmap.name} is inconsistent"
+    leaf = graph.leaf(name)
+    file = str(leaf.raw.get("file") or "")
+    if slice_of(str(info.get("filename") or "")):
+        yield f"a slice of {graph.file(leaf)}, which is not this image"
+    if file.startswith("/dev/fdset/"):
+        yield f"opened by descriptor: {file} is no file's name"
+    if leaf.driver in _HOST_DRIVERS and is_plain(file) and file[:1] != "/" and not graph.cwd:
+        yield "named from QEMU's working directory, which is not known here"
 
 
 def read_disks(graph: BlockGraph) -> list[Disk]:

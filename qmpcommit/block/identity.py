@@ -211,12 +211,14 @@ class Named(NamedTuple):
     """What a file name of QEMU's means: the "same" file that it has open, another, or none.
 
     `here` is a path that leads to the very file from here, empty where there is none; `reason`
-    says in words what is not as it should be.
+    says in words what is not as it should be. `astray` is the name that certainly leads to another
+    file, or to none, from here.
     """
 
     verdict: Literal["same", "other", "gone", "unknown"]
     here: str = ""
     reason: str = ""
+    astray: bool = False
 
 
 class OpenFiles:
@@ -258,7 +260,10 @@ class OpenFiles:
             return self._by_lock(filename, ours)
         reached = ours if here is not None and here in self._known else ""
         if self._root is None and not reached:
-            return Named("unknown", reason=f"QEMU (process {self._pid}) has its own file systems")
+            reason = f"QEMU (process {self._pid}) has its own file systems"
+            return Named(
+                "unknown", reason=f"{reason}, and '{filename}' is not its file here", astray=True
+            )
         theirs = file_id(self._in_its_view(filename)) if self._root is not None else here
         if theirs in self._known and theirs is not None:
             if reached and here == theirs:
@@ -267,13 +272,16 @@ class OpenFiles:
                 "same",
                 reason=f"QEMU (process {self._pid}) has its own file systems, in which"
                 f" '{filename}' is another file than here",
+                astray=True,
             )
         if theirs is None and reached:  # it has changed its root since it opened it
             return Named("same", reached)
         left = self._left_behind(filename)
         if theirs is None:
-            return Named("gone", reason=f"no file has the name '{filename}' any more{left}")
-        return Named("other", reason=f"'{filename}' is another file now than QEMU has open{left}")
+            reason = f"no file has the name '{filename}' any more{left}"
+            return Named("gone", reason=reason, astray=True)
+        reason = f"'{filename}' is another file now than QEMU has open{left}"
+        return Named("other", reason=reason, astray=True)
 
     def has_name(self, file: FileId) -> bool:
         """Whether QEMU has this very file open, and it can be found by any name."""
@@ -288,15 +296,18 @@ class OpenFiles:
         numbers = [n for n in self._fdsets.get(filename, ()) if n in self._opened]
         files = {self._opened[number] for number in numbers}
         if len(files) != 1:
-            return Named("unknown", reason=f"QEMU was given the open file '{filename}'")
+            reason = f"QEMU was given the open file '{filename}'"
+            return Named("unknown", reason=reason, astray=True)
         link = f"/proc/{self._pid}/fd/{numbers[0]}"
         path = _link(link) or ""
         if file_id(path) in files:
-            return Named("same", path)
+            reason = f"QEMU was given the open file '{filename}', which is {path}"
+            return Named("same", path, reason, astray=True)
         if not self.has_name(*files):
             reason = f"the open file '{filename}' that QEMU was given has no name any more"
-            return Named("gone", reason=f"{reason} ({path})")
-        return Named("unknown", reason=f"QEMU was given the open file '{filename}' ({path})")
+            return Named("gone", reason=f"{reason} ({path})", astray=True)
+        reason = f"QEMU was given the open file '{filename}' ({path})"
+        return Named("unknown", reason=reason, astray=True)
 
     def _by_lock(self, filename: str, ours: str) -> Named:
         """Without a sight of QEMU's files its lock on one of this name has to do."""
@@ -370,6 +381,20 @@ def storage(graph: BlockGraph, name: str) -> list[Node]:
         todo += [each for each in below if each not in seen]
         seen.update(below)
     return found
+
+
+def astray(graph: BlockGraph, opened: OpenFiles, layer: str) -> str:
+    """Why a layer's name does not lead to its file from here; "" where it does, or may."""
+    for node in storage(graph, layer):
+        name = str(node.raw.get("file") or "")
+        if node.driver not in HOST_FILES or not name:
+            continue
+        if not os.path.isabs(name) and graph.cwd is None:
+            return f"'{name}' counts from QEMU's working directory, which is not known here"
+        told = opened.named(name)
+        if told.astray:
+            return told.reason
+    return ""
 
 
 def unnamed(graph: BlockGraph, opened: OpenFiles, layer: str, known: FileId | None) -> str:

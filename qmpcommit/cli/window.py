@@ -51,7 +51,8 @@ def window(
 
     In COMMAND, {DISK} stands for the file of that disk, which is one instant's image of all of
     them until COMMAND ends, as in: qmpcommit window QMP vda -- cp {vda} /backup/. Where several
-    VMs have a disk of that name, {1.vda} is the first VM's. Then the
+    VMs have a disk of that name, {1.vda} is the first VM's. A shell is given them by variables,
+    as in: -- sh -c 'cp "$QMPCOMMIT_FILE_vda" /backup/', or as arguments. Then the
     overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
     could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it, lets
     a guest go on that is still quiesced for it (--agent, if it was frozen so), and removes what
@@ -108,7 +109,9 @@ async def _window(running: Run, qmp: str, command: list[str], request: dict[str,
         await tell_of_held(vm, qmp)
         async with vm.snapshot(**request) as window:
             files = {disk: frozen.filename for disk, frozen in window.items()}
-            status = await _run(running, [_filled(word, files) for word in command])
+            status = await _run(
+                running, command, files, {disk: each.astray for disk, each in window.items()}
+            )
     return _closed(running, {"status": status, **_told(window)}, files, status)
 
 
@@ -122,13 +125,12 @@ async def _windows(
     """The same over several VMs."""
     async with _over_several(running, wanted, agents, request) as window:
         names = [disk for _, disk in window]
-        files = {}
+        files, lost = {}, {}
         for number, of in enumerate(window.of.values(), 1):
             for disk, frozen in of.items():
-                files[f"{number}.{disk}"] = frozen.filename
-                if names.count(disk) == 1:
-                    files[disk] = frozen.filename
-        status = await _run(running, [_filled(word, files) for word in command])
+                for name in (f"{number}.{disk}", *([disk] if names.count(disk) == 1 else [])):
+                    files[name], lost[name] = frozen.filename, frozen.astray
+        status = await _run(running, command, files, lost)
     each = [{"vm": getattr(vm, "name", vm), **_told(of)} for vm, of in window.of.items()]
     return _closed(running, {"status": status, "windows": each}, files, status)
 
@@ -175,19 +177,35 @@ def _closed(running: Run, data: Any, files: Mapping[str, str], status: int) -> A
     return Answer(data, text, status=status, quiet=running.options.quiet)
 
 
-def _filled(word: str, files: Mapping[str, str]) -> str:
-    for name, filename in files.items():
-        word = word.replace(f"{{{name}}}", filename)
-    return word
+async def _run(
+    running: Run, command: list[str], files: Mapping[str, str], lost: Mapping[str, str]
+) -> int:
+    """The command in the foreground; Ctrl-C and SIGTERM are passed on to it.
 
-
-async def _run(running: Run, command: list[str]) -> int:
-    """The command in the foreground; Ctrl-C and SIGTERM are passed on to it."""
+    It is not run where it asks for a file whose name leads to another one from here.
+    """
     import asyncio
 
+    from qmpcommit.cli.placeholders import filled, used, variables
+    from qmpcommit.errors import ChainError
+
+    wanted = used(command, list(files))
+    for disk, why in lost.items():
+        if why and disk in wanted:
+            raise ChainError(
+                f"{{{disk}}} would not be that disk's file here: {why}. The command was not run;"
+                " run it where QEMU's names mean the same files"
+            )
+        if why and "." not in disk:
+            click.echo(f"qmpcommit: the command is not told the file of {disk}: {why}", err=True)
+    found = {disk: name for disk, name in files.items() if not lost.get(disk)}
+    command = filled(command, files)
     try:
         process = await asyncio.create_subprocess_exec(
-            *command, stdout=2 if running.options.as_json else None, start_new_session=True
+            *command,
+            stdout=2 if running.options.as_json else None,
+            env={**os.environ, **variables(found)},
+            start_new_session=True,
         )
     except OSError as error:
         click.echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)

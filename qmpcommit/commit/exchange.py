@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.block.identity import FileId
+from qmpcommit.block.identity import FileId, OpenFiles
 from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
+from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan, Request
@@ -222,6 +223,9 @@ class Exchange:
 
     def _check(self, graph: BlockGraph) -> None:
         disk = self._disk(graph)
+        if disk is not None:
+            opened = OpenFiles.of(graph, self.vm.peer_pid, cwd=self.vm.cwd)
+            check_named(self.vm.name, graph, opened, disk, 1)
         below = [image.node_name for image in disk.chain[1:2]] if disk is not None else []
         if disk is None or below != [self.plan.base.node_name] or disk.jobs:
             why = f"it has a block job ({', '.join(disk.jobs)})" if disk and disk.jobs else (

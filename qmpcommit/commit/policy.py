@@ -182,8 +182,8 @@ class Ready(Record):
             "QMPCOMMIT_VM": self.vm,
             "QMPCOMMIT_DISK": self.disk,
             "QMPCOMMIT_JOB": self.job_id,
-            "QMPCOMMIT_BASE": self.base.filename,
-            "QMPCOMMIT_TOP": self.top.filename,
+            "QMPCOMMIT_BASE": self.base.handed_out,
+            "QMPCOMMIT_TOP": self.top.handed_out,
             "QMPCOMMIT_BASE_NODE": self.base.node_name,
             "QMPCOMMIT_TOP_NODE": self.top.node_name,
         }

@@ -14,7 +14,15 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -27,7 +35,9 @@ from qmpcommit.block.chain import (
     read_disks,
     read_image,
 )
-from qmpcommit.block.graph import read_graph
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import OpenFiles, astray
+from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
@@ -131,11 +141,12 @@ async def open_window(
     for number, (asked, disk) in enumerate(found.items()):
         others = [each.filename for each in overlays.values()]
         overlays[asked] = _fresh(vm, disk, window, number, overlay_dir, others=others)
+    lost = await asyncio.to_thread(_astray, vm, graph, found)
     made = Window(
         window,
         {
-            asked: Frozen(disk.name, _active(disk), overlays[asked].filename, overlays[asked].node)
-            for asked, disk in found.items()
+            asked: Frozen(disk.name, _active(disk), over.filename, over.node, lost[asked])
+            for (asked, disk), over in zip(found.items(), overlays.values(), strict=True)
         },
     )
     if ledger is not None:
@@ -291,7 +302,18 @@ def age_of(window: str) -> float | None:
 
 def _active(disk: Disk) -> str:
     assert disk.active is not None
-    return disk.active.filename
+    return disk.active.handed_out
+
+
+def _astray(vm: Session, graph: BlockGraph, disks: Mapping[str, Disk]) -> dict[str, str]:
+    """Why a disk's names do not lead to its files from here; raises where they lead nowhere."""
+    opened = OpenFiles.of(graph, vm.peer_pid, cwd=graph.cwd)
+    found = {}
+    for asked, disk in disks.items():
+        check_named(vm.name, graph, opened, disk, 0)
+        layers = (astray(graph, opened, image.node_name) for image in disk.chain)
+        found[asked] = next(filter(None, layers), "")
+    return found
 
 
 def _fresh(

@@ -29,13 +29,15 @@ NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 class Frozen(Record):
     """One disk in a window: `filename` stands still, and so does all below it.
 
-    `overlay` is the file that the guest writes to meanwhile, `node_name` its node.
+    `overlay` is the file that the guest writes to meanwhile, `node_name` its node. `astray` says
+    why `filename`, or a name below it, does not lead to QEMU's file from here; "" where it does.
     """
 
     disk: str
     filename: str
     overlay: str
     node_name: str
+    astray: str = ""
 
 
 @record

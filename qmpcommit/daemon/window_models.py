@@ -152,6 +152,7 @@ class WindowDisk(_Model):
     """A disk in a window: `filename` stands still, and the guest writes to `overlay`.
 
     `size` is the overlay's, in bytes; None where its file can't be looked at, or is gone.
+    `astray` says why `filename` does not lead to QEMU's file from this host's own view.
     """
 
     disk: str
@@ -159,6 +160,7 @@ class WindowDisk(_Model):
     overlay: str
     node_name: str
     size: int | None = None
+    astray: str = ""
 
 
 class VMWindowView(_Model):

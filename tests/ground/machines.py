@@ -167,12 +167,15 @@ async def machine(
 @asynccontextmanager
 async def storage_daemon(
     folder: Path, chain: Chain, *, style: Style = "blockdev", export: bool = True,
-    fmt: str = "qcow2", qemu: Qemu = QEMU,
+    fmt: str = "qcow2", wrap: Sequence[str] = (), qemu: Qemu = QEMU,
 ) -> AsyncIterator[Machine]:  # fmt: skip
-    """A ``qemu-storage-daemon`` with the chain, its active layer exported over NBD."""
+    """A ``qemu-storage-daemon`` with the chain, its active layer exported over NBD.
+
+    `wrap` is a command that becomes it, as ``unshare`` does.
+    """
     assert qemu.daemon, "no qemu-storage-daemon"
     qmp, qmp2, nbd = folder / "qmp", folder / "qmp2", folder / "nbd"
-    command = [qemu.daemon]
+    command = [*wrap, qemu.daemon]
     for number, path in enumerate((qmp, qmp2)):
         command += ["--chardev", f"socket,id=c{number},path={path},server=on,wait=off"]
         command += ["--monitor", f"chardev=c{number}"]

@@ -70,8 +70,10 @@ async def test_a_slice_of_a_raw_file_is_called_so(folder: Path) -> None:
         await vm.execute("blockdev-add", {
             "driver": "raw", "node-name": "slice", "offset": 2 * MIB, "size": 4 * MIB,
             "file": {"driver": "file", "filename": str(path)}})  # fmt: skip
-        async with vm.snapshot(["slice"]):
-            pass
+        async with vm.snapshot(["slice"]) as read:  # which is not told the whole file's name
+            assert f'"offset": {2 * MIB}' in read["slice"].filename
+        (image,) = (await vm.disk("slice")).chain
+        assert (image.filename, f"a slice of {path}" in image.warnings[0]) == (str(path), True)
         window = await qc.open_window(vm, ["slice"])
         overlay = Path(window["slice"].overlay)
         await daemon.quit()

@@ -29,7 +29,7 @@ async def test_a_base_whose_file_lost_its_name_is_refused_and_its_overlay_never_
             base.unlink()
         for refused in ({"policy": qc.Keep()}, {"top": "mid"}):
             with pytest.raises(qc.ChainError, match=r"base .*replaced or removed.*\(deleted\)"):
-                await vm.commit("top", **refused)  # type: ignore[arg-type]
+                await vm.commit("top", **refused)
         with pytest.raises(qc.ChainError, match=r"layer .*replaced or removed"):
             await vm.commit("top", policy=qc.Pivot(), shallow=True)
         job = await vm.commit(
@@ -97,3 +97,18 @@ async def test_names_that_count_from_qemus_folder_are_handed_out_absolute(folder
         await vm.close()
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_an_overlay_over_a_base_that_was_replaced_is_not_discarded(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        chain.base.rename(folder / "away.qcow2")
+        with pytest.raises(qc.ChainError, match=r"replaced or removed.*away.qcow2"):
+            await vm.discard("vda", guest="stop", delete=True)
+        with pytest.raises(qc.ChainError, match=r"replaced or removed.*away.qcow2"):
+            await qc.open_window(vm, ["vda"])
+        assert [image.node_name for image in (await vm.disks())[0].chain] == ["top", "base"]
+        (folder / "away.qcow2").rename(chain.base)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert sorted(folder.glob("*.qcow2")) == sorted(chain.files)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qmpcommit.block.chain import Image
-from qmpcommit.block.graph import is_plain
-from qmpcommit.block.identity import HOST_FILES, FileId, Named, file_id, storage
+from qmpcommit.block.chain import Disk, Image
+from qmpcommit.block.graph import BlockGraph, is_plain
+from qmpcommit.block.identity import HOST_FILES, FileId, Named, OpenFiles, file_id, storage
 from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
+from qmpcommit.errors import ChainError
 
 NAME = "replaced-file"
+
+_OUT = (
+    "put that file back under its name (where it was only moved, move it back), or copy the disk as"
+    " the guest sees it into a new file (blockdev-mirror) and go on with that"
+)
 
 
 def replaced_file(case: Case) -> Iterator[Finding]:
@@ -44,6 +50,23 @@ def replaced_file(case: Case) -> Iterator[Finding]:
         yield unchecked(NAME, unknown)
 
 
+def check_named(vm: str, graph: BlockGraph, opened: OpenFiles, disk: Disk, above: int) -> None:
+    """Raise `ChainError` where a layer from the place `above` on was replaced or removed."""
+    for image in disk.chain[above:]:
+        for node in storage(graph, image.node_name):
+            name = str(node.raw.get("file") or "")
+            if node.driver in HOST_FILES and is_plain(name):
+                told = opened.named(name)
+                if told.verdict in ("other", "gone"):
+                    raise ChainError(
+                        f"the layer {image.filename} of {disk} of {vm} was replaced or removed"
+                        f" while QEMU has it open: {told.reason}. To be safe {_OUT}. Nothing was"
+                        " changed",
+                        vm=vm,
+                        disk=disk.name,
+                    )
+
+
 def _named(case: Case, image: Image) -> Iterator[tuple[str, Named]]:
     for node in storage(case.graph, image.node_name):
         name = str(node.raw.get("file") or "")
@@ -53,22 +76,18 @@ def _named(case: Case, image: Image) -> Iterator[tuple[str, Named]]:
 
 def _refused(case: Case, image: Image, told: Named) -> Finding:
     what = "the base" if image.node_name == case.plan.base.node_name else "the layer"
-    out = (
-        "put that file back under its name (where it was only moved, move it back), or copy the"
-        " disk as the guest sees it into a new file (blockdev-mirror) and go on with that"
-    )
     node = case.graph.leaf(image.node_name)
     if what == "the base" and node.raw.get("ro") and image.read_only:
         return Finding(
             NAME, "refuse",
             f"{what} {image.filename} was replaced or removed while QEMU has it open:"
             f" {told.reason}. QEMU opens it anew by its name to write to it, and would write into"
-            f" what has that name now; this can't be overridden: {out}",
+            f" what has that name now; this can't be overridden: {_OUT}",
             final=True,
         )  # fmt: skip
     return refused(
         NAME,
         f"{what} {image.filename} was replaced or removed while QEMU has it open: {told.reason}."
         " What is written to it is lost when QEMU ends, or is where the VM does not look at its"
-        f" next start: {out}",
+        f" next start: {_OUT}",
     )
