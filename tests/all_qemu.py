@@ -1,7 +1,9 @@
 """The block-job tests on QEMUs of several ages, and the README's table of what came of it.
 
 ``python -m tests.all_qemu FOLDER [PYTEST ARGUMENT ...]`` is what ``tests/run.sh --all-qemu`` runs;
-FOLDER keeps the QEMUs that ``tests/other_qemus.sh`` unpacks.
+FOLDER keeps the QEMUs that ``tests/other_qemus.sh`` unpacks. With ``--choice`` (``--other-qemu``)
+the machine's own QEMU is left out, and on the others only what can differ there is run: what
+`tests.choice` chooses.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
@@ -47,6 +50,7 @@ class Tested:
     log: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     flags: Sequence[str] = ()
+    plugin: Sequence[str] = ()
     tests: Sequence[str] = TESTS + GUEST
     cache: tempfile.TemporaryDirectory[str] = field(default_factory=tempfile.TemporaryDirectory)
 
@@ -98,6 +102,10 @@ def count(made: Tested, report: Path) -> None:
             made.counts["passed"] += 1
 
 
+CHOICE = "--choice"
+PLUGIN = ("-p", "tests.choice")
+
+
 async def test(made: Tested, options: Sequence[str]) -> None:
     """Run the block-job tests on one QEMU."""
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +113,7 @@ async def test(made: Tested, options: Sequence[str]) -> None:
         pytest = [
             *(sys.executable, *made.flags, "-m", "pytest", "-q", f"--junitxml={report}"),
             *("-o", "timeout=180", "-o", f"cache_dir={made.cache.name}"),
-            *(options or made.tests),
+            *(*made.plugin, *(options or made.tests)),
         ]
         process = await asyncio.create_subprocess_exec(
             *pytest, cwd=TOP, env={**os.environ, **made.environment},
@@ -122,27 +130,31 @@ async def test(made: Tested, options: Sequence[str]) -> None:
 async def test_again(made: Tested, options: Sequence[str]) -> None:
     """What has failed, with nothing beside it: some tests need a machine that is quick enough."""
     failed = len(made.failures)
-    again = replace(made, counts=Counter(), skips=Counter(), failures=[])
+    again = replace(made, counts=Counter(), skips=Counter(), failures=[], plugin=())
     await test(again, ["--last-failed", *(options or made.tests)])
     made.log, made.failures = made.log + again.log, again.failures
     left = len(again.failures)
     made.counts.update({"passed": failed - left, "failed": left - failed})
 
 
-async def test_all(folder: Path, options: Sequence[str]) -> list[Tested]:
-    """Every QEMU, as many at once as there are processors; oldest first."""
+async def test_all(folder: Path, choice: bool, options: Sequence[str]) -> list[Tested]:
+    """Every QEMU, as many at once as there are processors; oldest first.
+
+    With a choice all but the machine's own, at once.
+    """
     once = ["-X", "dev"]  # asyncio's debug mode
     if "COVERAGE_FILE" in os.environ:
         once += ["-m", "coverage", "run", "--parallel-mode"]
     system = Tested("the machine's own", version_of(Qemu.installed()), flags=once, tests=TESTS)
     if not system.version:
         system.missing = "qemu-system-x86_64 or qemu-storage-daemon is not installed"
-    room = asyncio.Semaphore(os.cpu_count() or 1)
+    room = asyncio.Semaphore(len(SUITES) if choice else os.cpu_count() or 1)
 
     async def one(suite: str) -> Tested:
         made = system if suite == SYSTEM else await asyncio.to_thread(bring, folder, suite)
         if made.missing:
             return made
+        made.plugin = PLUGIN if choice else ()
         if suite != SYSTEM:
             made.environment["QMPCOMMIT_TEST_QEMU_FOLDER"] = str(folder / "bin")
             made.environment["QMPCOMMIT_TEST_QEMU_SUFFIX"] = f"-{suite}"
@@ -152,7 +164,9 @@ async def test_all(folder: Path, options: Sequence[str]) -> list[Tested]:
         return made
 
     own = re.sub(r"^(\d+\.\d+).*", r"\1", system.version)
-    wanted = [SYSTEM, *(suite for suite, version in SUITES.items() if version != own)]
+    wanted = [suite for suite, version in SUITES.items() if version != own]
+    if not choice:
+        wanted.insert(0, SYSTEM)
     tested = await asyncio.gather(*map(one, wanted))
     for made in tested:
         if made.failures:
@@ -166,6 +180,12 @@ def table(tested: Sequence[Tested]) -> str:
     return "\n".join([head, *(made.row() for made in tested)])
 
 
+def summary(counts: Counter[str], seconds: float) -> str:
+    """Of all QEMUs together, as pytest says it."""
+    said = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    return f" {said or 'no tests ran'} in {seconds:.2f}s ".center(100, "=")
+
+
 def write(text: str) -> None:
     """Put the table between the README's markers."""
     readme = TOP / "README.md"
@@ -177,7 +197,10 @@ def write(text: str) -> None:
 def main() -> int:
     """Exit status 1 where a test failed."""
     folder, options = Path(sys.argv[1]).absolute(), sys.argv[2:]
-    tested = asyncio.run(test_all(folder, options))
+    choice = CHOICE in options
+    options = [option for option in options if option != CHOICE]
+    began = time.monotonic()
+    tested = asyncio.run(test_all(folder, choice, options))
     failed = [made for made in tested if made.failures]
     for made in failed:
         print(made.log)
@@ -185,8 +208,12 @@ def main() -> int:
     print(text)
     for made in failed:
         print(f"QEMU {made.version} ({made.name}):", *made.failures, sep="\n  ")
-    if not options:
+    if not options and not choice:
         write(text)
+    counts = Counter[str]()
+    for made in tested:
+        counts.update(made.counts)
+    print(summary(counts, time.monotonic() - began))
     return 1 if failed else 0
 
 

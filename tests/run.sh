@@ -2,14 +2,24 @@
 # All tests, with everything that they need: QEMU, Python packages, a virtual environment.
 #
 #   ./tests/run.sh [PYTEST ARGUMENT ...]
+#   ./tests/run.sh --full                                 all that CI leaves out too: every step to
+#                                                         break at, every QEMU and Python whole;
+#                                                         two hours and more
+#   ./tests/run.sh --at-once NUMBER ...                   the same tests (of this line, the first, or
+#                                                         --debug-asyncio), shared out among so many
+#                                                         processes, for most of them wait
 #   ./tests/run.sh --all-qemu [PYTEST ARGUMENT ...]       block jobs on QEMU 5.2 to the newest,
 #                                                         and the README's table of them
+#   ./tests/run.sh --other-qemu [PYTEST ARGUMENT ...]     on all but the machine's own, what can
+#                                                         differ there (tests/choice.py)
 #   ./tests/run.sh --debug-asyncio [PYTEST ARGUMENT ...]  all tests in Python's development
 #                                                         mode, the daemons' asyncio included
 #   ./tests/run.sh --soak MINUTES                         random operations beside a model of the
 #                                                         disks; memory and open files must not grow
 #   ./tests/run.sh --all-python [PYTEST ARGUMENT ...]     unit tests, and some others, on every
 #                                                         Python from 3.11 to Debian's newest
+#   ./tests/run.sh --other-python                         unit tests on the newest, and a sample
+#                                                         of them on those before it
 #   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of commit/ and qmp/, all of
 #                                                         which tests/unit and tests/real must reach
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
@@ -54,10 +64,15 @@ print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null || true
     done
 }
 
+# What is run on a Python between the oldest and the newest: what rests on asyncio, on pydantic and
+# on the grammar of types.
+SAMPLE=(tests/unit/test_{cancellation,config,events,journal,policy,schema}.py
+    tests/real/test_cycle.py)
+
 # All environments are made at once, for that is mostly waiting; then one is tested after the other.
-on_all_pythons() {
-    local base=$VENV found version python failed=0 results=() filling=()
-    found=$(all_pythons)
+on_pythons() {
+    local base=$VENV found=$1 version python failed=0 results=() filling=()
+    shift
     while read -r version python; do
         (VENV=$base-$version PYTHON=$python need_venv test) >"$base-$version.log" 2>&1 &
         filling+=($!)
@@ -80,20 +95,78 @@ on_all_pythons() {
     return $failed
 }
 
+# The oldest and the newest whole, a sample on those between; the environment's own had its tests.
+on_other_pythons() {
+    local found own between ends failed=0
+    found=$(all_pythons)
+    own=$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    ends=$(sed -n '1p;$p' <<<"$found" | uniq | grep -v "^$own " || true)
+    between=$(sed '1d;$d' <<<"$found" | grep -v "^$own " || true)
+    [ -z "$ends" ] || on_pythons "$ends" "$@" || failed=1
+    [ -z "$between" ] || on_pythons "$between" "${SAMPLE[@]}" || failed=1
+    return $failed
+}
+
+# Everything, each part though another has failed.
+full() {
+    local measured failed=() part
+    unset QMPCOMMIT_TEST_STRIDE
+    measured=$(mktemp -d)
+    say "Everything is run, for two hours and more, in this order:"
+    say "  unit tests in debug mode, with the static checks; every line and branch counted"
+    say "  the command, the daemon, real guests, the model and hostile input, in debug mode;"
+    say "    killed and cut off at every step"
+    say "  block jobs on every QEMU from 5.2 to the newest, with a fault at every message;"
+    say "    the README's table of them is written"
+    say "  unit tests on every Python from 3.11 to the newest"
+    for part in "--debug-asyncio tests/unit" \
+        "--at-once 2 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \
+        --all-qemu --coverage-report --all-python; do
+        say "--- $part"
+        case $part in *--ignore* | --all-python) unset COVERAGE_FILE ;; *)
+            export COVERAGE_FILE=$measured/lines ;;
+        esac
+        # shellcheck disable=SC2086  # words of our own
+        ./tests/run.sh $part || failed+=("$part")
+    done
+    rm -rf "$measured"
+    [ ${#failed[@]} -gt 0 ] || { say "all of it passed"; return; }
+    say "FAILED:"
+    for part in "${failed[@]}"; do say "  ./tests/run.sh $part"; done
+    return 1
+}
+
 need_qemu
 flags=()
+at_once=
+if [ "${1:-}" = --at-once ]; then
+    at_once=$2
+    shift 2
+fi
 case ${1:-} in
---all-python)
-    shift
-    [ $# -gt 0 ] || set -- tests/unit tests/real/test_cycle.py
-    on_all_pythons "$@"
+--full)
+    full
     exit
     ;;
---all-qemu)
+--all-python | --other-python)
+    which=$1
+    shift
+    [ $# -gt 0 ] || set -- tests/unit tests/real/test_cycle.py
+    if [ "$which" = --all-python ]; then
+        on_pythons "$(all_pythons)" "$@"
+    else
+        need_venv test
+        on_other_pythons "$@"
+    fi
+    exit
+    ;;
+--all-qemu | --other-qemu)
+    choice=()
+    [ "$1" = --all-qemu ] || choice=(--choice)
     shift
     need_venv test
     need_guest
-    exec "$VENV/bin/python" -m tests.all_qemu "${QMPCOMMIT_QEMUS:-.qemus}" "$@"
+    exec "$VENV/bin/python" -m tests.all_qemu "${QMPCOMMIT_QEMUS:-.qemus}" "${choice[@]}" "$@"
     ;;
 --debug-asyncio)
     shift
@@ -140,4 +213,7 @@ need_guest
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy" --strict qmpcommit tests examples
+if [ -n "$at_once" ]; then
+    exec "$VENV/bin/python" -m tests.crew "$at_once" "${flags[@]}" -- "$@"
+fi
 exec "$VENV/bin/python" "${flags[@]}" -m pytest "$@"

@@ -1,0 +1,41 @@
+"""What of the block-job tests CI runs on QEMUs other than the machine's own: what can differ there.
+
+A plugin of pytest (``-p tests.choice``). A new module is run on all QEMUs unless it is named here;
+of a test with several cases one is run, another one each time. ``tests/run.sh --all-qemu`` and
+``--full`` run all of it on all of them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+
+OURS_ALONE = {
+    "test_agent": "the other side is a guest agent of ours",
+    "test_cancelled": "who is cancelled is our process, at each of its own steps",
+    "test_driver": "answers are refused and lines broken by a proxy of ours",
+    "test_floods": "the other side is a monitor of ours",
+    "test_group_freeze_killed": "who is killed is our process, at each of its own steps",
+    "test_group_policies": "who decides for a group is on this side of the monitor",
+    "test_job": "hooks, deadlines and callers are on this side of the monitor",
+    "test_job_ids": "ids are compared on this side of the monitor",
+    "test_monitor": "the other side is a monitor of ours, or a line that breaks",
+    "test_shared_client": "who owns the connection is decided on this side of it",
+    "test_two_owners": "pauses are counted on this side of the monitor",
+    "test_window_killed": "who is killed is our process, at each of its own steps",
+    "test_window_recovery": "what was noted is read on this side of the monitor",
+}
+"""Modules of tests/real in which QEMU is only asked what others ask it too, and why."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is the same everywhere."""
+    cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.path.parent.name != "real" or item.path.stem not in OURS_ALONE:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    chosen = {random.choice(several).nodeid for several in cases.values()}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+    items[:] = [item for item in items if item.nodeid in chosen]
