@@ -623,11 +623,15 @@ class Session(Monitor):
         return tuple(self._jobs)
 
     def _files_of(self, plan: Plan) -> dict[str, FileId | None]:
-        """Which files of this host the layers are, as QEMU has them open: stale ones and base."""
-        return {
-            image.node_name: identify(absolute(image, self.cwd), self.peer_pid)
-            for image in (plan.top, *plan.between, plan.base)
-        }
+        """Which files of this host the layers are, as QEMU has them open: stale ones and base.
+
+        By node-name; the external data files of the stale ones by their own.
+        """
+        layers = (plan.top, *plan.between, plan.base)
+        paths = {image.node_name: absolute(image, self.cwd) for image in layers}
+        stale = (image.data_file for image in layers[:-1] if image.data_file)
+        paths |= {name: os.path.join(self.cwd or os.getcwd(), name) for name in stale}
+        return {name: identify(path, self.peer_pid) for name, path in paths.items()}
 
     async def adopt(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
@@ -32,6 +33,7 @@ class Image(Record):
     the guest sees, `allocated_size` what the layer takes on the host (None where unknown), which
     is also the most that a commit of it copies. `bitmaps` are the names of its dirty bitmaps,
     `warnings` what somebody should look at: corruption, encryption, an inconsistent bitmap.
+    `data_file` is the host file in which a qcow2 keeps its data, where that is another one.
     """
 
     node_name: str
@@ -44,6 +46,7 @@ class Image(Record):
     cluster_size: int | None = None
     bitmaps: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    data_file: str = ""
 
     @property
     def handed_out(self) -> str:
@@ -156,6 +159,23 @@ def check_nameable(image: Image, vm: str, disk: str) -> None:
             vm=vm,
             disk=disk,
         )
+    if is_temporary(image):
+        raise ChainError(
+            f"{disk} of {vm} was started with snapshot=on: {image.filename} is QEMU's own temporary"
+            " file, which has no name any more and is gone with QEMU. Nothing can be laid over it"
+            " or read from it: start the VM over an overlay with a name. Nothing was sent",
+            vm=vm,
+            disk=disk,
+        )
+
+
+_TEMPORARY = re.compile(r"vl\.[A-Za-z0-9]{6}")
+
+
+def is_temporary(image: Image) -> bool:
+    """Whether it is QEMU's own overlay of a ``snapshot=on``, which it unlinks at once."""
+    path = image.filename
+    return bool(_TEMPORARY.fullmatch(os.path.basename(path))) and not os.path.lexists(path)
 
 
 def same_file(name: str, image: Image, cwd: str | None) -> bool:
@@ -207,7 +227,16 @@ def read_image(graph: BlockGraph, name: str) -> Image:
         cluster_size=info.get("cluster-size"),
         bitmaps=tuple(bitmap.name for bitmap in bitmaps_of(graph, name)),
         warnings=tuple(_warnings(graph, name)),
+        data_file=_data_file(graph, name),
     )
+
+
+def _data_file(graph: BlockGraph, name: str) -> str:
+    child = graph.nodes[name].children.get("data-file")
+    if child is None or child not in graph.nodes:
+        return ""
+    leaf = graph.leaf(child)
+    return graph.file(leaf) if leaf.driver in _HOST_DRIVERS else ""
 
 
 def _warnings(graph: BlockGraph, name: str) -> Iterator[str]:

@@ -42,6 +42,18 @@ def holds_data(path: str) -> bool:
         return True
 
 
+def snapshot_count(path: str) -> int:
+    """How many internal snapshots the file holds; 0 where it is no qcow2, or can't be read."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(64)
+    except OSError:
+        return 0
+    if len(header) < 64 or header[:4] != MAGIC:
+        return 0
+    return int(struct.unpack(">I", header[60:64])[0])
+
+
 def name_room(path: str, backing_format: str) -> int | None:
     """The bytes that a backing file's name of this format may have in the header; None: no qcow2.
 

@@ -15,12 +15,13 @@ import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, OpenFiles, unnamed
+from qmpcommit.block.qcow2 import snapshot_count
 from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
@@ -143,8 +144,25 @@ async def clear_away(
                 )
                 if problem is not None:
                     warnings.append(problem)
-                elif new is None:
+                    continue
+                if new is None:
                     deleted.append(image.filename)
+                if image.data_file:
+                    problem = await asyncio.to_thread(
+                        _remove_data,
+                        image,
+                        around.files.get(image.data_file),
+                        graph=graph,
+                        base=plan.base,
+                        cwd=around.cwd,
+                        pid=monitor.peer_pid,
+                        held=around.files.get(plan.base.node_name),
+                        renamed=new,
+                    )
+                    if problem is not None:
+                        warnings.append(problem)
+                    else:
+                        deleted.append(image.data_file)
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
     return replace(outcome, warnings=warnings, deleted=deleted, hook=hook)
@@ -171,10 +189,11 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
     graph = await read_graph(monitor)
     todo: list[str] = [name for name in stale if name in graph.nodes]
     for name in list(todo):
-        below = graph.nodes[name].children.get("file")
-        while below is not None and below in graph.nodes:
-            todo.append(below)
-            below = graph.nodes[below].children.get("file")
+        for edge in ("file", "data-file"):
+            below = graph.nodes[name].children.get(edge)
+            while below is not None and below in graph.nodes:
+                todo.append(below)
+                below = graph.nodes[below].children.get("file")
     warnings: list[str] = []
     closed: set[str] = set()
     for name in todo:
@@ -244,6 +263,11 @@ def remove_file(
             return f"{image.filename} stays: {user} uses it"
         if _is_locked(name, folder):
             return f"{image.filename} stays: another process has it open"
+        if rename_to is None and snapshot_count(path):
+            return (
+                f"{image.filename} stays: it holds internal snapshots, which would go with it, and"
+                " show what has been committed meanwhile where they hold nothing themselves"
+            )
         if rename_to is None:
             os.unlink(name, dir_fd=folder)
         else:
@@ -255,6 +279,18 @@ def remove_file(
     finally:
         os.close(folder)
     return None
+
+
+def _remove_data(
+    image: Image, known: FileId | None, *, renamed: str | None, **options: Any
+) -> str | None:
+    """Unlink the external data file of an overlay that is gone; why it was not done, or None."""
+    if renamed is not None:
+        return f"{image.data_file} stays: {renamed} names it as the file that holds its data"
+    problem = remove_file(replace(image, filename=image.data_file), known, **options)
+    if problem is None:
+        return None
+    return f"{problem}. It held the data of {image.filename}, and nothing names it any more"
 
 
 def _rename_new(name: str, new: str, folder: int) -> None:

@@ -284,6 +284,10 @@ class Exchange:
             cwd=cwd,
             pid=self.vm.peer_pid,
         )
+        if problem is None and image.data_file:
+            problem = (
+                f"{image.data_file} stays: it held the data of {image.filename}, which is gone"
+            )
         return [problem] if problem is not None else []
 
 

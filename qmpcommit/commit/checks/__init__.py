@@ -19,6 +19,7 @@ from qmpcommit.commit.checks.read_only import read_only_base
 from qmpcommit.commit.checks.replaced import replaced_file
 from qmpcommit.commit.checks.room import growth, sizes, space
 from qmpcommit.commit.checks.sharing import base_shared
+from qmpcommit.commit.checks.snapshots import internal_snapshots, temporary_overlay
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import ChainError, InvalidRequest, NoSpace
 
@@ -36,6 +37,8 @@ CHECKS: dict[str, Check] = {
     "on-disk-backing": on_disk_backing,
     "replaced-file": replaced_file,
     "header-above": header_above,
+    "internal-snapshots": internal_snapshots,
+    "temporary-overlay": temporary_overlay,
 }
 
 NAMES = tuple(CHECKS)
