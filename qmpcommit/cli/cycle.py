@@ -13,7 +13,7 @@ from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Options, common, here, shell
-from qmpcommit.cli.show import show_seconds
+from qmpcommit.cli.show import remarks, show_seconds
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -153,10 +153,12 @@ def _said(done: Round) -> str:
         if done.kept.quiesced is not None:
             stood = f"; the guest stood still for {show_seconds(done.kept.quiesced)}"
         base = done.kept.base.filename
-        return f"kept: {base} has the changes, {done.overlay} begins empty{stood}"
+        said = f"kept: {base} has the changes, {done.overlay} begins empty{stood}"
+        return "\n".join([said, *remarks([done.kept])])
     assert done.discarded is not None
     gone = "is deleted" if done.discarded.deleted else "must not be booted again"
-    return (
+    said = (
         f"discarded: {done.discarded.former} {gone}, {done.overlay} begins empty over"
         f" {done.discarded.base.filename}"
     )
+    return "\n".join([said, *(f"  Warning: {text}." for text in done.discarded.warnings)])

@@ -242,6 +242,8 @@ def group_text(outcome: GroupOutcome) -> str:
         many = len(outcome.outcomes)
         held = show_seconds(outcome.held)
         lines.append(f"One instant for {many} disks; their I/O was held for at most {held}.")
+    told = {f"{o.disk} of {o.vm}: {w}" for o in outcome.outcomes for w in o.warnings}
+    lines += [f"Warning: {warning}." for warning in outcome.warnings if warning not in told]
     if outcome.quiesced is not None:
         stood = show_seconds(outcome.quiesced)
         lines.append(f"The guests stood still for at most {stood}.")

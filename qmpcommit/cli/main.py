@@ -7,8 +7,10 @@ and the exit status.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -53,22 +55,37 @@ _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
 )
 
 
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write may end with whose reader is a file."""
+
+_OF_ALL = re.compile(r"--json|--quiet|--verbose|--timeout(=.*)?|-[qv]+", re.DOTALL)
+
+
 class Commands(click.Group):
     """A group whose commands are imported when they are called.
 
-    ``--daemon`` gets its optional value only where the next word can be an address.
+    ``--daemon`` gets its optional value only where the next word can be an address; what all
+    commands take may stand before a command's name, too.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Join ``--daemon`` with its value."""
+        """Join ``--daemon`` with its value, and have the command find what is its own."""
         place = 0
+        own: list[str] = []
         while place < len(args) and args[place].startswith("-") and args[place] != "--":
             if args[place] == "--daemon":
                 after = args[place + 1] if place + 1 < len(args) else ""
                 given = "/" in after or after.startswith("tcp:")
                 args = [*args[:place], f"--daemon={after if given else ''}",
                         *args[place + 1 + given :]]  # fmt: skip
+            elif _OF_ALL.fullmatch(args[place]):
+                words = 1 + (args[place] == "--timeout")
+                own += args[place : place + words]
+                args = [*args[:place], *args[place + words :]]
+                continue
             place += 1
+        if place < len(args):  # else no command is there, which is what is said
+            args = [*args[: place + 1], *own, *args[place + 1 :]]
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -109,6 +126,8 @@ def cli(ctx: click.Context, daemon: str | None) -> None:
 
     QMP is the path of a QEMU monitor's socket (-qmp unix:PATH,server=on,wait=off) or
     tcp:HOST:PORT; DISK a qdev id or QOM path, drive alias, node-name or image file.
+
+    --json, --quiet, --timeout S and --verbose are for every command, before or after its name.
     """
     if daemon is not None and ctx.invoked_subcommand in ("daemon", "demo"):
         raise click.UsageError(f"'{ctx.invoked_subcommand}' is not done through a daemon")
@@ -139,6 +158,11 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
         status = _complain(error, as_json)
     except QmpCommitError as error:
         status = _complain(error, as_json)
+    except OSError as error:  # help, which click writes
+        if error.errno in _UNWRITTEN and error.filename is None:
+            status = _unheard(error, 0)
+        else:
+            status = _complain(error, as_json)
     except Exception as error:  # a bug, of which a user needs no traceback
         if _verbose(ours):
             import traceback
@@ -166,16 +190,36 @@ def _verbose(arguments: Sequence[str]) -> bool:
 
 
 def _say(answer: object, as_json: bool) -> int:
-    if not isinstance(answer, Answer):
-        return answer if isinstance(answer, int) else 0  # --help and --version
-    if as_json:
-        _print_json(answer.data)
-    elif not answer.quiet:
-        if answer.draw is not None and sys.stdout is not None and sys.stdout.isatty():
-            answer.draw()
-        else:
-            _print(answer.text)
+    if not isinstance(answer, Answer):  # --help and --version
+        return FAILED if sys.stdout is None else answer if isinstance(answer, int) else 0
+    try:
+        if as_json:
+            _print_json(answer.data)
+        elif not answer.quiet:
+            if answer.draw is not None and sys.stdout is not None and sys.stdout.isatty():
+                answer.draw()
+            else:
+                _print(answer.text)
+    except OSError as error:
+        return _unheard(error, answer.status)
     return answer.status
+
+
+def _unheard(error: OSError, status: int) -> int:
+    """Standard output takes nothing: never status 0, although what was asked is done.
+
+    Of a reader who has gone, as after ``| head``, or who was never there nothing is said.
+    """
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
+    gone = isinstance(error, BrokenPipeError) or sys.stdout is None
+    if not gone and sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(
+                f"qmpcommit: can't write to standard output: {error.strerror}. The command itself"
+                f" had ended with status {status}\n"
+            )
+    return status or FAILED
 
 
 def _complain(error: Exception, as_json: bool) -> int:
@@ -197,7 +241,10 @@ def _complain(error: Exception, as_json: bool) -> int:
             " please report it, with what the same command prints with -v",
         }
     if as_json:
-        _print_json({"error": said})
+        try:
+            _print_json({"error": said})
+        except OSError as unwritten:
+            return _unheard(unwritten, status)
     elif sys.stderr is not None:
         paragraph = " ".join(str(said["message"]).split())
         with suppress(OSError):  # nobody may be reading any more: the status is left
@@ -226,17 +273,11 @@ def _print_json(value: object) -> None:
 
 
 def _print(text: str) -> None:
-    """To standard output, where nobody may be reading any more."""
+    """To standard output; raises OSError where it can't be written."""
     if sys.stdout is None:
-        return
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stderr.write(f"qmpcommit: can't write to standard output: {error.strerror}\n")
+        raise OSError(errno.EBADF, "it is closed")
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ async def cycle(running: Run, name: str, disk: str) -> Answer:
         raise DaemonLost(f"{error.message}. {_goes_on(begun)}", **error.facts) from None
     return Answer(
         done.model_dump(mode="json"),
-        "\n".join([_said(done), *done.warnings]),
+        "\n".join([_said(done), *(f"  Warning: {text}." for text in done.warnings)]),
         status=0 if done.result == "kept" else OTHERWISE,
         quiet=running.options.quiet,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit import log
 from qmpcommit.cli.options import Answer, Interrupted, Options
-from qmpcommit.errors import DeadlineExceeded
+from qmpcommit.errors import ConnectError, DeadlineExceeded
 from qmpcommit.session import Session
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Run:
 
     Until there is a job, Ctrl-C, SIGTERM and the deadline cancel the command's coroutine; what
     they do later is set with `on_signal` (called with how often there was a signal) and
-    `on_deadline`.
+    `on_deadline`. `unconnected` is the error of a monitor that did not answer before the deadline.
     """
 
     def __init__(self, options: Options) -> None:
@@ -37,6 +37,8 @@ class Run:
         self.timed_out = False
         self.on_signal: Callable[[int], None] | None = None
         self.on_deadline: Callable[[], None] | None = None
+        self.unconnected: ConnectError | None = None
+        self._sessions: list[Session] = []
         self._main = asyncio.current_task()
 
     @property
@@ -47,11 +49,10 @@ class Run:
         return max(0.0, self.options.deadline - time.monotonic())
 
     def connect(self, qmp: str) -> Session:
-        """A session that connects when it is entered, within what time remains."""
-        remaining = self.remaining
-        return Session.connect(
-            qmp, timeout=GREETING if remaining is None else min(GREETING, remaining)
-        )
+        """A session that connects when it is entered, if the deadline does not come before."""
+        session = Session.connect(qmp, timeout=GREETING)
+        self._sessions.append(session)
+        return session
 
     def vm(self, name: str) -> AbstractAsyncContextManager[Session | RemoteVM]:
         """The VM with its monitor at that address, or the one that the daemon calls so."""
@@ -77,6 +78,9 @@ class Run:
     def time_is_up(self) -> None:
         """The deadline has come."""
         self.timed_out = True
+        seconds = self.options.timeout or 0
+        awaiting = (s.unanswered(seconds) for s in self._sessions if s.awaits)
+        self.unconnected = next(awaiting, None)
         if self.on_deadline is not None:
             self.on_deadline()
         else:
@@ -110,6 +114,8 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
     try:
         return await work(running)
     except asyncio.CancelledError:
+        if running.unconnected is not None:  # why is the news, and not that it took too long
+            raise running.unconnected from None
         if running.timed_out:
             raise running.too_late("it was not done, and nothing was sent,") from None
         raise Interrupted("interrupted; nothing was sent") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.units import show_size
@@ -18,18 +18,22 @@ if TYPE_CHECKING:
 def outcome_text(outcome: CommitOutcome) -> str:
     """What happened, which image is active now, what is invalid, how much and how long."""
     active: object = outcome.active or outcome.top
+    who = {"guest": "The guest", "export": "The export"}.get(outcome.used_by)
     base, top = outcome.base.filename, outcome.top.filename
     if not outcome.top.node_name:  # the job had ended when it was taken up
         base, top = "its base", "its overlay"
         active = outcome.active or "the image that 'qmpcommit chain' shows"
+    now, goes_on = f"{who} now writes to", f"{who} goes on writing to"
+    if who is None:
+        nobody = "No device or export uses the disk. " if outcome.used_by == "nothing" else ""
+        now, goes_on = f"{nobody}Its image is now", f"{nobody}Its image is still"
     happened = {
-        "pivot": f"pivoted. The guest now writes to {active}.",
-        "recycle": f"recycled. The guest now writes to the fresh overlay {active}; {base} holds"
+        "pivot": f"pivoted. {now} {active}.",
+        "recycle": f"recycled. {now} the fresh overlay {active}; {base} holds"
         " everything up to the decision.",
-        "keep": f"kept. The guest goes on writing to {active}; {base} holds everything up to the"
-        " decision.",
-        "abort": f"aborted. The guest goes on writing to {active}, which is whole.",
-        "none": f"merged {top} into {base}. The guest goes on writing to {active}.",
+        "keep": f"kept. {goes_on} {active}; {base} holds everything up to the decision.",
+        "abort": f"aborted. {goes_on} {active}, which is whole.",
+        "none": f"merged {top} into {base}. {goes_on} {active}.",
     }.get(outcome.action, f"{outcome.action}.")
     lines = [f"{outcome.disk}: {happened}"]
     if outcome.invalidated:
@@ -37,6 +41,8 @@ def outcome_text(outcome: CommitOutcome) -> str:
         lines.append(f"  Invalid from now on, never boot it again: {files}.")
     if outcome.deleted:
         lines.append(f"  Deleted: {', '.join(outcome.deleted)}.")
+    if outcome.renamed:
+        lines.append(f"  Renamed to: {', '.join(outcome.renamed)}.")
     if outcome.guest_paused is not None:
         lines.append(f"  The guest was paused for {show_seconds(outcome.guest_paused)}.")
     lines.append(f"  {show_size(outcome.bytes_committed)} committed{_times(outcome)}.")
@@ -44,6 +50,11 @@ def outcome_text(outcome: CommitOutcome) -> str:
         lines.append(f"  Decided by: {outcome.decided_by}.")
     lines += [f"  Warning: {warning}." for warning in outcome.warnings]
     return "\n".join(lines)
+
+
+def remarks(outcomes: Iterable[CommitOutcome]) -> list[str]:
+    """What should be known of commits that are only a part of something else, a line each."""
+    return [f"  Warning: {each.disk}: {text}." for each in outcomes for text in each.warnings]
 
 
 def plan_text(plan: Plan) -> str:

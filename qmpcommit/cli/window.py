@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,11 @@ import click
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Options, common, here
+from qmpcommit.cli.show import remarks
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.window_records import GroupWindow
 
 
@@ -112,7 +114,8 @@ async def _window(running: Run, qmp: str, command: list[str], request: dict[str,
             status = await _run(
                 running, command, files, {disk: each.astray for disk, each in window.items()}
             )
-    return _closed(running, {"status": status, **_told(window)}, files, status)
+    data = {"status": status, **_told(window)}
+    return _closed(running, data, files, status, window.outcomes)
 
 
 async def _windows(
@@ -132,7 +135,9 @@ async def _windows(
                     files[name], lost[name] = frozen.filename, frozen.astray
         status = await _run(running, command, files, lost)
     each = [{"vm": getattr(vm, "name", vm), **_told(of)} for vm, of in window.of.items()]
-    return _closed(running, {"status": status, "windows": each}, files, status)
+    data = {"status": status, "windows": each}
+    outcomes = [outcome for of in window.of.values() for outcome in of.outcomes]
+    return _closed(running, data, files, status, outcomes)
 
 
 @asynccontextmanager
@@ -171,9 +176,16 @@ def _told(window: Any) -> dict[str, Any]:
     }
 
 
-def _closed(running: Run, data: Any, files: Mapping[str, str], status: int) -> Answer:
+def _closed(
+    running: Run,
+    data: Any,
+    files: Mapping[str, str],
+    status: int,
+    outcomes: Iterable[CommitOutcome],
+) -> Answer:
     names = ", ".join(dict.fromkeys(files.values()))
     text = f"the window on {names} is closed; the command ended with status {status}"
+    text = "\n".join([text, *remarks(outcomes)])
     return Answer(data, text, status=status, quiet=running.options.quiet)
 
 
@@ -221,16 +233,23 @@ async def _run(
 
 
 async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
+    from qmpcommit.commit.window_remains import unused
+
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp)
         left = await vm.windows()
-        outcomes = await vm.close_windows(**where)
+        folder = where["overlay_dir"]
+        cleared = await unused(vm, () if folder is None else (folder,))
+        outcomes = await vm.close_windows(**where)  # which leaves nothing, or raises
     data = {
         "closed": [each.model_dump() for each in left],
+        "cleared": cleared,
         "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
     }
-    text = "\n".join(f"closed the window on {each.filename}" for each in left)
-    return Answer(data, text or "no window is open", quiet=running.options.quiet)
+    said = [f"closed the window on {each.filename}" for each in left]
+    said += [f"cleared away what was left of a window: {each}" for each in cleared]
+    said = said or ["no window was open, and nothing was left of one"]
+    return Answer(data, "\n".join([*said, *remarks(outcomes)]), quiet=running.options.quiet)
 
 
 @click.command()
@@ -260,7 +279,7 @@ async def _flatten(  # noqa: PLR0917
 
     from qmpcommit.cli.following import OwnCommits
 
-    outcomes: list[dict[str, Any]] = []
+    outcomes: list[CommitOutcome] = []
     now_called = disk
     vm = running.connect(qmp)
     commits = OwnCommits(running, [vm])
@@ -268,16 +287,26 @@ async def _flatten(  # noqa: PLR0917
         async with vm:
             await tell_of_held(vm, qmp, [disk])
             async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
-                outcomes.append(outcome.model_dump(mode="json"))
+                outcomes.append(outcome)
                 if outcome.action == "pivot" and outcome.active is not None:
                     now_called = outcome.active.filename
             now = await vm.disk(now_called)
     except asyncio.CancelledError:
         said = f"{len(outcomes)} layers were merged, and the chain is valid: run it again to go on"
-        raise commits.error(said, vm=vm.name, disk=disk, outcomes=outcomes) from None
+        dumped = [outcome.model_dump(mode="json") for outcome in outcomes]
+        raise commits.error(said, vm=vm.name, disk=disk, outcomes=dumped) from None
     data = {
-        "outcomes": outcomes,
+        "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
         "chain": [image.model_dump(mode="json") for image in now.chain],
     }
     chain = " -> ".join(image.filename for image in reversed(now.chain))
-    return Answer(data, f"{len(outcomes)} layers merged: {chain}", quiet=running.options.quiet)
+    merged = sum(outcome.action != "abort" for outcome in outcomes)
+    said = f"{merged} layers merged: {chain}"
+    if merged < len(outcomes):
+        said += "\n  The last step was aborted by another client; run it again to go on."
+    return Answer(
+        data,
+        "\n".join([said, *remarks(outcomes)]),
+        status=0 if merged == len(outcomes) else 3,
+        quiet=running.options.quiet,
+    )

@@ -110,6 +110,7 @@ async def clear_away(
     With `again` a former process may have done a part of it.
     """
     warnings, deleted = list(outcome.warnings), list(outcome.deleted)
+    renamed = list(outcome.renamed)
     hook: Literal["", "done", "failed"] = ""
     if around.on_pivot is not None:
         try:
@@ -147,6 +148,8 @@ async def clear_away(
                     continue
                 if new is None:
                     deleted.append(image.filename)
+                else:
+                    renamed.append(new)
                 if image.data_file:
                     problem = await asyncio.to_thread(
                         _remove_data,
@@ -165,7 +168,7 @@ async def clear_away(
                         deleted.append(image.data_file)
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
-    return replace(outcome, warnings=warnings, deleted=deleted, hook=hook)
+    return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
 
 
 async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:

@@ -384,18 +384,23 @@ async def _discard(
     vms = [vm for vm, _ in found]
     stopped = {vm for vm, plan in zip(vms, plans, strict=True) if await _clear(vm, plan)}
     paths = [absolute(plan.top, vm.cwd) for vm, plan in zip(vms, plans, strict=True)]
-    exchanges = []
+    exchanges, unseen = [], []
     for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
         file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
         known = (noted or {}).get(place)
+        unseen.append(delete and file is None and known is None)
         made = Exchange(vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known)
         if vm in stopped:
             made.running = True
         exchanges.append(made)
     warnings = await exchange_all(exchanges)
     ends = []
-    for vm, plan, path, overlay, said in zip(vms, plans, paths, fresh, warnings, strict=True):
+    for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
+        overlay, said = fresh[place], warnings[place]
         deleted = delete and not await asyncio.to_thread(os.path.lexists, path)
+        if unseen[place]:  # it is not gone because nothing is there to be seen
+            deleted = False
+            said = [*said, f"{plan.top.filename} was not deleted: it is not seen here as QEMU's"]
         vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=overlay)
         ends.append(
             Discarded(

@@ -21,7 +21,7 @@ from qmpcommit.commit.aftermath import Around, OnStall, Stall, clear_away
 from qmpcommit.commit.care import Care
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
 from qmpcommit.commit.hearing import Hearing
-from qmpcommit.commit.outcome import CommitOutcome, Timings
+from qmpcommit.commit.outcome import CommitOutcome, Timings, UsedBy
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
 from qmpcommit.commit.recycle import Left
@@ -124,6 +124,7 @@ class Driver:
         self._policy_error: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
+        self._used_by: UsedBy = ""
         self._refused = 0
         self._missed = False
         self._pid = None if self._follow is None else monitor.peer_pid  # whose job it is
@@ -397,10 +398,13 @@ class Driver:
         graph = await read_graph(self._monitor)
         with self._monitor.sensible("the queries of its block graph"):
             disks = read_disks(graph)
-        self._disk_now = find_again(disks, self.plan.disk)
-        return facts.GraphRead(self._locate())
+        self._disk_now = now = find_again(disks, self.plan.disk)
+        self._used_by = _user_of(now, private=getattr(self._monitor, "private", False))
+        # Another client's job may have a filter as its base: the layer is what is below it.
+        base = graph.below_filters(self.plan.base.node_name) or self.plan.base.node_name
+        return facts.GraphRead(self._locate(base))
 
-    def _locate(self) -> Where:
+    def _locate(self, base: str) -> Where:
         """Where the disk stands now, compared with the plan."""
         now = self._disk_now
         if now is None or now.active is None:
@@ -409,11 +413,11 @@ class Driver:
         if not self.plan.two_phase:
             if self.plan.top.node_name in layers:
                 return Where.TOP
-            return Where.MERGED if self.plan.base.node_name in layers else Where.OTHER
+            return Where.MERGED if base in layers else Where.OTHER
         # Others may have laid an overlay over it since.
         if self.plan.top.node_name in layers:
             return Where.TOP
-        return Where.BASE if self.plan.base.node_name in layers else Where.OTHER
+        return Where.BASE if base in layers else Where.OTHER
 
     async def _relink(self) -> None:
         self.log.info("relinking")
@@ -513,6 +517,8 @@ class Driver:
                 keep_files=keep_files,
                 again=state.taken_up,
             )
+        found = report.found_before(plan)
+        self.outcome = replace(self.outcome, warnings=[*self.outcome.warnings, *found])
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 
     async def _outcome(self) -> CommitOutcome:
@@ -523,7 +529,7 @@ class Driver:
                 active = await self._care.fresh()
         outcome = report.outcome_of(plan, state, active, self.timings)
         held = self.timings.held if state.prepares and plan.two_phase else None
-        outcome = replace(outcome, guest_paused=self._care.paused, held=held)
+        outcome = replace(outcome, guest_paused=self._care.paused, held=held, used_by=self._used_by)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
         outcome.warnings.extend(self._care.remarks)
@@ -542,3 +548,10 @@ class Driver:
             phases.Verdict.PIVOTED: self.plan.base,
             phases.Verdict.MERGED: self.plan.disk.active,
         }.get(self.state.verdict or phases.Verdict.FAILED, self.plan.top)
+
+
+def _user_of(disk: Disk | None, *, private: bool) -> UsedBy:
+    """Who uses a disk, as the block graph shows it; what is `private` nobody else can reach."""
+    if disk is not None and disk.qdev:
+        return "guest"
+    return "export" if disk is not None and disk.exports and not private else "nothing"

@@ -72,7 +72,8 @@ def flatten(
 ) -> Flattening:
     """The outcomes of the commits that bring the chain down to `keep` layers, as they end.
 
-    A cancellation cancels the commit that is under way. Raises `InvalidRequest` for a `keep` below
+    It stops after a step that another client aborted, whose outcome says so. A cancellation
+    cancels the commit that is under way. Raises `InvalidRequest` for a `keep` below
     1, and what `Session.commit` and `CommitJob.wait` raise; what was merged before stays merged,
     and the chain is valid.
     """
@@ -94,5 +95,8 @@ async def _flatten(
             delete=delete,
             bandwidth=bandwidth,
         )
-        yield await see_through(job)
+        outcome = await see_through(job)
+        yield outcome
+        if outcome.action == "abort":  # by another client: the layer is still there
+            return
         layers -= 1

@@ -10,6 +10,7 @@ from qmpcommit.block.chain import Image
 from qmpcommit.values import Record, record
 
 Action = Literal["pivot", "keep", "abort", "recycle", "none"]
+UsedBy = Literal["", "guest", "export", "nothing"]
 
 
 @record
@@ -39,13 +40,17 @@ class CommitOutcome(Record):
 
     `status` is ``completed`` or ``cancelled``; `action` what was really done (``none`` for an
     intermediate layer, which has no second phase); `decided_by` who decided it. `active` is the
-    image that the guest writes to now, `invalidated` the files that must never be booted again,
-    `deleted` those of them that were unlinked, `bytes_committed` what the job copied.
+    image that is written to now, `used_by` by whom: ``guest``, ``export`` (an NBD client's, or
+    others'), ``nothing`` where no device and no export uses the disk (or the VM is off), "" where
+    that is not known. `invalidated` are the files that must never be booted again,
+    `deleted` those of them that were unlinked, `renamed` the new names of those that were renamed;
+    `bytes_committed` is what the job copied.
     `guest_paused` is for how many seconds a recycle paused the guest; `held`
     for how many the disk's own I/O was held in PENDING, on QEMU's clock; `quiesced` for how many
     the guest stood still for it, frozen or paused, where a `freeze` was asked for; `converge`
     what was done to a guest that wrote too fast (the members of a `ConvergeReport`); `hook` how
-    the hook ended that persists the VM's new disk path.
+    the hook ended that persists the VM's new disk path. `warnings` are what should be known of it,
+    what the checks before it found included.
     """
 
     status: Literal["completed", "cancelled"]
@@ -59,6 +64,7 @@ class CommitOutcome(Record):
     decided_by: str = ""
     invalidated: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
     bytes_committed: int = 0
     timings: Timings = Timings()
     guest_paused: float | None = None
@@ -66,6 +72,7 @@ class CommitOutcome(Record):
     quiesced: float | None = None
     converge: dict[str, Any] | None = None
     hook: Literal["", "done", "failed"] = ""
+    used_by: UsedBy = ""
     warnings: list[str] = field(default_factory=list)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 
 from qmpcommit.block.chain import Image
 from qmpcommit.commit.facts import Choice
@@ -69,6 +70,22 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
         timings=timings,
         warnings=warnings,
     )
+
+
+def found_before(plan: Plan) -> list[str]:
+    """What the checks before the first byte found that should be known, refusals included.
+
+    One that refused was overridden, or there would be no commit.
+    """
+    told = []
+    for found in plan.findings:
+        each = found if isinstance(found, Mapping) else found.model_dump()
+        if each["level"] == "note":
+            told.append(f"{each['name']}: {each['message']}")
+        elif each["level"] == "refuse":
+            said = str(each["message"]).partition(" (override '")[0]
+            told.append(f"{each['name']}, which was overridden: {said}")
+    return told
 
 
 def _halfway(plan: Plan, action: str) -> str:

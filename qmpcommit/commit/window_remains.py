@@ -72,6 +72,16 @@ def remains_of(graph: BlockGraph) -> list[Remains]:
     return found
 
 
+async def unused(vm: Session, folders: Collection[str] = ()) -> list[str]:
+    """What `clear` would look at, by the names of nodes and files; nothing is changed."""
+    graph = await read_graph(vm)
+    laid = {absolute(d.active, vm.cwd) for d in read_disks(graph) if d.active is not None}
+    files: set[str] = set()
+    if vm.peer_pid is not None:
+        files = await asyncio.to_thread(_beside, vm, graph, folders)
+    return [each.what for each in remains_of(graph)] + sorted(files - laid)
+
+
 # -- an overlay that is in use --------------------------------------------------------------------
 
 

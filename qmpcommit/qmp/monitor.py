@@ -17,7 +17,7 @@ import socket
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from qemu.qmp import ConnectError as QemuConnectError
 from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
@@ -78,6 +78,7 @@ class Monitor(Queries):
         self.log = Log(vm=self.name)
         self.peer_pid: int | None = None
         self.shutting_down = False
+        self.awaits: Literal["", "answer", "greeting"] = ""
         self._shared = client
         self._client: QMPClient | None = None
         self._sock: socket.socket | None = None
@@ -199,16 +200,16 @@ class Monitor(Queries):
         assert address is not None
         client = new_client(f"qmpcommit.{os.getpid()}", self._tap)
         sock: socket.socket | None = None
-        greeting = False
+        self.awaits = "answer"
         try:
             async with asyncio.timeout(self.timeout):
                 sock = await address.open()
                 pid = peer_pid(sock)
-                greeting = True
+                self.awaits = "greeting"
                 with suppress(AssertionError):  # qemu.qmp's, where it is lost as it is made
                     await client.connect(sock)
         except TimeoutError as error:
-            raise (self._busy() if greeting else self._unreachable("no answer", error)) from error
+            raise self.unanswered(self.timeout) from error
         except OSError as error:
             raise self._unreachable(error.strerror or str(error), error) from error
         except QemuConnectError as error:
@@ -216,6 +217,7 @@ class Monitor(Queries):
         except (QMPError, ValueError, RecursionError) as error:
             raise self._no_monitor(error) from error
         finally:
+            self.awaits = ""
             if client.runstate is not Runstate.RUNNING and sock is not None:
                 sock.close()
         if client.runstate is not Runstate.RUNNING:
@@ -228,10 +230,13 @@ class Monitor(Queries):
         self._tell(True)
         self.log.debug("connected", address=str(address), pid=pid)
 
-    def _busy(self) -> MonitorBusy:
+    def unanswered(self, seconds: float) -> ConnectError:
+        """The error of a connection that is being opened for so long: what it `awaits`."""
+        if self.awaits != "greeting":
+            return self._unreachable("no answer", TimeoutError())
         return MonitorBusy(
             f"{self.address} accepts connections but sent no QMP greeting within"
-            f" {self.timeout:g} s: another client holds this monitor (QEMU serves one at a time),"
+            f" {seconds:g} s: another client holds this monitor (QEMU serves one at a time),"
             " or QEMU is stopped, or this is no monitor. Close the other client, or give QEMU a"
             " second monitor (another -qmp unix:PATH,server=on,wait=off) and use that. Nothing"
             " was sent",

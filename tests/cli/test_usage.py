@@ -115,9 +115,10 @@ def silent(folder: Path) -> Iterator[str]:
 
 
 def test_a_busy_monitor_is_1_and_bounded_by_the_timeout(silent: str) -> None:
-    said = qmpcommit("chain", silent, "--timeout", "300ms", "--json")
+    said = qmpcommit("chain", silent, "--timeout", "2s", "--json")
     assert said.status == 1
-    assert said.error["type"] in ("MonitorBusy", "DeadlineExceeded")
+    assert said.error["type"] == "MonitorBusy"
+    assert "another client" in said.error["message"]
 
 
 def test_no_time_at_all(silent: str) -> None:
@@ -171,6 +172,36 @@ def test_no_standard_output_at_all() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (4, b"")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["commit", "--help"]])
+@pytest.mark.parametrize("to", ["/dev/full", "&-"])
+def test_what_can_not_be_written_is_not_done(words: list[str], to: str) -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" >{to}', "sh", *COMMAND, *words],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (b"No space left" in done.stderr) is (to == "/dev/full")
+    assert b"Traceback" not in done.stderr
+    assert b"bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--json", "--timeout", "20", "chain", "/nowhere"],
+        ["-q", "--timeout=20", "--json", "jobs", "/nowhere"],
+        ["--json", "chain", "/nowhere", "--timeout", "20"],
+    ],
+)
+def test_what_all_commands_take_may_come_first(words: list[str]) -> None:
+    said = qmpcommit(*words)
+    assert (said.status, said.error["type"]) == (4, "ConnectError")
+    without = qmpcommit("--json", "--timeout", "20")
+    assert (without.status, without.error["message"][:15]) == (2, "Missing command")
 
 
 def test_json_is_one_line_of_ascii() -> None:

@@ -14,6 +14,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block import files as block_files
 from qmpcommit.block import identity
+from qmpcommit.cli.show import outcome_text
 from tests.ground.images import (
     MIB,
     Chain,
@@ -117,6 +118,8 @@ async def test_rename_keeps_the_data_under_another_name(folder: Path) -> None:
         job = await vm.commit("vda", policy=qc.Pivot(), stale="rename")
         outcome = await job.wait()
         assert (outcome.deleted, outcome.warnings) == ([], [])
+        assert outcome.renamed == [f"{chain.top}.stale-{job.id}"]
+        assert f"Renamed to: {chain.top}.stale-{job.id}." in outcome_text(outcome)
         await vm.close()
         await qemu.quit()
     assert not chain.top.exists()
@@ -587,7 +590,8 @@ async def test_of_a_qemu_whose_files_can_not_be_looked_at_only_a_locked_one_is_d
             chain.top.write_bytes(b"precious")
         outcome = await (await vm.commit("vda", policy=qc.Pivot(), delete=True)).wait()
         assert outcome.deleted == ([str(chain.top)] if deleted else [])
-        assert len(outcome.warnings) == (0 if deleted else 1)
+        stays = [text for text in outcome.warnings if "stays" in text]
+        assert len(stays) == (0 if deleted else 1)
         await vm.close()
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
