@@ -40,7 +40,8 @@ async def test_a_command_is_handed_the_files_that_stand_still(folder: Path) -> N
 async def test_a_name_that_is_another_file_here_is_handed_to_no_command(folder: Path) -> None:
     """QEMU's folder has another one mounted over it, in QEMU's own mount namespace."""
     theirs, ours = folder / "theirs", folder / "vm"
-    theirs.mkdir(), ours.mkdir()
+    for place in (theirs, ours):
+        place.mkdir()
     chain = make_chain(theirs, relative=True)
     for path in chain.files:
         (ours / path.name).write_bytes(b"another VM's disk")
