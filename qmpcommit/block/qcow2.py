@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 MAGIC = b"QFI\xfb"
 BITMAPS = 0x23852875
@@ -87,6 +87,50 @@ def name_room(path: str, backing_format: str) -> int | None:
     used += features + 8 + _padded(len(backing_format)) + 8  # the last: no more extensions
     cluster = 1 << int(bits)
     return max(0, min(LONGEST_NAME, cluster - used))
+
+
+class Unwritten(NamedTuple):
+    """Clusters that a qcow2 has not, or shares: of data, and of the tables that tell of them."""
+
+    clusters: int
+    tables: int
+
+
+_COPIED = 1 << 63
+_COMPRESSED = 1 << 62
+_OFFSET = 0x00FFFFFFFFFFFE00
+
+
+def unwritten(path: str) -> Unwritten | None:
+    """What writing everywhere would allocate, from the tables on disk; None where unknown.
+
+    Reads every L2 table, 1 MiB for 8 GiB of a disk with 64 KiB clusters.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(104)
+            if len(header) < 72 or header[:4] != MAGIC:
+                return None
+            version, _, _, bits, size = struct.unpack(">IQIIQ", header[4:32])
+            entries, where = struct.unpack(">IQ", header[36:48])
+            features = struct.unpack(">Q", header[72:80])[0] if version >= 3 else 0
+            words = 2 if features & 16 else 1  # an extended L2 entry has a bitmap beside it
+            cluster = 1 << int(bits)
+            missing, tables = -(-int(size) // cluster), 0
+            for entry in _numbers(_table(file, where, entries * 8)):
+                if not entry & _COPIED:
+                    tables += 1
+                    continue
+                file.seek(entry & _OFFSET)
+                found = _numbers(file.read(cluster))[::words]
+                missing -= sum(1 for e in found if e & _COPIED and not e & _COMPRESSED)
+            return Unwritten(max(0, missing), tables)
+    except (OSError, ValueError, struct.error):
+        return None
+
+
+def _numbers(table: bytes) -> tuple[int, ...]:
+    return struct.unpack(f">{len(table) // 8}Q", table[: len(table) // 8 * 8])
 
 
 def _padded(length: int) -> int:

@@ -21,7 +21,7 @@ from qmpcommit.block import files
 from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.commit.checks import Finding, check_commit, refuse
 from qmpcommit.commit.plan import Request, plan_commit
-from tests.ground.images import MIB, Chain, Write, create, make_chain, run, write
+from tests.ground.images import MIB, Chain, Picture, Write, create, make_chain, run, write
 from tests.ground.loop_device import loop_device
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.qemu import QEMU
@@ -31,7 +31,8 @@ async def look(vm: qc.Session, disk: str = "vda", **request: Any) -> dict[str, l
     """All findings of a commit of this disk, by name."""
     graph = await vm.graph()
     found = find_disk(read_disks(graph), disk, vm=vm.name)
-    plan = plan_commit(vm.name, found, Request(disk=disk, **request), qc.Keep())
+    policy = None if request.get("top") else qc.Keep()
+    plan = plan_commit(vm.name, found, Request(disk=disk, **request), policy)
     findings = await asyncio.to_thread(check_commit, graph, plan, pid=vm.peer_pid, cwd=vm.cwd)
     sorted_: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -205,6 +206,52 @@ async def test_a_qcow2_on_a_block_device(folder: Path) -> None:
             assert "block device" in found["free-space"].message
             assert 3 * MIB < found["free-space"].numbers["free"] < 4 * MIB
             assert "No space left" in await bare_commit(vm)
+
+
+async def test_a_qcow2_that_fills_its_block_device_needs_nothing(folder: Path) -> None:
+    """What it has allocated is counted; what it shares with a snapshot is not its own."""
+    disk, top = folder / "disk", folder / "top.qcow2"
+    disk.write_bytes(b"")
+    os.truncate(disk, 8 * MIB)
+    with loop_device(disk) as device:
+        run(QEMU.img, "create", "-q", "-f", "qcow2", device, str(7 * MIB))
+        run(QEMU.io, "-f", "qcow2", "-c", "write 0 7M", device)
+        header = files.read_header(str(device))
+        assert header is not None
+        os.truncate(disk, files.used_end(str(device), header))  # a device of its very size
+        run("losetup", "-c", device)
+        create(top, None, backing=device)
+        write(top, [Write(0, 7 * MIB, 0x11)])
+        base = f"driver=qcow2,node-name=base,file.driver=host_device,file.filename={device}"
+        async with running(folder, base, qcow2("top", top, ",backing=base")) as vm:
+            assert await refused(vm) == {}
+            assert await bare_commit(vm) == "READY"
+        os.truncate(disk, 9 * MIB)
+        run("losetup", "-c", device)
+        run(QEMU.img, "snapshot", "-c", "s", device)
+        async with running(folder, base, qcow2("top", top, ",backing=base")) as vm:
+            found = await refused(vm)
+            assert found["free-space"].numbers["needed"] > 7 * MIB
+
+
+async def test_a_raw_device_that_has_grown_under_qemu(folder: Path) -> None:
+    disk, top = folder / "disk", folder / "top.qcow2"
+    disk.write_bytes(b"")
+    os.truncate(disk, 4 * MIB)
+    with loop_device(disk) as device:
+        create(top, 8 * MIB, backing=device, backing_fmt="raw")
+        write(top, [Write(6 * MIB, MIB, 0x11)])
+        base = f"driver=raw,node-name=base,file.driver=host_device,file.filename={device}"
+        async with running(folder, base, qcow2("top", top, ",backing=base")) as vm:
+            assert list(await refused(vm)) == ["size"]
+            os.truncate(disk, 8 * MIB)
+            run("losetup", "-c", device)
+            assert await refused(vm) == {}
+            outcome = await (await vm.commit("vda", policy=qc.Pivot())).wait()
+            assert outcome.action == "pivot"
+        picture = Picture(8 * MIB)
+        picture.fill(6 * MIB, MIB, 0x11)
+        assert disk.read_bytes() == bytes(picture.data)
 
 
 async def test_a_raw_base_on_a_smaller_device(folder: Path) -> None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qmpcommit.block.chain import Image
-from qmpcommit.block.files import device_size, free_space, is_block_device, read_header, used_end
+from qmpcommit.block.files import (
+    Header,
+    device_size,
+    free_space,
+    is_block_device,
+    read_header,
+    used_end,
+)
 from qmpcommit.block.graph import BlockGraph, Raw
+from qmpcommit.block.qcow2 import unwritten
 from qmpcommit.commit.checks.finding import Case, Finding, image_data, refused, unchecked
 from qmpcommit.commit.plan import Plan
 from qmpcommit.units import show_size
@@ -42,6 +50,8 @@ def space(case: Case) -> Iterator[Finding]:
                              f" {show_size(size)}", needed=needed)  # fmt: skip
             return
         free = max(0, size - used_end(place.path, header))
+        if needed > free:
+            needed = min(needed, _not_allocated(case, place.path, header))
         where = f"the block device {place.path} of {show_size(size)}"
         what = f"the base in it may grow by {show_size(needed)}"
     numbers = {"needed": needed, "free": free, "data": data}
@@ -55,6 +65,19 @@ def space(case: Case) -> Iterator[Finding]:
         " or commit fewer layers",
         **numbers,
     )
+
+
+def _not_allocated(case: Case, path: str, header: Header) -> int:
+    """What a qcow2 grows by at the most, counted where the estimate would refuse."""
+    missing = unwritten(path)
+    cluster = header.cluster_size
+    more = max(0, (case.plan.top.virtual_size or 0) - header.virtual_size)  # it is resized to that
+    if missing is None:
+        return header.virtual_size * 2 + more * 2
+    clusters = missing.clusters + missing.tables + -(-more // cluster)
+    tables = -(-more // (cluster // 16 * cluster))
+    counts = -(-(clusters + tables) * header.refcount_bits // 8 // cluster)
+    return (clusters + tables + counts) * cluster
 
 
 def growth(graph: BlockGraph, plan: Plan) -> tuple[int, int]:
@@ -129,7 +152,7 @@ def _metadata(copied: int, size: int, info: Raw) -> int:
 def sizes(case: Case) -> Iterator[Finding]:
     """QEMU makes a smaller base as large as the overlay; not every base can be."""
     base, wanted = case.plan.base, case.plan.top.virtual_size
-    have = base.virtual_size
+    have = _size_now(case, base)
     if wanted is None or have is None:
         yield unchecked("size", "QEMU does not tell the virtual sizes")
         return
@@ -157,6 +180,18 @@ def sizes(case: Case) -> Iterator[Finding]:
         f"QEMU will grow the base {base.filename} from {have} to {wanted} bytes, whatever is"
         " decided at READY", numbers,
     )  # fmt: skip
+
+
+def _size_now(case: Case, base: Image) -> int | None:
+    """The base's size; QEMU shows that of a host device as it was when it opened it."""
+    leaf = case.graph.leaf(base.node_name)
+    whole = (leaf.raw.get("image") or {}).get("virtual-size")
+    if leaf.driver != "host_device" or base.driver not in ("raw", leaf.driver):
+        return base.virtual_size
+    place = case.place(leaf)
+    if whole != base.virtual_size or not place.path or not is_block_device(place.path):
+        return base.virtual_size  # a slice of it keeps its size
+    return device_size(place.path)
 
 
 def _why_fixed(case: Case) -> str:
