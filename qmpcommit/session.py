@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 
 from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
-from qmpcommit.block.identity import FileId, identify
+from qmpcommit.block.identity import FileId, all_told_where, identify
 from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
@@ -31,8 +31,10 @@ from qmpcommit.commit.preconditions import (
     ask_whether,
     carrying_of,
     check_abilities,
+    check_commands,
     check_job_id,
     check_overlays,
+    told,
 )
 from qmpcommit.errors import (
     CommitFailed,
@@ -153,7 +155,8 @@ class Session(Monitor):
         """All disks of the VM with their backing chains, active layer first."""
         graph = await self.graph()
         with self.sensible("the queries of its block graph"):
-            return read_disks(graph)
+            disks = read_disks(graph)
+        return await asyncio.to_thread(all_told_where, graph, self.peer_pid, disks)
 
     async def disk(self, name: str) -> Disk:
         """The disk of that name; raises `DiskNotFound` with the candidates."""
@@ -359,6 +362,8 @@ class Session(Monitor):
             await check_job_id(self, plan)
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
+        plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)
+        check_commands(plan, around.on_pivot)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
         if not plan.two_phase:
             from qmpcommit.commit.overlays_above import check_writable

@@ -15,7 +15,13 @@ from typing import Any, Literal, NamedTuple
 from qmpcommit.block.files import read_header
 from qmpcommit.block.graph import FILTERS, BlockGraph
 from qmpcommit.block.identity import HOST_FILES, FileId, file_id, names_are_ours, open_files
-from qmpcommit.block.network_name import Export, export_of, shown_export, written_export
+from qmpcommit.block.network_name import (
+    Export,
+    export_of,
+    json_options,
+    shown_export,
+    written_export,
+)
 from qmpcommit.errors import ChainError
 
 _MOST_LINKS = 40
@@ -91,12 +97,12 @@ def parts_of(graph: BlockGraph, name: str) -> Parts:
         if below is None or below in seen or below not in graph.nodes:
             break
         if node.driver not in FILTERS:
-            options = _options(str(node.raw.get("file"))) if node.driver == "raw" else {}
+            options = json_options(str(node.raw.get("file"))) if node.driver == "raw" else {}
             formats.append({"driver": node.driver} | _window(options))
         seen.add(below)
         node = graph.nodes[below]
     shown = str(node.raw.get("file") or "")
-    return _parts(formats, node.driver, shown, _options(shown))
+    return _parts(formats, node.driver, shown, json_options(shown))
 
 
 def _window(options: Mapping[str, Any]) -> dict[str, int]:
@@ -122,7 +128,7 @@ def parts_of_name(text: str, fmt: str) -> Parts:
 
     Where neither tells a format, it is called "".
     """
-    options = _options(text)
+    options = json_options(text)
     if not options:
         plain = text if is_relative(text) or text.startswith("/") else ""
         if text.startswith("file:"):
@@ -141,30 +147,6 @@ def parts_of_name(text: str, fmt: str) -> Parts:
         driver = str(options.get("driver") or "file")
     name = str(options.get("filename") or "")
     return _parts(formats, driver, name, options)
-
-
-def _options(text: str) -> dict[str, Any]:
-    """The options in a ``json:`` name, nested; none where it is no such name, or cut off."""
-    if not text.startswith("json:"):
-        return {}
-    try:
-        found = json.loads(text.removeprefix("json:"))
-    except ValueError:
-        return {}
-    return _nested(found) if isinstance(found, dict) else {}
-
-
-def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"file.driver": x}`` as ``{"file": {"driver": x}}``, as QEMU takes both."""
-    made: dict[str, Any] = {}
-    for key, value in options.items():
-        at = made
-        *outer, last = key.split(".")
-        for part in outer:
-            inner = at.setdefault(part, {})
-            at = inner if isinstance(inner, dict) else {}
-        at[last] = _nested(value) if isinstance(value, Mapping) else value
-    return made
 
 
 # -- the files as QEMU sees them ----------------------------------------------------------------
@@ -469,7 +451,7 @@ def leads_to(graph: BlockGraph, overlay: str, below: str, written: Written, view
 
     Files are compared, never names alone, where they can be seen from here.
     """
-    if written.text.startswith("json:") and not _options(written.text):
+    if written.text.startswith("json:") and not json_options(written.text):
         return "other"
     it, named = parts_of(graph, below), parts_of_name(written.text, written.format)
     if it.on_host != named.on_host:

@@ -8,7 +8,6 @@ protocol URIs as QEMU prints them, plain files also through symlinks and relativ
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,12 @@ from typing import NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import BlockGraph, Raw, is_plain
+from qmpcommit.block.network_name import (
+    export_of,
+    json_options,
+    shown_export,
+    written_export,
+)
 from qmpcommit.errors import ChainError, DiskNotFound
 from qmpcommit.values import Record, record
 
@@ -34,6 +39,8 @@ class Image(Record):
     is also the most that a commit of it copies. `bitmaps` are the names of its dirty bitmaps,
     `warnings` what somebody should look at: corruption, encryption, an inconsistent bitmap.
     `data_file` is the host file in which a qcow2 keeps its data, where that is another one.
+    `astray` says why `filename` leads to another file from here, or to none; "" where it does not,
+    or nobody has looked. `given_as` is the name of a file that QEMU was given open.
     """
 
     node_name: str
@@ -47,6 +54,8 @@ class Image(Record):
     bitmaps: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     data_file: str = ""
+    astray: str = ""
+    given_as: str = ""
 
     @property
     def handed_out(self) -> str:
@@ -185,21 +194,24 @@ def same_file(name: str, image: Image, cwd: str | None) -> bool:
     """
     if name in (image.filename, image.shown):
         return True
-    if ":" in name.split("/", maxsplit=1)[0] or image.filename.startswith("json:"):
+    options = json_options(name)
+    while isinstance(options.get("file"), dict) and not slice_of(name):
+        options = options["file"]
+    mine = written_export(name) if ":" in name else None
+    mine = mine or (export_of(options) if options.get("driver") == "nbd" else None)
+    if mine is not None:
+        shown = json_options(image.shown)
+        return mine == (shown_export(image.filename) or export_of(shown.get("file") or shown))
+    name = str(options.get("filename") or name).removeprefix("file:")
+    if not is_plain(name) or not is_plain(image.filename):
         return False  # a protocol's name: only the same text is the same image
-    mine = os.path.realpath(name)
-    theirs = os.path.realpath(os.path.join(cwd or os.getcwd(), image.filename))
-    return mine == theirs
+    theirs = image.given_as or os.path.join(cwd or os.getcwd(), image.filename)
+    return os.path.realpath(name) == os.path.realpath(theirs)
 
 
 def slice_of(shown: str) -> bool:
     """Whether an image is a part of a file only: a ``raw`` with an offset or a size, or in one."""
-    if not shown.startswith("json:"):
-        return False
-    try:
-        options = json.loads(shown.removeprefix("json:"))
-    except ValueError:
-        return False
+    options: object = json_options(shown)
     while isinstance(options, dict):
         if options.get("driver") == "raw" and (options.get("offset") or options.get("size")):
             return True
@@ -228,6 +240,7 @@ def read_image(graph: BlockGraph, name: str) -> Image:
         bitmaps=tuple(bitmap.name for bitmap in bitmaps_of(graph, name)),
         warnings=tuple(_warnings(graph, name)),
         data_file=_data_file(graph, name),
+        given_as=graph.given.get(str(leaf.raw.get("file")), ""),
     )
 
 

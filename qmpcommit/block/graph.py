@@ -93,6 +93,8 @@ class BlockGraph(NamedTuple):
     parents: Mapping[str, frozenset[str]]
     fdsets: Mapping[str, tuple[int, ...]] = {}
     """Of files that QEMU was given open (``/dev/fdset/N``): its descriptors of them."""
+    given: Mapping[str, str] = {}
+    """What those files are called on this host, where they have a name."""
     cwd: str | None = None
     """QEMU's working directory, from which relative file names count, where it is known."""
 
@@ -170,8 +172,24 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
         graph = build_graph(nodes, devices, exports, edges)
         if any("/dev/fdset/" in str(node.get("file")) for node in nodes):
             sets = await _optional(monitor, "query-fdsets", [])
-            graph = graph._replace(fdsets=_descriptors(sets))
+            numbers = _descriptors(sets)
+            given = given_names(numbers, monitor.peer_pid)
+            graph = graph._replace(fdsets=numbers, given=given)
         return graph._replace(cwd=working_directory(monitor.peer_pid))
+
+
+def given_names(fdsets: Mapping[str, tuple[int, ...]], pid: int | None) -> dict[str, str]:
+    """What the files of these sets, which QEMU (process `pid`) was given open, are called here."""
+    found = {}
+    for name, numbers in fdsets.items():
+        links = [f"/proc/{pid}/fd/{number}" for number in numbers if pid]
+        try:
+            paths = {os.readlink(link) for link in links}
+            if len(paths) == 1 and os.path.samefile(links[0], *paths):
+                found[name] = paths.pop()
+        except OSError:
+            continue
+    return found
 
 
 def working_directory(pid: int | None) -> str | None:

@@ -15,8 +15,10 @@ import stat
 import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from qmpcommit.block.chain import Disk, Image
 from qmpcommit.block.graph import BlockGraph, Node
 
 HOST_FILES = frozenset(("file", "host_device", "host_cdrom"))
@@ -395,6 +397,23 @@ def astray(graph: BlockGraph, opened: OpenFiles, layer: str) -> str:
         if told.astray:
             return told.reason
     return ""
+
+
+def told_where(graph: BlockGraph, opened: OpenFiles, image: Image) -> Image:
+    """The image, with a warning where its name does not lead to its file from here."""
+    why = astray(graph, opened, image.node_name) if image.node_name in graph.nodes else ""
+    if not why or why == image.astray:
+        return image
+    return replace(image, astray=why, warnings=(*image.warnings, why))
+
+
+def all_told_where(graph: BlockGraph, pid: int | None, disks: Iterable[Disk]) -> list[Disk]:
+    """`told_where` for all layers of these disks; looks at files."""
+    opened = OpenFiles.of(graph, pid, cwd=graph.cwd)
+    return [
+        replace(disk, chain=tuple(told_where(graph, opened, image) for image in disk.chain))
+        for disk in disks
+    ]
 
 
 def unnamed(graph: BlockGraph, opened: OpenFiles, layer: str, known: FileId | None) -> str:

@@ -7,6 +7,7 @@ export begins with a slash, or the host is an IPv6 address.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -91,3 +92,27 @@ def export_of(options: Mapping[str, Any]) -> Export | None:
 
 def _bare(host: str) -> str:
     return host.removeprefix("[").removesuffix("]")
+
+
+def json_options(text: str) -> dict[str, Any]:
+    """The options in a ``json:`` name, nested; none where it is no such name, or cut off."""
+    if not text.startswith("json:"):
+        return {}
+    try:
+        found = json.loads(text.removeprefix("json:"))
+    except ValueError:
+        return {}
+    return _nested(found) if isinstance(found, dict) else {}
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"file.driver": x}`` as ``{"file": {"driver": x}}``, as QEMU takes both."""
+    made: dict[str, Any] = {}
+    for key, value in options.items():
+        at = made
+        *outer, last = key.split(".")
+        for part in outer:
+            inner = at.setdefault(part, {})
+            at = inner if isinstance(inner, dict) else {}
+        at[last] = _nested(value) if isinstance(value, Mapping) else value
+    return made

@@ -33,6 +33,7 @@ def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
 
 async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.block.chain import find_disk, read_disks
+    from qmpcommit.block.identity import all_told_where
     from qmpcommit.cli.held import tell_of_held, warn_of_held
     from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.show import disks_dot, disks_text
@@ -41,7 +42,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     async with running.vm(qmp) as vm:
         if isinstance(vm, Session):
             graph = await vm.graph()
-            disks = read_disks(graph)
+            disks = all_told_where(graph, vm.peer_pid, read_disks(graph))
             if disk is not None:
                 disks = [find_disk(disks, disk, vm=vm.name, cwd=vm.cwd)]
             windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)

@@ -13,11 +13,10 @@ import click
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.options import Answer, Options, common, here, shell
-from qmpcommit.errors import CommitFailed
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
-    from qmpcommit.commit.aftermath import Stall
+    from qmpcommit.commit.aftermath import OnPivot, Stall
     from qmpcommit.commit.objections import Stale
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
@@ -228,7 +227,7 @@ def commit(
         "filter_node_name": filter_node_name,
         "backing_mask_protocol": backing_mask_protocol,
         "override": override,
-        "on_pivot": None if hook is None else partial(_persist, hook),
+        "on_pivot": None if hook is None else _persisting(hook),
         "on_stall": partial(_wait_for_room, quiet or as_json),
     }
     from qmpcommit.cli.running import run
@@ -324,17 +323,10 @@ def _refuse_unheard(
         check_override(override)
 
 
-async def _persist(hook: list[str], outcome: CommitOutcome) -> None:
-    """``--on-pivot``: the command learns the commit as a ``--check`` does, and what is active."""
-    from qmpcommit.commit.policy import Ready, run_command
+def _persisting(hook: list[str]) -> OnPivot:
+    from qmpcommit.commit.hook import PivotCommand
 
-    ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
-    active = outcome.active.filename if outcome.active is not None else ""
-    environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
-    status = await run_command(hook, environment, HOOK_TIMEOUT)
-    if status != 0:
-        how = f"ended with status {status}" if status is not None else "took too long"
-        raise CommitFailed(f"{hook[-1]} {how}")
+    return PivotCommand(hook, HOOK_TIMEOUT)
 
 
 def tell_of_stall(file: str) -> None:

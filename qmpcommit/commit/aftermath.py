@@ -247,7 +247,7 @@ def remove_file(
     """
     path = os.path.join(cwd or os.getcwd(), image.filename)
     if known is None:
-        return f"{image.filename} stays: it is no regular file here that QEMU was seen to have"
+        return f"{image.filename} stays: {_unknown(path)}"
     if base.node_name:
         nowhere = unnamed(graph, OpenFiles.of(graph, pid, cwd=cwd), base.node_name, held)
         if nowhere:
@@ -294,6 +294,19 @@ def _remove_data(
     if problem is None:
         return None
     return f"{problem}. It held the data of {image.filename}, and nothing names it any more"
+
+
+def _unknown(path: str) -> str:
+    """Why a file was not taken for the one that QEMU has open."""
+    try:
+        found = os.lstat(path)
+    except OSError as error:
+        return f"it can't be looked at from here ({error.strerror})"
+    if stat.S_ISLNK(found.st_mode):
+        return f"that name is a link to {os.path.realpath(path)}, which only its owner may delete"
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no regular file"
+    return "QEMU was not seen to have this very file open"
 
 
 def _rename_new(name: str, new: str, folder: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
 from qmpcommit.commit.overlay_options import OverlayOptions
-from qmpcommit.errors import CommitFailed, InvalidRequest, PolicyRequired
+from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, PolicyRequired
 from qmpcommit.tasks import kill
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
@@ -177,7 +177,11 @@ class Ready(Record):
     bytes_committed: int = 0
 
     def environment(self) -> dict[str, str]:
-        """The ``QMPCOMMIT_*`` variables that a command learns this from."""
+        """The ``QMPCOMMIT_*`` variables that a command learns this from.
+
+        Raises `ChainError` where it would be told another file's name.
+        """
+        check_told(self.vm, self.base, self.top)
         return {
             "QMPCOMMIT_VM": self.vm,
             "QMPCOMMIT_DISK": self.disk,
@@ -187,6 +191,17 @@ class Ready(Record):
             "QMPCOMMIT_BASE_NODE": self.base.node_name,
             "QMPCOMMIT_TOP_NODE": self.top.node_name,
         }
+
+
+def check_told(vm: str, *images: Image) -> None:
+    """Raise `ChainError` where an image's name is another file's here, for a command to find."""
+    for image in images:
+        if image.astray and os.path.lexists(image.filename):
+            raise ChainError(
+                f"a command would be told {image.filename} for a layer of {vm}, and would find"
+                f" another file under that name: {image.astray}. It was not run",
+                vm=vm,
+            )
 
 
 class Settled(NamedTuple):

@@ -6,14 +6,26 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.identity import OpenFiles, told_where
+from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.overlay_like import unfit
 from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Keep, Ready, Recycle, is_answer, no_answer, run_command
+from qmpcommit.commit.policy import (
+    Check,
+    Keep,
+    Ready,
+    Recycle,
+    check_told,
+    is_answer,
+    no_answer,
+    run_command,
+)
 from qmpcommit.errors import (
     ChainError,
     CommandRefused,
@@ -153,6 +165,22 @@ def carrying_of(graph: BlockGraph, plan: Plan) -> Carrying | None:
             disk=plan.disk.name,
         )
     return carrying if carrying.names or carrying.problems else None
+
+
+def told(plan: Plan, graph: BlockGraph, pid: int | None) -> Plan:
+    """The plan, with a warning where a name does not lead to QEMU's file from here; looks at it."""
+    opened = OpenFiles.of(graph, pid, cwd=graph.cwd)
+    top, base = (told_where(graph, opened, image) for image in (plan.top, plan.base))
+    return replace(plan, top=top, base=base)
+
+
+def check_commands(plan: Plan, on_pivot: object) -> None:
+    """Raise `ChainError` where a command that runs later would be told another file's name."""
+    if isinstance(plan.policy, Check) or isinstance(on_pivot, PivotCommand):
+        try:
+            check_told(plan.vm, plan.base, plan.top)
+        except ChainError as error:
+            raise ChainError(f"{error.message}. Nothing was sent", disk=plan.disk.name) from None
 
 
 async def ask_whether(command: Sequence[str], plan: Plan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from qmpcommit.block.chain import Image
 from qmpcommit.commit.facts import Choice
@@ -39,6 +40,9 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
     assert state.verdict is not None
     action, choice = _ACTIONS[state.verdict]
     warnings = list(state.trail)
+    for image in (plan.base, plan.top):
+        if image.astray and active is not None and active.node_name == image.node_name:
+            active = replace(active, astray=image.astray, warnings=image.warnings)
     by = state.by if choice is state.decision else "another client"
     if choice is None:
         by = ""

@@ -13,12 +13,12 @@ from typing import Any
 
 from qmpcommit.block.chain import absolute
 from qmpcommit.commit.aftermath import Around, OnPivot, Stall
+from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.pace import Converge
 from qmpcommit.commit.phases import Verdict
 from qmpcommit.commit.plan import Plan, Request
-from qmpcommit.commit.policy import Ready, run_command
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
 from qmpcommit.commit.run_state import go_on
@@ -246,16 +246,7 @@ class Keeper:
         command = promise.request.on_pivot
         if command is None:
             return None
-
-        async def persist(outcome: CommitOutcome) -> None:
-            ready = Ready(outcome.vm, outcome.disk, outcome.job_id, outcome.base, outcome.top)
-            active = outcome.active.filename if outcome.active is not None else ""
-            environment = {**ready.environment(), "QMPCOMMIT_ACTIVE": active}
-            status = await run_command(command, environment, HOOK_TIMEOUT)
-            if status != 0:
-                raise CommitFailed(f"{' '.join(command)} ended with status {status}")
-
-        return persist
+        return PivotCommand(command, HOOK_TIMEOUT)
 
     async def _on_stall(self, promise: Promise, stall: Stall) -> None:
         self._journal.write_soon(events=[promise.event(stalled=stall.base.filename)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import stat
 import struct
 from typing import NamedTuple
 
@@ -70,6 +71,14 @@ class Address(NamedTuple):
             sock.close()
             raise
         return sock
+
+
+def is_socket(path: str) -> bool:
+    """Whether there is a socket of that name."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def peer_pid(sock: socket.socket) -> int | None:

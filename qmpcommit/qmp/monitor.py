@@ -33,7 +33,7 @@ from qmpcommit.errors import (
     VMGone,
 )
 from qmpcommit.log import Log
-from qmpcommit.qmp.address import Address, peer_pid
+from qmpcommit.qmp.address import Address, is_socket, peer_pid
 from qmpcommit.qmp.client import Tap, dispose, hang_up, new_client
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
@@ -251,8 +251,10 @@ class Monitor(Queries):
             hint = "no such socket: start the VM with -qmp, or correct the path"
         elif isinstance(error, PermissionError):
             hint = "run this as the user that runs QEMU"
-        elif isinstance(error, ConnectionRefusedError) and path:
+        elif isinstance(error, (ConnectionRefusedError, NotADirectoryError)) and path:
             hint = "nothing listens on this socket any more: the VM has ended"
+            if not is_socket(path):
+                hint = "that is no socket: give the path after QEMU's -qmp unix:"
         return ConnectError(
             f"can't connect to the monitor at {self.address}: {why} ({hint})",
             vm=self.name,

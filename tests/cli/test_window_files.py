@@ -40,8 +40,8 @@ async def test_a_command_is_handed_the_files_that_stand_still(folder: Path) -> N
 async def test_a_name_that_is_another_file_here_is_handed_to_no_command(folder: Path) -> None:
     """QEMU's folder has another one mounted over it, in QEMU's own mount namespace."""
     theirs, ours = folder / "theirs", folder / "vm"
-    for place in (theirs, ours):
-        place.mkdir()
+    theirs.mkdir()
+    ours.mkdir()
     chain = make_chain(theirs, relative=True)
     for path in chain.files:
         (ours / path.name).write_bytes(b"another VM's disk")
@@ -51,6 +51,11 @@ async def test_a_name_that_is_another_file_here_is_handed_to_no_command(folder: 
         command = ["--", "cp", "{top}", str(folder / "copy")]
         said = qmpcommit("window", qemu.qmp, "top", *command)
         assert (said.status, "another file than here" in said.err) == (1, True), said.err
+        for hook in (["--only-if", "true"], ["--check", "true"], ["--on-pivot", "true"]):
+            policy = [] if hook[0] == "--check" else ["--pivot"]
+            said = qmpcommit("commit", qemu.qmp, "top", *policy, *hook)
+            assert (said.status, "would be told" in said.err) == (1, True), said.err
+        assert "another file than here" in qmpcommit("chain", qemu.qmp, "--json").out
         said = qmpcommit("commit", qemu.qmp, "top", "--pivot", "--delete")
         assert said.status == 0
         await qemu.quit()

@@ -181,6 +181,45 @@ def test_protocol_names_are_only_themselves() -> None:
         find_disk([disk], "nbd://h//x", vm="v")
 
 
+@pytest.mark.parametrize(
+    ("shown", "name", "found"),
+    [
+        ("nbd+unix:///x?socket=/s", "nbd:unix:/s:exportname=x", True),
+        ("nbd+unix:///x?socket=/s", "nbd+unix:///x?socket=%2Fs", True),
+        ("nbd+unix:///x?socket=/s", "nbd:unix:/s:exportname=y", False),
+        ("nbd://h:10809/x", "nbd:h:10809:exportname=x", True),
+        ("nbd://h:10809/x", "nbd://h/x", True),
+        (
+            "nbd://h:1/x",
+            'json:{"driver": "qcow2", "file": {"driver": "nbd", "export": "x", "server":'
+            ' {"type": "inet", "host": "h", "port": "1"}}}',
+            True,
+        ),
+        ("rbd:pool/x", "nbd:h:1", False),
+        ("/i/x", "file:/i/x", True),
+        ("/i/x", 'json:{"driver": "file", "filename": "/i/x"}', True),
+        ("/i/x", 'json:{"driver": "qcow2", "file.driver": "file", "file.filename": "/i/x"}', True),
+        ("/i/x", 'json:{"driver": "raw", "offset": 512, "file.filename": "/i/x"}', False),
+        ("/i/x", "rbd:/i/x", False),
+        ("/i/x", "json:[", False),
+        ("/dev/fdset/3", "/i/given", True),
+        ("/dev/fdset/3", "/dev/fdset/3", True),
+        ("/dev/fdset/3", "/i/x", False),
+    ],
+)
+def test_a_layer_is_found_by_every_name_that_means_it(shown: str, name: str, found: bool) -> None:
+    given = {"/dev/fdset/3": "/i/given"}
+    nodes = [node("top", "qcow2", shown), node("f", "file", shown)]
+    nodes[1]["drv"] = "nbd" if shown.startswith("nbd") else "file"
+    made = build_graph(nodes, [device("top", VD0)], [], edges("top f file"))
+    (disk,) = read_disks(made._replace(given=given))
+    if found:
+        assert find_disk([disk], name, vm="v") is disk
+    else:
+        with pytest.raises(qc.DiskNotFound):
+            find_disk([disk], name, vm="v")
+
+
 def test_files_through_symlinks_and_relative_names(tmp_path: Path) -> None:
     real = tmp_path / "real.qcow2"
     real.touch()
