@@ -245,12 +245,13 @@ class Session(Monitor):
             return plan
         from qmpcommit.commit.headers import is_bare, with_backing_file
 
-        plan = await asyncio.to_thread(with_backing_file, plan, graph, self.peer_pid, self.cwd)
-        if is_bare(graph, plan.base.node_name):  # its format would be called "file"
+        masks = False
+        if is_bare(graph, plan.base.node_name):
             features = await self.features()
-            if features.has_argument("block-commit", "backing-mask-protocol"):
-                plan.arguments["backing-mask-protocol"] = True
-        return plan
+            masks = features.has_argument("block-commit", "backing-mask-protocol")
+        return await asyncio.to_thread(
+            with_backing_file, plan, graph, self.peer_pid, self.cwd, masks=masks
+        )
 
     async def commit(
         self,
@@ -293,8 +294,9 @@ class Session(Monitor):
         "stop" a full base makes the job wait, `on_stall` is awaited, and the job goes on.
         `converge` holds the guest's writes back where they keep the job from READY, and puts
         the disk's I/O limits back. Dirty bitmaps of the committed layers are carried into the
-        base unless `carry_bitmaps` is off. `keep_relative` writes the base's name relatively
-        into the overlay above an intermediate layer, `backing_mask_protocol` "raw" for its
+        base unless `carry_bitmaps` is off. Where the backing names on the way were relative, the
+        overlay above an intermediate layer names the base relatively too; `keep_relative` has it
+        do so where they were not, `backing_mask_protocol` "raw" for its
         format where QEMU would write a protocol's name; `filter_node_name` names the job's filter.
         `ledger` is told of each step before it is taken.
 
@@ -479,16 +481,30 @@ class Session(Monitor):
         return await close_windows(self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir)
 
     def flatten(
-        self, disk: str, *, keep: int, delete: bool = False, bandwidth: int | str | None = None
+        self,
+        disk: str,
+        *,
+        keep: int,
+        delete: bool = False,
+        bandwidth: int | str | None = None,
+        keep_relative: bool = False,
     ) -> Flattening:
         """Bring a chain down to `keep` layers, from the bottom up: ``async for outcome in ...``.
 
         Each step leaves a valid chain, so it may be stopped after any; ``await`` makes all of them
-        and gives their outcomes. Raises what `commit` and `CommitJob.wait` raise.
+        and gives their outcomes. Relative backing names stay relative, and with `keep_relative`
+        absolute ones become so too. Raises what `commit` and `CommitJob.wait` raise.
         """
         from qmpcommit.commit.flatten import flatten
 
-        return flatten(self, disk, keep=keep, delete=delete, bandwidth=bandwidth)
+        return flatten(
+            self,
+            disk,
+            keep=keep,
+            delete=delete,
+            bandwidth=bandwidth,
+            keep_relative=keep_relative,
+        )
 
     @overload
     async def discard(self, disk: str, **options: Unpack[DiscardOptions]) -> Discarded: ...

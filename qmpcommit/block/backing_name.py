@@ -39,6 +39,14 @@ class BackingName(NamedTuple):
         return is_relative(self.text)
 
 
+_PROTOCOLS = HOST_FILES | {"nbd", "ssh", "rbd", "iscsi", "gluster", "nfs", "http", "https", "ftp"}
+
+
+def is_protocol(fmt: str) -> bool:
+    """Whether QEMU wrote a protocol's name for the format of bare bytes, which "raw" says."""
+    return fmt in _PROTOCOLS
+
+
 def is_relative(text: str) -> bool:
     """Whether a header's name counts from the folder of the image that carries it."""
     return bool(text) and not text.startswith("/") and ":" not in text.split("/", maxsplit=1)[0]
@@ -77,12 +85,13 @@ class Parts(NamedTuple):
         """Whether it is in a file of a host."""
         return self.driver in HOST_FILES
 
-    def as_json(self, name: str) -> str:
-        """All of it as QEMU's options, with this file name."""
+    def as_json(self, name: str, *, bare: bool = False) -> str:
+        """All of it as QEMU's options, with this file name; `bare` without a format over it."""
         inner: dict[str, Any] = {"driver": self.driver, "filename": name} if name else {
             key: value for key, value in self.options.items() if key != "backing"
         }  # fmt: skip
-        for layer in reversed(self.formats or ((("driver", "raw"),),)):
+        plain = () if bare else ((("driver", "raw"),),)
+        for layer in reversed(self.formats or plain):
             inner = {**dict(layer), "file": inner}
         return f"json:{json.dumps(inner)}"
 
@@ -133,8 +142,7 @@ def parts_of_name(text: str, fmt: str) -> Parts:
         plain = text if is_relative(text) or text.startswith("/") else ""
         if text.startswith("file:"):
             plain = text.removeprefix("file:").removeprefix("//")
-        # "file" and its like are what QEMU writes for a bare protocol node: raw bytes
-        outer = [] if fmt in ("raw", *HOST_FILES) else [{"driver": fmt}]
+        outer = [] if fmt == "raw" or is_protocol(fmt) else [{"driver": fmt}]
         if plain:
             return _parts(outer, "file", plain, {})
         return _parts(outer, text.partition(":")[0].partition("+")[0], text, {})
@@ -225,14 +233,16 @@ def name_below(
     *,
     through: Sequence[str] = (),
     relative: bool | None = None,
+    bare: bool = False,
 ) -> BackingName:
     """The name that the overlay in the file `overlay` must carry for the node `base`.
 
     `through` are the layers by whose headers the base was found so far, the overlay's own first
     or the one that it follows. The last one's name for the base is preferred where there are
     several (of a link, a logical volume, an export). With `relative` it counts from the overlay's
-    folder, where such a name leads there; None keeps it so if all of `through` had it so. Looks
-    at files, so that it belongs in a thread.
+    folder, where such a name leads there; None keeps it so if all of `through` had it so. `bare`
+    is for a QEMU that writes a protocol's name for the format of a base without one. Looks at
+    files, so that it belongs in a thread.
 
     Raises `ChainError` where nothing that can be written means that image.
     """
@@ -242,7 +252,7 @@ def name_below(
     text = _written(graph, through[-1]) if through else ""
     known = _known(graph, through[-1], text, view) if text else None
     if not parts.on_host:
-        return BackingName(_network(parts, known, text, view), parts.format)
+        return BackingName(_network(parts, known, text, view, bare=bare), parts.format)
     path = _path(parts, known, view, links=False)
     if path is None:
         return BackingName(_from_cwd(parts, overlay), parts.format)
@@ -388,18 +398,18 @@ def _from_cwd(parts: Parts, overlay: str) -> str:
     )
 
 
-def _network(parts: Parts, known: Parts | None, text: str, view: View) -> str:
+def _network(parts: Parts, known: Parts | None, text: str, view: View, *, bare: bool) -> str:
     """The name of an image that is in no file of this host."""
     mine = shown_export(parts.name) or export_of(parts.options)
     if mine is None:
-        return parts.name if parts.plain else parts.as_json("")
+        return parts.name if parts.plain else parts.as_json("", bare=bare)
     mine = mine._replace(path=(_full(mine.path, view) or mine.path) if mine.path else "")
-    alike = known is not None and known.format in ("", parts.format)
+    alike = known is not None and known.format in ("", parts.format) and not bare
     if known is not None and alike and _export(known) == mine:
         return text
-    if parts.plain:
+    if parts.plain and mine.uri:
         return mine.uri
-    return parts._replace(options=parts.options or mine.options).as_json("")
+    return parts._replace(options=parts.options or mine.options).as_json("", bare=bare)
 
 
 def _export(written: Parts) -> Export | None:

@@ -26,7 +26,12 @@ class Export(NamedTuple):
 
     @property
     def uri(self) -> str:
-        """The plain name by which every QEMU opens it."""
+        """The plain name by which every QEMU opens it; "" where there is none.
+
+        Newer ones decode a socket's path twice, older ones once.
+        """
+        if set(self.path) & set("%&;#?="):
+            return ""
         name = quote(self.name, safe="" if self.name.startswith("/") else "/")
         if self.path:
             return f"{_UNIX}/{name}?socket={quote(self.path, safe='/')}"

@@ -119,7 +119,7 @@ class CommitCommand(click.Command):
 @click.option(
     "--keep-relative",
     is_flag=True,
-    help="Write the base's name relatively into the overlay above an intermediate --top.",
+    help="Write the base's name relatively, also where it was absolute, into an overlay's header.",
 )
 @click.option(
     "--backing-mask-protocol",

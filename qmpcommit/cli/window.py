@@ -258,9 +258,21 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
 @click.option("--keep", type=int, required=True, help="How many layers are to be left.")
 @click.option("--delete", is_flag=True, help="Delete the files that were merged away.")
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most.")
+@click.option(
+    "--keep-relative",
+    is_flag=True,
+    help="Make absolute backing names relative (relative ones stay so in any case).",
+)
 @common
 def flatten(
-    qmp: str, disk: str, *, keep: int, delete: bool, bandwidth: str | None, **given: Any
+    qmp: str,
+    disk: str,
+    *,
+    keep: int,
+    delete: bool,
+    bandwidth: str | None,
+    keep_relative: bool,
+    **given: Any,
 ) -> Answer:
     """Bring a long chain down to so many layers, from the bottom up, while the guest runs.
 
@@ -269,12 +281,16 @@ def flatten(
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
-    return run(options, lambda running: _flatten(running, qmp, disk, keep, delete, bandwidth))
+    asked: dict[str, Any] = {
+        "keep": keep,
+        "delete": delete,
+        "bandwidth": bandwidth,
+        "keep_relative": keep_relative,
+    }
+    return run(options, lambda running: _flatten(running, qmp, disk, asked))
 
 
-async def _flatten(  # noqa: PLR0917
-    running: Run, qmp: str, disk: str, keep: int, delete: bool, bandwidth: str | None
-) -> Answer:
+async def _flatten(running: Run, qmp: str, disk: str, asked: dict[str, Any]) -> Answer:
     import asyncio
 
     from qmpcommit.cli.following import OwnCommits
@@ -286,7 +302,7 @@ async def _flatten(  # noqa: PLR0917
     try:
         async with vm:
             await tell_of_held(vm, qmp, [disk])
-            async for outcome in vm.flatten(disk, keep=keep, delete=delete, bandwidth=bandwidth):
+            async for outcome in vm.flatten(disk, **asked):
                 outcomes.append(outcome)
                 if outcome.action == "pivot" and outcome.active is not None:
                     now_called = outcome.active.filename

@@ -125,9 +125,20 @@ async def clear_away(
             warnings += await close_layers(monitor, stale)
         else:
             warnings += await close_nodes(monitor, [image.node_name for image in stale])
+        rewritten = not plan.two_phase or outcome.action == "recycle"
+        astray = False
+        if rewritten or plan.stale != "leave":
+            from qmpcommit.commit.headers import wrong_headers
+
+            wrong, astray = await wrong_headers(
+                monitor, around.cwd, plan.base.node_name, rewritten=rewritten
+            )
+            warnings += wrong
         why = "" if around.in_migration else await objection(monitor)
         if why:
             warnings.append(f"{', '.join(plan.invalidated)} stays, and is stale: {why}")
+        elif rewritten and astray:
+            warnings.append(f"{', '.join(plan.invalidated)} stays, until that header is mended")
         elif plan.stale != "leave" and hook != "failed" and not keep_files:
             graph = await read_graph(monitor)
             for image in stale:

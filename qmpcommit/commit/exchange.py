@@ -26,6 +26,7 @@ from qmpcommit.block.identity import FileId, OpenFiles
 from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.fresh_overlay import FreshOverlay
+from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Abort, Pivot
@@ -142,7 +143,10 @@ class Exchange:
     async def close(self) -> list[str]:
         """Nobody uses the old one any more."""
         await self._note("close")
-        return await close_layers(self.vm, [self.plan.top])
+        warnings = await close_layers(self.vm, [self.plan.top])
+        base = self.plan.base.node_name
+        wrong, _ = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
+        return warnings + wrong
 
     async def let_go(self) -> None:
         """Reset the guest and have it go on, as asked; a second reset does no harm."""

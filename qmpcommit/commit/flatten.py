@@ -69,19 +69,22 @@ def flatten(
     keep: int,
     delete: bool = False,
     bandwidth: int | str | None = None,
+    keep_relative: bool = False,
 ) -> Flattening:
     """The outcomes of the commits that bring the chain down to `keep` layers, as they end.
 
+    Relative backing names stay relative; with `keep_relative` absolute ones become so too.
     It stops after a step that another client aborted, whose outcome says so. A cancellation
     cancels the commit that is under way. Raises `InvalidRequest` for a `keep` below
     1, and what `Session.commit` and `CommitJob.wait` raise; what was merged before stays merged,
     and the chain is valid.
     """
-    return Flattening(_flatten(vm, disk, keep, delete, bandwidth))
+    options = {"delete": delete, "bandwidth": bandwidth}
+    return Flattening(_flatten(vm, disk, keep, options, keep_relative=keep_relative))
 
 
 async def _flatten(
-    vm: Session, disk: str, keep: int, delete: bool, bandwidth: int | str | None
+    vm: Session, disk: str, keep: int, options: dict[str, Any], *, keep_relative: bool
 ) -> AsyncGenerator[CommitOutcome, None]:
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")
@@ -92,8 +95,8 @@ async def _flatten(
             top=step.top,
             base=step.base,
             policy=step.policy,
-            delete=delete,
-            bandwidth=bandwidth,
+            keep_relative=keep_relative and step.top > 0,
+            **options,
         )
         outcome = await see_through(job)
         yield outcome

@@ -6,44 +6,66 @@ happens to show of the base. ``backing-file`` of ``block-commit`` says which it 
 
 from __future__ import annotations
 
+import asyncio
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
 from qmpcommit.block.backing_name import (
     BackingName,
     View,
+    is_protocol,
     leads_to,
     name_below,
     written_below,
 )
-from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.chain import read_disks
+from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.checks.header_above import overlays_above
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import ChainError
+from qmpcommit.qmp.monitor import Monitor
 
 
-def with_backing_file(plan: Plan, graph: BlockGraph, pid: int | None, cwd: str | None) -> Plan:
+def with_backing_file(
+    plan: Plan, graph: BlockGraph, pid: int | None, cwd: str | None, *, masks: bool
+) -> Plan:
     """The plan of an intermediate commit with the base's name for the header above.
 
-    `pid` is QEMU's, `cwd` its working directory, where they are known. Looks at files. Raises
-    `ChainError` where the base can't be named.
+    `pid` is QEMU's, `cwd` its working directory, where they are known; `masks` is whether it can
+    write "raw" for the format of a bare protocol node (``backing-mask-protocol``). QEMU writes one
+    name into the headers of all overlays over top, so that it has to be right in each. Looks at
+    files. Raises `ChainError` where the base can't be named.
     """
-    names = [image.node_name for image in plan.disk.chain]
-    above = names[names.index(plan.top.node_name) - 1]
+    below = (plan.top.node_name, *(image.node_name for image in plan.between))
+    above = [node.name for node, _ in overlays_above(graph, plan.top.node_name)]
+    view = View.of(pid, cwd)
+    bare = is_bare(graph, plan.base.node_name)
+
+    def names(relative: bool | None) -> list[BackingName]:
+        return [
+            name_below(
+                graph, plan.base.node_name, graph.file(graph.leaf(overlay)), view,
+                through=(overlay, *below), relative=relative, bare=bare and not masks,
+            )
+            for overlay in above
+        ]  # fmt: skip
+
     try:
-        name = name_below(
-            graph,
-            plan.base.node_name,
-            _file(graph, above),
-            View.of(pid, cwd),
-            through=(above, plan.top.node_name, *(image.node_name for image in plan.between)),
-            relative=plan.keep_relative or None,
-        )
+        found = names(plan.keep_relative or None)
+        if len(set(found)) > 1:
+            found = names(relative=False)
     except ChainError as error:
         error.add(vm=plan.vm, disk=plan.disk.name)
         raise
-    return replace(plan, arguments={**plan.arguments, "backing-file": name.text})
+    if not found:
+        return plan
+    arguments = {**plan.arguments, "backing-file": found[0].text}
+    if bare and masks:
+        arguments["backing-mask-protocol"] = True
+    return replace(plan, arguments=arguments)
 
 
 def is_bare(graph: BlockGraph, name: str) -> bool:
@@ -51,34 +73,56 @@ def is_bare(graph: BlockGraph, name: str) -> bool:
     return name in graph.nodes and not graph.nodes[name].children
 
 
-def _file(graph: BlockGraph, name: str) -> str:
-    return str(graph.leaf(name).raw.get("file") or "")
+async def wrong_headers(
+    monitor: Monitor, cwd: str | None, base: str, *, rewritten: bool
+) -> tuple[list[str], bool]:
+    """What the headers of the chain of `base` say that is not what QEMU has, and how to mend it.
 
-
-def wrong_headers(graph: BlockGraph, chain: Sequence[str], view: View) -> list[str]:
-    """What the headers of a chain say that is not what QEMU has, and how to mend each.
-
-    `chain` are the layers' nodes, active layer first. Reads the headers, so that it belongs in a
-    thread; what can't be seen from here is judged by what QEMU read of it, or not at all.
+    And whether the one right over the base leads astray. Only of that, if it was `rewritten`, is
+    another format or part of the same file told as well: elsewhere somebody wants it so. Headers
+    are read; what can't be seen from here is judged by what QEMU read of it, or not at all.
     """
-    found = []
-    for overlay, below in pairwise(name for name in chain if name in graph.nodes):
-        written = next(written_below(graph, overlay, view))
-        file = _file(graph, overlay)
-        try:
-            name = name_below(graph, below, file, view)
-        except ChainError:
-            continue
-        if not written.text:
-            continue
-        if leads_to(graph, overlay, below, written, view) in ("other", "part"):
-            found.append(
-                f"the header of {file} says that it lies on '{written.text}'"
-                f" ({written.format or 'no format'}), but QEMU has '{name.text}' ({name.format})"
-                " under it: started from its files, the disk would be another one, or not open."
-                f" Mend it while the VM is off: {mending(file, name)}"
+    graph = await read_graph(monitor)
+    chains = [[image.node_name for image in disk.chain] for disk in read_disks(graph)]
+    chain = next((each for each in chains if base in each), [])
+    over = chain[chain.index(base) - 1] if base in chain[1:] else ""
+
+    def look() -> list[tuple[str, bool]]:
+        view = View.of(monitor.peer_pid, cwd)
+        return [
+            (text, astray and overlay == over)
+            for overlay, below in pairwise(chain)
+            for text, astray in _wrong(
+                graph, overlay, below, view, rewritten=rewritten and overlay == over
             )
-    return found
+        ]
+
+    found = await asyncio.to_thread(look)
+    return [text for text, _ in found], any(astray for _, astray in found)
+
+
+def _wrong(
+    graph: BlockGraph, overlay: str, below: str, view: View, *, rewritten: bool
+) -> Iterator[tuple[str, bool]]:
+    file = graph.file(graph.leaf(overlay))
+    written = next(written_below(graph, overlay, view))
+    verdict = leads_to(graph, overlay, below, written, view) if written.text else "same"
+    astray = verdict == "other" or (rewritten and verdict == "part")
+    if not astray and not (rewritten and is_protocol(written.format)):
+        return
+    with suppress(ChainError):
+        name = name_below(graph, below, file, view)
+        what = (
+            "opened again, the disk would be another one, or none"
+            if astray
+            else "it opens, but not in programs that know formats of images only"
+        )
+        yield (
+            f"the header of {file} names '{written.text}' ({written.format or 'no format'}) below"
+            f" it, while QEMU has '{name.text}' ({name.format}): {what}. Mend it while the VM is"
+            f" off: {mending(file, name)}",
+            astray,
+        )
 
 
 def mending(overlay: str, name: BackingName) -> str:

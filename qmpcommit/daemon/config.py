@@ -200,6 +200,7 @@ class Flatten(_Section):
     layers, and `overlay_size` the bytes allocated above the bottom layer, up to which a chain is
     left as it is; `every` is the seconds between two looks, and the first pause after a failure;
     `bandwidth` is in bytes per second, and `delete` has the files of merged layers deleted.
+    Relative backing names stay relative; `keep_relative` makes absolute ones so.
     """
 
     vm: Pattern
@@ -210,6 +211,7 @@ class Flatten(_Section):
     every: Seconds = Field(default=60.0, ge=0.05)
     bandwidth: Size | None = None
     delete: bool = False
+    keep_relative: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Flatten:

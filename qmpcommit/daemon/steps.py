@@ -95,6 +95,7 @@ def request_of(rule: Flatten, disk: Disk, step: Step) -> CommitRequest:
         policy=step.policy,
         bandwidth=rule.bandwidth,
         delete=rule.delete,
+        keep_relative=rule.keep_relative and step.top > 0,
         priority=PRIORITY,
         job_id=f"{STEP_PREFIX}{os.urandom(4).hex()}",
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.block import backing_name
 from qmpcommit.block.backing_name import (
     BackingName,
     View,
@@ -17,10 +19,13 @@ from qmpcommit.block.backing_name import (
     name_below,
     parts_of,
     relative_name,
+    written_below,
 )
 from qmpcommit.block.graph import BlockGraph, build_graph
 from qmpcommit.block.identity import FileId, file_id
 from qmpcommit.block.network_name import Export, export_of, shown_export, written_export
+from qmpcommit.commit.headers import with_backing_file
+from tests.unit.test_checks import made
 
 Raw = dict[str, Any]
 UNSEEN = View(cwd="/run")
@@ -143,8 +148,6 @@ def test_a_relative_name_is_taken_for_no_uri(place: Path) -> None:
 
 
 def test_a_device_keeps_its_link(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qmpcommit.block import backing_name
-
     volume = FileId(-1, 7)
     monkeypatch.setattr(backing_name, "file_id", lambda path: volume)
     (place / "lv").symlink_to("dm-3")
@@ -212,11 +215,11 @@ def test_a_slice_is_called_by_all_its_options() -> None:
         "driver": "qcow2",
         "file": {"driver": "raw", "offset": 512, "file": {"driver": "file", "filename": "/v/all"}},
     }
-    for made in (graph, inside):
-        right = Written(named(made, "/v/top", UNSEEN).text, "", "")
-        assert leads_to(made, "mid", "base", right, UNSEEN) == "same"
+    for each in (graph, inside):
+        right = Written(named(each, "/v/top", UNSEEN).text, "", "")
+        assert leads_to(each, "mid", "base", right, UNSEEN) == "same"
         whole = Written("/v/all", "raw", "")
-        assert leads_to(made, "mid", "base", whole, UNSEEN) == "part"
+        assert leads_to(each, "mid", "base", whole, UNSEEN) == "part"
     whole_raw = over(slice_of("raw"), "/v/mid", "/v/all")
     assert named(whole_raw, "/v/top", UNSEEN) == ("/v/all", "raw")
 
@@ -247,6 +250,11 @@ def test_a_network_image_is_called_by_a_uri_that_means_it(shown: str, said: str,
 
 
 def test_options_that_no_uri_holds_stay_options() -> None:
+    odd_path = over(network("nbd+unix:///e?socket=/s%1"), "/v/mid", "/x")
+    name = named(odd_path, "/v/top", UNSEEN)
+    unix = {"driver": "nbd", "export": "e", "server": {"type": "unix", "path": "/s%1"}}
+    assert json.loads(name.text.removeprefix("json:")) == {"driver": "raw", "file": unix}
+    assert leads_to(odd_path, "mid", "base", Written(name.text, "raw", ""), UNSEEN) == "same"
     tls = {"driver": "nbd", "export": "e", "tls-creds": "t",
            "server": {"type": "inet", "host": "h", "port": "1"}}  # fmt: skip
     said = f"json:{json.dumps({'driver': 'raw', 'file': tls})}"
@@ -305,3 +313,52 @@ def test_parts_see_through_filters() -> None:
     base["children"][0]["node-name"] = "slow"
     parts = parts_of(graph_of([base, filtered], [leaf, leaf]), "base")
     assert (parts.format, parts.name, parts.plain) == ("qcow2", "/v/base", True)
+
+
+def test_another_root_is_looked_at_through_qemus_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a QEMU in a mount namespace of its own, or with another root."""
+    pid = os.getpid()
+    (place / "link").symlink_to(place / "gold")
+    with (place / "gold/base").open() as file:
+        monkeypatch.setattr(backing_name, "names_are_ours", lambda pid: False)
+        view = View.of(pid, str(place))
+        assert view.root == f"/proc/{pid}/root"
+        graph = over(node("base", "link/base"), "/v/mid", f"{place}/gold/base")
+        assert named(graph, f"{place}/vm/top", view).text == f"{place}/gold/base"
+        assert not file.closed
+    monkeypatch.setattr(backing_name, "_link", lambda path: "/jail")
+    assert View.of(pid, "/jail/vms").cwd == "/vms"
+    assert View.of(pid, "/elsewhere").cwd == "/elsewhere"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert View.of(pid, "/vms") == View(cwd="/vms")
+    assert View.of(None, "/vms") == View(cwd="/vms")
+
+
+def test_links_that_lead_in_a_circle_end(place: Path) -> None:
+    (place / "round").symlink_to("round")
+    assert seen().real(f"{place}/round") == f"{place}/round"
+    assert seen().real("/") == "/"
+
+
+def test_a_header_that_can_not_be_read_is_as_qemu_read_it(place: Path) -> None:
+    graph = over(node("base", "/v/base"), "mid", "base", folder=f"{place}/vm")
+    for there in (True, False):
+        (written,) = written_below(graph, "top", seen())
+        assert (written.text, written.source) == ("mid", "as QEMU read it")
+        (place / "vm/top").unlink(missing_ok=not there)
+    assert name_below(graph, "base", "/v/top", UNSEEN, through=("gone",)).text == "/v/base"
+
+
+def test_the_name_of_a_plan_is_for_all_overlays_over_its_top() -> None:
+    graph, plan = made(shallow=True, top="mid")
+    named_so = with_backing_file(plan, graph, None, "/run", masks=False)
+    assert named_so.arguments["backing-file"] == "/i/base"
+    alone = graph._replace(parents={})
+    assert with_backing_file(plan, alone, None, "/run", masks=False) == plan
+    fd = graph.nodes["base-file"]._replace(raw={"file": "/dev/fdset/1"})
+    given = graph._replace(nodes={**graph.nodes, "base-file": fd})
+    with pytest.raises(qc.ChainError, match="file descriptor") as told:
+        with_backing_file(plan, given, None, "/run", masks=False)
+    assert (told.value.vm, told.value.disk) == ("v", "vda")

@@ -1,0 +1,214 @@
+"""What headers say after a commit: it opens, and means the same disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.block.files import read_header
+from tests.ground.images import (
+    MIB,
+    Chain,
+    Picture,
+    Write,
+    assert_disk,
+    create,
+    make_chain,
+    run,
+    write,
+)
+from tests.ground.machines import Machine, storage_daemon
+from tests.ground.qemu import QEMU
+
+SIZE = 4 * MIB
+
+
+def file_of(path: Path | str) -> dict[str, Any]:
+    return {"driver": "file", "filename": str(path)}
+
+
+def qcow2(path: Path | str) -> dict[str, Any]:
+    return {"driver": "qcow2", "file": file_of(path)}
+
+
+def filled(path: Path, layer: int, picture: Picture, fmt: str = "qcow2") -> Path:
+    """Give a layer a MiB of its own."""
+    write(path, [Write(layer * MIB, MIB, layer + 1)], fmt=fmt)
+    picture.fill(layer * MIB, MIB, layer + 1)
+    return path
+
+
+def said(path: Path) -> tuple[str, str]:
+    """The backing name and format in a header."""
+    header = read_header(str(path))
+    assert header is not None
+    return header.backing, header.backing_format
+
+
+@asynccontextmanager
+async def opened(folder: Path, *nodes: dict[str, Any]) -> AsyncIterator[tuple[Machine, qc.Session]]:
+    """A storage daemon with these layers, base first, called ``l0`` and so on."""
+    (folder / "own").mkdir()
+    async with (
+        storage_daemon(folder, make_chain(folder / "own", size=64 * MIB), export=False) as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):
+        for number, node in enumerate(nodes):
+            below = {"backing": f"l{number - 1}"} if number else {}
+            await vm.execute("blockdev-add", {"node-name": f"l{number}", **node, **below})
+        yield daemon, vm
+
+
+def of_slice(folder: Path, inner: str, picture: Picture) -> dict[str, Any]:
+    """A base in the middle of a file, bare or a qcow2."""
+    image = create(folder / "image", SIZE, fmt=inner)
+    data = filled(image, 0, picture, inner).read_bytes()
+    whole = folder / "whole.raw"
+    whole.write_bytes(b"x" * MIB + data.ljust(8 * MIB, b"\0") + b"x" * MIB)
+    part = {"driver": "raw", "offset": MIB, "size": SIZE if inner == "raw" else 8 * MIB,
+            "file": file_of(whole)}  # fmt: skip
+    return part if inner == "raw" else {"driver": "qcow2", "file": part}
+
+
+@pytest.mark.parametrize("inner", ["raw", "qcow2"])
+async def test_a_base_inside_a_file_is_named_with_its_place_in_it(inner: str, folder: Path) -> None:
+    picture = Picture(SIZE)
+    base = of_slice(folder, inner, picture)
+    mid = create(folder / "mid", SIZE)
+    run(QEMU.img, "rebase", "-u", "-F", inner, "-b", f"json:{json.dumps(base)}", mid)
+    filled(mid, 1, picture)
+    top = filled(create(folder / "top", SIZE, backing="mid"), 2, picture)
+    fresh = folder / "fresh"
+    async with opened(folder, base, qcow2(mid), qcow2(top)) as (daemon, vm):
+        merged = await (await vm.commit("l2", top="l1", keep_relative=True, delete=True)).wait()
+        assert (merged.warnings, merged.deleted) == ([], [str(mid)])
+        recycled = await (await vm.commit("l2", policy=qc.Recycle(str(fresh)))).wait()
+        assert not any("header" in warning for warning in recycled.warnings)
+        window = await qc.open_window(vm, [str(fresh)])
+        over = Path(window[str(fresh)].overlay)
+        name, fmt = said(top)
+        assert (said(fresh), fmt) == ((name, inner), inner)
+        assert json.loads(name.removeprefix("json:")) == base
+        await qc.close_window(vm, window)
+        assert not over.exists()
+        await daemon.quit()
+    for file in (top, fresh):
+        assert_disk(file, picture)
+
+
+async def test_a_name_through_a_linked_folder_is_not_another_vms(folder: Path) -> None:
+    """From the text of the overlay's folder, ``../gold/base`` is the other one."""
+    picture = Picture(SIZE)
+    for name in ("real/deep", "real/gold", "gold"):
+        (folder / name).mkdir(parents=True)
+    (folder / "link").symlink_to("real/deep")
+    base = filled(create(folder / "gold/base", SIZE), 0, picture)
+    create(folder / "real/gold/base", SIZE)
+    mid = filled(create(folder / "link/mid", SIZE, backing=base), 1, picture)
+    top = filled(create(folder / "link/top", SIZE, backing=mid), 2, picture)
+    async with opened(folder, qcow2(base), qcow2(mid), qcow2(top)) as (daemon, vm):
+        assert (await (await vm.commit("l2", top="l1", keep_relative=True)).wait()).warnings == []
+        await daemon.quit()
+    assert said(top) == ("../../gold/base", "qcow2")
+    assert_disk(top, picture)
+
+
+async def test_a_chain_that_was_relative_goes_on_when_it_is_moved(folder: Path) -> None:
+    """Each layer has a folder of its own, and those of the merged layers are gone."""
+    picture = Picture(SIZE)
+    vm_folder = folder / "vm"
+    files = []
+    for number, name in enumerate("abcd"):
+        (vm_folder / name).mkdir(parents=True)
+        below = f"../{'abcd'[number - 1]}/i" if number else None
+        files.append(filled(create(vm_folder / name / "i", SIZE, backing=below), number, picture))
+    top = files[-1]
+    chain = Chain([top], [picture])
+    async with (
+        storage_daemon(folder, chain, style="implicit") as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):
+        steps = await vm.flatten("export0", keep=2, delete=True)
+        assert [step.warnings for step in steps] == [[], []]
+        for name in "bc":
+            (vm_folder / name).rmdir()
+        await daemon.quit()
+    assert said(top) == ("../a/i", "qcow2")
+    shutil.move(vm_folder, folder / "moved")
+    assert_disk(folder / "moved/d/i", picture)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_flattening_makes_names_relative_where_it_is_asked_to(
+    shared: bool, folder: Path
+) -> None:
+    """But not in two folders at once: QEMU writes one name into all overlays over the layer."""
+    picture = Picture(SIZE)
+    base = filled(create(folder / "base", SIZE), 0, picture)
+    mid = filled(create(folder / "mid", SIZE, backing=base), 1, picture)
+    top = filled(create(folder / "top", SIZE, backing=mid), 2, picture)
+    async with opened(folder, qcow2(base), qcow2(mid), qcow2(top)) as (daemon, vm):
+        if shared:
+            (folder / "other").mkdir()
+            other = create(folder / "other/top", SIZE, backing=mid)
+            await vm.execute("blockdev-add", {"node-name": "o", "backing": "l1", **qcow2(other)})
+            job = await vm.commit("l2", top="l1", override=["base-shared"], keep_relative=True)
+            await job.wait()
+            assert said(other) == (str(base), "qcow2")
+        else:
+            await vm.flatten("l2", keep=2, keep_relative=True)
+        await daemon.quit()
+    assert said(top) == (str(base) if shared else "base", "qcow2")
+    assert_disk(top, picture)
+
+
+async def test_a_bare_file_below_is_called_raw_or_it_is_said(folder: Path) -> None:
+    picture = Picture(SIZE)
+    base = filled(create(folder / "base", SIZE, fmt="raw"), 0, picture, "raw")
+    mid = filled(create(folder / "mid", SIZE, backing=base, backing_fmt="raw"), 1, picture)
+    top = filled(create(folder / "top", SIZE, backing=mid), 2, picture)
+    fresh = folder / "fresh"
+    async with opened(folder, file_of(base), qcow2(mid), qcow2(top)) as (daemon, vm):
+        outcome = await (await vm.commit("l2", top="l1", delete=True)).wait()
+        masks = (await vm.features()).has_argument("block-commit", "backing-mask-protocol")
+        mending = f"qemu-img rebase -u -f qcow2 -F raw -b {base} {top}"
+        assert any(mending in warning for warning in outcome.warnings) is not masks
+        assert outcome.deleted == [str(mid)]
+        await (await vm.commit("l2", policy=qc.Recycle(str(fresh)))).wait()
+        await daemon.quit()
+    assert said(top) == (str(base), "raw" if masks else "file")
+    assert said(fresh) == (str(base), "raw")
+    for file in (top, fresh):
+        assert_disk(file, picture)
+
+
+async def test_a_header_that_leads_astray_is_told_of_and_nothing_is_deleted(
+    folder: Path,
+) -> None:
+    picture = Picture(SIZE)
+    base = filled(create(folder / "base", SIZE), 0, picture)
+    create(folder / "rebs", SIZE)
+    mid = filled(create(folder / "mid", SIZE, backing=base), 1, picture)
+    top = filled(create(folder / "top", SIZE, backing=mid), 2, picture)
+
+    async def spoil(outcome: qc.CommitOutcome) -> None:
+        data = top.read_bytes()
+        top.write_bytes(data.replace(bytes(base), bytes(folder / "rebs")))
+
+    async with opened(folder, qcow2(base), qcow2(mid), qcow2(top)) as (daemon, vm):
+        outcome = await (await vm.commit("l2", top="l1", delete=True, on_pivot=spoil)).wait()
+        told, stays = outcome.warnings
+        assert f"names '{folder}/rebs'" in told
+        mending = told.partition("Mend it while the VM is off: ")[2]
+        assert str(mid) in stays
+        await daemon.quit()
+    assert (outcome.deleted, mid.exists()) == ([], True)
+    run(*mending.split())
+    assert_disk(top, picture)
