@@ -106,6 +106,7 @@ class Foreground(Following):
     def __init__(self, run: Run, vm: Session, qmp: str, *, adopted: bool = False) -> None:
         super().__init__(run, vm.name, adopted=adopted)
         self._vm, self._qmp = vm, qmp
+        self._ordered: str | None = None
 
     @property
     def _job(self) -> CommitJob | None:
@@ -122,9 +123,9 @@ class Foreground(Following):
                 job.abort()
             if sys.stderr.isatty() and not self._run.options.quiet:
                 doing = "ending" if job.state.decision else "cancelling"
-                sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it running\n")
+                sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it in QEMU\n")
         else:
-            self._leave(job, "interrupted")
+            self._leave_in_qemu(job, "interrupted")
 
     def _deadline(self) -> None:
         job = self._job
@@ -132,7 +133,12 @@ class Foreground(Following):
             if not self._ended:
                 self._run.cancel()
         elif self._adopted:
-            self._leave(job, "deadline")
+            self._leave_in_qemu(job, "deadline")
+
+    def _leave_in_qemu(self, job: CommitJob, why: str) -> None:
+        if job.state.tries:  # a decision that was not sent is none
+            self._ordered = str(job.state.decision)
+        self._leave(job, why)
 
     async def start(self, **options: Any) -> CommitJob:
         """Start a commit; raises what `Session.commit` raises, and `Interrupted`."""
@@ -148,8 +154,14 @@ class Foreground(Following):
         return await self._end(job, job.plan.disk.name)
 
     def _goes_on(self, job_id: str) -> str:
+        state = f"Job {job_id} is left running in QEMU"
+        told = f"was told to {self._ordered}: it ends by itself, unless that did not reach QEMU"
+        if self._ordered == "abort":
+            state = f"Job {job_id} {told}"
+        elif self._ordered is not None:
+            state += f", and {told}"
         return (
-            f"Job {job_id} is left running in QEMU. Take it up again with"
+            f"{state}. Take it up again with"
             f" '{take_up(self._run.options, self._qmp, job_id)}', and see"
             f" 'qmpcommit jobs {shlex.quote(self._qmp)}'"
         )

@@ -184,12 +184,14 @@ class RemoteForeground(Following):
         return take_up(self._run.options, self._vm.name, commit_id)
 
     def _goes_on(self, job_id: str) -> str:
-        unheard = ""
+        doing, unheard = "which goes on with it", ""
+        if self._run.signals and not self._adopted:
+            doing = "which was told to abort it"
         if self._unheard:
             unheard = " It has not answered yet to what was decided, and perhaps does it."
         name = shlex.quote(self._vm.name)
         return (
-            f"Commit {job_id} is left with the daemon, which goes on with it.{unheard} Take it up"
+            f"Commit {job_id} is left with the daemon, {doing}.{unheard} Take it up"
             f" again with '{self._take_up(job_id)}', and see '{self._run.options.program} jobs"
             f" {name}'"
         )

@@ -102,7 +102,8 @@ class _Following:
                 await stop(task)
 
     def _result(self, group: RemoteGroup, waiting: asyncio.Task[GroupOutcome]) -> GroupOutcome:
-        goes_on = f"Group {group.id} is left with the daemon, which goes on with it"
+        doing = "was told to cancel it" if self._run.signals else "goes on with it"
+        goes_on = f"Group {group.id} is left with the daemon, which {doing}"
         if waiting.cancelled():
             if self._left == "deadline":
                 seconds = self._run.options.timeout

@@ -26,15 +26,17 @@ GREETING = 5.0
 class Run:
     """One running command.
 
-    Until there is a job, Ctrl-C, SIGTERM and the deadline cancel the command's coroutine; what
-    they do later is set with `on_signal` (called with how often there was a signal) and
-    `on_deadline`. `unconnected` is the error of a monitor that did not answer before the deadline.
+    Until there is a job, Ctrl-C, SIGTERM and the deadline cancel the command's coroutine, and
+    `so_far` tells what that leaves; what they do later is set with `on_signal` (called with how
+    often there was a signal) and `on_deadline`. `unconnected` is the error of a monitor that did
+    not answer before the deadline.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.signals = 0
         self.timed_out = False
+        self.so_far = "nothing was sent"
         self.on_signal: Callable[[int], None] | None = None
         self.on_deadline: Callable[[], None] | None = None
         self.unconnected: ConnectError | None = None
@@ -117,8 +119,8 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
         if running.unconnected is not None:  # why is the news, and not that it took too long
             raise running.unconnected from None
         if running.timed_out:
-            raise running.too_late("it was not done, and nothing was sent,") from None
-        raise Interrupted("interrupted; nothing was sent") from None
+            raise running.too_late(f"it was not done, and {running.so_far},") from None
+        raise Interrupted(f"interrupted; {running.so_far}") from None
 
 
 def _configure_log(verbose: int) -> None:

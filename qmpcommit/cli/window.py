@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -109,6 +110,7 @@ def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], 
 async def _window(running: Run, qmp: str, command: list[str], request: dict[str, Any]) -> Answer:
     async with running.vm(qmp) as vm:
         await tell_of_held(vm, qmp)
+        running.so_far = _undone(qmp)
         async with vm.snapshot(**request) as window:
             files = {disk: frozen.filename for disk, frozen in window.items()}
             status = await _run(
@@ -126,6 +128,7 @@ async def _windows(
     request: dict[str, Any],
 ) -> Answer:
     """The same over several VMs."""
+    running.so_far = _undone(*wanted)
     async with _over_several(running, wanted, agents, request) as window:
         names = [disk for _, disk in window]
         files, lost = {}, {}
@@ -165,6 +168,16 @@ async def _over_several(
             sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
             opening = snapshot(pairs, agents=sockets, **request)
         yield await stack.enter_async_context(opening)
+
+
+def _undone(*qmps: str) -> str:
+    """What a window leaves that was not opened yet."""
+    return f"what had been made of the window was removed; {_shown(*qmps)}"
+
+
+def _shown(*qmps: str) -> str:
+    commands = " and ".join(f"'qmpcommit chain {shlex.quote(qmp)}'" for qmp in qmps)
+    return f"{commands} would warn of what is left"
 
 
 def _told(window: Any) -> dict[str, Any]:
@@ -239,6 +252,7 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
         await tell_of_held(vm, qmp)
         left = await vm.windows()
         folder = where["overlay_dir"]
+        running.so_far = f"what had been begun was brought to its end; {_shown(qmp)}"
         cleared = await unused(vm, () if folder is None else (folder,))
         outcomes = await vm.close_windows(**where)  # which leaves nothing, or raises
     data = {

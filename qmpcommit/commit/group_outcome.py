@@ -194,7 +194,11 @@ def _split(
     told = [
         (facts["pivoted"], "write to their base now; their overlays are stale"),
         (facts["kept"], "have a complete base and go on writing to their overlay"),
-        (facts["not_pivoted"], "did not pivot: boot or go on with their overlay, which is whole"),
+        (
+            facts["not_pivoted"],
+            "did not pivot: boot or go on with their overlay, which is whole, and"
+            " under which alone their base is valid",
+        ),
         (facts["not_kept"], "go on with their overlay, and their base can't be called complete"),
         (facts["unknown"], "may be on either side; their own errors say how to find out"),
     ]

@@ -177,7 +177,7 @@ def _by_verdict(
         case Verdict.VANISHED:
             return CommitFailed(
                 f"{subject}: the job is gone from QEMU and how it ended is unknown."
-                f" {_still_active(plan)}; the base can't be called complete. Commit again",
+                f" {_still_active(plan)}, so the base can't be called complete. Commit again",
                 vanished=True,
             )
         case Verdict.UNCLEAR:
@@ -191,6 +191,7 @@ def _by_verdict(
                 f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
                 f" {plan.job_id} may be running in QEMU still; when the monitor answers again, see"
                 " 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'"
+                f"{_until_it_has_ended(plan)}"
                 + (". The guest may be paused: let it go on with 'cont'" if state.frozen else ""),
             )
     return None
@@ -207,8 +208,9 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
         what = "Which image it wrote to last is not known here: look before booting"
     elif not plan.two_phase:
         what = (
-            f"The active image {plan.disk.chain[0].filename} is still the one to boot; whether its"
-            f" backing file is now {base} is in its header (qemu-img info)"
+            f"The active image {plan.disk.chain[0].filename} is still the one to boot; whether"
+            f" {base} has taken the place of {top} is in the header above it (qemu-img info); if it"
+            f" has not, {_halfway(plan, 'abort')}"
         )
     elif left is not None and laid:
         what = (
@@ -225,7 +227,10 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
             " ask the log of QEMU which it used last"
         )
     else:
-        what = f"Nothing was pivoted: {top} is still the image to boot, and it is whole"
+        what = (
+            f"Nothing was pivoted: {top} is still the image to boot, and it is whole;"
+            f" {_halfway(plan, 'abort')}"
+        )
     if left is not None and not laid:
         what += f". The fresh overlay {left.filename} was never used: delete it if it is there"
     why = lost.message if lost is not None else f"QEMU of {plan.vm} has ended"
@@ -267,7 +272,7 @@ def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded
     else:
         what = (
             f"the job did not end when it was cancelled and is left in QEMU; see 'qmpcommit jobs',"
-            f" and end it with 'qmpcommit abort QMP {plan.job_id}'"
+            f" and end it with 'qmpcommit abort QMP {plan.job_id}'{_until_it_has_ended(plan)}"
         )
     return DeadlineExceeded(
         f"{_subject(plan)} did not end within {timeout:g} s: {what}",
@@ -283,6 +288,14 @@ def _subject(plan: Plan) -> str:
     return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
 
 
+def _until_it_has_ended(plan: Plan) -> str:
+    """What goes for the base of a job that nobody follows."""
+    if not plan.top.node_name:
+        return ""
+    below, top = plan.base.filename, plan.top.filename
+    return f". Until it has ended well, {below} is valid only under {top}"
+
+
 def _newest_unknown(plan: Plan) -> str:
     if not plan.top.node_name:
         return _still_active(plan)
@@ -296,6 +309,7 @@ def _newest_unknown(plan: Plan) -> str:
 def _still_active(plan: Plan) -> str:
     if not plan.top.node_name:  # adopted when it had ended: nothing is known of its disk
         return "Which image the guest writes to now, 'qmpcommit chain' shows"
+    whole = f"{plan.top.filename} is still the active image and whole"
     if not plan.two_phase:
-        return f"The chain of {plan.disk} is as it was and whole"
-    return f"{plan.top.filename} is still the active image and whole"
+        whole = f"The chain of {plan.disk} is as it was and whole"
+    return f"{whole}; {_halfway(plan, 'abort')}"

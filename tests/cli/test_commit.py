@@ -346,6 +346,8 @@ async def test_a_second_interrupt_leaves_the_job(folder: Path) -> None:
         assert said.status == 130
         assert said.out == ""
         assert said.err.startswith("qmpcommit: interrupted twice")
+        assert "was told to abort" in said.err
+        assert "left running" not in said.err
         assert f"qmpcommit pivot|keep|abort {between.path} {job}" in said.err
         assert await job_of(qemu, "running") == job
         assert (await run("abort", qemu.qmp2, job)).status == 0

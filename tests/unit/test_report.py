@@ -75,6 +75,22 @@ def test_a_lost_monitor_tells_of_a_guest_that_may_be_paused(frozen: bool) -> Non
 
 def test_a_failed_layer_below_leaves_the_chain_and_an_unknown_one_sends_to_look() -> None:
     assert "is as it was and whole" in str(told(LOWER, verdict=Verdict.FAILED, error="e"))
+
+
+@pytest.mark.parametrize("plan", [WHOLE, LOWER], ids=["active", "lower"])
+@pytest.mark.parametrize(
+    "verdict",
+    [Verdict.FAILED, Verdict.VANISHED, Verdict.CANCELLED, Verdict.VM_GONE, Verdict.MONITOR_LOST],
+)
+def test_an_end_in_the_first_phase_says_of_the_base_what_an_abort_says(
+    verdict: Verdict, plan: Plan
+) -> None:
+    for error in ("No space left on device", "Input/output error"):
+        raised = told(plan, verdict=verdict, error=error)
+        assert plan.base.filename in str(raised)
+        assert f"valid only under {plan.top.filename}" in str(raised)
+    late = report.deadline_error(plan, State(two_phase=plan.two_phase, verdict=verdict), 3)
+    assert f"valid only under {plan.top.filename}" in str(late)
     unclear = str(told(verdict=Verdict.UNCLEAR, error="e"))
     assert STILL not in unclear
     assert "(unknown)" not in str(told(ENDED_BEFORE, verdict=Verdict.UNCLEAR, error="e"))
