@@ -129,6 +129,12 @@ async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
             noted = qc.NotedWindow(window, {"top": frozen})
             assert await qc.recover_window(vm, noted) is None
         assert not (folder / name).exists()
+        create(folder / name, 64 * MIB)
+        said = await qmpcommit("window", "--close", qemu.qmp)
+        assert f"cleared away what was left of a window: {folder / name}" in said.out
+        assert not (folder / name).exists()
+        said = await qmpcommit("window", "--close", qemu.qmp, "--json")
+        assert (said.status, said.json["closed"], said.json["cleared"]) == (0, [], [])
         assert (await qmpcommit("chain", qemu.qmp)).err == ""
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
