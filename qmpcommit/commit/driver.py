@@ -21,6 +21,7 @@ from qmpcommit.commit.aftermath import Around, OnStall, Stall, clear_away
 from qmpcommit.commit.care import Care
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
 from qmpcommit.commit.hearing import Hearing
+from qmpcommit.commit.in_use import PlanCheck
 from qmpcommit.commit.outcome import CommitOutcome, Timings, UsedBy
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
@@ -83,6 +84,7 @@ class Driver:
         adopted: bool,
         auto_finalize: bool,
         undoes: bool = False,
+        stale: str = "",
         resumed: Resumed | None = None,
     ) -> None:
         self.plan = plan
@@ -95,6 +97,7 @@ class Driver:
         self.recycle: Recycle | None = None
         self._monitor, self._around, self._moved = monitor, around, moved
         self._care = Care(monitor, plan, around)
+        self._check = PlanCheck(monitor, plan, in_migration=around.in_migration)
         prepares = not adopted and around.prepares(plan)
         self._hearing = Hearing(plan.job_id, self._hear)
         self._ledger = around.ledger
@@ -105,7 +108,9 @@ class Driver:
             prepares = resumed.state.prepares
             self._follow = partial(phases.resume, resumed.state, same_vm=resumed.same_vm)
         elif adopted:
-            self._follow = partial(phases.adopt, two_phase=plan.two_phase, undoes=undoes)
+            self._follow = partial(
+                phases.adopt, two_phase=plan.two_phase, undoes=undoes, stale=stale
+            )
         if self._follow is not None:
             self.state, self._owed = self._follow()
         else:
@@ -250,7 +255,8 @@ class Driver:
         self.state, self._owed = phases.step(before, fact)
         if bool(self.state.status) is not bool(before.status):
             self._moved()
-        if self.state.phase is not before.phase or self.state.finished:
+        checked = self.state.unchecked is not before.unchecked
+        if self.state.phase is not before.phase or self.state.finished or checked:
             self._moved()
             if self._ledger is not None:
                 self._ledger.moved(self.state)
@@ -260,6 +266,10 @@ class Driver:
         match action:
             case Command():
                 await self._send(action)
+            case facts.Duty.LOOK:
+                await self._try(self._check.look())
+            case facts.Duty.CHECK:
+                await self._try(self._check.check())
             case facts.Duty.ASK:
                 await self._try(self._answer())
             case facts.Duty.READ_GRAPH:
@@ -313,11 +323,15 @@ class Driver:
             arguments = self.plan.arguments
         elif command is Command.KEEP:
             arguments = {"device": self.id, "force": False}
-        if command is Command.START:
-            await self.note(command.value, plan=self.plan, files=self._around.files)
-        else:
-            await self.note(command.value)
         try:
+            why = await self._check.no_pivot() if command is Command.PIVOT else None
+            if why is not None:
+                self.tell(facts.Looked(why))
+                return
+            if command is Command.START:
+                await self.note(command.value, plan=self.plan, files=self._around.files)
+            else:
+                await self.note(command.value)
             await self._monitor.execute(command.value, arguments)
         except CommandRefused as error:
             final = error.error_class in _FOREVER_REFUSED
@@ -497,9 +511,11 @@ class Driver:
         left = None
         if state.verdict is phases.Verdict.VM_GONE:
             left = await self._care.left() or self._left
-        error = report.error_of(
-            plan, state, self.timeout, self._lost, self._policy_error, left=left
-        )
+        error: BaseException | None = self._check.objection
+        if state.verdict is not phases.Verdict.CHANGED or error is None:
+            error = report.error_of(
+                plan, state, self.timeout, self._lost, self._policy_error, left=left
+            )
         if error is not None:
             self.error = error
             self.log.warning("failed", verdict=state.verdict and state.verdict.value)

@@ -42,7 +42,28 @@ class Where(StrEnum):
     UNUSED = "unused"  # no device or export uses the disk, so nothing can be seen
 
 
+class Use(StrEnum):
+    """What the disk was found to use while the job was there."""
+
+    USED = "used"  # what the job copies; or nobody uses any of it
+    STALE = "stale"  # a layer below: somebody had pivoted before the job began
+    UNKNOWN = "unknown"  # the job holds nothing any more, so that this may be its own end
+
+
 # -- facts ----------------------------------------------------------------------------------------
+
+
+class Looked(NamedTuple):
+    """The disk and its VM are as they have to be for what is sent next, or `error` says why not."""
+
+    error: str | None = None
+
+
+class Checked(NamedTuple):
+    """Whether the job that was begun copies what the disk uses; `what` it uses where not."""
+
+    use: Use
+    what: str = ""
 
 
 class StatusChanged(NamedTuple):
@@ -161,7 +182,9 @@ class News(StrEnum):
 
 
 Fact = (
-    StatusChanged
+    Looked
+    | Checked
+    | StatusChanged
     | BecameReady
     | Ended
     | Answered
@@ -185,6 +208,8 @@ Fact = (
 class Duty(StrEnum):
     """What the driver owes beside commands; each is answered by a fact."""
 
+    LOOK = "look whether the disk is as it was planned (Looked)"
+    CHECK = "look whether the disk uses what the job copies (Checked)"
     ASK = "ask query-jobs about our job (Answered)"
     CONSULT = "ask the policy (Decided)"
     READ_GRAPH = "read the block graph back (GraphRead)"

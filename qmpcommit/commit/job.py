@@ -49,6 +49,7 @@ class CommitJob:
         adopted: bool = False,
         auto_finalize: bool = True,
         undoes: bool = False,
+        stale: str = "",
         resumed: Resumed | None = None,
         around: Around = Around(),  # noqa: B008  (frozen)
     ) -> None:
@@ -65,6 +66,7 @@ class CommitJob:
             adopted=adopted,
             auto_finalize=auto_finalize,
             undoes=undoes,
+            stale=stale,
             resumed=resumed,
         )
         self._driver.timeout = timeout

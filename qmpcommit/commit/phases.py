@@ -18,6 +18,8 @@ harmless:
   never repeated blindly; a decision is repeated only if the job is seen still READY.
 * A pivot and a keep end with the same event, so an end is never believed before the block
   graph was read back.
+* A plan may be stale. The disk is looked at right before `block-commit` is sent, and once more
+  when the job is there: before that it is neither READY nor finalized, whatever QEMU says.
 
 In every state that is not FINISHED something is owed: a reply, a reconnection, a decision, or
 at least the next tick, which asks QEMU again. So there is no state without a way on.
@@ -33,6 +35,7 @@ from qmpcommit.commit.facts import (
     Action,
     Answered,
     BecameReady,
+    Checked,
     Choice,
     Command,
     Decided,
@@ -44,12 +47,14 @@ from qmpcommit.commit.facts import (
     JobSeen,
     LinkBack,
     LinkDead,
+    Looked,
     News,
     Overlaid,
     Prepared,
     Refused,
     StatusChanged,
     Unanswered,
+    Use,
     Where,
 )
 
@@ -91,6 +96,8 @@ class Verdict(StrEnum):
     CANCELLED = "cancelled"
     FAILED = "failed"
     REFUSED = "refused"  # QEMU did not accept block-commit: nothing was done
+    CHANGED = "changed"  # the disk was not as planned any more: nothing was sent
+    STALE = "stale"  # the job copied what the disk did not use any more, and was cancelled
     NEVER_BEGAN = "never began"  # the reply to block-commit was lost and no such job exists
     VANISHED = "vanished"  # the job is gone and its end unknown; the overlay is still active
     UNCLEAR = "unclear"  # it has ended, and the block graph does not show which image is the newest
@@ -119,6 +126,8 @@ class State(NamedTuple):
     process began it, so that even a job never seen may have begun and ended. `undoes` tells that
     an adopted job that is PENDING already is cancelled, and not finalized. `meets` tells that
     others are waited for in PENDING, whatever was decided. `refusals` counts refused dismissals.
+    `unsent` tells that ``block-commit`` was not sent yet, `unchecked` that it is not known yet
+    whether the job copies what the disk uses, `stale` that it does not.
     """
 
     two_phase: bool
@@ -156,6 +165,9 @@ class State(NamedTuple):
     refusals: int = 0
     former: Choice | None = None
     former_by: str = ""
+    unsent: bool = False
+    unchecked: bool = False
+    stale: bool = False
 
     @property
     def ordered(self) -> Choice | None:
@@ -184,7 +196,7 @@ Step = tuple[State, list[Action]]
 def begin(
     *, two_phase: bool, prepares: bool = False, stalls: bool = False, meets: bool = False
 ) -> Step:
-    """A new commit: `block-commit` has to be sent."""
+    """A new commit: `block-commit` has to be sent, if the disk is still as it was planned."""
     prepares = prepares or meets
     state = State(
         two_phase=two_phase,
@@ -192,15 +204,18 @@ def begin(
         stalls=stalls,
         meets=meets,
         auto_finalize=not prepares,
+        unsent=True,
+        unchecked=True,
     )
-    return state, [Command.START]
+    return state, [Duty.LOOK]
 
 
-def adopt(*, two_phase: bool, undoes: bool = False, linked: bool = True) -> Step:
+def adopt(*, two_phase: bool, undoes: bool = False, stale: str = "", linked: bool = True) -> Step:
     """A job that exists already: QEMU has to be asked where it is.
 
     One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. The end of
-    an intermediate layer's is prepared before, for QEMU may crash over it. `linked` is as for
+    an intermediate layer's is prepared before, for QEMU may crash over it. One that was found to
+    be `stale`, which says how, is cancelled wherever it is. `linked` is as for
     `resume`.
     """
     state = State(
@@ -211,6 +226,8 @@ def adopt(*, two_phase: bool, undoes: bool = False, linked: bool = True) -> Step
         undoes=undoes,
         linked=linked,
     )
+    if stale:
+        state = state._replace(stale=True, error=stale, decision=Choice.ABORT, by="qmpcommit")
     return state, [Duty.ASK if linked else Duty.RELINK]
 
 
@@ -254,6 +271,8 @@ def freezes_again(state: State) -> bool:
 
 def _look(state: State) -> Step:
     """Find out where the job is; a freeze is done again before, so that the pivot can follow."""
+    if state.unsent:
+        return state, [Duty.LOOK]
     if freezes_again(state):
         return state._replace(in_flight=True), [Duty.FREEZE]
     return state, [Duty.ASK]
@@ -275,6 +294,10 @@ def step(state: State, fact: Fact) -> Step:
     if state.finished:
         return state, []
     match fact:
+        case Looked(error):
+            return _looked(state, error)
+        case Checked(use, what):
+            return _checked(state, use, what)
         case StatusChanged(status):
             return _status(state, status)
         case BecameReady(done, total):
@@ -317,6 +340,32 @@ def step(state: State, fact: Fact) -> Step:
     assert_never(fact)
 
 
+def _looked(state: State, error: str | None) -> Step:
+    if state.unsent:
+        state = state._replace(unsent=False)
+        if error is None:
+            return state, [Command.START]
+        return _finish(state._replace(verdict=Verdict.CHANGED, error=error))
+    if error is None or not state.in_flight or state.decision not in PIVOTS or not state.running:
+        return state, []
+    # A pivot that was due, and was not sent.
+    state = state._replace(error=error, tries=state.tries - 1, in_flight=False)
+    return _decided(state, Choice.ABORT, "qmpcommit")
+
+
+def _checked(state: State, use: Use, what: str) -> Step:
+    if not state.unchecked or not state.running or use is Use.UNKNOWN:
+        return state, []  # UNKNOWN: it has ended, as is heard or asked next
+    state = state._replace(unchecked=False)
+    if use is Use.STALE:
+        return _decided(state._replace(stale=True, error=what), Choice.ABORT, "qmpcommit")
+    if state.status in ("ready", "standby"):
+        return _ready(state)
+    if state.status == "pending" and not state.auto_finalize:
+        return _pending(state)
+    return state, []
+
+
 def _status(state: State, status: str) -> Step:
     state = state._replace(status=status)
     match status:
@@ -351,6 +400,8 @@ def _pending(state: State) -> Step:
     if state.decision is Choice.ABORT:
         # An old QEMU takes a cancellation just before READY for a soft one, and holds the disk.
         return (state, [Duty.ASK]) if state.accepted else _order(state)
+    if state.unchecked:
+        return state, []
     if (state.keeps and not state.meets) or state.prepared or not state.prepares:
         return state, [Command.FINALIZE]
     return state._replace(preparing=True), [Duty.PREPARE]
@@ -383,6 +434,11 @@ def _overlaid(state: State, error: str | None) -> Step:
 def _ready(state: State) -> Step:
     """READY was heard or seen; standby counts, since only a READY job can be in it."""
     match state.phase:
+        case Phase.STARTING | Phase.COPYING if state.unchecked and state.decision is None:
+            heard = state.status in ("standby", "pending")
+            return state._replace(
+                phase=Phase.COPYING, status=state.status if heard else "ready"
+            ), []
         case Phase.STARTING | Phase.COPYING:
             state = state._replace(phase=Phase.READY)
             if state.decision is Choice.ABORT:
@@ -446,7 +502,7 @@ def _accepted(state: State, command: Command) -> Step:
             state = state._replace(phase=Phase.COPYING)
         if state.decision is Choice.ABORT and state.tries == 0 and state.running:
             return _order(state)
-        return state, []
+        return state, [Duty.CHECK] if state.unchecked and state.running else []
     if command is Command.DISMISS:
         return _finish(state)
     if command is Command.RESUME:
@@ -496,6 +552,12 @@ def _seen(state: State, job: JobSeen) -> Step:
     )
     if not state.running:
         return _still_listed(state, job)
+    state, actions = _seen_running(state, was, job)
+    checks = state.unchecked and state.running and state.decision is None
+    return state, [*actions, Duty.CHECK] if checks else actions
+
+
+def _seen_running(state: State, was: State, job: JobSeen) -> Step:
     match job.status:
         case "concluded":
             end = state.end or Ended(False)
@@ -575,6 +637,9 @@ def _confirmed(state: State, where: Where) -> Step:
     if state.phase is not Phase.ENDED:
         return state, []
     verdict, error, remarks = _judge(state, where)
+    if state.unchecked and verdict in (Verdict.PIVOTED, Verdict.KEPT, Verdict.MERGED):
+        verdict, remarks = Verdict.UNCLEAR, ()
+        error = "it is not known whether the job copied what the disk used when it began"
     state = state._replace(
         phase=Phase.CONFIRMED,
         verdict=verdict,
@@ -599,6 +664,8 @@ def _close(state: State) -> Step:
 def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, ...]]:
     """What happened, from what QEMU said of the job and what the disk uses now."""
     end = state.end
+    if state.stale:
+        return Verdict.STALE, None, ()
     if not state.began and end is None and where not in (Where.BASE, Where.MERGED):
         return Verdict.NEVER_BEGAN, None, ()
     gone = ("the job was dismissed by another client; its end was read from the block graph",)
@@ -652,6 +719,8 @@ def _tick(state: State) -> Step:
     """Silence is never trusted for long."""
     if not state.linked:
         return state, [Duty.RELINK]
+    if state.unsent:
+        return state, [Duty.LOOK]
     return state._replace(resumed=False), [Duty.ASK]
 
 

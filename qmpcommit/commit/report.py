@@ -14,6 +14,7 @@ from qmpcommit.commit.phases import PIVOTS, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import Left
 from qmpcommit.errors import (
+    ChainError,
     CommitFailed,
     DeadlineExceeded,
     JobConflict,
@@ -159,6 +160,10 @@ def _by_verdict(
                 f"QEMU refused to start {subject}: {state.error}. Nothing was changed",
                 error=state.error,
             )
+        case Verdict.CHANGED:
+            return ChainError(f"{subject} was not begun: {state.error}. Nothing was sent")
+        case Verdict.STALE:
+            return CommitFailed(_stale(plan, state), error=state.error)
         case Verdict.NEVER_BEGAN:
             return CommitFailed(
                 f"the reply to block-commit for {subject} was lost, and QEMU knows no such job:"
@@ -197,6 +202,20 @@ def _by_verdict(
     return None
 
 
+def _stale(plan: Plan, state: State) -> str:
+    """What is to be known of a job whose overlay was stale when it began."""
+    top, base = plan.top.filename, plan.base.filename
+    ended = "cancelled at once"
+    if state.end is not None and not state.end.cancelled:
+        ended = "to be cancelled at once, but has ended before"
+    return (
+        f"{_subject(plan)} began on a stale overlay: {state.error}. The job was {ended}. {top} is"
+        f" not the disk's any more, and must not be booted; {base} may hold older data of {top} in"
+        " the place of what the guest has written since: compare it with a backup. Two owners were"
+        " at work on this disk at the same time"
+    )
+
+
 def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | None) -> VMGone:
     laid = left is not None and left.laid  # which is done only after the pivot was seen
     pivoted = True if laid else _pivoted(plan, state)
@@ -226,6 +245,8 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
             f" 'qemu-img compare {top} {base}'. If they are identical boot from {base}; if not,"
             " ask the log of QEMU which it used last"
         )
+    elif state.stale:
+        what = _stale(plan, state)
     else:
         what = (
             f"Nothing was pivoted: {top} is still the image to boot, and it is whole;"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.commit.aftermath import Around, nobody_met
+from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall
@@ -26,7 +27,8 @@ async def adopted(
 ) -> CommitJob:
     """What follows the job of that id (``query-block-jobs``), whoever began it.
 
-    One that is PENDING already is cancelled if this `undoes` it, else finalized. Raises
+    One that is PENDING already is cancelled if this `undoes` it, else finalized; one that copies
+    what its disk does not use any more is cancelled in any case. Raises
     `JobNotFound`, or `JobConflict` where it is no commit.
     """
     jobs = {job["device"]: job for job in await vm.execute("query-block-jobs")}
@@ -45,13 +47,16 @@ async def adopted(
             vm=vm.name,
             job_id=job_id,
         )
+    graph = await vm.graph()
+    plan = adopted_plan(vm.name, graph, job_id, policy)
     return CommitJob(
         vm,
-        adopted_plan(vm.name, await vm.graph(), job_id, policy),
+        plan,
         timeout=timeout,
         adopted=True,
         auto_finalize=bool(job.get("auto-finalize", True)),
         undoes=undoes,
+        stale=use_of(plan, graph)[1],
     )
 
 

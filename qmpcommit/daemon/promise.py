@@ -260,10 +260,15 @@ class Promise:
         """The machine has reached another phase."""
         if is_settled(state):
             self.settled.set()
+        statements = []
+        if (self.noted.get("state") or {}).get("unchecked") and not state.unchecked:
+            self.noted = {**self.noted, "state": dump_state(state)}
+            statements.append(Statement(NOTE, (_json(self.noted), self.id)))
         if state.phase.value == self.phase or state.finished:
+            if statements:
+                self._journal.write_soon(*statements)
             return
         self.phase = state.phase.value
-        statements = []
         if state.phase is Phase.READY:
             self.decides()
             self.ready = time.time()

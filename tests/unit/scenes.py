@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from qmpcommit.commit.facts import Accepted, Answered, Command, Ended, JobSeen, StatusChanged
+from qmpcommit.commit import phases
+from qmpcommit.commit.facts import (
+    Accepted,
+    Answered,
+    Command,
+    Ended,
+    JobSeen,
+    Looked,
+    StatusChanged,
+)
 
 PENDING = StatusChanged("pending")
 CREATED = (StatusChanged("created"), StatusChanged("running"), Accepted(Command.START))
 COMPLETED = (StatusChanged("waiting"), PENDING, Ended(False, None, 10, 10))
 HELD = Answered(JobSeen("pending", auto_finalize=False))
+
+
+def begun(
+    *, two_phase: bool = True, prepares: bool = False, stalls: bool = False, meets: bool = False
+) -> phases.Step:
+    """A commit that is being sent, and whose disk stays as it was planned."""
+    state, _ = phases.begin(two_phase=two_phase, prepares=prepares, stalls=stalls, meets=meets)
+    state, actions = phases.step(state, Looked())
+    return state._replace(unchecked=False), actions
 
 
 def concluded(error: str | None = None, done: int = 10) -> Answered:

@@ -11,12 +11,15 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from qmpcommit.commit import facts
-from qmpcommit.commit.facts import Command, Fact, JobSeen, Where
+from qmpcommit.commit.facts import Command, Fact, JobSeen, Use, Where
 
 
 @dataclass
 class World:
-    """The truth about one VM: its job, its disk and its monitor; whether its `will` is `ours`."""
+    """The truth about one VM: its job, its disk and its monitor; whether its `will` is `ours`.
+
+    With `stale` the disk does not use what the job copies.
+    """
 
     two_phase: bool = True
     auto_dismiss: bool = False
@@ -40,6 +43,7 @@ class World:
     alive: bool = True
     replaced: bool = False
     starts: int = 0
+    stale: bool = False
     orders: list[Command] = field(default_factory=list)
     told: deque[Fact] = field(default_factory=deque)
     history: list[str] = field(default_factory=list)
@@ -192,6 +196,12 @@ class World:
             return None
         error = "Operation canceled" if self.cancelled else self.error
         return JobSeen(self.job, 10, 10, error, self.auto_finalize, self.io_status)
+
+    def use(self) -> Use:
+        """The block graph while the job is there."""
+        if self.job in (None, "concluded"):
+            return Use.UNKNOWN
+        return Use.STALE if self.stale and not self.unplugged else Use.USED
 
     def where(self) -> Where:
         """The block graph: of a disk that nothing uses it shows nothing."""

@@ -12,6 +12,7 @@ from qmpcommit.commit.facts import (
     Accepted,
     Action,
     Answered,
+    Checked,
     Choice,
     Command,
     Decided,
@@ -21,6 +22,7 @@ from qmpcommit.commit.facts import (
     GraphRead,
     LinkBack,
     LinkDead,
+    Looked,
     News,
     Overlaid,
     Prepared,
@@ -93,6 +95,11 @@ class Driver:
             match action:
                 case Command():
                     self.send(action)
+                case Duty.LOOK:
+                    wrong = self.faults and self.draw(30) == 0
+                    self.asked(lambda: Looked("it was changed" if wrong else None))  # noqa: B023
+                case Duty.CHECK:
+                    self.asked(lambda: Checked(self.world.use(), "it uses another"))
                 case Duty.ASK:
                     self.asked(lambda: Answered(self.world.query()))
                 case Duty.READ_GRAPH:
@@ -117,6 +124,12 @@ class Driver:
 
     def send(self, command: Command) -> None:
         world = self.world
+        if command is Command.PIVOT and self.faults and self.draw(30) == 1:
+            world.told.append(Looked("it migrates by now"))
+            return
+        if command in (Command.PIVOT, Command.KEEP, Command.FINALIZE):
+            assert not self.state.unchecked, "decided before it was checked"
+            assert not self.state.stale
         fate = self.draw(12) if self.faults and world.link else 99
         if not world.link or not world.alive or fate == 0:
             self.cut()

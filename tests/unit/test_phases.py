@@ -27,7 +27,7 @@ from qmpcommit.commit.facts import (
     Where,
 )
 from qmpcommit.commit.phases import Phase, State, Verdict
-from tests.unit.scenes import COMPLETED, CREATED, HELD, PENDING, concluded
+from tests.unit.scenes import COMPLETED, CREATED, HELD, PENDING, begun, concluded
 
 START = Command.START
 PIVOT = Command.PIVOT
@@ -38,7 +38,7 @@ DISMISS = Command.DISMISS
 
 def play(*facts: Fact, two_phase: bool = True) -> tuple[State, list[Action]]:
     """Feed facts; all actions, in order."""
-    state, actions = phases.begin(two_phase=two_phase)
+    state, actions = begun(two_phase=two_phase)
     for fact in facts:
         state, more = phases.step(state, fact)
         actions = actions + more
@@ -503,7 +503,7 @@ def test_nothing_more_happens_after_the_end() -> None:
 
 def test_a_cancellation_that_qemu_took_for_a_soft_one_is_sent_again() -> None:
     """QEMU 5.2, just before READY: the job ends PENDING, and its disk would stay held."""
-    state, _ = phases.begin(two_phase=True, meets=True)
+    state, _ = begun(two_phase=True, meets=True)
     for fact in (*CREATED, Decided(Choice.ABORT, "caller"), Accepted(ABORT)):
         state, _ = phases.step(state, fact)
     actions: list[Action] = []

@@ -10,6 +10,7 @@ from qmpcommit.commit.facts import (
     Action,
     Answered,
     BecameReady,
+    Checked,
     Choice,
     Command,
     Decided,
@@ -21,22 +22,24 @@ from qmpcommit.commit.facts import (
     JobSeen,
     LinkBack,
     LinkDead,
+    Looked,
     News,
     Overlaid,
     Prepared,
     Refused,
     StatusChanged,
     Unanswered,
+    Use,
     Where,
 )
 from qmpcommit.commit.phases import Phase, State, Step, Verdict
-from tests.unit.scenes import CREATED, HELD, PENDING, concluded
+from tests.unit.scenes import CREATED, HELD, PENDING, begun, concluded
 
-ONE = phases.begin(two_phase=True)
-LAYER = phases.begin(two_phase=False)
-PREPARES = phases.begin(two_phase=True, prepares=True)
-MEETS = phases.begin(two_phase=True, meets=True)
-STALLS = phases.begin(two_phase=True, stalls=True)
+ONE = begun(two_phase=True)
+LAYER = begun(two_phase=False)
+PREPARES = begun(two_phase=True, prepares=True)
+MEETS = begun(two_phase=True, meets=True)
+STALLS = begun(two_phase=True, stalls=True)
 
 
 def after(start: Step, *facts: Fact) -> Step:
@@ -61,13 +64,13 @@ def taken(choice: Choice, start: Step = ONE) -> Step:
 
 
 def test_a_new_commit_sends_block_commit_and_waits_for_nothing_that_was_not_asked_for() -> None:
-    state, actions = phases.begin(two_phase=True)
+    state, actions = begun(two_phase=True)
     assert (state, actions) == (State(two_phase=True), [Command.START])
-    state, _ = phases.begin(two_phase=False, stalls=True)
+    state, _ = begun(two_phase=False, stalls=True)
     assert state == State(two_phase=False, stalls=True)
-    state, _ = phases.begin(two_phase=True, prepares=True)
+    state, _ = begun(two_phase=True, prepares=True)
     assert state == State(two_phase=True, prepares=True, auto_finalize=False)
-    state, _ = phases.begin(two_phase=True, meets=True)
+    state, _ = begun(two_phase=True, meets=True)
     assert state == State(two_phase=True, prepares=True, meets=True, auto_finalize=False)
 
 
@@ -658,3 +661,98 @@ def test_whoever_takes_over_at_ready_asks_the_policy_again() -> None:
     assert pivot[0].phase is Phase.DECIDED
     actions: list[Action] = after(pivot, Answered(JobSeen("ready")))[1]
     assert actions == [Command.PIVOT]
+
+
+# -- a stale plan ---------------------------------------------------------------------------------
+
+NEW = phases.begin(two_phase=True)
+BELOW = phases.begin(two_phase=False)
+SENT = after(NEW, Looked())
+
+
+def test_the_disk_is_looked_at_before_anything_is_sent() -> None:
+    assert NEW[1] == [Duty.LOOK]
+    assert SENT[1] == [Command.START]
+    assert after(SENT, Looked())[1] == [], "it is sent once"
+    state, actions = after(NEW, Looked("it was changed"))
+    assert (state.verdict, state.error, actions) == (
+        Verdict.CHANGED,
+        "it was changed",
+        [Duty.FINISH],
+    )
+
+
+@pytest.mark.parametrize("fact", [News.TICK, LinkBack(True)])
+def test_a_look_that_failed_is_made_again(fact: Fact) -> None:
+    start = NEW if fact is News.TICK else after(NEW, News.LINK_LOST)
+    assert after(start, fact)[1] == [Duty.LOOK]
+
+
+@pytest.mark.parametrize("status", ["ready", "standby", "pending"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_is_not_decided_before_it_was_checked(status: str, asked: bool) -> None:
+    """Neither is it READY for anybody, nor is one that is held finalized."""
+    start = SENT if status != "pending" else after(BELOW, Looked())
+    start = start[0]._replace(auto_finalize=status != "pending"), start[1]
+    fact = Answered(JobSeen(status, auto_finalize=status != "pending")) if asked else (
+        StatusChanged(status)
+    )  # fmt: skip
+    state, actions = after(start, Accepted(Command.START), fact)
+    assert (state.phase, actions) == (Phase.COPYING, [Duty.CHECK] if asked else [])
+    assert phases.objection(state, Choice.PIVOT) == "not ready"
+    used = after((state, []), Checked(Use.USED))[1]
+    assert used == [Command.FINALIZE if status == "pending" else Duty.CONSULT]
+    assert after((state, []), Checked(Use.UNKNOWN))[1] == []
+    state, actions = after((state, []), Checked(Use.STALE, "it uses the base"))
+    assert (state.stale, state.error, actions) == (True, "it uses the base", [Command.ABORT])
+
+
+def test_the_check_is_owed_until_it_is_made() -> None:
+    began = after(SENT, Accepted(Command.START))
+    assert began[1] == [Duty.CHECK]
+    lost = after(began, News.LINK_LOST, LinkBack(True), Answered(JobSeen("running")))
+    assert lost[1] == [Duty.CHECK]
+    resumed = phases.resume(began[0], same_vm=True)
+    assert after(resumed, Answered(JobSeen("running")))[1] == [Duty.CHECK]
+    checked = after(lost, Checked(Use.USED))
+    assert after(checked, Answered(JobSeen("running")))[1] == []
+    assert after(checked, Checked(Use.STALE, "late"))[0].stale is False
+    ready = after(began, BecameReady(7, 9), Checked(Use.USED))
+    assert (ready[0].phase, ready[0].total, ready[1]) == (Phase.READY, 9, [Duty.CONSULT])
+    aborted = after(began, Decided(Choice.ABORT, "caller"))
+    assert after(aborted, Checked(Use.USED))[1] == []
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("where", Where)
+def test_a_stale_job_ends_as_one_however_it_ends(cancelled: bool, where: Where) -> None:
+    stale = after(SENT, Accepted(Command.START), Checked(Use.STALE, "it uses the base"))
+    ended = after(stale, Ended(cancelled, None, 10, 10), Answered(None), GraphRead(where))
+    assert (ended[0].verdict, ended[0].error) == (Verdict.STALE, "it uses the base")
+
+
+@pytest.mark.parametrize("start", [NEW, BELOW])
+@pytest.mark.parametrize("where", [Where.BASE, Where.TOP, Where.MERGED])
+def test_an_end_before_the_check_is_not_called_a_success(start: Step, where: Where) -> None:
+    began = after(start, Looked(), Accepted(Command.START))
+    state, _ = after(began, Ended(False, None, 10, 10), Answered(None), GraphRead(where))
+    assert state.verdict in (Verdict.UNCLEAR, Verdict.FAILED)
+
+
+@pytest.mark.parametrize("status", ["running", "ready", "standby", "pending"])
+def test_an_adopted_job_that_is_stale_is_cancelled(status: str) -> None:
+    start = phases.adopt(two_phase=True, stale="it uses the base")
+    state, actions = after(start, Answered(JobSeen(status, auto_finalize=False)))
+    assert (state.by, actions) == ("qmpcommit", [Command.ABORT])
+
+
+@pytest.mark.parametrize("choice", list(Choice))
+def test_a_pivot_is_not_sent_into_a_migration(choice: Choice) -> None:
+    start = after(decided(choice), *([Frozen()] if choice is Choice.RECYCLE else []))
+    state, actions = after(start, Looked("it is being migrated"))
+    if choice in phases.PIVOTS:
+        assert (state.decision, actions) == (Choice.ABORT, [Command.ABORT])
+        assert (state.former, state.error) == (None, "it is being migrated")
+    else:
+        assert (state, actions) == (start[0], [])
+    assert after(start, Looked()) == (start[0], [])

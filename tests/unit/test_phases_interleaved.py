@@ -19,6 +19,8 @@ from tests.unit.test_checks import made
 PLANS = {True: made()[1], False: made(top="mid")[1]}
 """Of the active layer, and of one below it."""
 
+OF_THE_DISK = (Verdict.PIVOTED, Verdict.RECYCLED, Verdict.KEPT, Verdict.MERGED)
+
 CHAOS: list[Callable[[Driver], object]] = [
     Driver.take,
     Driver.take,
@@ -64,6 +66,7 @@ QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
     dies=st.none() | st.integers(0, 40),
     lost=st.integers(0, 9),
     replaced=st.booleans(),
+    stale=st.booleans(),
 )
 def test_every_interleaving_ends_and_tells_the_truth(
     script: list[int],
@@ -78,6 +81,7 @@ def test_every_interleaving_ends_and_tells_the_truth(
     dies: int | None,
     lost: int,
     replaced: bool,
+    stale: bool,
 ) -> None:
     numbers = iter(draws)
 
@@ -91,6 +95,8 @@ def test_every_interleaving_ends_and_tells_the_truth(
         world.told.clear()
     elif prepares:
         world.prepares, world.auto_finalize = True, False
+    if stale and not adopted:
+        world.stale, world.disk = True, Where.BASE if two_phase else Where.MERGED
     driver = Driver(world, draw, answers, adopted)
     for at in range(len(script) + 400):
         if driver.state.finished:
@@ -169,14 +175,22 @@ def check_truth(state: State, world: World) -> None:
         assert not world.alive
         check_word(state, world)
         return
-    assert world.starts == 1 or verdict is Verdict.NEVER_BEGAN
+    unsent = verdict in (Verdict.CHANGED, Verdict.NEVER_BEGAN)
+    assert world.starts == 1 or unsent or (world.stale and verdict is Verdict.UNCLEAR)
+    assert world.starts == 0 or verdict is not Verdict.CHANGED
     assert not world.guest_paused or not world.alive, "a guest frozen by us"
+    assert world.job is None or not world.alive, "a job was left behind"
+    if world.stale:
+        assert verdict not in OF_THE_DISK or world.unplugged, "of what the disk did not use"
+        assert verdict is not Verdict.STALE or state.error is not None
+        return
+    assert verdict is not Verdict.STALE
     pivoted = verdict in (Verdict.PIVOTED, Verdict.RECYCLED)
     merged = verdict is Verdict.MERGED
     truth = world.disk is (Where.BASE if world.two_phase else Where.MERGED)
     assert world.two_phase or not pivoted
     assert not world.two_phase or not merged
-    assert (pivoted or merged) == truth or (truth and world.unplugged)
+    assert (pivoted or merged) == truth or (truth and (world.unplugged or state.unchecked))
     if verdict is Verdict.RECYCLED:
         assert world.overlaid
     elif pivoted and state.ordered is Choice.RECYCLE:
@@ -192,11 +206,10 @@ def check_truth(state: State, world: World) -> None:
     if verdict is Verdict.VANISHED:
         assert not truth or not world.two_phase, "the overlay is not the newest"
     if verdict is Verdict.UNCLEAR:
-        assert world.unplugged, "the graph shows how it ended"
+        assert world.unplugged or state.unchecked, "the graph shows how it ended"
     if (pivoted or verdict is Verdict.KEPT) and world.ours:
         outcome = report.outcome_of(PLANS[True], state, None, Timings())
         assert outcome.decided_by in ("policy", "caller"), "it was what we had ordered"
-    assert world.job is None or not world.alive, "a job was left behind"
 
 
 def check_word(state: State, world: World) -> None:
