@@ -1,8 +1,8 @@
 """After a pivot: the stale layers are closed, and their files deleted or renamed if asked.
 
-In this order, and each only after the one before: the owner's hook persists the new disk path,
-the nodes of the stale layers are closed (so that their locks are gone), their files go. What
-can't be done is told as a warning: the pivot itself has happened.
+In this order: the nodes of the stale layers are closed (so that their locks are gone, and nobody
+commits them any more), the owner's hook persists the new disk path, and only after both the files
+go. What can't be done is told as a warning: the pivot itself has happened.
 """
 
 from __future__ import annotations
@@ -47,6 +47,18 @@ OnStall: TypeAlias = Callable[[Stall], Awaitable[object]]
 
 OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
 """Called between the pivot and the deletion, to persist the VM's new disk path."""
+
+
+class BeforeClosing:
+    """An `OnPivot` of our own that is awaited while the stale layers' nodes are open still."""
+
+    def __init__(self, hook: OnPivot) -> None:
+        self._hook = hook
+
+    async def __call__(self, outcome: CommitOutcome) -> None:
+        """Await the hook."""
+        await self._hook(outcome)
+
 
 Barrier: TypeAlias = Callable[[], Awaitable[str | None]]
 """Awaited while PENDING holds the disk's I/O: None lets the job end, a reason cancels it."""
@@ -105,26 +117,29 @@ async def clear_away(
     keep_files: bool = False,
     again: bool = False,
 ) -> CommitOutcome:
-    """Hook, nodes, files, in this order; the outcome with what was done and what was not.
+    """Nodes, hook, files, in this order; the outcome with what was done and what was not.
 
     With `again` a former process may have done a part of it.
     """
     warnings, deleted = list(outcome.warnings), list(outcome.deleted)
     renamed = list(outcome.renamed)
     hook: Literal["", "done", "failed"] = ""
-    if around.on_pivot is not None:
-        try:
-            await around.on_pivot(outcome)
-            hook = "done"
-        except Exception as error:
-            hook = "failed"
-            warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
     stale = (plan.top, *plan.between)
+    unclosed: QmpCommitError | None = None
+    if isinstance(around.on_pivot, BeforeClosing):
+        hook = await _persisted(around.on_pivot, outcome, warnings)
     try:
         if again or outcome.action == "recycle":
             warnings += await close_layers(monitor, stale)
         else:
             warnings += await close_nodes(monitor, [image.node_name for image in stale])
+    except QmpCommitError as error:
+        unclosed = error  # the hook is called all the same: the pivot has happened
+    if around.on_pivot is not None and not hook:
+        hook = await _persisted(around.on_pivot, outcome, warnings)
+    try:
+        if unclosed is not None:
+            raise unclosed
         rewritten = not plan.two_phase or outcome.action == "recycle"
         astray = False
         if rewritten or plan.stale != "leave":
@@ -180,6 +195,17 @@ async def clear_away(
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
     return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
+
+
+async def _persisted(
+    on_pivot: OnPivot, outcome: CommitOutcome, warnings: list[str]
+) -> Literal["done", "failed"]:
+    try:
+        await on_pivot(outcome)
+    except Exception as error:
+        warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
+        return "failed"
+    return "done"
 
 
 async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:

@@ -215,7 +215,6 @@ def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
     top = top or (layers[0] if layers else disk.active or nothing)
     base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else nothing)
     names = [image.node_name for image in disk.chain]
-    is_active = source is not None  # which QEMU tells of no other job
     between: tuple[Image, ...] = ()
     if top.node_name in names and base.node_name in names:
         between = disk.chain[names.index(top.node_name) + 1 : names.index(base.node_name)]
@@ -225,7 +224,7 @@ def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
         top=top,
         base=base,
         job_id=job_id,
-        two_phase=is_active or not names or top.node_name == names[0],
+        two_phase=top.node_name not in names[1:],  # in none where it is stale
         policy=policy,
         between=between,
     )

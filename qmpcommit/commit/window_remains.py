@@ -24,7 +24,7 @@ from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, identify
 from qmpcommit.block.qcow2 import bitmap_names, holds_data
-from qmpcommit.commit.aftermath import close_nodes, remove_file
+from qmpcommit.commit.aftermath import BeforeClosing, close_nodes, remove_file
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.freeze_marks import marks_among
 from qmpcommit.commit.outcome import CommitOutcome
@@ -123,7 +123,7 @@ async def merge_back(
                 delete=True,
                 bandwidth=bandwidth,
                 job_id=new_own_job(each.overlay, node),
-                on_pivot=partial(_mark_closed, vm, node),
+                on_pivot=BeforeClosing(partial(_mark_closed, vm, node)),
             )
         outcome = await job.wait()
         if outcome.action == "pivot":
@@ -169,7 +169,7 @@ async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
         plan,
         Resumed(state),
         files={plan.top.node_name: known},
-        on_pivot=partial(_mark_closed, vm, plan.top.node_name),
+        on_pivot=BeforeClosing(partial(_mark_closed, vm, plan.top.node_name)),
     )
 
 

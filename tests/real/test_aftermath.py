@@ -15,6 +15,7 @@ import qmpcommit as qc
 from qmpcommit.block import files as block_files
 from qmpcommit.block import identity
 from qmpcommit.cli.show import outcome_text
+from qmpcommit.commit.aftermath import BeforeClosing
 from tests.ground.images import (
     MIB,
     Chain,
@@ -42,9 +43,15 @@ async def nodes(vm: qc.Session) -> set[str]:
 @pytest.mark.parametrize("style", ["blockdev", "drive", "implicit"])
 async def test_the_stale_nodes_are_closed_and_their_locks_gone(style: Any, folder: Path) -> None:
     chain = make_chain(folder, 3)
+    seen: list[set[str]] = []
+
+    async def on_pivot(outcome: qc.CommitOutcome) -> None:
+        seen.append(await nodes(vm))
+
     async with machine(folder, chain, style=style) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        outcome = await (await vm.commit("vda", policy=qc.Pivot())).wait()
+        outcome = await (await vm.commit("vda", policy=qc.Pivot(), on_pivot=on_pivot)).wait()
         assert (outcome.deleted, outcome.warnings) == ([], [])
+        assert not {"top", "mid"} & seen[0], "nobody commits them while the hook runs"
         assert not {"top", "mid"} & await nodes(vm)
         for path in chain.files[1:]:
             assert path.exists(), "by default the files stay"
@@ -170,6 +177,7 @@ async def test_an_overlay_that_a_device_uses_stays(folder: Path) -> None:
         extra += ["-blockdev", options]
     extra += ["-device", "scsi-cd,drive=top,id=vda"]
 
+    @BeforeClosing
     async def on_pivot(outcome: qc.CommitOutcome) -> None:
         await vm.execute("device_add", driver="scsi-cd", id="theirs", drive="top")
 
@@ -215,6 +223,7 @@ async def test_a_pivot_after_which_nothing_can_be_closed_is_a_pivot(
 ) -> None:
     chain = make_chain(folder)
 
+    @BeforeClosing
     async def on_pivot(outcome: qc.CommitOutcome) -> None:
         if fate == "lost":
             await between.refuse()
@@ -290,7 +299,6 @@ async def test_a_file_that_another_process_has_locked_stays(folder: Path) -> Non
 
         async def on_pivot(outcome: qc.CommitOutcome) -> None:
             nonlocal reader
-            await vm.execute("blockdev-del", node_name="top")
             reader = await asyncio.create_subprocess_exec(
                 QEMU.io, "-r", "-f", "raw", str(chain.top),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
