@@ -12,7 +12,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import BlockGraph, Raw, is_plain
@@ -40,7 +41,8 @@ class Image(Record):
     `warnings` what somebody should look at: corruption, encryption, an inconsistent bitmap.
     `data_file` is the host file in which a qcow2 keeps its data, where that is another one.
     `astray` says why `filename` leads to another file from here, or to none; "" where it does not,
-    or nobody has looked. `given_as` is the name of a file that QEMU was given open.
+    or nobody has looked. `given_as` is the name of a file that QEMU was given open. `filters` are
+    the nodes over it in the chain (a throttle), uppermost first, by which it is named as well.
     """
 
     node_name: str
@@ -56,6 +58,12 @@ class Image(Record):
     data_file: str = ""
     astray: str = ""
     given_as: str = ""
+    filters: tuple[str, ...] = ()
+
+    @property
+    def over(self) -> str:
+        """The node that a commit writes to, or an overlay is laid over: its filters stay."""
+        return self.filters[0] if self.filters else self.node_name
 
     @property
     def handed_out(self) -> str:
@@ -76,7 +84,8 @@ class Disk(Record):
 
     `name` is the shortest of its names; `device` the drive alias of a legacy ``-drive``, `qdev`
     the device's QOM path or id as ``query-block`` has it, `exports` the ids of the block
-    exports that serve it, `root` the topmost node (what ``block-commit`` calls the device).
+    exports that serve it, `root` the node that they use, with `filters` from there down to the
+    active layer; `head` is what ``block-commit`` calls the device: nothing at all lies over it.
     `jobs` are the ids of block jobs that hold a layer of it.
     """
 
@@ -86,6 +95,7 @@ class Disk(Record):
     qdev: str = ""
     exports: tuple[str, ...] = ()
     root: str = ""
+    head: str = ""
     filters: tuple[str, ...] = ()
     removable: bool = False
     io_status: str = ""
@@ -141,7 +151,8 @@ class BackingChain(NamedTuple):
         raise self._error(f"{role} '{name}' {what} of {self.disk}'s chain ({layers})")
 
     def _called(self, name: str) -> list[int]:
-        by_node = [i for i, image in enumerate(self.disk.chain) if image.node_name == name]
+        layers = [(image.node_name, *image.filters) for image in self.disk.chain]
+        by_node = [i for i, names in enumerate(layers) if name in names]
         return by_node or [
             i for i, image in enumerate(self.disk.chain) if same_file(name, image, self.cwd)
         ]
@@ -282,16 +293,20 @@ def read_disks(graph: BlockGraph) -> list[Disk]:
     disks = [_of_device(graph, device) for device in graph.devices]
     used = {image.node_name for disk in disks for image in disk.chain}
     exports: dict[str, list[str]] = {}
+    served_by: dict[str, set[str]] = {}
     for export in graph.exports:
         layer = graph.below_filters(export.get("node-name"))
         if layer is not None:
             exports.setdefault(layer, []).append(str(export.get("id", "")))
+            served_by.setdefault(layer, set()).add(str(export.get("node-name")))
     for place, disk in enumerate(disks):
         if disk.chain and disk.chain[0].node_name in exports:
             ids = tuple(exports.pop(disk.chain[0].node_name))
             disks[place] = replace(disk, exports=ids)
     for layer, served in exports.items():
-        disks.append(_of_node(graph, layer, tuple(served)))
+        nodes = served_by[layer]
+        root = graph.used_by(min(nodes) if len(nodes) == 1 else layer)
+        disks.append(_of_node(graph, layer, tuple(served), root))
         used.update(image.node_name for image in disks[-1].chain)
     if not graph.devices:
         for name in graph.nodes:
@@ -300,7 +315,7 @@ def read_disks(graph: BlockGraph) -> list[Disk]:
                 continue
             chain = graph.chain(name)
             if not used.intersection(chain):
-                disks.append(_of_node(graph, name, ()))
+                disks.append(_of_node(graph, name, (), graph.root(name)))
     return disks
 
 
@@ -371,7 +386,7 @@ def _of_device(graph: BlockGraph, device: Raw) -> Disk:
     qdev = str(device.get("qdev") or "")
     inserted = (device.get("inserted") or {}).get("node-name")
     layer = graph.below_filters(inserted)
-    root = graph.root(layer) if layer else ""
+    root = graph.used_by(str(inserted)) if layer else ""
     name = qdev_id(qdev) or alias or root or qdev
     return Disk(
         name=name,
@@ -379,26 +394,31 @@ def _of_device(graph: BlockGraph, device: Raw) -> Disk:
         qdev=qdev,
         removable=bool(device.get("removable", False)),
         io_status=str(device.get("io-status") or ""),
-        **_layers(graph, layer),  # type: ignore[arg-type]
+        **_layers(graph, layer, root),  # type: ignore[arg-type]
     )
 
 
-def _of_node(graph: BlockGraph, layer: str, exports: tuple[str, ...]) -> Disk:
-    return Disk(name=layer, exports=exports, **_layers(graph, layer))  # type: ignore[arg-type]
+def _of_node(graph: BlockGraph, layer: str, exports: tuple[str, ...], root: str) -> Disk:
+    layers: Any = _layers(graph, layer, root)
+    return Disk(name=layer, exports=exports, **layers)
 
 
-def _layers(graph: BlockGraph, layer: str | None) -> dict[str, object]:
+def _layers(graph: BlockGraph, layer: str | None, root: str) -> dict[str, object]:
+    """The chain of what is used by the node `root`; a filter beside that is not the disk's."""
     if layer is None:
         return {}
-    root = graph.root(layer)
-    chain = graph.chain(layer)
-    filters = graph.filters(root)
-    held = set(chain) | set(filters)
+    chain, head = graph.chain(layer), graph.root(layer)
+    held = {*chain, *graph.filters(root), *graph.filters(head)}
     jobs = tuple(job.id for job in graph.jobs.values() if held & set(job.nodes.values()))
+    images = [read_image(graph, layer)]
+    for above, name in pairwise(chain):
+        filters = graph.kept_filters(graph.nodes[above].children.get("backing"))
+        images.append(replace(read_image(graph, name), filters=filters))
     return {
-        "chain": tuple(read_image(graph, name) for name in chain),
+        "chain": tuple(images),
         "root": root,
-        "filters": tuple(filters),
+        "head": head,
+        "filters": tuple(graph.filters(root)),
         "jobs": jobs,
     }
 

@@ -38,6 +38,9 @@ FILTERS = frozenset(
 """Drivers that pass their one child's contents through and are no layer of a chain."""
 
 
+_OF_JOBS = frozenset(("backup-top", "commit_top", "mirror_top"))
+
+
 class Node(NamedTuple):
     """One node of the graph; `raw` is QEMU's BlockDeviceInfo."""
 
@@ -53,6 +56,10 @@ class Node(NamedTuple):
             if edge in self.children:
                 return self.children[edge]
         return None
+
+
+def _is_hidden(node: Node) -> bool:
+    return node.driver in FILTERS and node.name.startswith("#")
 
 
 class JobNodes(NamedTuple):
@@ -127,8 +134,27 @@ class BlockGraph(NamedTuple):
             layer = self.below_filters(self.nodes[layer].children.get("backing"))
         return found
 
+    def used_by(self, name: str) -> str:
+        """The node by which whoever uses `name` uses it: QEMU does not show a job's filter."""
+        while True:
+            above = [
+                p
+                for p in self.parents.get(name, ())
+                if self.nodes[p].below == name
+                and (self.nodes[p].driver in _OF_JOBS or _is_hidden(self.nodes[p]))
+            ]
+            if len(above) != 1:
+                return name
+            name = above[0]
+
+    def kept_filters(self, name: str | None) -> tuple[str, ...]:
+        """The filters from `name` down, where a commit into what is below can go through them."""
+        found = self.filters(name)
+        kept = all(self.nodes[each].driver in ("throttle", "copy-on-read") for each in found)
+        return tuple(found) if kept else ()
+
     def root(self, name: str) -> str:
-        """The topmost node over `name`: the filters above it included."""
+        """The topmost node over `name`: the filters above it included, whoever uses them."""
         seen = {name}
         while True:
             above = [
@@ -136,9 +162,9 @@ class BlockGraph(NamedTuple):
                 for p in self.parents.get(name, ())
                 if self.nodes[p].driver in FILTERS and p not in seen and self.nodes[p].below == name
             ]
-            if len(above) != 1:
+            if not above:
                 return name
-            name = above[0]
+            name = min(above)
             seen.add(name)
 
     def file(self, node: Node) -> str:

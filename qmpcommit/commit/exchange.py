@@ -247,7 +247,7 @@ class Exchange:
             "driver": "qcow2",
             "node-name": self._fresh.node,
             "file": graph.nodes[self._fresh.node].children["file"],
-            "backing": below.node_name,
+            "backing": below.over,
         }
         try:
             await self.vm.execute("blockdev-reopen", {"options": [options]})

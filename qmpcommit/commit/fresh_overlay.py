@@ -215,7 +215,7 @@ class FreshOverlay:
                 with suppress(CommandRefused):  # then QEMU refuses the overlay, and says why
                     await self._monitor.execute("blockdev-del", {"node-name": image.node_name})
         self._laid = True
-        arguments = {"node": self._plan.base.node_name, "overlay": self.node}
+        arguments = {"node": self._plan.base.over, "overlay": self.node}
         await self._monitor.execute("blockdev-snapshot", arguments)
 
     async def thaw(self) -> None:

@@ -114,9 +114,9 @@ def plan_commit(
     chain = disk.chain
     arguments: dict[str, Any] = {
         "job-id": job_id,
-        "device": disk.root,
+        "device": disk.head or disk.root,
         "top-node": chain[top].node_name,
-        "base-node": chain[base].node_name,
+        "base-node": chain[base].node_name if top else chain[base].over,
         "auto-dismiss": False,
     }
     if bandwidth:
@@ -209,8 +209,9 @@ def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
     disk = disks[0] if disks else Disk(name="?")
     source, target = (held.source, held.target) if held is not None else (None, None)
     layers = [i for i in disk.chain if i.node_name in nodes]
-    top = read_image(graph, source) if source in graph.nodes and source else None
-    base = read_image(graph, target) if target in graph.nodes and target else None
+    source, target = graph.below_filters(source), graph.below_filters(target)
+    top = read_image(graph, source) if source else None
+    base = read_image(graph, target) if target else None
     nothing = Image(node_name="", filename="(unknown)", driver="")
     top = top or (layers[0] if layers else disk.active or nothing)
     base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else nothing)

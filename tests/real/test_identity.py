@@ -112,3 +112,42 @@ async def test_an_overlay_over_a_base_that_was_replaced_is_not_discarded(folder:
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
     assert sorted(folder.glob("*.qcow2")) == sorted(chain.files)
+
+
+@pytest.mark.parametrize("way", ["pivot", "recycle", "discard", "window", "flatten"])
+async def test_a_throttle_over_the_base_stays_and_is_a_name_of_it(way: str, folder: Path) -> None:
+    chain = make_chain(folder, layers=3)
+    base, mid, top = (f"driver=qcow2,node-name={p.stem},file.driver=file,file.filename={p}"
+                      for p in chain.files)  # fmt: skip
+    extra = ["-object", "throttle-group,id=tg"]
+    for options in (base, "driver=throttle,node-name=thr,throttle-group=tg,file=base",
+                    f"{mid},backing=thr", f"{top},backing=mid",
+                    "driver=throttle,node-name=beside,throttle-group=tg,file=top"):  # fmt: skip
+        extra += ["-blockdev", options]
+    extra += ["-device", "virtio-blk-pci,id=vda,drive=top"]
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        (disk,) = await vm.disks()
+        assert (disk.root, disk.filters, disk.chain[2].filters) == ("top", (), ("thr",))
+        if way == "flatten":
+            with pytest.raises(qc.ChainError, match=r"lost-filter.*throttle 'thr'.*Nothing was"):
+                await vm.flatten("vda", keep=2, delete=True)
+            assert len((await vm.disk("vda")).chain) == 3
+            merging = await vm.commit("vda", top=1, delete=True, override=["lost-filter"])
+            assert (await merging.wait()).action == "none"
+        elif way == "window":
+            async with vm.snapshot(["vda"]):
+                pass
+        else:
+            policy = qc.Pivot() if way == "pivot" else qc.Recycle(str(folder / "fresh.qcow2"))
+            await (await vm.commit("vda", policy=policy, base="thr", delete=True)).wait()
+        if way == "discard":
+            await vm.discard("vda", guest="stop", delete=True)
+        now = await vm.disk("vda")
+        bottom = "thr" if way == "pivot" else "base"
+        assert now.chain[-1].node_name == "base"
+        above = now.filters if bottom == "thr" else now.chain[-1].filters
+        assert above == (() if way == "flatten" else ("thr",))
+        active = Path(now.chain[0].filename)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(active, chain.pictures[-1])

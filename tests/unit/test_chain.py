@@ -104,6 +104,21 @@ def test_filters_are_seen_through() -> None:
     assert find_disk([disk], "thr", vm="v") is disk
 
 
+def test_a_filter_beside_the_disk_is_not_the_disks() -> None:
+    filters = [node("thr", "throttle", "json:{}"), node("thr2", "throttle", "json:{}")]
+    beside = ("thr top file", "thr2 top file")
+    served = [{"id": "e1", "node-name": "thr"}]
+    found = graph(*beside, nodes=filters, devices=[device("top", VD0)], exports=served)
+    (disk,) = read_disks(found)
+    assert (disk.root, disk.filters, disk.exports) == ("top", (), ("e1",))
+    assert disk.head == "thr"  # block-commit wants a node that nothing lies over
+    (disk,) = read_disks(graph(*beside, nodes=filters, devices=[], exports=served))
+    assert (disk.root, disk.filters) == ("thr", ("thr",))
+    served.append({"id": "e2", "node-name": "top"})
+    (disk,) = read_disks(graph(*beside, nodes=filters, devices=[], exports=served))
+    assert (disk.root, disk.filters, disk.exports) == ("top", (), ("e1", "e2"))
+
+
 def test_a_filter_between_two_layers_is_no_layer() -> None:
     chain = build_graph(
         [*NODES, node("cor", "copy-on-read", "x")],

@@ -239,6 +239,25 @@ def test_a_filter_inside_the_chain_is_no_other_user() -> None:
     assert level("base-shared", graph, plan) == "ok"
 
 
+@pytest.mark.parametrize(("driver", "top", "expected"), [
+    ("throttle", 0, "ok"), ("compress", 0, "refuse"), ("throttle", 1, "refuse"),
+])  # fmt: skip
+def test_a_filter_over_the_base_is_kept_or_its_loss_is_refused(
+    driver: str, top: int, expected: str
+) -> None:
+    graph, plan = made({"node-name": "thr", "drv": driver, "file": "/i/base", "ro": False})
+    raw = [node.raw for node in graph.nodes.values()]
+    joined = edges("top top-file file", "top mid backing", "mid mid-file file", "mid thr backing",
+                   "thr base file", "base base-file file")  # fmt: skip
+    graph = build_graph(raw, graph.devices, [], joined)
+    disk = find_disk(read_disks(graph), "vda", vm="v")
+    base = "thr" if driver == "throttle" else "base"
+    request = Request(disk="vda", base=base, top=top)
+    plan = plan_commit("v", disk, request, qc.Keep() if top == 0 else None)
+    assert plan.base.node_name == "base"
+    assert level("lost-filter", graph, plan) == expected
+
+
 # -- what the layers are --------------------------------------------------------------------------
 
 

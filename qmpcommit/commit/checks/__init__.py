@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles
+from qmpcommit.commit.checks.filters import lost_filter
 from qmpcommit.commit.checks.finding import Case, Finding, unchecked
 from qmpcommit.commit.checks.header_above import header_above
 from qmpcommit.commit.checks.layers import corrupt, encrypted
@@ -36,6 +37,7 @@ CHECKS: dict[str, Check] = {
     "encrypted": encrypted,
     "on-disk-backing": on_disk_backing,
     "replaced-file": replaced_file,
+    "lost-filter": lost_filter,
     "header-above": header_above,
     "internal-snapshots": internal_snapshots,
     "temporary-overlay": temporary_overlay,
