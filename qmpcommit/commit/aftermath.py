@@ -304,10 +304,7 @@ def remove_file(
         if _is_locked(name, folder):
             return f"{image.filename} stays: another process has it open"
         if rename_to is None and snapshot_count(path):
-            return (
-                f"{image.filename} stays: it holds internal snapshots, which would go with it, and"
-                " show what has been committed meanwhile where they hold nothing themselves"
-            )
+            return f"{image.filename} stays: it holds internal snapshots, which would go with it"
         if rename_to is None:
             os.unlink(name, dir_fd=folder)
         else:

@@ -46,21 +46,24 @@ class OverlaysAbove:
             if finding.level == "refuse" and finding.final:
                 return finding.message
         read_only = [
-            node.name
+            node
             for node, _ in overlays_above(graph, self._plan.top.node_name)
             if node.raw.get("ro") and node.name not in self.opened
         ]
         for node in read_only:
-            self.opened.append(node)  # it may be done even if its reply is not awaited
+            self.opened.append(node.name)  # it may be done even if its reply is not awaited
             try:
-                why = await self._reopen(node, "-w")
+                why = await self._reopen(node.name, "-w")
             except CommandRefused:  # a storage daemon
-                self.opened.remove(node)
+                self.opened.remove(node.name)
                 return self._by_sight(found)
             if why:
-                self.opened.remove(node)
+                self.opened.remove(node.name)
                 await self.close()
-                return f"QEMU can't open '{node}' for writing, whose header it has to change: {why}"
+                return (
+                    f"QEMU can't open {graph.file(node)} (node '{node.name}') for writing, whose"
+                    f" header it has to change: {why}"
+                )
         return None
 
     async def close(self) -> None:
