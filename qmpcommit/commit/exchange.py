@@ -111,7 +111,8 @@ class Exchange:
         await self._fresh.make(again=self._again)
         if await runs(self.vm):
             await self.held.stop()
-        await look_at_owner(self.vm)  # a migration may have begun meanwhile
+        _, graph = await self.vm.look()  # others may have changed the chain, or migrate it
+        self._check(graph)
         await self._note("lay")
         arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
         await self.vm.execute("blockdev-snapshot", arguments)

@@ -88,12 +88,15 @@ async def _flatten(
 ) -> AsyncGenerator[CommitOutcome, None]:
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")
-    layers = len((await vm.disk(disk)).chain)
-    while (step := next_step(layers, keep)) is not None:
+    while True:
+        chain = (await vm.disk(disk)).chain  # others may have changed it since the last step
+        step = next_step(len(chain), keep)
+        if step is None:
+            return
         job = await vm.commit(
             disk,
-            top=step.top,
-            base=step.base,
+            top=chain[step.top],
+            base=chain[step.base],
             policy=step.policy,
             keep_relative=keep_relative and step.top > 0,
             **options,
@@ -102,4 +105,3 @@ async def _flatten(
         yield outcome
         if outcome.action == "abort":  # by another client: the layer is still there
             return
-        layers -= 1

@@ -31,6 +31,7 @@ from qmpcommit.block.chain import (
     Disk,
     absolute,
     check_nameable,
+    find_again,
     find_disk,
     read_disks,
     read_image,
@@ -371,9 +372,19 @@ def _check_idle(vm: Session, disk: Disk) -> None:
 
 async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
     """All overlays at one instant, or none."""
-    _, graph = await vm.look()  # once more, for a migration may have begun meanwhile
+    _, graph = await vm.look()  # once more, for others may have been at work meanwhile
+    now = read_disks(graph)
     for disk, overlay in pairs:
         active = disk.active and disk.active.node_name
+        found = find_again(now, disk) or next((d for d in now if d.root == disk.root), None)
+        if found is None or (found.active and found.active.node_name) != active:
+            raise WindowError(
+                f"{disk} of {vm.name} writes to {found and found.active} by now, not to"
+                f" {disk.active}: somebody else has changed it while its window was being opened."
+                " Nothing was changed; open the window again",
+                vm=vm.name,
+                disk=disk.name,
+            )
         size = read_image(graph, active).virtual_size if active in graph.nodes and active else None
         if size is not None and size != overlay.size:
             raise WindowError(

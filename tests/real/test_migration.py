@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit import in_use
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.sessions import files, runs
@@ -164,8 +165,10 @@ async def test_a_migration_that_begins_while_an_overlay_is_discarded(
     assert_disk(chain.top, chain.pictures[-1])
 
 
-@pytest.mark.parametrize("policy", ["recycle", "pivot"])
-async def test_a_migration_that_begins_while_a_job_runs(folder: Path, policy: str) -> None:
+@pytest.mark.parametrize("policy", ["recycle", "pivot", "hold", "adopt", "keep"])
+async def test_a_migration_that_begins_while_a_job_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
     """It may end well if the job is over before, on the chain that was there at its beginning."""
     chain = make_chain(folder)
     async with (
@@ -173,13 +176,22 @@ async def test_a_migration_that_begins_while_a_job_runs(folder: Path, policy: st
         machine(folder, chain, running=True) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        if policy == "recycle":
+        if policy != "pivot":
+            monkeypatch.setattr(in_use, "FRESH", 0.0)  # the last look was long ago
             job = await vm.commit("vda", policy=qc.Hold())
             await job.ready()
             await migrate(qemu)
-            job.recycle(folder / "fresh")
-            with pytest.raises(qc.CommitFailed, match="being migrated"):
-                await job.wait()
+            if policy == "adopt":
+                await job.detach()
+                job = await vm.adopt(job.id)
+                await job.ready()
+            if policy == "keep":  # which leaves the chain as it is
+                await job.keep()
+                assert (await job.wait()).action == "keep"
+            else:
+                job.recycle(folder / "fresh") if policy == "recycle" else job.pivot()
+                with pytest.raises(qc.CommitFailed, match="being migrated"):
+                    await job.wait()
             assert await files(vm) == chain.files[::-1]
             assert not (folder / "fresh").exists()
             assert await runs(qemu)

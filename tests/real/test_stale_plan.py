@@ -179,6 +179,42 @@ async def test_a_node_that_nothing_uses_is_a_disk_until_a_layer_of_it_is_used(
     assert_disk(chain.base, chain.pictures[-1])
 
 
+@pytest.mark.parametrize("verb", ["window", "discard"])
+async def test_no_overlay_is_laid_over_one_that_became_stale(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    async with two_owners(folder, device="shared") as (qemu, vm, other, chain):
+        before(monkeypatch, vm, lambda: pivot(other, "top"), "blockdev-create")
+        if verb == "window":
+            with pytest.raises(qc.WindowError, match=r"writes to \S*base.* by now"):
+                await qc.open_window(vm, ["vda"])
+        else:
+            with pytest.raises(qc.ChainError, match="its chain is another one by now"):
+                await vm.discard("vda", guest="reset", delete=True)
+        assert await files(vm) == [chain.base]
+        await other.close()
+        await qemu.quit()
+    assert sorted(folder.glob("*.qcow2*")) == sorted(chain.files)
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_flatten_counts_the_layers_anew_before_each_step(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    async with (
+        machine(folder, chain) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+        qc.Session.connect(qemu.qmp2) as other,
+    ):
+        steps = vm.flatten("vda", keep=2)
+        assert (await anext(steps)).top.filename == str(chain.files[1])
+        await (await other.commit("vda", top=1)).wait()  # the next step, done by another owner
+        assert [outcome async for outcome in steps] == []
+        assert await files(vm) == [chain.top, chain.base]
+        await other.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 def once_cut(between: Proxy) -> Callable[[dict[str, Any]], str]:
     """The line is cut before the first that QEMU says, and passes all when it is back."""
 
@@ -190,13 +226,16 @@ def once_cut(between: Proxy) -> Callable[[dict[str, Any]], str]:
 
 
 def before(
-    patch: pytest.MonkeyPatch, vm: qc.Session, what: Callable[[], Awaitable[object]]
+    patch: pytest.MonkeyPatch,
+    vm: qc.Session,
+    what: Callable[[], Awaitable[object]],
+    command: str = "block-commit",
 ) -> None:
-    """Have something happen right before ``block-commit`` is sent, and after the last look."""
+    """Have something happen right before that command is first sent, and after the last look."""
     execute = vm.execute
 
     async def late(sent: str, *more: Any, **options: Any) -> Any:
-        if sent == "block-commit":
+        if sent == command:
             patch.setattr(vm, "execute", execute)
             await what()
         return await execute(sent, *more, **options)
