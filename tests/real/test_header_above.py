@@ -80,7 +80,9 @@ async def test_a_file_that_qemu_would_have_to_open_again(how: str, folder: Path)
     assert_disk(chain.top, chain.pictures[-1])
 
 
-@pytest.mark.parametrize("how", ["beside", "inside", "node", "added", "format", "twice", "sibling"])
+@pytest.mark.parametrize(
+    "how", ["beside", "inside", "node", "added", "format", "nested", "twice", "sibling"]
+)
 async def test_a_node_that_stays_read_only(how: str, folder: Path) -> None:
     """Declared so beside its name or in its overlay's options; one that is reopened is not."""
     chain = make_chain(folder, 4)
@@ -91,6 +93,9 @@ async def test_a_node_that_stays_read_only(how: str, folder: Path) -> None:
     elif how == "inside":
         here += ",file.read-only=on"
     nodes = [qcow2("base", base), qcow2("mid", mid, ",backing=base"), qcow2("low", low, here)]
+    if how == "nested":  # a raw node lies between, and has its mode from the overlay's
+        nested = f"file.driver=raw,file.file.driver=file,file.file.filename={low}"
+        nodes[2] = f"driver=qcow2,node-name=low,read-only=on,backing=mid,{nested}"
     if how == "node":
         nodes[2:] = [f"driver=file,node-name=f,filename={low},read-only=on",
                      "driver=qcow2,node-name=low,read-only=on,backing=mid,file=f"]  # fmt: skip
@@ -116,7 +121,7 @@ async def test_a_node_that_stays_read_only(how: str, folder: Path) -> None:
             await vm.execute("blockdev-add", {**node, "backing": None})
             await refused(vm, "vda", "has it open once more, as more")
             await vm.execute("blockdev-del", {"node-name": "more"})
-        elif how != "format":
+        elif how not in ("format", "nested"):
             await refused(vm, "vda", "was opened with read-only=on")
             return
         outcome = await (await vm.commit("vda", top=2)).wait()

@@ -42,7 +42,7 @@ def header_above(case: Case) -> Iterator[Finding]:
                 " the filter first",
             )
             continue
-        why = _no_name(node, case, image, name) or _no_format(case, node)
+        why = _no_name(node, case, image, name) or _no_format(case, node, image)
         if why:
             yield Finding(NAME, "refuse", why, final=True)
             continue
@@ -107,9 +107,9 @@ def _format(case: Case) -> str:
     return "raw" if "backing-mask-protocol" in case.plan.arguments else case.plan.base.driver
 
 
-def _no_format(case: Case, node: Node) -> str:
+def _no_format(case: Case, node: Node, image: Image) -> str:
     """Why this format can't be given another backing name."""
-    what = str(node.raw.get("file"))
+    what = image.filename
     if node.driver not in _REWRITABLE:
         return (
             f"{what} lies over {case.plan.top.filename}, and QEMU can't change the backing name of"
@@ -146,13 +146,16 @@ def _declared_so(case: Case, node: Node, leaf: Node) -> tuple[str, bool]:
     """Whether a node of its file was given ``read-only=on`` itself, so that it stays so."""
     if not leaf.raw.get("ro"):
         return "", True
-    above, own = declared(node.name, case.pid), declared(leaf.name, case.pid)
-    if is_on((above or {}).get("file.read-only")) or is_on((own or {}).get("read-only")):
-        return (
-            f"its node '{leaf.name}' was opened with read-only=on: blockdev-reopen it and"
-            f" '{node.name}' with read-only off first"
-        ), True
-    if above is None and own is None and not leaf.name.startswith("#block"):
+    above, known = declared(node.name, case.pid), False
+    for name in _files(case.graph, node):
+        own = declared(name, case.pid)
+        if is_on((above or {}).get("file.read-only")) or is_on((own or {}).get("read-only")):
+            return (
+                f"its node '{name}' was opened with read-only=on: blockdev-reopen it and"
+                f" '{node.name}' with read-only off first"
+            ), True
+        known = known or own is not None
+    if above is None and not known and not leaf.name.startswith("#block"):
         return f"its node '{leaf.name}' is read-only, perhaps of its own", False
     return "", True
 
@@ -177,7 +180,8 @@ def _in_use(case: Case, node: Node, leaf: Node) -> str:
     if not place.path:
         return ""
     file = file_id(place.path)
-    beside = [p for p in graph.parents.get(leaf.name, ()) if p != node.name]
+    own = {node.name, *_files(graph, node)}
+    beside = [p for p in graph.parents.get(leaf.name, ()) if p not in own]
     for other in graph.nodes.values():
         if other.name != leaf.name and other.driver in HOST_FILES and file is not None:
             at = case.place(other).path
@@ -190,3 +194,11 @@ def _in_use(case: Case, node: Node, leaf: Node) -> str:
         who = ", ".join(locks.holders) or "a process that can't be seen from here"
         return f"it is locked by another process, {who}; wait until that has closed it"
     return ""
+
+
+def _files(graph: BlockGraph, node: Node) -> Iterator[str]:
+    """The nodes between a format node and what holds its bytes."""
+    below = node.children.get("file")
+    while below is not None and below in graph.nodes:
+        yield below
+        below = graph.nodes[below].below
