@@ -8,8 +8,10 @@ older QEMUs gives: children, and which nodes a block job holds as source and tar
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused
@@ -104,6 +106,8 @@ class BlockGraph(NamedTuple):
     """What those files are called on this host, where they have a name."""
     cwd: str | None = None
     """QEMU's working directory, from which relative file names count, where it is known."""
+    real: Mapping[str, str] = {}
+    """For names that lead through other folders (``/a/../b/x``): the same without that."""
 
     def below_filters(self, name: str | None) -> str | None:
         """The first node at or under `name` that is not a filter."""
@@ -168,9 +172,14 @@ class BlockGraph(NamedTuple):
             seen.add(name)
 
     def file(self, node: Node) -> str:
-        """The name of the file that a node shows: absolute, where it is a host file's."""
+        """The name of the file that a node shows: absolute, where it is a host file's.
+
+        QEMU puts the names of a chain together from those in the headers, so that they may lead
+        through the folders of layers that are merged away and deleted.
+        """
         name = str(node.raw.get("file") or "")
-        return os.path.join(self.cwd, name) if self.cwd and is_plain(name) else name
+        name = os.path.join(self.cwd, name) if self.cwd and is_plain(name) else name
+        return self.real.get(name, name)
 
     def leaf(self, name: str) -> Node:
         """The protocol node at the bottom of a layer: what holds its bytes."""
@@ -201,7 +210,27 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
             numbers = _descriptors(sets)
             given = given_names(numbers, monitor.peer_pid)
             graph = graph._replace(fdsets=numbers, given=given)
-        return graph._replace(cwd=working_directory(monitor.peer_pid))
+        graph = graph._replace(cwd=working_directory(monitor.peer_pid))
+        joined = {name for node in graph.nodes.values() if "/../" in (name := graph.file(node))}
+        if not joined:
+            return graph
+        real = await asyncio.to_thread(_real_names, joined, monitor.peer_pid)
+        return graph._replace(real=real)
+
+
+def _real_names(names: Iterable[str], pid: int | None) -> dict[str, str]:
+    """On real folders, where these names of QEMU's (process `pid`) lead somewhere here."""
+    from qmpcommit.block.identity import names_are_ours
+
+    found = {}
+    if names_are_ours(pid):
+        for name in names:
+            folder, file = os.path.split(name)
+            real = os.path.join(os.path.realpath(folder), file)
+            with suppress(OSError):
+                if os.path.samefile(real, name):
+                    found[name] = real
+    return found
 
 
 def given_names(fdsets: Mapping[str, tuple[int, ...]], pid: int | None) -> dict[str, str]:

@@ -137,6 +137,8 @@ async def test_a_chain_that_was_relative_goes_on_when_it_is_moved(folder: Path) 
     ):
         steps = await vm.flatten("export0", keep=2, delete=True)
         assert [step.warnings for step in steps] == [[], []]
+        assert [step.base.filename for step in steps] == [str(files[0])] * 2
+        assert [step.deleted for step in steps] == [[str(files[1])], [str(files[2])]]
         for name in "bc":
             (vm_folder / name).rmdir()
         await daemon.quit()
