@@ -141,6 +141,11 @@ async def test_a_chain_that_was_relative_goes_on_when_it_is_moved(folder: Path) 
         assert [step.deleted for step in steps] == [[str(files[1])], [str(files[2])]]
         for name in "bc":
             (vm_folder / name).rmdir()
+        again = f"'mkdir {vm_folder}/c {vm_folder}/b'"
+        with pytest.raises(qc.ChainError, match=again):
+            await vm.commit("export0", policy=qc.Pivot())
+        async with vm.snapshot(["export0"]):
+            pass
         await daemon.quit()
     assert said(top) == ("../a/i", "qcow2")
     shutil.move(vm_folder, folder / "moved")

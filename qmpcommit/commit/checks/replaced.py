@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator
 
 from qmpcommit.block.chain import Disk, Image
@@ -44,6 +46,9 @@ def replaced_file(case: Case) -> Iterator[Finding]:
                     )
             elif image.node_name in leaves:
                 yield Finding(NAME, "note", f"{told.reason}; nothing of that name is deleted")
+            elif missing := _missing_folders(case.graph, case.opened, name):
+                if image.node_name == base.node_name and image.read_only:
+                    yield _unreachable(image, name, missing)
             else:
                 yield _refused(case, image, told)
     if unknown:
@@ -57,7 +62,7 @@ def check_named(vm: str, graph: BlockGraph, opened: OpenFiles, disk: Disk, above
             name = str(node.raw.get("file") or "")
             if node.driver in HOST_FILES and is_plain(name):
                 told = opened.named(name)
-                if told.verdict in ("other", "gone"):
+                if told.verdict in ("other", "gone") and not _missing_folders(graph, opened, name):
                     raise ChainError(
                         f"the layer {image.filename} of {disk} of {vm} was replaced or removed"
                         f" while QEMU has it open: {told.reason}. To be safe {_OUT}. Nothing was"
@@ -72,6 +77,30 @@ def _named(case: Case, image: Image) -> Iterator[tuple[str, Named]]:
         name = str(node.raw.get("file") or "")
         if node.driver in HOST_FILES and is_plain(name):
             yield name, case.opened.named(name)
+
+
+def _missing_folders(graph: BlockGraph, opened: OpenFiles, name: str) -> list[str]:
+    """The folders that are gone from the name of a file that is there; else none.
+
+    QEMU put the names of a chain together from those in its headers (``/a/../b/x``), so that one
+    may lead through the folders of layers that were merged away.
+    """
+    name = os.path.join(graph.cwd or "/", name)
+    if opened.named(os.path.normpath(name)).verdict != "same":
+        return []
+    parts = name.split("/")
+    folders = [os.path.normpath("/".join(parts[:end])) for end in range(2, len(parts))]
+    return [each for each in dict.fromkeys(folders) if not os.path.lexists(each)]
+
+
+def _unreachable(image: Image, name: str, missing: list[str]) -> Finding:
+    return Finding(
+        NAME, "refuse",
+        f"QEMU has the base {os.path.normpath(name)} ({image.node_name}) open by the name '{name}',"
+        " and opens it anew by that to write to it, but it leads through folders that are gone:"
+        f" make them again ('{shlex.join(['mkdir', *missing])}'; they may be empty)",
+        final=True,
+    )  # fmt: skip
 
 
 def _refused(case: Case, image: Image, told: Named) -> Finding:
