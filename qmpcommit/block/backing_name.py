@@ -111,6 +111,7 @@ def parts_of(graph: BlockGraph, name: str) -> Parts:
         seen.add(below)
         node = graph.nodes[below]
     shown = str(node.raw.get("file") or "")
+    shown = graph.given.get(shown, shown)  # it was given open, and has this name
     return _parts(formats, node.driver, shown, json_options(shown))
 
 
@@ -310,7 +311,8 @@ def _known(graph: BlockGraph, above: str, text: str, view: View) -> Parts | None
 
 def _folder(parts: Parts, view: View) -> str | None:
     """The folder, as QEMU calls it, from which an image's relative names count."""
-    path = _full(parts.name, view) if parts.on_host else None
+    named = parts.on_host and not parts.name.startswith("/dev/fdset/")
+    path = _full(parts.name, view) if named else None
     return None if path is None else os.path.dirname(path)
 
 

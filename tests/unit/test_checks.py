@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,7 @@ def test_a_filter_over_the_base_is_kept_or_its_loss_is_refused(
     plan = plan_commit("v", disk, request, qc.Keep() if top == 0 else None)
     assert plan.base.node_name == "base"
     assert level("lost-filter", graph, plan) == expected
+    assert level("lost-filter", graph, replace(plan, arguments={})) == "ok"  # taken up
 
 
 # -- what the layers are --------------------------------------------------------------------------

@@ -67,6 +67,28 @@ def test_what_a_name_leads_to_in_another_view(
             assert OpenFiles(ME, names).named(link).verdict == "same"
 
 
+def test_a_name_that_is_another_file_in_qemus_own_root(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a mount namespace: under the same name there is another file here, or none."""
+    path, jail = folder / "x", folder / "jail"
+    there = Path(f"{jail}{path}")
+    there.parent.mkdir(parents=True)
+    there.touch()
+    monkeypatch.setattr(identity, "_root", lambda pid: str(jail))
+    with there.open():
+        for here in (False, True):
+            if here:
+                path.touch()
+            told = OpenFiles(ME, [str(path)]).named(str(path))
+            assert (told.verdict, told.here, told.astray) == ("same", "", True)
+            place = identity.locate(str(path), pid=ME)
+            assert place.path == str(there)
+        assert "regular file" in identity.locate(".", pid=ME).reason  # from its own folder
+    monkeypatch.setattr(identity, "_root", lambda pid: None)
+    assert "can't be read here" in identity.locate(str(path), pid=ME).reason
+
+
 def test_files_that_were_given_open(folder: Path) -> None:
     path, other = folder / "x", folder / "y"
     path.touch()

@@ -178,6 +178,14 @@ def test_a_policy_that_fails_is_the_cause_of_the_abort() -> None:
     assert report.error_of(WHOLE, state._replace(verdict=Verdict.KEPT), None, None, cause) is None
 
 
+def test_an_outcome_says_so_where_a_name_is_another_files_here() -> None:
+    lost = replace(WHOLE.base, astray="another here", warnings=("another here",))
+    state = State(two_phase=True, verdict=Verdict.PIVOTED)
+    outcome = report.outcome_of(replace(WHOLE, base=lost), state, WHOLE.base, Timings())
+    assert outcome.active is not None
+    assert (outcome.active.astray, outcome.active.warnings) == ("another here", ("another here",))
+
+
 @pytest.mark.parametrize(
     ("plan", "facts", "action", "by", "invalidated", "warnings"),
     [
