@@ -17,7 +17,7 @@ from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.migration import look_at_owner
-from qmpcommit.commit.objections import refuse_idle
+from qmpcommit.commit.objections import refuse_converge, refuse_idle
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan, Request, plan_commit
 from qmpcommit.commit.policy import (
@@ -360,6 +360,8 @@ class Session(Monitor):
             from qmpcommit.commit.pending import name_pending
 
             raise await name_pending(self, conflict) from None
+        if around.converge is not None and not plan.two_phase:
+            refuse_converge(self.name, plan.disk, plan.top)
         if request.job_id is not None and around.barrier is None:  # a group's are its own
             await check_job_id(self, plan)
         findings = await self._check(plan, graph, probe_locks=False)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 GREETING = 5.0
 """Seconds that a monitor gets to greet, where the deadline is not before."""
 
+NOTHING = "nothing was sent"
+"""What a command has done before it does anything."""
+
 
 class Run:
     """One running command.
@@ -36,7 +39,7 @@ class Run:
         self.options = options
         self.signals = 0
         self.timed_out = False
-        self.so_far = "nothing was sent"
+        self.so_far = NOTHING
         self.on_signal: Callable[[int], None] | None = None
         self.on_deadline: Callable[[], None] | None = None
         self.unconnected: ConnectError | None = None
@@ -82,10 +85,11 @@ class Run:
         self.timed_out = True
         seconds = self.options.timeout or 0
         awaiting = (s.unanswered(seconds) for s in self._sessions if s.awaits)
-        self.unconnected = next(awaiting, None)
         if self.on_deadline is not None:
             self.on_deadline()
         else:
+            if self.so_far == NOTHING:  # else a line was lost, and is being made again
+                self.unconnected = next(awaiting, None)
             self.cancel()
 
     def too_late(self, what: str) -> DeadlineExceeded:

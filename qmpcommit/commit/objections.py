@@ -36,6 +36,17 @@ def refuse_decision(
     )
 
 
+def refuse_converge(vm: str, disk: Disk, top: Image) -> None:
+    """Refuse to hold a guest back that does not write to what is committed."""
+    raise InvalidRequest(
+        f"{top} is not the active layer of {disk}: the guest does not write to it, so nothing it"
+        " does keeps the job from its end, and converge (--converge) can't help. Leave it out."
+        " Nothing was sent",
+        vm=vm,
+        disk=disk.name,
+    )
+
+
 def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None) -> None:
     """Refuse what is done after a pivot where the policy never comes to one.
 

@@ -86,10 +86,10 @@ def found_before(plan: Plan) -> list[str]:
     for found in plan.findings:
         each = found if isinstance(found, Mapping) else found.model_dump()
         if each["level"] == "note":
-            told.append(f"{each['name']}: {each['message']}")
+            told.append(f"found before it began, {each['name']}: {each['message']}")
         elif each["level"] == "refuse":
             said = str(each["message"]).partition(" (override '")[0]
-            told.append(f"{each['name']}, which was overridden: {said}")
+            told.append(f"found before it began and overridden, {each['name']}: {said}")
     return told
 
 

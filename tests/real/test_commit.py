@@ -590,6 +590,7 @@ async def test_refusals_send_nothing(folder: Path) -> None:
             (qc.ChainError, "vda", {"top": 1, "base": 0}),
             (qc.InvalidRequest, "vda", {"top": 1, "policy": qc.Abort(), "delete": True}),
             (qc.InvalidRequest, "vda", {"top": 1, "policy": qc.Hold()}),
+            (qc.InvalidRequest, "vda", {"top": 1, "converge": qc.Converge(deadline=9)}),
             (qc.InvalidRequest, "vda", {"policy": qc.Keep(), "delete": True}),
             (qc.InvalidRequest, "vda", {"policy": qc.Pivot(), "override": ["everything"]}),
             (qc.ChainError, "vdb", {"policy": qc.Pivot()}),

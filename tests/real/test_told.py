@@ -60,7 +60,9 @@ async def test_what_the_checks_found_is_told_afterwards(folder: Path) -> None:
     async with storage_daemon(folder, chain) as qemu:
         said = await run("flatten", qemu.qmp, "top", "--keep", "3")
         assert said.status == 0
-        assert f"Warning: top: size: QEMU will grow the base {base}" in said.out
+        assert (
+            f"Warning: top: found before it began, size: QEMU will grow the base {base}" in said.out
+        )
         async with qc.Session.connect(qemu.qmp) as vm:
             node = {"driver": "qcow2", "node-name": "reader", "read-only": True, "backing": None,
                     "file": {"driver": "file", "filename": str(mid)}}  # fmt: skip
@@ -70,7 +72,7 @@ async def test_what_the_checks_found_is_told_afterwards(folder: Path) -> None:
                 await vm.commit("top", **asked)
             job = await vm.commit("top", **asked, override=["base-shared"])
             (told,) = (await job.wait()).warnings
-            assert told.startswith("base-shared, which was overridden: ")
+            assert told.startswith("found before it began and overridden, base-shared: ")
             assert "(override" not in told
             await vm.execute("blockdev-del", {"node-name": "reader"})
         await qemu.quit()
