@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 FRESH = 1.0
 """Seconds for which the checks of a commit that is begun at once are not made again."""
 
+_CHECKED = """
+    UPDATE commits SET noted = json_set(noted, '$.state.unchecked', json('false'))
+    WHERE id = ? AND json_extract(noted, '$.state.unchecked')
+"""
+"""Changes nothing else: it is written when there is time, and steps are noted meanwhile."""
+
 _HOLDS_THE_GUEST = {"job-finalize", "thaw", "cont", "unthrottle"}
 """Steps that let a guest go on: they never wait for room in the journal."""
 
@@ -261,9 +267,10 @@ class Promise:
         if is_settled(state):
             self.settled.set()
         statements = []
-        if (self.noted.get("state") or {}).get("unchecked") and not state.unchecked:
-            self.noted = {**self.noted, "state": dump_state(state)}
-            statements.append(Statement(NOTE, (_json(self.noted), self.id)))
+        noted = self.noted.get("state") or {}
+        if noted.get("unchecked") and not state.unchecked:
+            self.noted = {**self.noted, "state": {**noted, "unchecked": False}}
+            statements.append(Statement(_CHECKED, (self.id,)))
         if state.phase.value == self.phase or state.finished:
             if statements:
                 self._journal.write_soon(*statements)
