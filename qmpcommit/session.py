@@ -49,6 +49,7 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
+    from qmpcommit.commit.claim import Claim, Owner
     from qmpcommit.commit.cycle import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.commit.driver import Resumed
     from qmpcommit.commit.flatten import Flattening
@@ -67,13 +68,16 @@ class Session(Monitor):
     that are still running, so that none is left in READY with nobody listening.
 
     `private` tells that nobody else can reach what this VM exports; `gate` bounds how many
-    commits, of many sessions, are cleared up after at once.
+    commits, of many sessions, are cleared up after at once; `claims` are the disks that are
+    held, `left_claims` those that could not be let go while the monitor was away.
     """
 
     def __init__(self, address: str | os.PathLike[str] | None, **options: Any) -> None:
         super().__init__(address, **options)
         self._jobs: set[CommitJob] = set()
         self.private = False
+        self.claims: set[Claim] = set()
+        self.left_claims: list[Owner] = []
         self.gate: asyncio.Semaphore | None = None
 
     @classmethod
@@ -143,6 +147,8 @@ class Session(Monitor):
     async def _leave(self) -> None:
         for job in list(self._jobs):
             await job.abandon()
+        for claim in list(self.claims):  # of windows that stay open, for whoever closes them
+            await claim.release()
         await self._close()
 
     # -- disks ------------------------------------------------------------------------------------
@@ -228,12 +234,22 @@ class Session(Monitor):
         return await look_at_owner(self), await self.graph()
 
     async def _plan(
-        self, request: Request, policy: Any, seen: tuple[str | None, BlockGraph] | None = None
+        self,
+        request: Request,
+        policy: Any,
+        seen: tuple[str | None, BlockGraph] | None = None,
+        *,
+        claim: Claim | None = None,
+        override: Collection[str] = (),
     ) -> tuple[Plan, BlockGraph]:
         status, graph = seen or await self.look()
         with self.sensible("the queries of its block graph"):
             disks = read_disks(graph)
         disk = find_disk(disks, request.disk, vm=self.name, cwd=self.cwd)
+        if graph.claims:
+            from qmpcommit.commit.claim import check_free
+
+            check_free(self, graph, disk, claim=claim, override=override)
         plan = plan_commit(self.name, disk, request, policy, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
         await check_overlays(self, plan, graph)
@@ -277,6 +293,7 @@ class Session(Monitor):
         timeout: float | None = None,
         job_id: str | None = None,
         ledger: Ledger | None = None,
+        claim: Claim | None = None,
     ) -> CommitJob:
         """Start a commit (``block-commit``) and return its job once QEMU has taken it.
 
@@ -286,7 +303,7 @@ class Session(Monitor):
         `bandwidth` is in bytes per second, `timeout` in seconds for the whole job, which is
         cancelled then.
         `only_if` is a command that must succeed before anything is sent; `override` names checks
-        (`qmpcommit.commit.checks.NAMES`) whose refusal does not count.
+        (`qmpcommit.commit.checks.OVERRIDES`) whose refusal does not count.
 
         After a pivot (or an intermediate commit) the stale layers' nodes are closed; with
         `delete` (or `stale` "rename") their files go, after `on_pivot`, an async callable that
@@ -300,10 +317,15 @@ class Session(Monitor):
         format where QEMU would write a protocol's name; `filter_node_name` names the job's filter.
         `ledger` is told of each step before it is taken.
 
+        The disk is claimed in QEMU until the job has ended, so that no two work on it at once;
+        `claim` is that of whoever has claimed it already for more than this commit.
+
         Raises `PolicyRequired`, `DiskNotFound`, `ChainError`, `JobConflict`, `VMStateError`,
         `InvalidRequest`, `NoSpace` or `OnlyIfFailed` before anything is sent; `CommitFailed` if
         QEMU refuses the job. If this is cancelled, so is the job.
         """
+        from qmpcommit.commit.claim import let_go, take_for
+
         clock = asyncio.get_running_loop().time
         begun = clock()
         if timeout is not None:
@@ -330,11 +352,16 @@ class Session(Monitor):
         refuse_idle(policy, stale=request.stale, on_pivot=on_pivot)
         check_override(override)
         around = Around(on_pivot=on_pivot, on_stall=on_stall, converge=converge, ledger=ledger)
-        job = await self.prepare(request, policy, around, override=override)
-        if only_if is not None:
-            await ask_whether(only_if, job.plan)
-        if timeout is not None:
-            job.timeout, job.spent = timeout, clock() - begun
+        job = await self.prepare(request, policy, around, override=override, claim=claim)
+        await take_for(self, job, override=override)
+        try:
+            if only_if is not None:
+                await ask_whether(only_if, job.plan)
+            if timeout is not None:
+                job.timeout, job.spent = timeout, clock() - begun
+        except BaseException:
+            await let_go(job)
+            raise
         return await self.launch(job, override=override)
 
     async def prepare(
@@ -346,16 +373,17 @@ class Session(Monitor):
         override: Collection[str] = (),
         held: bool = False,
         seen: tuple[str | None, BlockGraph] | None = None,
+        claim: Claim | None = None,
     ) -> CommitJob:
         """A checked commit that `launch` can send; nothing was sent yet.
 
         Raises what `commit` raises before anything is sent. With `held` the policy is only checked
         for what it needs: at READY the job waits for what it is told. `seen` is what `look` gave,
-        where several are prepared at once.
+        where several are prepared at once; `claim` is that of whoever has claimed the disk.
         """
         around.check()
         try:
-            plan, graph = await self._plan(request, policy, seen)
+            plan, graph = await self._plan(request, policy, seen, claim=claim, override=override)
         except JobConflict as conflict:
             from qmpcommit.commit.pending import name_pending
 
@@ -381,10 +409,18 @@ class Session(Monitor):
         )
         if around.prepares(plan) or around.barrier is not None:
             plan.arguments["auto-finalize"] = False
-        return CommitJob(self, plan, around=around)
+        job = CommitJob(self, plan, around=around)
+        job.claim = claim
+        return job
 
     async def launch(self, job: CommitJob, *, override: Collection[str] = ()) -> CommitJob:
-        """Send a prepared commit and return it once QEMU has taken it; raises `CommitFailed`."""
+        """Send a prepared commit and return it once QEMU has taken it.
+
+        Raises `JobConflict` where its disk is not claimed yet, and another one's; `CommitFailed`.
+        """
+        from qmpcommit.commit.claim import take_for
+
+        await take_for(self, job, override=override)
         try:
             return await self._launch(job)
         except CommitFailed:
@@ -426,6 +462,7 @@ class Session(Monitor):
         agent: str | os.PathLike[str] | None = None,
         bandwidth: int | str | None = None,
         ledger: Notes | None = None,
+        override: Collection[str] = (),
     ) -> AbstractAsyncContextManager[Window]:
         """A window in which the disks' files stand still: ``async with vm.snapshot(["vda"])``.
 
@@ -438,11 +475,13 @@ class Session(Monitor):
         leaving, however the body ends, each overlay is committed back with at most `bandwidth`
         bytes per second, pivoted away and deleted. `ledger` is told of each step before it is
         taken; `open_window`, `close_window` and `recover_window` do the same in pieces, which may
-        be done by different processes.
+        be done by different processes. The disks are claimed until it is closed; with "claim" in
+        `override` they are taken over from whoever holds them.
 
         Raises `DiskNotFound`, `JobConflict`, `QuiesceFailed` or `WindowError`; if it does not
         open nothing is left of it, and if it does not close the error names the overlays that
-        the guest still writes to.
+        the guest still writes to. `WindowError` also says where somebody else has changed the
+        files meanwhile, so that what was read is no instant's image.
         """
         from qmpcommit.commit.window import snapshot
 
@@ -454,6 +493,7 @@ class Session(Monitor):
             agent=agent,
             bandwidth=bandwidth,
             ledger=ledger,
+            override=override,
         )
 
     async def windows(self) -> list[OpenWindow]:
@@ -468,19 +508,23 @@ class Session(Monitor):
         bandwidth: int | str | None = None,
         agent: str | os.PathLike[str] | None = None,
         overlay_dir: str | os.PathLike[str] | None = None,
+        override: Collection[str] = (),
     ) -> list[CommitOutcome]:
         """Close the windows that a crash has left on this VM, at whatever step.
 
         A guest that is still quiesced for one goes on first (`agent` is its guest agent's socket,
         where it was frozen through that); commits that were begun are taken up. Nodes and files
         that were made and are not used are removed, the files beside the disks' own and in
-        `overlay_dir`.
+        `overlay_dir`. A window whose owner lives is not touched, unless "claim" is in `override`.
 
-        Raises `WindowError` that names what stays and why.
+        Raises `WindowError` that names what stays and why, `JobConflict` that names the owners of
+        what is not theirs to close who ask.
         """
         from qmpcommit.commit.window import close_windows
 
-        return await close_windows(self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir)
+        return await close_windows(
+            self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir, override=override
+        )
 
     def flatten(
         self,
@@ -490,12 +534,14 @@ class Session(Monitor):
         delete: bool = False,
         bandwidth: int | str | None = None,
         keep_relative: bool = False,
+        override: Collection[str] = (),
     ) -> Flattening:
         """Bring a chain down to `keep` layers, from the bottom up: ``async for outcome in ...``.
 
         Each step leaves a valid chain, so it may be stopped after any; ``await`` makes all of them
-        and gives their outcomes. Relative backing names stay relative, and with `keep_relative`
-        absolute ones become so too. Raises what `commit` and `CommitJob.wait` raise.
+        and gives their outcomes. The disk is claimed all the time. Relative backing names stay
+        relative, and with `keep_relative` absolute ones become so too. `override` is as for
+        `commit`. Raises what `commit` and `CommitJob.wait` raise.
         """
         from qmpcommit.commit.flatten import flatten
 
@@ -506,6 +552,7 @@ class Session(Monitor):
             delete=delete,
             bandwidth=bandwidth,
             keep_relative=keep_relative,
+            override=override,
         )
 
     @overload
@@ -696,6 +743,7 @@ class Session(Monitor):
         timeout: float | None = None,
         ledger: Ledger | None = None,
         barrier: Barrier | None = None,
+        claim: Claim | None = None,
     ) -> CommitJob:
         """Go on with a commit whose process died, from what its `Ledger` holds.
 
@@ -703,9 +751,11 @@ class Session(Monitor):
         the rest is as for `commit`. Whatever of it QEMU has done meanwhile is found by asking.
         `barrier` is awaited while PENDING holds the disk, unless what was noted says that it has
         been passed: it answers None, and the job is finalized, or why it is cancelled. A member
-        of a group without one is cancelled there, for alone it must not be finalized.
+        of a group without one is cancelled there, for alone it must not be finalized. The disk is
+        claimed, unless there is a `claim` or somebody else has it by now.
         Raises what `Monitor.execute` raises; how the commit itself ends, `CommitJob.wait` tells.
         """
+        from qmpcommit.commit.claim import take_again
         from qmpcommit.commit.takeover import resumed
 
         around = Around(
@@ -719,8 +769,15 @@ class Session(Monitor):
             gate=self.gate,
         )
         job = await resumed(self, plan, noted, around, timeout=timeout)
+        job.claim = claim
         self._jobs.add(job)
         job.start(lambda: self._jobs.discard(job))
+        if claim is None and noted.same_vm is not False:
+            try:
+                await take_again(self, job)  # now, for what a job holds still does not wait
+            except BaseException:
+                await job.detach()  # nobody has it to detach it
+                raise
         return job
 
     async def _launch(self, job: CommitJob) -> CommitJob:

@@ -39,6 +39,9 @@ FILTERS = frozenset(
 )
 """Drivers that pass their one child's contents through and are no layer of a chain."""
 
+CLAIMED, CLAIMER = "qmpcommit-claim-", "qmpc-"
+"""What the names of the nodes begin with that only tell who works on a disk."""
+
 
 _OF_JOBS = frozenset(("backup-top", "commit_top", "mirror_top"))
 
@@ -93,7 +96,10 @@ class JobNodes(NamedTuple):
 
 
 class BlockGraph(NamedTuple):
-    """Nodes, users and jobs, as they were at one moment."""
+    """Nodes, users and jobs, as they were at one moment.
+
+    `claims` are the names of the nodes that tell who works on a disk; they are none of `nodes`.
+    """
 
     nodes: Mapping[str, Node]
     devices: tuple[Raw, ...]
@@ -108,6 +114,7 @@ class BlockGraph(NamedTuple):
     """QEMU's working directory, from which relative file names count, where it is known."""
     real: Mapping[str, str] = {}
     """For names that lead through other folders (``/a/../b/x``): the same without that."""
+    claims: frozenset[str] = frozenset()
 
     def below_filters(self, name: str | None) -> str | None:
         """The first node at or under `name` that is not a filter."""
@@ -292,6 +299,9 @@ def build_graph(
 ) -> BlockGraph:
     """Put the replies together; pure, so that recordings can be read as well."""
     raw = {node["node-name"]: node for node in nodes if node.get("node-name")}
+    claims = frozenset(name for name in raw if name.startswith((CLAIMED, CLAIMER)))
+    for name in claims:
+        del raw[name]
     children: dict[str, dict[str, str]] = {
         name: {c["child"]: c["node-name"] for c in node.get("children") or () if "node-name" in c}
         for name, node in raw.items()
@@ -320,6 +330,7 @@ def build_graph(
         exports=tuple(exports),
         jobs={job: JobNodes(job, held) for job, held in jobs.items()},
         parents={name: frozenset(up) for name, up in parents.items()},
+        claims=claims,
     )
 
 

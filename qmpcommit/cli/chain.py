@@ -36,6 +36,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.block.identity import all_told_where
     from qmpcommit.cli.held import tell_of_held, warn_of_held
     from qmpcommit.cli.open_windows import tell_of_windows
+    from qmpcommit.cli.owners import tell_of_owners
     from qmpcommit.cli.show import disks_dot, disks_text
     from qmpcommit.session import Session
 
@@ -46,6 +47,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
             if disk is not None:
                 disks = [find_disk(disks, disk, vm=vm.name, cwd=vm.cwd)]
             windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)
+            windows["held"] = tell_of_owners(disks, graph)
         else:
             disks = await vm.disks() if disk is None else [await vm.disk(disk)]
             windows = tell_of_windows(disks, (await vm.info()).qmp)

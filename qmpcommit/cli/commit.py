@@ -131,7 +131,8 @@ class CommitCommand(click.Command):
     "--override",
     metavar="CHECK",
     multiple=True,
-    help="Go on although this check refuses; --dry-run names them. Can be given several times.",
+    help="Go on although this check refuses; --dry-run names them. Can be given several times."
+    " With 'claim', take the disk over from whoever holds it.",
 )
 @click.option(
     "--offline",

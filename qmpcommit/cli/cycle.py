@@ -12,7 +12,7 @@ import click
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
-from qmpcommit.cli.options import Answer, Options, common, here, shell
+from qmpcommit.cli.options import Answer, Options, common, here, override_option, shell
 from qmpcommit.cli.show import remarks, show_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ OTHERWISE = 3
 @click.option("--stop", "guest", flag_value="stop", help="Leave the guest stopped after a discard.")
 @click.option("--delete", is_flag=True, help="Delete the former overlay.")
 @freezing
+@override_option
 @common
 def cycle(
     words: tuple[str, ...],
@@ -46,6 +47,7 @@ def cycle(
     delete: bool,
     freeze: Any,
     agents: tuple[str, ...],
+    override: tuple[str, ...],
     **given: Any,
 ) -> Answer:
     """Ask CMD whether the overlay's changes are good: carry them into the base, or discard them.
@@ -65,10 +67,11 @@ def cycle(
     from qmpcommit.cli.running import run
 
     if options.daemon is not None:
-        if keep_if or overlay or guest or delete or freeze or agents:
+        if keep_if or overlay or guest or delete or freeze or agents or override:
             raise click.UsageError(
                 "The [[cycle]] of the daemon's configuration says what a round does; leave"
-                " --keep-if, --overlay, --reset, --stop, --delete, --freeze and --agent out"
+                " --keep-if, --overlay, --reset, --stop, --delete, --freeze, --agent and --override"
+                " out"
             )
         vm, disk = _place(words)
         from qmpcommit.cli.remote_cycle import cycle as cycle_there
@@ -85,6 +88,7 @@ def cycle(
         "guest": guest,
         "delete": delete,
         "freeze": freeze,
+        "override": override,
     }
     sockets = sockets_of(freeze, [qmp for qmp, _ in disks], agents)
     return run(options, lambda running: _cycle(running, disks, sockets, request))

@@ -27,6 +27,7 @@ def jobs(qmp: str, **given: Any) -> Answer:
 async def _jobs(running: Run, qmp: str) -> Answer:
     from qmpcommit.block.chain import read_disks
     from qmpcommit.cli.open_windows import tell_of_windows
+    from qmpcommit.cli.owners import tell_of_owners
     from qmpcommit.cli.show import jobs_text
     from qmpcommit.commit.recycle import interrupted_recycles
     from qmpcommit.session import Session
@@ -37,6 +38,7 @@ async def _jobs(running: Run, qmp: str) -> Answer:
             graph = await vm.graph()
             disks, recycles = read_disks(graph), interrupted_recycles(graph)
             windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)
+            windows["held"] = tell_of_owners(disks, graph)
         else:
             entries, disks, recycles = await vm.jobs(), await vm.disks(), await vm.recycles()
             qmp = (await vm.info()).qmp

@@ -101,6 +101,13 @@ def here(path: str | None) -> str | None:
     return os.path.abspath(path) if path else path
 
 
+def override_option(command: F) -> F:
+    """Add ``--override``, as those have it that work on a disk."""
+    text = "With 'claim', take the disk over from whoever holds it. Can be given several times."
+    option = click.option("--override", metavar="CHECK", multiple=True, help=text)
+    return option(command)
+
+
 def common(command: F) -> F:
     """Add the options that all commands have."""
     for option in reversed(_COMMON):

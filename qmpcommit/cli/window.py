@@ -13,7 +13,7 @@ import click
 
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.held import tell_of_held
-from qmpcommit.cli.options import Answer, Options, common, here
+from qmpcommit.cli.options import Answer, Options, common, here, override_option
 from qmpcommit.cli.show import remarks
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
 @freezing
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
+@override_option
 @common
 def window(
     qmp: str,
@@ -48,6 +49,7 @@ def window(
     freeze: Any,
     agents: tuple[str, ...],
     bandwidth: str | None,
+    override: tuple[str, ...],
     **given: Any,
 ) -> Answer:
     """Run COMMAND while the disks' files stand still; the guest goes on, on fresh overlays.
@@ -57,9 +59,10 @@ def window(
     VMs have a disk of that name, {1.vda} is the first VM's. A shell is given them by variables,
     as in: -- sh -c 'cp "$QMPCOMMIT_FILE_vda" /backup/', or as arguments. Then the
     overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
-    could not be opened or closed. After a crash, 'qmpcommit window --close QMP' closes it, lets
-    a guest go on that is still quiesced for it (--agent, if it was frozen so), and removes what
-    was made and not used (--overlay-dir too, if it was given then).
+    could not be opened or closed, or where somebody else has changed the files meanwhile. After a
+    crash, 'qmpcommit window --close QMP' closes it, lets a guest go on that is still quiesced for
+    it (--agent, if it was frozen so), and removes what was made and not used (--overlay-dir too, if
+    it was given then); not while whoever opened it lives.
     """
     options = Options.of(**given)
     from qmpcommit.cli.running import run
@@ -76,10 +79,15 @@ def window(
             "bandwidth": bandwidth,
             "agent": agents[0] if agents else None,
             "overlay_dir": here(overlay_dir),
+            "override": override,
         }
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
     request = {"overlay_dir": here(overlay_dir), "freeze": freeze, "bandwidth": bandwidth}
+    if override and options.daemon is not None:
+        raise click.UsageError("--override is for a window without the daemon")
+    if override:
+        request["override"] = override
     wanted = {qmp: disks}
     for other, disk in others:
         wanted.setdefault(other, []).append(disk)
@@ -277,6 +285,7 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     is_flag=True,
     help="Make absolute backing names relative (relative ones stay so in any case).",
 )
+@override_option
 @common
 def flatten(
     qmp: str,
@@ -286,6 +295,7 @@ def flatten(
     delete: bool,
     bandwidth: str | None,
     keep_relative: bool,
+    override: tuple[str, ...],
     **given: Any,
 ) -> Answer:
     """Bring a long chain down to so many layers, from the bottom up, while the guest runs.
@@ -300,6 +310,7 @@ def flatten(
         "delete": delete,
         "bandwidth": bandwidth,
         "keep_relative": keep_relative,
+        "override": override,
     }
     return run(options, lambda running: _flatten(running, qmp, disk, asked))
 

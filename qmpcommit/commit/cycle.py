@@ -13,7 +13,16 @@ import asyncio
 import inspect
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -30,6 +39,8 @@ from qmpcommit.block.chain import (
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
 from qmpcommit.commit.aftermath import users
+from qmpcommit.commit.checks import check_override
+from qmpcommit.commit.claim import Claim, Verb, take
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.fresh_overlay import FreshOverlay
@@ -108,11 +119,15 @@ class Round(Record):
 
 
 class DiscardOptions(TypedDict, total=False):
-    """Of `discard`: what becomes of the guest, where the next overlay is, whether the old goes."""
+    """Of `discard`: what becomes of the guest, where the next overlay is, whether the old goes.
+
+    With "claim" in `override` the disks are taken over from whoever holds them.
+    """
 
     guest: Guest | None
     overlay: str | os.PathLike[str] | None
     delete: bool
+    override: Collection[str]
 
 
 class CycleOptions(DiscardOptions, total=False):
@@ -131,20 +146,24 @@ async def discard(
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
     delete: bool = False,
+    override: Collection[str] = (),
 ) -> tuple[Discarded, ...]:
     """Throw the active overlays of disks of one or several VMs away: of all of them or of none.
 
     `disks` are tuples of a session and a disk. See `Session.discard`; no guest goes on before all
     of them are exchanged, and `overlay` is a folder where there are several.
     """
-    found = await _find(disks)
-    stem = await _interrupted(found)
-    if stem is not None:
-        return await _finish(found, stem, guest, delete)
-    plans = _plans(found)
-    guest = await _agreed(found, guest)
-    fresh = _overlays(found, plans, overlay)
-    return await to_the_end(_discard(found, plans, fresh, guest=guest, delete=delete))
+    disks = tuple(disks)
+    async with _claimed(await _find(disks), "disc", override) as claims:
+        found = await _find(disks)
+        stem = await _interrupted(found)
+        if stem is not None:
+            return await _finish(found, stem, guest, delete, claims)
+        plans = _plans(found)
+        guest = await _agreed(found, guest)
+        fresh = _overlays(found, plans, overlay)
+        discarding = _discard(found, plans, fresh, guest=guest, delete=delete, claims=claims)
+        return await to_the_end(discarding)
 
 
 async def cycle(
@@ -157,6 +176,7 @@ async def cycle(
     timeout: float = TIMEOUT,
     freeze: How | None = None,
     agents: Sockets[Session] | None = None,
+    override: Collection[str] = (),
 ) -> tuple[Round, ...]:
     """One round for disks of one or several VMs, which all end the same way.
 
@@ -164,7 +184,8 @@ async def cycle(
     asked once: a callable is given a `GroupReady`, a command one line a disk in each of its
     variables. What is kept is kept as a group commit, so that the bases show one instant. With
     `freeze` the guests of all VMs are quiesced for it, by their agents' sockets in `agents` or by
-    a pause; a discard needs none, for nothing of the overlay is left.
+    a pause; a discard needs none, for nothing of the overlay is left. The disks are claimed from
+    before it is asked until the end.
     """
     disks = tuple(disks)
     timeout = parse_seconds(timeout, "timeout")
@@ -173,27 +194,45 @@ async def cycle(
         keep_if = check_command(keep_if, "keep_if")
     if freeze is not None:
         await thaw_all_abandoned({vm for vm, _ in disks}, agents or {})
-    found = await _find(disks)
-    stem = await _interrupted(found)
-    if stem is not None:
-        return _discarded(await _finish(found, stem, guest, delete))
-    plans = _plans(found)
-    guest = await _agreed(found, guest)
-    keep = await deserves(plans, keep_if, timeout)
-    found = await _find(disks)  # it may have taken its time
-    plans = _plans(found)
-    fresh = _overlays(found, plans, overlay)
-    if not keep:
-        return _discarded(
-            await to_the_end(_discard(found, plans, fresh, guest=guest, delete=delete))
+    async with _claimed(await _find(disks), "cycle", override) as claims:
+        found = await _find(disks)
+        stem = await _interrupted(found)
+        if stem is not None:
+            return _discarded(await _finish(found, stem, guest, delete, claims))
+        plans = _plans(found)
+        guest = await _agreed(found, guest)
+        keep = await deserves(plans, keep_if, timeout)
+        found = await _find(disks)  # it may have taken its time
+        plans = _plans(found)
+        fresh = _overlays(found, plans, overlay)
+        if not keep:
+            discarding = _discard(found, plans, fresh, guest=guest, delete=delete, claims=claims)
+            return _discarded(await to_the_end(discarding))
+        recycles = [
+            GroupMember(vm, disk, Recycle(file), {"claim": claim, "override": override})
+            for (vm, disk), file, claim in zip(disks, fresh, claims, strict=True)
+        ]
+        kept = await _keep(recycles, delete, freeze, agents)
+        return tuple(
+            Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
         )
-    recycles = [
-        GroupMember(vm, disk, Recycle(file)) for (vm, disk), file in zip(disks, fresh, strict=True)
-    ]
-    kept = await _keep(recycles, delete, freeze, agents)
-    return tuple(
-        Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
-    )
+
+
+@asynccontextmanager
+async def _claimed(
+    found: Sequence[Found], verb: Verb, override: Collection[str]
+) -> AsyncIterator[list[Claim]]:
+    """All of these disks are held, or none; raises `JobConflict`."""
+    check_override(override)
+    claims: list[Claim] = []
+    try:
+        for vm, disk in found:
+            state = "Nothing was changed"
+            claims.append(await take(vm, disk, verb, override=override, state=state))
+        yield claims
+    finally:
+        for claim in claims:
+            await claim.release()
 
 
 async def _keep(
@@ -205,8 +244,8 @@ async def _keep(
     if len(recycles) > 1 or freeze is not None:
         group = GroupCommit(recycles, shallow=True, delete=delete, freeze=freeze, agents=agents)
         return (await group.run()).outcomes
-    ((vm, disk, policy, _),) = recycles
-    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete)
+    ((vm, disk, policy, own),) = recycles
+    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete, **own)
     return [await see_through(job)]
 
 
@@ -378,6 +417,7 @@ async def _discard(
     *,
     guest: Guest,
     delete: bool,
+    claims: Sequence[Claim],
     noted: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> tuple[Discarded, ...]:
     """Exchange them; `noted` tells what was done for some, by their place."""
@@ -390,6 +430,7 @@ async def _discard(
         known = (noted or {}).get(place)
         unseen.append(delete and file is None and known is None)
         made = Exchange(vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known)
+        made.claim = claims[place]
         if vm in stopped:
             made.running = True
         exchanges.append(made)
@@ -458,7 +499,11 @@ async def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
 
 
 async def _finish(
-    found: Sequence[Found], stem: str, guest: Guest | None, delete: bool
+    found: Sequence[Found],
+    stem: str,
+    guest: Guest | None,
+    delete: bool,
+    claims: Sequence[Claim],
 ) -> tuple[Discarded, ...]:
     """Go on with a discard that was killed: its guests stand still since then.
 
@@ -486,7 +531,9 @@ async def _finish(
         )
         fresh.append(disk.chain[0].filename)
         noted[place] = {"step": "lay", "running": True}
-    exchanging = _discard(found, plans, fresh, guest=guest or "stop", delete=delete, noted=noted)
+    exchanging = _discard(
+        found, plans, fresh, guest=guest or "stop", delete=delete, claims=claims, noted=noted
+    )
     return await to_the_end(exchanging)
 
 

@@ -44,6 +44,7 @@ from qmpcommit.errors import (
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.claim import Claim
     from qmpcommit.session import Session
 
 Guest = Literal["reset", "stop"]
@@ -68,7 +69,8 @@ class Exchange:
 
     `file` is the old overlay's, to be deleted when nothing uses it any more; None to leave it.
     `noted` is what a former process has noted last, all facts together; empty where none has.
-    `running` is whether the guest ran before it was stopped; None: it is not known yet.
+    `running` is whether the guest ran before it was stopped; None: it is not known yet. `claim` is
+    what holds the disk meanwhile.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Exchange:
         self._again = self.running is not None
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd)
         self.still: Still | None = None
+        self.claim: Claim | None = None
         if self._again:
             self._fresh.restore(stopped=False)
 
@@ -184,7 +187,9 @@ class Exchange:
         # Also during a migration: its destination knows the disk as it will be then.
         around = Around(in_migration=True)
         seen = None, await self.vm.graph()
-        job = await self.vm.prepare(request, Pivot(), around, override=override, seen=seen)
+        job = await self.vm.prepare(
+            request, Pivot(), around, override=override, seen=seen, claim=self.claim
+        )
         job = await self.vm.launch(job, override=override)
         await job.wait()
 

@@ -7,9 +7,11 @@ complete, so it may be stopped after any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qmpcommit.commit.checks import check_override
+from qmpcommit.commit.claim import take
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
@@ -70,16 +72,18 @@ def flatten(
     delete: bool = False,
     bandwidth: int | str | None = None,
     keep_relative: bool = False,
+    override: Collection[str] = (),
 ) -> Flattening:
     """The outcomes of the commits that bring the chain down to `keep` layers, as they end.
 
+    The disk is claimed from the first to the last.
     Relative backing names stay relative; with `keep_relative` absolute ones become so too.
     It stops after a step that another client aborted, whose outcome says so. A cancellation
     cancels the commit that is under way. Raises `InvalidRequest` for a `keep` below
     1, and what `Session.commit` and `CommitJob.wait` raise; what was merged before stays merged,
     and the chain is valid.
     """
-    options = {"delete": delete, "bandwidth": bandwidth}
+    options = {"delete": delete, "bandwidth": bandwidth, "override": override}
     return Flattening(_flatten(vm, disk, keep, options, keep_relative=keep_relative))
 
 
@@ -88,20 +92,26 @@ async def _flatten(
 ) -> AsyncGenerator[CommitOutcome, None]:
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")
-    while True:
-        chain = (await vm.disk(disk)).chain  # others may have changed it since the last step
-        step = next_step(len(chain), keep)
-        if step is None:
-            return
-        job = await vm.commit(
-            disk,
-            top=chain[step.top],
-            base=chain[step.base],
-            policy=step.policy,
-            keep_relative=keep_relative and step.top > 0,
-            **options,
-        )
-        outcome = await see_through(job)
-        yield outcome
-        if outcome.action == "abort":  # by another client: the layer is still there
-            return
+    check_override(options["override"])
+    found = await vm.disk(disk)
+    async with await take(vm, found, "flat", override=options["override"]) as claim:
+        while True:
+            chain = (await vm.disk(disk)).chain  # others may have changed it since the last step
+            step = next_step(len(chain), keep)
+            if step is None:
+                return
+            job = await vm.commit(
+                disk,
+                top=chain[step.top],
+                base=chain[step.base],
+                policy=step.policy,
+                keep_relative=keep_relative and step.top > 0,
+                claim=claim,
+                **options,
+            )
+            outcome = await see_through(job)
+            yield outcome
+            if outcome.action == "abort":  # by another client: the layer is still there
+                return
+            if step.top == 0:  # nothing is left to be merged, nor perhaps the name of the disk
+                return

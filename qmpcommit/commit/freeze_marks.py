@@ -137,16 +137,22 @@ async def marks(vm: Monitor) -> list[Mark]:
 
 
 async def thaw_marked(
-    vm: Monitor, agent: str | os.PathLike[str] | None = None, *, owner: str | None = None
+    vm: Monitor,
+    agent: str | os.PathLike[str] | None = None,
+    *,
+    owner: str | None = None,
+    but: Collection[str] = (),
 ) -> list[Mark]:
     """Let a guest go on that was quiesced by somebody who was killed: for `owner`, or at all.
+
+    Not where that was for one of the owners `but`.
 
     Returns the marks of what could not be done: one frozen through its agent needs the agent's
     socket. Raises what `thaw` raises.
     """
     left = []
     for mark in await marks(vm):
-        if owner not in (None, mark.owner):
+        if owner not in (None, mark.owner) or mark.owner in but:
             continue
         if mark.how == "agent" and agent is None:
             left.append(mark)

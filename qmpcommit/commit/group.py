@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from qmpcommit.commit import group_phases
 from qmpcommit.commit.checks import check_override
+from qmpcommit.commit.claim import let_go, take_for
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.freeze_marks import mark_of_group, thaw_all_abandoned
 from qmpcommit.commit.group_freeze import Freezes
@@ -186,9 +187,11 @@ class GroupCommit:
         """
         if self._timeout is not None:
             self._call_later(self._timeout, self._time_is_up)
+        jobs: tuple[CommitJob, ...] = ()
         try:
             await self._thaw_abandoned()
             jobs = await self.prepare()
+            await self._claim(jobs)
             if self._only_if is not None:
                 await ask_whether(self._only_if, jobs[0].plan)
             if self._late:
@@ -197,6 +200,7 @@ class GroupCommit:
             await self._launch()
         except BaseException:
             await to_the_end(self.abandon("one of its jobs could not be started"))
+            await let_go(*jobs)
             raise
         if self.state.stage is Stage.CANCELLING:
             self._cancel(self.state.why)  # those too that were not there before
@@ -270,6 +274,11 @@ class GroupCommit:
         return await prepare_members(
             self.members, self._policies, self._options, group=self.id, meet=self._meet
         )
+
+    async def _claim(self, jobs: Sequence[CommitJob]) -> None:
+        """All disks are ours before the first job is sent."""
+        for member, job in zip(self.members, jobs, strict=True):
+            await take_for(member.vm, job, "group", override=override_of(member, self._options))
 
     async def _launch(self) -> None:
         self._watch_links()

@@ -84,7 +84,7 @@ async def prepare_members(
         job_id = group_job_id(member.disk, group, number + 1, len(members))
         own = {**options, **member.options}
         around = {name: own.pop(name) for name in _AROUND if name in own}
-        override = own.pop("override", ())
+        override, claim = own.pop("override", ()), own.pop("claim", None)
         delete = own.pop("delete", False)
         if delete:
             own["stale"] = "delete"
@@ -100,6 +100,7 @@ async def prepare_members(
             override=override,
             held=True,
             seen=seen[member.vm],
+            claim=claim,
         )
         if not job.plan.two_phase:
             raise InvalidRequest(

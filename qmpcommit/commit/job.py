@@ -27,6 +27,7 @@ from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.claim import Claim
     from qmpcommit.commit.converge import ConvergeReport
 
 GRACE = 10.0
@@ -37,7 +38,8 @@ class CommitJob:
     """One commit under way.
 
     Made by `Session.commit` and `Session.adopt`. Nothing has to be awaited for the policy to be
-    carried out; `wait` gives the outcome, `progress` the way there.
+    carried out; `wait` gives the outcome, `progress` the way there. `claim` is what holds its disk
+    in QEMU while it is followed, `own_claim` the same where it is for this job alone.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class CommitJob:
         self._converging: asyncio.Task[ConvergeReport] | None = None
         self._around = around
         self._task: asyncio.Task[None] | None = None
+        self.claim: Claim | None = None
+        self.own_claim: Claim | None = None
 
     # -- what a caller sees -----------------------------------------------------------------------
 
@@ -242,6 +246,14 @@ class CommitJob:
 
     # -- what a session does with it --------------------------------------------------------------
 
+    def inherit(self, claim: Claim) -> None:
+        """Have it release this claim when it is no longer followed."""
+        self.claim = self.own_claim = claim
+
+    async def _unclaim(self) -> None:
+        if self.own_claim is not None:
+            await self.own_claim.release()
+
     def start(self, ended: Callable[[], None]) -> None:
         """Begin, in a task of the running loop; `ended` is called when that is over."""
         self._task = asyncio.create_task(self._run(), name=f"commit {self.id}")
@@ -276,6 +288,7 @@ class CommitJob:
         """Stop following the job and leave it as it is in QEMU; `Session.adopt` takes it up."""
         if self._task is not None:
             await stop(self._task)
+            await self._unclaim()  # it may have been stopped before its first step
 
     # -- the task ---------------------------------------------------------------------------------
 
@@ -315,6 +328,7 @@ class CommitJob:
                 timer.cancel()
             if self._converging is not None:
                 await stop(self._converging)  # which puts the limits back
+            await self._unclaim()
 
     async def _converged(self) -> None:
         """The job is over: the guest's limits are back, or the outcome tells how to repair them."""

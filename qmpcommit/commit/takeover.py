@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.commit.aftermath import Around, nobody_met
+from qmpcommit.commit.claim import Claim, lives, owner_in
 from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.plan import Plan, adopted_plan
@@ -49,7 +50,7 @@ async def adopted(
         )
     graph = await vm.graph()
     plan = adopted_plan(vm.name, graph, job_id, policy)
-    return CommitJob(
+    made = CommitJob(
         vm,
         plan,
         timeout=timeout,
@@ -58,6 +59,10 @@ async def adopted(
         undoes=undoes,
         stale=use_of(plan, graph)[1],
     )
+    owner = owner_in(graph, plan.disk)
+    if owner is not None and lives(owner) is False:  # who names the job may end what was left of it
+        made.inherit(Claim(vm, owner, held=True))
+    return made
 
 
 async def resumed(

@@ -23,7 +23,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,9 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import OpenFiles, astray
+from qmpcommit.commit.checks import CLAIM, check_override
 from qmpcommit.commit.checks.replaced import check_named
+from qmpcommit.commit.claim import Claim, clear_dead, owners_of
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
@@ -46,6 +48,15 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.quiesce import LIMIT, How, Notes, quiesced, thaw
+from qmpcommit.commit.window_claims import (
+    claim_again,
+    claim_disks,
+    claim_named,
+    closable,
+    disturbances,
+    held_windows,
+    release,
+)
 from qmpcommit.commit.window_records import (
     MARK,
     NAME,
@@ -95,12 +106,14 @@ async def snapshot(
     agent: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
     ledger: Notes | None = None,
+    override: Collection[str] = (),
 ) -> AsyncIterator[Window]:
     """A window over these disks for the length of the block; see `Session.snapshot`."""
     parse_size(bandwidth or 0, "bandwidth")  # now, not when the window has to be closed
     window = await open_window(
-        vm, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, ledger=ledger
-    )
+        vm, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, ledger=ledger,
+        override=override,
+    )  # fmt: skip
     try:
         yield window
     finally:
@@ -117,6 +130,7 @@ async def open_window(
     name: str | None = None,
     ledger: Notes | None = None,
     meet: Callable[[], Awaitable[object]] | None = None,
+    override: Collection[str] = (),
 ) -> Window:
     """Open a window that stays open until `close_window`; `Session.snapshot` closes it by itself.
 
@@ -124,7 +138,8 @@ async def open_window(
     ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at last
     ``open``. From ``create`` on `recover_window` can go on in another process. `meet` is awaited
     when the guest stands still, and again when the overlays are laid and it does so yet: windows
-    of several VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``).
+    of several VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``). With
+    "claim" in `override` disks are taken over from whoever holds them.
 
     Raises what `Session.snapshot` raises, and then nothing is left of it.
     """
@@ -132,12 +147,40 @@ async def open_window(
     if not disks:
         raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
     window = new_window_name() if name is None else name
+    check_override(override)
     if not NAME.fullmatch(window):
         raise InvalidRequest(f"'{window}' is no name of a window: new_window_name() makes one")
     _, graph = await vm.look()
     found = {disk: find_disk(read_disks(graph), disk, vm=vm.name, cwd=vm.cwd) for disk in disks}
     if len({disk.root for disk in found.values()}) < len(disks):
         raise WindowError("a disk is named twice", vm=vm.name)
+    claims = await claim_disks(vm, found, window, override)
+    try:
+        made = await _open(
+            vm, graph, found, window, overlay_dir=overlay_dir, freeze=freeze, agent=agent,
+            ledger=ledger, meet=meet, claims=claims,
+        )  # fmt: skip
+    except BaseException:
+        await release(claims.values())
+        raise
+    vm.log.info("window_open", window=window, disks=list(disks))
+    return made
+
+
+async def _open(
+    vm: Session,
+    graph: BlockGraph,
+    found: Mapping[str, Disk],
+    window: str,
+    *,
+    overlay_dir: str | os.PathLike[str] | None,
+    freeze: How | None,
+    agent: str | os.PathLike[str] | None,
+    ledger: Notes | None,
+    meet: Callable[[], Awaitable[object]] | None,
+    claims: dict[str, Claim],
+) -> Window:
+    """The window over disks that are claimed."""
     overlays: dict[str, FreshOverlay] = {}
     for number, (asked, disk) in enumerate(found.items()):
         others = [each.filename for each in overlays.values()]
@@ -149,10 +192,14 @@ async def open_window(
             asked: Frozen(disk.name, _active(disk), over.filename, over.node, lost[asked])
             for (asked, disk), over in zip(found.items(), overlays.values(), strict=True)
         },
+        {asked: [image.filename for image in disk.chain] for asked, disk in found.items()},
     )
+    made.claims = claims
     if ledger is not None:
         socket = None if agent is None else os.fspath(agent)
-        await ledger.note("create", window=NotedWindow(window, dict(made), freeze, socket))
+        await ledger.note(
+            "create", window=NotedWindow(window, dict(made), freeze, socket, made.below)
+        )
     try:
         for overlay in overlays.values():
             await overlay.open()
@@ -164,7 +211,7 @@ async def open_window(
                 await meet()
             if ledger is not None:
                 await ledger.note("lay", name=window)
-            await _lay(vm, [(found[asked], overlays[asked]) for asked in disks])
+            await _lay(vm, [(found[asked], overlays[asked]) for asked in found])
             if meet is not None:
                 await meet()
         made.quiesced = quiet.seconds
@@ -172,7 +219,7 @@ async def open_window(
             await ledger.note("open", name=window, quiesced=quiet.seconds)
     except BaseException as error:
         try:
-            await to_the_end(_undo(vm, list(overlays.values())))
+            await to_the_end(_undo(vm, list(overlays.values()), claims))
         except WindowError as stays:
             if not isinstance(error, asyncio.CancelledError):
                 raise
@@ -180,7 +227,6 @@ async def open_window(
         if isinstance(error, QmpCommitError):
             error.add(vm=vm.name)
         raise
-    vm.log.info("window_open", window=window, disks=list(disks))
     return made
 
 
@@ -198,15 +244,59 @@ async def close_window(
     that no disk uses any more has no outcome. `ledger` is told ``close``, with the files of the
     overlays, before the first commit is sent. A cancellation is raised when it has ended.
 
-    Raises `WindowError` that names the overlays that stay.
+    Raises `WindowError` that names the overlays that stay; or says, where it is closed, that what
+    was read of a `Window` is no instant's image, for somebody else has worked on its disks.
     """
     disks = list(window.values() if isinstance(window, Window) else window)
     if ledger is not None:
         await ledger.note("close", overlays=[each.overlay for each in disks])
-    outcomes = await to_the_end(_close(vm, disks, bandwidth))
-    if isinstance(window, Window):
-        window.outcomes = outcomes
+    if not isinstance(window, Window):
+        return await to_the_end(_close_named(vm, disks, bandwidth, {}))
+    return await to_the_end(_close_own(vm, window, bandwidth))
+
+
+async def _close_own(
+    vm: Session, window: Window, bandwidth: int | str | None
+) -> list[CommitOutcome]:
+    """Close it, and say where it did not stand still."""
+    with suppress(QmpCommitError):  # which closing it says better
+        window.disturbed = window.disturbed or await disturbances(vm, window)
+    claims = {each.overlay: window.claims[asked] for asked, each in window.items()
+              if asked in window.claims}  # fmt: skip
+    why = "; ".join(window.disturbed)
+    text = (
+        f"what was read in the window {window.name} on {vm.name} is no instant's image: {why}. Read"
+        " it again"
+    )
+    try:
+        outcomes = window.outcomes = await _close_named(
+            vm, list(window.values()), bandwidth, claims
+        )
+    except WindowError as error:
+        if not why:
+            raise
+        raise WindowError(f"{error.message}. And {text}", **error.facts) from None
+    if why:
+        raise WindowError(
+            f"{text}. The window is closed",
+            vm=vm.name,
+            outcomes=[outcome.model_dump(mode="json") for outcome in outcomes],
+        )
     return outcomes
+
+
+async def _close_named(
+    vm: Session,
+    disks: Sequence[Frozen],
+    bandwidth: int | str | None,
+    claims: dict[str, Claim],
+    override: Collection[str] = (),
+) -> list[CommitOutcome]:
+    """Close what is named; their disks are let go, however that ends."""
+    try:
+        return await _close(vm, disks, bandwidth, claims, override)
+    finally:
+        await release(claims.values())
 
 
 async def windows(vm: Session) -> list[OpenWindow]:
@@ -229,25 +319,35 @@ async def close_windows(
     bandwidth: int | str | None = None,
     agent: str | os.PathLike[str] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
+    override: Collection[str] = (),
 ) -> list[CommitOutcome]:
     """Close the windows that somebody left open; see `Session.close_windows`."""
+    check_override(override)
     await end_jobs(vm)
+    owners = await owners_of(vm)
+    held = frozenset() if CLAIM in override else held_windows(owners)
     remains = [
         Remains(mark.node, f"{mark.message}, so that its writes hang: {_SAY_THE_SOCKET}")
-        for mark in await thaw_marked(vm, agent)
+        for mark in await thaw_marked(vm, agent, but={mark_of_window(tag) for tag in held})
     ]
     await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
-    outcomes = await to_the_end(_close(vm, left, bandwidth))
+    free, conflicts = await closable(vm, left, override)
+    outcomes = await to_the_end(_close_named(vm, free, bandwidth, {}, override))
     folders = () if overlay_dir is None else (os.fspath(overlay_dir),)
-    remains += await to_the_end(clear(vm, folders=folders))
+    remains += await to_the_end(clear(vm, folders=folders, but=held))
+    await clear_dead(vm, owners)
+    facts = {"vm": vm.name, "outcomes": [each.model_dump(mode="json") for each in outcomes]}
     if remains:
         raise WindowError(
             f"on {vm.name} this is left of windows: {'; '.join(each.message for each in remains)}",
-            vm=vm.name,
             remains=[each.what for each in remains],
-            outcomes=[outcome.model_dump(mode="json") for outcome in outcomes],
+            **facts,
         )
+    if conflicts:
+        closed = f" ({len(outcomes)} others were closed)" if outcomes else ""
+        told = ". ".join(each.message for each in conflicts)
+        raise JobConflict(f"{told}{closed}", **{**conflicts[0].facts, **facts})
     return outcomes
 
 
@@ -274,7 +374,14 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
     if rest and not await objection(vm):
         await to_the_end(clear(vm, rest))
     vm.log.info("window_recovered", window=noted.name, disks=list(laid))
-    return Window(noted.name, laid) if laid else None
+    if not laid:
+        return None
+    window = Window(noted.name, laid, noted.below)
+    for asked, each in laid.items():
+        claim = await claim_again(vm, each)
+        if claim is not None:
+            window.claims[asked] = claim
+    return window
 
 
 def _seen(disk: Disk, cwd: str | None) -> OpenWindow:
@@ -407,7 +514,7 @@ async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
         raise
 
 
-async def _undo(vm: Session, overlays: Sequence[FreshOverlay]) -> None:
+async def _undo(vm: Session, overlays: Sequence[FreshOverlay], claims: Mapping[str, Claim]) -> None:
     """What was laid nevertheless (its reply was lost) is committed back; the rest is removed."""
     try:
         laid = {w.overlay for w in await windows(vm)}
@@ -421,15 +528,30 @@ async def _undo(vm: Session, overlays: Sequence[FreshOverlay]) -> None:
             except QmpCommitError as error:  # why there is no window is the news
                 vm.log.warning("window_remains", what=overlay.filename, message=error.message)
     if left:
-        await _close(vm, left, None)
+        held = dict(zip((each.filename for each in overlays), claims.values(), strict=True))
+        await _close(vm, left, None, held)
 
 
 async def _close(
-    vm: Session, frozen: Collection[Frozen], bandwidth: int | str | None
+    vm: Session,
+    frozen: Collection[Frozen],
+    bandwidth: int | str | None,
+    claims: dict[str, Claim],
+    override: Collection[str] = (),
 ) -> list[CommitOutcome]:
-    """Commit all overlays back; raises `WindowError` that names those which stay."""
+    """Commit all overlays back; raises `WindowError` that names those which stay.
 
-    merging = (merge_back(vm, each, bandwidth) for each in frozen)
+    `claims` are those of their disks, by the overlays; those that are missing are added.
+    """
+
+    async def merge(each: Frozen) -> CommitOutcome | None:
+        if each.overlay not in claims:
+            claim = await claim_named(vm, each, override)
+            if claim is not None:
+                claims[each.overlay] = claim
+        return await merge_back(vm, each, bandwidth, claim=claims.get(each.overlay))
+
+    merging = (merge(each) for each in frozen)
     ends = await asyncio.gather(*merging, return_exceptions=True)
     outcomes = [end for end in ends if isinstance(end, CommitOutcome)]
     failed = [

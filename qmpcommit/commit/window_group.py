@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ async def snapshot(
     agents: Sockets[Session] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
+    override: Collection[str] = (),
 ) -> AsyncIterator[GroupWindow[Session]]:
     """One instant of several VMs: ``async with qc.snapshot([(vm1, "vda"), (vm2, "vda")])``.
 
@@ -61,7 +62,7 @@ async def snapshot(
         vm: asyncio.create_task(
             open_window(
                 vm, names, overlay_dir=overlay_dir, freeze=freeze, agent=agents.get(vm),
-                meet=meet.wait,
+                meet=meet.wait, override=override,
             ),
             name=f"window of {vm.name}",
         )

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from dataclasses import field
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import WINDOW_MARK
 from qmpcommit.commit.quiesce import How
 from qmpcommit.values import Record, record
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.claim import Claim
 
 V = TypeVar("V")
 
@@ -60,13 +64,19 @@ class Window(Mapping[str, Frozen]):
     """The frozen disks of an open window, by the names that they were asked for by.
 
     `quiesced` is for how many seconds the guest was frozen or paused; `outcomes` are the commits
-    that closed the window.
+    that closed the window. `below` are the files that stood still for each disk when it was opened,
+    `disturbed` says why what was read of them is no instant's image, `claims` hold the disks.
     """
 
-    def __init__(self, name: str, frozen: Mapping[str, Frozen]) -> None:
+    def __init__(
+        self, name: str, frozen: Mapping[str, Frozen], below: Mapping[str, list[str]] | None = None
+    ) -> None:
         self.name = name
         self.quiesced: float | None = None
         self.outcomes: list[CommitOutcome] = []
+        self.below = dict(below or {})
+        self.disturbed: list[str] = []
+        self.claims: dict[str, Claim] = {}
         self._frozen = dict(frozen)
 
     def __getitem__(self, disk: str) -> Frozen:
@@ -104,11 +114,12 @@ class GroupWindow(Mapping[tuple[V, str], Frozen], Generic[V]):
 class NotedWindow(Record):
     """What has to be known of a window to take it up in another process.
 
-    `disks` are by the names that they were asked for by; `freeze` and `agent` tell how its guest
-    was to be quiesced.
+    `disks` are by the names that they were asked for by, and so are the files `below` their
+    overlays; `freeze` and `agent` tell how its guest was to be quiesced.
     """
 
     name: str
     disks: dict[str, Frozen]
     freeze: How | None = None
     agent: str | None = None
+    below: dict[str, list[str]] = field(default_factory=dict)

@@ -36,6 +36,7 @@ from qmpcommit.errors import CommandRefused, QmpCommitError, WindowError
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.claim import Claim
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.session import Session
 
@@ -95,12 +96,13 @@ def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
 
 
 async def merge_back(
-    vm: Session, each: Frozen, bandwidth: int | str | None
+    vm: Session, each: Frozen, bandwidth: int | str | None, *, claim: Claim | None = None
 ) -> CommitOutcome | None:
     """Commit one overlay back and pivot; None where nothing is left of it.
 
-    A commit of the window's that is there already is taken up where it is. Raises `WindowError`
-    where no disk writes to the overlay, and it may hold data; `JobConflict` for another's job.
+    `claim` is that of whoever closes the window. A commit of the window's that is there already is
+    taken up where it is. Raises `WindowError` where no disk writes to the overlay, and it may hold
+    data; `JobConflict` for another's job.
     """
     for _ in range(ROUNDS):
         _, graph = await vm.look()
@@ -113,7 +115,7 @@ async def merge_back(
             return None
         own = own_jobs(disk, each.overlay)
         if own:
-            job = await _take_up(vm, graph, own[0])
+            job = await _take_up(vm, graph, own[0], claim)
         else:
             node = disk.active.node_name
             job = await vm.commit(
@@ -124,6 +126,7 @@ async def merge_back(
                 bandwidth=bandwidth,
                 job_id=new_own_job(each.overlay, node),
                 on_pivot=BeforeClosing(partial(_mark_closed, vm, node)),
+                claim=claim,
             )
         outcome = await job.wait()
         if outcome.action == "pivot":
@@ -153,7 +156,7 @@ def _own_stem(overlay: str) -> str:
     return rf"{JOB_PREFIX}(w{re.escape(window_of(overlay)[-8:])}-\d+|window)"
 
 
-async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
+async def _take_up(vm: Session, graph: BlockGraph, job_id: str, claim: Claim | None) -> CommitJob:
     """Go on with a commit of ours that a killed process left, up to the deletion of its overlay."""
     followed = next((job for job in vm.jobs if job.id == job_id), None)
     if followed is not None:
@@ -170,6 +173,7 @@ async def _take_up(vm: Session, graph: BlockGraph, job_id: str) -> CommitJob:
         Resumed(state),
         files={plan.top.node_name: known},
         on_pivot=BeforeClosing(partial(_mark_closed, vm, plan.top.node_name)),
+        claim=claim,
     )
 
 
@@ -212,13 +216,17 @@ async def left_of(vm: Session, overlay: str) -> list[Remains]:
 
 
 async def clear(
-    vm: Session, overlays: Collection[str] | None = None, folders: Collection[str] = ()
+    vm: Session,
+    overlays: Collection[str] | None = None,
+    folders: Collection[str] = (),
+    but: Collection[str] = (),
 ) -> list[Remains]:
     """Remove what is left of windows and in use by no disk; what stays is returned.
 
     With `overlays` only what belongs to these files, else all that is found in QEMU, beside the
     active layers, and in `folders`. Only whom nobody else follows may be cleared away: a window
-    that another process is just opening would fail.
+    that another process is just opening would fail. Nothing is touched of the windows `but`, which
+    are known by the last eight digits of their names.
     """
     await end_jobs(vm, overlays)
     remains = []
@@ -227,6 +235,8 @@ async def clear(
     for name in list(graph.nodes):
         file = graph.file(graph.leaf(name))
         if MARK not in file or (overlays is not None and file not in wanted):
+            continue
+        if window_of(file)[-8:] in but:
             continue
         if graph.parents.get(name) or _laid(graph, name):
             continue
@@ -241,6 +251,7 @@ async def clear(
     else:
         paths = await asyncio.to_thread(_beside, vm, graph, folders)
     if vm.peer_pid is not None:  # QEMU runs on this host
+        paths = {path for path in paths if window_of(path)[-8:] not in but}
         for path in sorted(paths - known - {each.what for each in remains}):
             remains += await asyncio.to_thread(_clear_file, vm, graph, path)
     for each in remains:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from qmpcommit.block.identity import FileId
+from qmpcommit.commit.claim import Claim, take, take_if_free
 from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
 from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.cycle_asking import sessions
@@ -121,6 +122,7 @@ class Discarding:
             await self._exchange(found, {vm.name: session})
             return
         found.exchanging.add(vm.name)
+        claims = await self._claim(begun)
         try:
             if found.decided == "exchange":
                 await self._warn(found, begun, await complete(begun))
@@ -132,6 +134,7 @@ class Discarding:
                 if stuck:
                     raise CommitFailed(". ".join(each.text for each in stuck), vm=vm.name)
         finally:
+            await _release(claims)
             found.exchanging.discard(vm.name)
 
     async def _settle_all(self, found: Round, end: float) -> None:
@@ -184,11 +187,33 @@ class Discarding:
             await found.note(which, decided="exchange" if forward else which)
 
         found.exchanging |= held.keys()
+        claims: list[Claim] = []
         try:
+            claims = await self._claim(exchanges)
             warnings = await exchange_all(exchanges, on_decision=decide)
         finally:
+            await _release(claims)
             found.exchanging -= held.keys()
         await self._warn(found, exchanges, warnings)
+
+    async def _claim(self, exchanges: Sequence[Exchange]) -> list[Claim]:
+        """Claim their disks, all or none; of one that was begun its guest does not wait for it."""
+        claims: list[Claim] = []
+        try:
+            for each in exchanges:
+                if each.over:
+                    continue
+                disk = each.plan.disk
+                begun = each.running is not None
+                taking = take_if_free(each.vm, disk, "disc") if begun else take(
+                    each.vm, disk, "disc", state="Nothing was discarded"
+                )  # fmt: skip
+                each.claim = await taking
+                claims.append(each.claim)
+        except BaseException:
+            await _release(claims)
+            raise
+        return claims
 
     async def _warn(
         self, found: Round, exchanges: Sequence[Exchange], warnings: Sequence[list[str]]
@@ -215,6 +240,11 @@ class Discarding:
             for number, part in enumerate(found.parts)
             if part["vm"] in held
         ]
+
+
+async def _release(claims: Sequence[Claim]) -> None:
+    for claim in claims:
+        await claim.release()
 
 
 def _done(found: Round) -> bool:

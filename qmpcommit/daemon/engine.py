@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from qmpcommit.commit import phases
+from qmpcommit.commit.claim import clear_left
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import resolve_pending
@@ -232,6 +233,7 @@ class Engine:
         for story in self.stories:
             await story.on_up(vm)
             owned |= story.owned(vm.name)
+        await clear_left(session)
         for outcome in await resolve_pending(session, owned=owned):
             self.log.warning(
                 "orphan_held_its_disk", vm=vm.name, job=outcome.job_id, ended=outcome.action

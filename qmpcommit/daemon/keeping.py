@@ -13,6 +13,7 @@ from typing import Any
 
 from qmpcommit.block.chain import absolute
 from qmpcommit.commit.aftermath import Around, OnPivot, Stall
+from qmpcommit.commit.claim import Claim, let_go, take_for
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
@@ -55,7 +56,8 @@ _AWAY = (ConnectError, MonitorLost)
 class Keeper:
     """Runs promises on the VMs of a registry.
 
-    `rate` tells a promise's bytes per second when it begins, `begun` is called when it has.
+    `rate` tells a promise's bytes per second when it begins, `begun` is called when it has;
+    `claim_of` tells what holds its disk already, where it is a part of something else.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Keeper:
         self._journal, self._metrics = journal, metrics
         self.rate: Callable[[Promise], int] = lambda promise: promise.request.bandwidth or 0
         self.begun: Callable[[], object] = lambda: None
+        self.claim_of: Callable[[Promise], Claim | None] = lambda promise: None
 
     async def keep(self, promise: Promise) -> None:
         """One promise that may run, to its end."""
@@ -140,6 +143,7 @@ class Keeper:
             promise.decided_policy() if policy is not None else None,
             around,
             override=request.override,
+            claim=self.claim_of(promise),
         )
         return Prepared(job, session, time.monotonic())
 
@@ -158,8 +162,13 @@ class Keeper:
         job.plan.arguments.pop("speed", None)
         if promise.rate:
             job.plan.arguments["speed"] = promise.rate
-        if request.only_if is not None:
-            await ask_whether(request.only_if, job.plan)
+        await take_for(session, job, override=request.override)
+        try:
+            if request.only_if is not None:
+                await ask_whether(request.only_if, job.plan)
+        except BaseException:
+            await let_go(job)
+            raise
         job.timeout = left
         return await session.launch(job, override=request.override)
 
@@ -174,6 +183,7 @@ class Keeper:
             files=files,
             timeout=max(0.0, left) if (left := seconds_left(promise)) is not None else None,
             barrier=promise.barrier,
+            claim=self.claim_of(promise),
             **self.around(promise),
         )
 

@@ -7,9 +7,10 @@ import os
 import time
 from typing import Any, cast
 
+from qmpcommit.commit.claim import Claim
 from qmpcommit.commit.quiesce import How
 from qmpcommit.commit.window import new_window_name
-from qmpcommit.commit.window_records import Frozen, NotedWindow
+from qmpcommit.commit.window_records import Frozen, NotedWindow, Window
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
 from qmpcommit.daemon.window_models import (
     VMWindowView,
@@ -117,13 +118,16 @@ class Part:
     """The window on one VM, where `disks` are asked for and the overlays carry `name`.
 
     It is the ledger of `open_window`. `problem` says what keeps it waiting, and `closed` is set
-    when nothing is left of it.
+    when nothing is left of it. `claims` hold its disks, by the names that they were asked for by,
+    in the QEMU `claimed_in`.
     """
 
     def __init__(self, window: LeasedWindow, vm: str, disks: list[str]) -> None:
         self.vm, self.disks = vm, disks
         self.problem = ""
         self.closed = False
+        self.claims: dict[str, Claim] = {}
+        self.claimed_in = ""
         self.log = Log(vm=vm, window=window.id)
         self._window = window
 
@@ -163,6 +167,19 @@ class Part:
         """The disks by the names that they were asked for by."""
         laid = self.laid
         return {} if laid is None else dict(laid.disks)
+
+    @property
+    def as_opened(self) -> Window:
+        """The window as the library has it."""
+        laid = self.laid
+        window = Window(self.name, self.frozen, laid.below if laid is not None else None)
+        window.claims = self.claims
+        return window
+
+    @property
+    def disturbed(self) -> list[str]:
+        """Why what was read in it is no instant's image."""
+        return list(self.noted.get("disturbed") or ())
 
     @property
     def is_open(self) -> bool:

@@ -15,7 +15,8 @@ from collections.abc import Coroutine
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qmpcommit.block.chain import Disk
+from qmpcommit.block.chain import Disk, read_disks
+from qmpcommit.commit.claim import Owner, owner_in
 from qmpcommit.commit.flatten import Step
 from qmpcommit.daemon.config import Flatten
 from qmpcommit.daemon.engine import Engine
@@ -188,7 +189,8 @@ class Rules:
             return
         try:
             async with self._engine.registry.use(vm) as session:
-                disks = await session.disks()
+                graph = await session.graph()
+                disks = read_disks(graph)
         except QmpCommitError as error:
             standing.away[vm.name] = error.message
             return
@@ -199,14 +201,17 @@ class Rules:
             del standing.disks[key]
         for disk in mine:
             held = commits_of(self._engine.live.values(), vm.name, disk, disks)
-            step = self._judge(standing, vm.name, disk, held)
+            owner = owner_in(graph, disk)
+            step = self._judge(standing, vm.name, disk, held, owner)
             if step is not None:
                 self._at_work.add(vm.name)
                 seen = standing.disks[vm.name, disk.name]
                 self._go(self._step(standing, seen, disk, step), f"flatten {vm.name}")
                 break
 
-    def _judge(self, standing: Standing, vm: str, disk: Disk, held: list[str]) -> Step | None:
+    def _judge(
+        self, standing: Standing, vm: str, disk: Disk, held: list[str], owner: Owner | None
+    ) -> Step | None:
         """What is to be done with this disk now; None for nothing."""
         seen = standing.disks.setdefault((vm, disk.name), Seen(vm, disk.name))
         seen.layers, seen.overlay_size = len(disk.chain), overlay_size(disk)
@@ -220,7 +225,7 @@ class Rules:
         if step is None:
             seen.state, seen.why = "within", f"{why}, but it has no more layers than are kept"
             return None
-        objection = hands_off(disk, held)
+        objection = hands_off(disk, held, owner)
         if objection or vm in self._at_work:
             seen.state, seen.why = "left-alone", objection or "another disk of the VM comes first"
             return None

@@ -8,6 +8,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 
 from qmpcommit.block.chain import Disk, Image, find_disk, qdev_id
+from qmpcommit.commit.claim import Owner, lives, told
 from qmpcommit.commit.flatten import Step, next_step
 from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
 from qmpcommit.daemon.config import Flatten
@@ -55,15 +56,18 @@ def step_of(rule: Flatten, disk: Disk) -> Step | None:
     return next_step(len(disk.chain), rule.keep)
 
 
-def hands_off(disk: Disk, held_by: Iterable[str]) -> str:
+def hands_off(disk: Disk, held_by: Iterable[str], owner: Owner | None = None) -> str:
     """Why this disk is left alone, in words; "" where it is not.
 
-    `held_by` are the ids of commits that clients have promised for it.
+    `held_by` are the ids of commits that clients have promised for it, `owner` is who has claimed
+    it.
     """
     if any(WINDOW_MARK in image.filename for image in disk.chain):
         return "it is in a window"
     if disk.jobs:
         return f"it has a block job ({', '.join(disk.jobs)})"
+    if owner is not None and lives(owner) is not False:
+        return f"it is held by {told(owner)}"
     commits = ", ".join(held_by)
     return f"it has a commit that has not ended ({commits})" if commits else ""
 

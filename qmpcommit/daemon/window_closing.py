@@ -7,10 +7,13 @@ nothing twice.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.policy import Pivot
+from qmpcommit.commit.window_claims import claim_again, disturbances
 from qmpcommit.commit.window_records import Frozen
 from qmpcommit.commit.window_remains import disk_over, left_of, merge_back, new_own_job, own_jobs
 from qmpcommit.daemon.engine import Engine
@@ -51,6 +54,8 @@ class Closing:
         Raises `WindowError` that names the overlays which stay.
         """
         rate = window.request.bandwidth
+        if window.undo is None:
+            await asyncio.gather(*(self._look(part) for part in window.parts))
         closing = [self._close(part, rate) for part in window.parts]
         found = await asyncio.gather(*closing, return_exceptions=True)
         ends: list[_End] = []
@@ -63,15 +68,43 @@ class Closing:
             if end.outcome is not None:
                 outcomes[end.part.vm].append(end.outcome)
         failed = [end for end in ends if end.error is not None]
-        if failed:
+        disturbed = "; ".join(text for part in window.parts for text in part.disturbed)
+        why = [_what_stays(part, failed) for part in window.parts if failed and not part.closed]
+        if disturbed:
+            why.append(
+                f"what was read in the window on {window.vm} is no instant's image: {disturbed}."
+                " Read it again"
+            )
+        if why:
             raise WindowError(
-                ". ".join(_what_stays(part, failed) for part in window.parts if not part.closed),
+                ". ".join(why if failed else [*why, "The window is closed"]),
                 vm=window.vm,
                 overlays=[end.each.overlay for end in failed],
                 outcomes=[outcome for each in outcomes.values() for outcome in each],
                 closed=outcomes,
             )
         return outcomes
+
+    async def _look(self, part: Part) -> None:
+        """Whether its disks stood still all the time, before it is closed."""
+        if not part.is_open or part.jobs:
+            return
+        with suppress(QmpCommitError):  # which closing it says better
+            found = await ask(self._engine, part, lambda vm: disturbances(vm, part.as_opened))
+            if found:
+                part.know(disturbed=found)
+
+    async def _claim(self, part: Part) -> None:
+        """Of a window that was taken up, or that others had opened."""
+        for asked, each in part.frozen.items():
+            if asked not in part.claims:
+                claim = await ask(
+                    self._engine,
+                    part,
+                    lambda vm, each=each: claim_again(vm, each),  # type: ignore[misc]
+                )
+                if claim is not None:
+                    part.claims[asked] = claim
 
     async def _close(self, part: Part, rate: int | None) -> list[_End]:
         """On one VM, where its guest goes on first if it was not let go on."""
@@ -84,6 +117,8 @@ class Closing:
                 part.closed = True
                 return []
         frozen = part.frozen
+        with suppress(QmpCommitError):  # which each of its overlays says better
+            await self._claim(part)
         if not part.jobs:
             await part.note("close", jobs={asked: _job_id(each) for asked, each in frozen.items()})
         merging = (self._merge(part, asked, each, rate) for asked, each in frozen.items())
@@ -109,7 +144,10 @@ class Closing:
                 if disk is None:
                     return None
                 if self._is_being_merged(disk, each):
-                    merged = await ask(self._engine, part, lambda vm: merge_back(vm, each, rate))
+                    merging = partial(
+                        merge_back, each=each, bandwidth=rate, claim=part.claims.get(asked)
+                    )
+                    merged = await ask(self._engine, part, merging)
                     return None if merged is None else merged.model_dump(mode="json")
                 promise = await self._take(part, asked, each, rate)
             await part.note("merge", commits=list(dict.fromkeys([*part.commits, promise.id])))

@@ -70,6 +70,7 @@ class Opening:
         held = part.may_be_held
         found = await ask(self._engine, part, lambda vm: recover_window(vm, noted, held=held))
         if found is not None:
+            part.claims = found.claims
             await part.note("open", window=replace(noted, disks=dict(found)))
         return found is not None
 
@@ -94,7 +95,7 @@ class Opening:
         vm, asked = self._engine.vm(part.vm), window.request
         async with self._engine.registry.use(vm, wait=1.0) as session:
             part.know(identity=vm.identity, cwd=session.cwd)
-            await open_window(
+            opened = await open_window(
                 session,
                 part.disks,
                 overlay_dir=asked.overlay_dir,
@@ -104,6 +105,7 @@ class Opening:
                 ledger=part,
                 meet=meet,
             )
+            part.claims, part.claimed_in = opened.claims, vm.identity
 
 
 async def _over(opening: list[asyncio.Task[None]]) -> None:

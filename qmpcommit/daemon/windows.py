@@ -10,11 +10,14 @@ import asyncio
 import time
 from contextlib import suppress
 
+from qmpcommit.commit.claim import Claim
 from qmpcommit.commit.quiesce import thaw
+from qmpcommit.commit.window_claims import claim_again, closable
 from qmpcommit.commit.window_records import NotedWindow
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.keeping import error_dict
-from qmpcommit.daemon.leased_window import LeasedWindow
+from qmpcommit.daemon.leased_window import LeasedWindow, Part
+from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.undertaking import readable
 from qmpcommit.daemon.window_closing import Closing
@@ -30,6 +33,7 @@ from qmpcommit.errors import (
 )
 from qmpcommit.journal import Statement
 from qmpcommit.log import Log
+from qmpcommit.session import Session
 
 HAND_OVER = 1.0
 """Seconds that a window which is being opened gets when the daemon stops."""
@@ -46,6 +50,7 @@ class Windows:
         self._closing = Closing(engine, self._opening)
         self._adopting = asyncio.Lock()
         self._log = Log()
+        engine.keeper.claim_of = self._claim_of
 
     # -- the story --------------------------------------------------------------------------------
 
@@ -75,7 +80,44 @@ class Windows:
                     await thaw(session, part.held, part.agent, patience=0.0)
                 except QmpCommitError as error:  # it is tried again when the window is recovered
                     part.log.warning("thaw_failed", error=error.message)
+        for part in [part for window in self.live.values() for part in window.parts]:
+            stale = not part.claims or part.claimed_in != vm.identity
+            if part.vm == vm.name and part.is_open and stale:
+                await self._claim_again(part, session)
+                part.claimed_in = vm.identity
         await self.watch.came(vm)
+
+    async def _claim_again(self, part: Part, session: Session) -> None:
+        """What a former daemon had claimed, or this one in a QEMU that has ended."""
+        for former in part.claims.values():
+            former.abandon()
+        part.claims.clear()
+        with suppress(QmpCommitError):
+            for asked, each in part.frozen.items():
+                claim = await claim_again(session, each)
+                if claim is not None:
+                    part.claims[asked] = claim
+
+    def _claim_of(self, promise: Promise) -> Claim | None:
+        """What holds the disk of a commit that closes a window."""
+        for window in self.live.values():
+            for part in window.parts:
+                for asked, job_id in part.jobs.items():
+                    if (part.vm, job_id) == (promise.vm, promise.job_id):
+                        return part.claims.get(asked)
+        return None
+
+    async def _release(self, window: LeasedWindow) -> None:
+        """It has ended, and its disks are anybody's."""
+        for part in window.parts:
+            claims, part.claims = list(part.claims.values()), {}
+            try:
+                async with self._engine.registry.use(self._engine.vm(part.vm)) as session:
+                    for claim in claims:
+                        await claim.release(session)
+            except QmpCommitError:  # it is away, and takes them with it where it has ended
+                for claim in claims:
+                    claim.abandon()
 
     def owned(self, vm: str) -> set[str]:
         """The jobs that close windows belong to promises."""
@@ -207,8 +249,15 @@ class Windows:
         return window
 
     async def _adopt(self, orphan: Orphan) -> LeasedWindow:
-        """A window that nobody here opened becomes one of ours, which is closing."""
+        """A window that nobody here opened becomes one of ours, which is closing.
+
+        Raises `JobConflict` where its owner lives.
+        """
         self._engine.check_room()
+        async with self._engine.registry.use(self._engine.vm(orphan.vm), wait=1.0) as session:
+            _, held = await closable(session, orphan.disks.values(), ())
+        for conflict in held:
+            raise conflict
         members = [WindowMember(vm=orphan.vm, disk=disk) for disk in orphan.disks]
         request = WindowRequest(members=members, lease=1.0)
         window = LeasedWindow.new(request, self._engine.journal)
@@ -247,6 +296,7 @@ class Windows:
             window.opened.set()
         self.live.pop(window.id, None)
         self.watch.forget(window)
+        await self._release(window)
 
     async def _fail(self, window: LeasedWindow, error: QmpCommitError) -> None:
         undo = window.undo

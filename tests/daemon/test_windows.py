@@ -199,7 +199,9 @@ async def test_a_job_that_begins_at_the_same_instant_is_a_conflict(folder: Path)
             opening = asyncio.create_task(d.post("/v1/vms/web1/windows", {"disks": ["top"]}))
             await between.held.wait()
             async with qc.Session.connect(vm.qmp2) as session:
-                job = await session.commit("top", policy=qc.Hold())
+                await session.execute("block-commit", {"job-id": "theirs", "device": "top"})
+                job = await session.adopt("theirs")
+                await job.ready()
                 between.release()
                 answer = await opening
                 assert answer.status == 409, answer.json
@@ -254,12 +256,15 @@ async def test_a_commit_that_another_client_began_on_it_is_left_alone_and_told(
         window = await opened(d, disks=["top"])
         async with qc.Session.connect(vm.qmp2) as session:
             (disk,) = window["disks"].values()
-            job = await session.commit(disk["overlay"], policy=qc.Hold(), shallow=True)
+            nodes = {"device": disk["node_name"], "base-node": "top"}
+            await session.execute("block-commit", {"job-id": "theirs", **nodes})
+            job = await session.adopt("theirs")
             await job.ready()
             await closed(d, window["id"])
             ended = await end_of(d, window["id"])
             assert ended["state"] == "failed"
-            assert f"has a block job already: {job.id}" in ended["error"]["message"]
+            assert "has a block job already: theirs" in ended["error"]["message"]
+            assert "no instant's image" in ended["error"]["message"]
             await job.keep()
             assert (await job.wait()).action == "keep"
         answer = await d.request("DELETE", f"/v1/windows/{window['name']}")

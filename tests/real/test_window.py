@@ -42,7 +42,7 @@ async def test_two_disks_stand_still_while_the_window_is_open(folder: Path) -> N
                 assert [each.disk for each in seen] == ["vda", "vdb"]
                 assert all(each.age is not None and each.age >= 0 for each in seen)
                 assert all(each.size for each in seen)
-                with pytest.raises(qc.WindowError, match="in a window already"):
+                with pytest.raises(qc.JobConflict, match="held by a snapshot window of this very"):
                     async with session.snapshot(disk for disk in ("vda",)):
                         pass
             assert [outcome.action for outcome in window.outcomes] == ["pivot", "pivot"]

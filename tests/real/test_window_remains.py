@@ -44,7 +44,13 @@ def overlays(folder: Path) -> list[Path]:
 async def nodes(vm: qc.Session) -> list[str]:
     """Our nodes that are there."""
     found = await vm.execute("query-named-block-nodes", flat=True)
-    return [each["node-name"] for each in found if each["node-name"].startswith("qmpcommit-")]
+    return [each["node-name"] for each in found if each["node-name"].startswith("qmp")]
+
+
+def forget(window: qc.Window) -> None:
+    """As if the process that opened it had been killed."""
+    for claim in window.claims.values():
+        claim.abandon()
 
 
 @asynccontextmanager
@@ -239,6 +245,7 @@ async def test_an_overlay_that_was_laid_and_stays_is_told(
 async def test_a_commit_that_a_killed_process_began_is_taken_up(folder: Path) -> None:
     async with running(folder) as (qemu, vm, _):
         window = await qc.open_window(vm, ["vda"], name=NAME)
+        forget(window)
         async with qc.Session.connect(qemu.qmp2) as killed:
             job_id = f"qmpcommit-w{NUMBER}-0-00000001"
             job = await killed.commit(
@@ -258,7 +265,9 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
     async with running(folder) as (_, vm, _):
         window = await qc.open_window(vm, ["vda"], name=NAME)
         overlay, job_id = window["vda"].overlay, f"qmpcommit-w{NUMBER}-0-00000001"
-        job = await vm.commit(overlay, policy=qc.Hold(), shallow=True, job_id=job_id)
+        job = await vm.commit(
+            overlay, policy=qc.Hold(), shallow=True, job_id=job_id, claim=window.claims["vda"]
+        )
         await job.ready()
         look, looked = vm.look, asyncio.Event()
 
@@ -278,20 +287,26 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
 
 
 async def test_a_commit_that_another_client_began_is_left_alone_and_told(folder: Path) -> None:
-    async with running(folder) as (qemu, vm, _):
+    """It has written to the file that was to stand still, which is told to the end."""
+    async with running(folder) as (_, vm, chain):
         window = await qc.open_window(vm, ["vda"])
-        overlay = window["vda"].overlay
-        async with qc.Session.connect(qemu.qmp2) as another:
-            job = await another.commit(overlay, policy=qc.Hold(), shallow=True)
-            await job.ready()
-            with pytest.raises(qc.WindowError, match=f"has a block job already: {job.id}"):
-                await qc.close_window(vm, window)
-            with pytest.raises(qc.WindowError, match=job.id):
-                await vm.close_windows()
-            await job.keep()
-            assert (await job.wait()).action == "keep"
-        (outcome,) = await qc.close_window(vm, window)
-        assert outcome.deleted == [overlay]
+        overlay = window["vda"]
+        with vm.events("BLOCK_JOB_READY") as heard:
+            arguments = {"device": overlay.node_name, "base-node": chain.top.stem}
+            await vm.execute("block-commit", {"job-id": "theirs", **arguments})
+            await anext(heard)
+        with pytest.raises(qc.WindowError, match=r"no instant's image.* works on vda: theirs"):
+            await qc.close_window(vm, window)
+        with pytest.raises(qc.WindowError, match="theirs"):
+            await vm.close_windows()
+        with vm.events("BLOCK_JOB_COMPLETED") as heard:
+            await vm.execute("block-job-cancel", {"device": "theirs"})
+            await anext(heard)
+        with pytest.raises(qc.WindowError, match="no instant's image") as told:
+            await qc.close_window(vm, window)
+        (outcome,) = window.outcomes
+        assert told.value.facts["outcomes"] == [outcome.model_dump(mode="json")]
+        assert outcome.deleted == [overlay.overlay]
     assert overlays(folder) == []
 
 
@@ -313,7 +328,7 @@ async def test_who_always_decides_otherwise_is_told(
         commit = vm.commit
 
         async def kept(overlay: str, **more: Any) -> qc.CommitJob:
-            return await commit(overlay, policy=qc.Keep(), shallow=True)
+            return await commit(overlay, policy=qc.Keep(), shallow=True, claim=more["claim"])
 
         with monkeypatch.context() as patched:
             patched.setattr(vm, "commit", kept)
@@ -348,6 +363,7 @@ async def test_an_overlay_that_was_pivoted_away_from_goes(folder: Path) -> None:
     """As where a process is killed between its pivot and the deletion."""
     async with running(folder) as (_, vm, chain):
         window = await qc.open_window(vm, ["vda"])
+        forget(window)
         overlay = window["vda"]
         with vm.events("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as heard:
             await vm.execute(

@@ -46,6 +46,12 @@ CHECKS: dict[str, Check] = {
 NAMES = tuple(CHECKS)
 """The names of all checks, in the order in which they are told."""
 
+CLAIM = "claim"
+"""Overrides that somebody else holds the disk (`qmpcommit.commit.claim`)."""
+
+OVERRIDES = (*NAMES, CLAIM)
+"""All that can be overridden: a check's refusal, and that somebody else holds the disk."""
+
 _ABOUT_SPACE = frozenset(("free-space", "size"))
 
 
@@ -80,12 +86,12 @@ def check_commit(
 
 
 def check_override(names: Collection[str]) -> None:
-    """Refuse a name that no check has; raises `InvalidRequest`."""
-    unknown = sorted(set(names) - set(NAMES))
+    """Refuse a name of nothing that can be overridden; raises `InvalidRequest`."""
+    unknown = sorted(set(names) - set(OVERRIDES))
     if unknown:
         raise InvalidRequest(
             f"there is no check {', '.join(map(repr, unknown))}; those that can be overridden are"
-            f" {', '.join(NAMES)}. Nothing was sent"
+            f" {', '.join(OVERRIDES)}. Nothing was sent"
         )
 
 

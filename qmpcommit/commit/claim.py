@@ -1,0 +1,526 @@
+"""Who works on a disk: a node in QEMU with an agreed name, which only one can add.
+
+A claim is four nodes in each other, added by one command: the innermost, a ``null-co``, has a name
+that follows from the disk, so that a second one is refused; those around it have names that tell
+who holds the disk, for what, and since when. It costs nothing and ends with QEMU. The outermost
+name differs each time, and is what is deleted: nobody deletes another one's claim by mistake.
+
+Whoever works on a disk claims it first and passes the claim down to what it has done for it. A
+claim whose process is seen to have ended is anybody's; whether it has can be told only from the
+same host and PID namespace.
+
+Rests on ``blockdev-add``, ``blockdev-del`` and ``query-named-block-nodes``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import lru_cache
+from time import time
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from qmpcommit.block.graph import CLAIMED, CLAIMER
+from qmpcommit.commit.checks import CLAIM
+from qmpcommit.errors import (
+    CommandRefused,
+    DeadlineExceeded,
+    JobConflict,
+    MonitorLost,
+    QmpCommitError,
+)
+from qmpcommit.tasks import to_the_end
+from qmpcommit.values import Record, record
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from qmpcommit.block.chain import Disk
+    from qmpcommit.block.graph import BlockGraph
+    from qmpcommit.commit.job import CommitJob
+    from qmpcommit.session import Session
+
+Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc"]
+
+WORK: Mapping[str, str] = {
+    "commit": "a commit",
+    "group": "a group commit",
+    "window": "a snapshot window",
+    "close": "the closing of a window",
+    "flat": "a flatten",
+    "cycle": "a round of a cycle",
+    "disc": "a discard",
+}
+"""What a disk is claimed for, in words."""
+
+TRIES = 5
+"""How often a claim is tried that others take and give up meanwhile."""
+
+RELEASE = 2.0
+"""Seconds that QEMU gets to take the release of a claim; it is no reason to wait for longer."""
+
+_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_NUMBER = r"([0-9a-z]{1,13})"
+_WHAT = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})n([0-9a-f]{{8}})\.([a-z]{{1,6}})")
+_WHO = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})p{_NUMBER}\.{_NUMBER}")
+_WHERE = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})w([0-9a-f]{{6}})\.{_NUMBER}")
+_FOR = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})f([0-9a-f]{{8}})")
+_AGREED = re.compile(rf"{CLAIMED}([0-9a-f]{{10}})")
+
+_held: set[str] = set()
+"""The nonces of the claims that this process holds."""
+
+_left: set[str] = set()
+"""Those of the claims that it has let go, and that may be in QEMU still."""
+
+
+class Here(NamedTuple):
+    """This process: its id, when it began (clock ticks since boot), and where those count.
+
+    `place` stands for the host since its boot and the PID namespace; "" where that can't be told.
+    """
+
+    pid: int
+    began: int
+    place: str
+
+
+@record
+class Owner(Record):
+    """Who holds a disk: `verb` is what for, `since` since when (seconds since 1970).
+
+    `disk` stands for the disk, `node` is what `blockdev-del` closes, `nonce` differs each time,
+    `tag` tells of what it is a part (a window). Unknown is 0 or "".
+    """
+
+    disk: str
+    node: str = ""
+    nonce: str = ""
+    verb: str = ""
+    pid: int = 0
+    began: int = 0
+    place: str = ""
+    since: int = 0
+    tag: str = ""
+
+
+# -- names: pure ----------------------------------------------------------------------------------
+
+
+def number_of(disk: Disk) -> str:
+    """What stands for a disk in its claim's name, while its overlays come and go.
+
+    That is its device's, its drive's or its export's name, or that of its bottom layer's node.
+    """
+    if disk.qdev or disk.device:
+        name = f"device {disk.qdev or disk.device}"
+    elif disk.exports:
+        name = f"export {min(disk.exports)}"
+    else:
+        name = f"node {disk.chain[-1].node_name if disk.chain else disk.name}"
+    return hashlib.sha256(name.encode()).hexdigest()[:10]
+
+
+def node_of(owner: Owner) -> dict[str, Any]:
+    """The arguments of the ``blockdev-add`` that claims the disk for this owner."""
+    disk = f"{CLAIMER}{owner.disk}"
+    names = [
+        f"{disk}w{owner.place or '000000'}.{_short(owner.since)}",
+        f"{disk}p{_short(owner.pid)}.{_short(owner.began)}",
+        owner.node,
+    ]
+    if owner.tag:
+        names.insert(0, f"{disk}f{owner.tag}")
+    node: dict[str, Any] = {
+        "driver": "null-co",
+        "node-name": f"{CLAIMED}{owner.disk}",
+        "size": 0,
+        "read-only": True,
+    }
+    for name in names:
+        node = {"driver": "raw", "node-name": name, "read-only": True, "file": node}
+    return node
+
+
+def owners_among(names: Iterable[str]) -> dict[str, Owner]:
+    """Who holds which disk, by what stands for it; `names` are those of QEMU's nodes."""
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if match := _AGREED.fullmatch(name):
+            found[match[1]] = {"disk": match[1]}
+        elif match := _WHAT.fullmatch(name):
+            what = {"node": name, "nonce": match[2], "verb": match[3]}
+            known.setdefault(match[1], {}).update(what)
+        elif match := _WHO.fullmatch(name):
+            who = {"pid": int(match[2], 36), "began": int(match[3], 36)}
+            known.setdefault(match[1], {}).update(who)
+        elif match := _WHERE.fullmatch(name):
+            place = "" if match[2] == "000000" else match[2]
+            known.setdefault(match[1], {}).update(place=place, since=int(match[3], 36))
+        elif match := _FOR.fullmatch(name):
+            known.setdefault(match[1], {})["tag"] = match[2]
+    return {disk: Owner(**facts, **known.get(disk, {})) for disk, facts in found.items()}
+
+
+def _short(number: int) -> str:
+    """A number to the base of 36, for a node-name has 31 characters at most."""
+    text = ""
+    while number or not text:
+        number, digit = divmod(number, 36)
+        text = _DIGITS[digit] + text
+    return text
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+def here() -> Here:
+    """This process, as its claims tell of it."""
+    return _here(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _here(pid: int) -> Here:
+    began = None
+    try:
+        began = _began("self")
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            where = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+        known = os.readlink("/proc/self") == str(pid)  # else /proc is another namespace's
+    except OSError:
+        known = False
+    place = hashlib.sha256(where.encode()).hexdigest()[:6] if known else ""
+    return Here(pid, began or 0, place if began else "")
+
+
+def _began(pid: int | str) -> int | None:
+    """When a process began, in clock ticks since boot; None for one that has ended.
+
+    Raises `PermissionError` where that is hidden from us.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            facts = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if facts[0] in (b"Z", b"X") else int(facts[19])
+
+
+def lives(owner: Owner) -> bool | None:
+    """Whether whoever holds a disk is there still; None where that can't be known from here."""
+    now = here()
+    if owner.pid == now.pid and owner.nonce in _held | _left:
+        return owner.nonce in _held
+    if not now.place or owner.place != now.place or not owner.pid:
+        return None
+    if (owner.pid, owner.began) == (now.pid, now.began):
+        return False  # whoever of this process had it has forgotten it
+    try:
+        os.kill(owner.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    try:
+        if not os.path.exists(f"/proc/{owner.pid}"):
+            return None  # it is hidden from us, or has ended just now
+        return _began(owner.pid) == owner.began
+    except PermissionError:
+        return None
+
+
+def told(owner: Owner) -> str:
+    """An owner in words: for what it holds the disk, which process it is, and since when."""
+    work = WORK.get(owner.verb, "another program's work")
+    who = f"process {owner.pid}" if owner.pid else "a process that is not told"
+    if lives(owner) is None:
+        who += " of another host or container"
+    elif (owner.pid, owner.began) == here()[:2]:
+        who = f"this very process ({owner.pid})"
+    elif program := _program(owner.pid):
+        who = f"{program} ({who})"
+    since = ""
+    if owner.since:
+        at = datetime.fromtimestamp(owner.since, UTC)
+        since = f", since {at:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{work} of {who}{since}"
+
+
+def _program(pid: int) -> str:
+    """What a process is called: a script's name where an interpreter runs one."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = [w.decode(errors="replace") for w in file.read().split(b"\0") if w]
+    except OSError:
+        return ""
+    if words and os.path.basename(words[0]).startswith("python"):
+        words = [word for word in words[1:] if not word.startswith("-")] or words
+    return os.path.basename(words[0]) if words else ""
+
+
+# -- conflicts ------------------------------------------------------------------------------------
+
+
+def conflict(vm: Session, disk: Disk, owner: Owner, state: str = "Nothing was sent") -> JobConflict:
+    """The error of whoever comes second; it names the first."""
+    alive = lives(owner)
+    text = f"{disk} of {vm.name} is held by {told(owner)}"
+    if disk.jobs:
+        text += f"; it has a block job already: {', '.join(disk.jobs)}"
+    if alive is None:
+        text += (
+            ". Whether that process lives can't be seen from here. Wait for its end; or, if it is"
+            f" gone for certain, take the disk over from it: --override {CLAIM}"
+            f" (override=['{CLAIM}'])"
+        )
+    else:
+        text += ". Wait for its end, or end that program"
+    return JobConflict(
+        f"{text}. {state}",
+        vm=vm.name,
+        disk=disk.name,
+        job_id=disk.jobs[0] if disk.jobs else None,
+        owner={**owner.model_dump(), "work": WORK.get(owner.verb, owner.verb), "alive": alive},
+    )
+
+
+def owner_in(graph: BlockGraph, disk: Disk) -> Owner | None:
+    """Who holds this disk, as a graph that was read shows it."""
+    if not graph.claims:
+        return None
+    return owners_among(graph.claims).get(number_of(disk))
+
+
+def check_free(
+    vm: Session,
+    graph: BlockGraph,
+    disk: Disk,
+    *,
+    claim: Claim | None = None,
+    override: Collection[str] = (),
+) -> None:
+    """Raise `JobConflict` where somebody else who lives, or may live, holds this disk.
+
+    `claim` is that of whoever asks.
+    """
+    if not graph.claims or vm.private or CLAIM in override:
+        return
+    owner = owner_in(graph, disk)
+    if owner is None or lives(owner) is False:
+        return
+    if claim is not None and (not claim.held or claim.owner.nonce == owner.nonce):
+        return
+    raise conflict(vm, disk, owner)
+
+
+# -- claims ---------------------------------------------------------------------------------------
+
+
+class Claim:
+    """A disk that is held, until `release` or the end of an ``async with``.
+
+    `held` is False where it could not be claimed and that is no obstacle: a QEMU without the
+    driver for it, one that nobody else can reach, or a recovery that must not wait for others.
+    """
+
+    def __init__(self, vm: Session, owner: Owner, *, held: bool) -> None:
+        self.vm, self.owner, self.held = vm, owner, held
+        if held:
+            vm.claims.add(self)
+
+    async def release(self, vm: Session | None = None) -> None:
+        """Let the disk go; safe to repeat, bounded in time, never raises.
+
+        That is done over `vm`, where it is another session with the same QEMU by now. Where the
+        monitor is away, it is done as soon as that session claims anything again.
+        """
+        if self._over():
+            await to_the_end(_let_go(vm or self.vm, self.owner))
+
+    def abandon(self) -> None:
+        """Let it go without a word to QEMU: this process takes over what it finds there."""
+        if self._over():
+            _left.add(self.owner.nonce)
+
+    def _over(self) -> bool:
+        held, self.held = self.held, False
+        _held.discard(self.owner.nonce)
+        self.vm.claims.discard(self)
+        return held
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.release()
+
+
+async def take(
+    vm: Session,
+    disk: Disk,
+    verb: Verb,
+    *,
+    tag: str = "",
+    override: Collection[str] = (),
+    state: str = "Nothing was sent",
+) -> Claim:
+    """Claim a disk, or raise `JobConflict` that names who holds it.
+
+    A claim whose owner is seen to have ended is taken over, and so is any with "claim" in
+    `override`. `tag` (eight hexadecimal digits) tells of what it is a part. If its reply is lost
+    QEMU is asked; if this is cancelled nothing stays claimed. Raises what `Monitor.execute`
+    raises.
+    """
+    now = here()
+    nonce = os.urandom(4).hex()
+    number = number_of(disk)
+    node = f"{CLAIMER}{number}n{nonce}.{verb}"
+    owner = Owner(number, node, nonce, verb, now.pid, now.began, now.place, int(time()), tag)
+    if vm.private:
+        return Claim(vm, owner, held=False)
+    await clear_left(vm)
+    _held.add(nonce)
+    held = False
+    try:
+        held = await _add(vm, disk, owner, override, state)
+        return Claim(vm, owner, held=held)
+    except JobConflict:
+        raise
+    except BaseException:  # it may be there for all that is known
+        await to_the_end(_let_go(vm, owner))
+        raise
+    finally:
+        if not held:
+            _held.discard(nonce)
+
+
+async def take_if_free(vm: Session, disk: Disk, verb: Verb, *, tag: str = "") -> Claim:
+    """As `take`, for a recovery: where somebody else holds the disk by now, it goes on without."""
+    try:
+        return await take(vm, disk, verb, tag=tag)
+    except JobConflict as error:
+        vm.log.warning("disk_is_held", disk=disk.name, why=error.message)
+        owner = Owner(number_of(disk), verb=verb, tag=tag)
+        return Claim(vm, owner, held=False)
+
+
+async def take_for(
+    vm: Session, job: CommitJob, verb: Verb = "commit", *, override: Collection[str] = ()
+) -> None:
+    """Claim a prepared job's disk, if that was not done; raises what `take` raises.
+
+    It is let go when the job is no longer followed: one that is left to itself keeps others off by
+    being there. Who does not start the job has to `let_go` its disk.
+    """
+    if job.claim is None:
+        job.inherit(await take(vm, job.plan.disk, verb, override=override))
+
+
+async def take_again(vm: Session, job: CommitJob) -> None:
+    """Claim the disk of a job anew that is taken up and followed, if nobody else has it by now."""
+    with suppress(QmpCommitError):  # the monitor is away: the job keeps others off
+        job.inherit(await take_if_free(vm, job.plan.disk, "commit"))
+    if job.done:
+        await let_go(job)
+
+
+async def let_go(*jobs: CommitJob) -> None:
+    """Let the disks of jobs go that were not started, where they are held for these alone."""
+    for job in jobs:
+        if job.own_claim is not None:
+            await job.own_claim.release()
+
+
+async def _add(
+    vm: Session, disk: Disk, owner: Owner, override: Collection[str], state: str
+) -> bool:
+    """Whether it is claimed now; False where this QEMU can't hold a claim."""
+    there: Owner | None = None
+    for _ in range(TRIES):
+        refused: CommandRefused | None = None
+        try:
+            await vm.execute("blockdev-add", node_of(owner))
+            return True
+        except CommandRefused as error:
+            refused = error
+        except DeadlineExceeded:
+            vm.drop()  # what it still runs of this connection, it has run when the next one answers
+        except MonitorLost:
+            pass
+        there = await _asked(vm, owner.disk)
+        if there is None and refused is not None:
+            vm.log.warning("disk_not_claimed", disk=disk.name, error=refused.desc)
+            return False
+        if there is None:
+            continue
+        if there.nonce == owner.nonce:
+            return True
+        if lives(there) is not False and CLAIM not in override:
+            break
+        vm.log.warning("claim_taken_over", disk=disk.name, owner=told(there))
+        await _delete(vm, there)
+    if there is None:
+        raise MonitorLost(
+            f"the monitor of {vm.name} was lost {TRIES} times while {disk} was claimed. {state}",
+            vm=vm.name,
+            disk=disk.name,
+        )
+    raise conflict(vm, disk, there, state)
+
+
+async def _asked(vm: Session, disk: str) -> Owner | None:
+    """Who holds it, over a new connection where the one that was broken is not known to be yet."""
+    try:
+        found = await owners_of(vm)
+    except MonitorLost:
+        found = await owners_of(vm)
+    return next((owner for owner in found if owner.disk == disk), None)
+
+
+async def owners_of(vm: Session) -> list[Owner]:
+    """Who holds which disk of this VM now."""
+    nodes = await vm.execute("query-named-block-nodes", {"flat": True})
+    return list(owners_among(str(node.get("node-name") or "") for node in nodes).values())
+
+
+async def clear_dead(vm: Session, owners: Iterable[Owner]) -> None:
+    """Close what those of these owners have left that are seen to have ended."""
+    for owner in owners:
+        if lives(owner) is False:
+            with suppress(QmpCommitError):
+                await _delete(vm, owner)
+
+
+async def _delete(vm: Session, owner: Owner) -> None:
+    """Close that very claim; it may be gone already, and its disk be another one's by now."""
+    with suppress(CommandRefused):
+        await vm.execute("blockdev-del", {"node-name": owner.node})
+
+
+async def _let_go(vm: Session, owner: Owner) -> None:
+    if vm.connected:
+        with suppress(QmpCommitError, TimeoutError):
+            async with asyncio.timeout(RELEASE):
+                await _delete(vm, owner)
+                return
+    _left.add(owner.nonce)
+    vm.left_claims.append(owner)
+
+
+async def clear_left(vm: Session) -> None:
+    """Close what could not be closed when it was let go."""
+    while vm.left_claims:
+        await _delete(vm, vm.left_claims[0])
+        _left.discard(vm.left_claims.pop(0).nonce)
