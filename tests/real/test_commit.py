@@ -345,7 +345,7 @@ async def test_only_if(folder: Path) -> None:
     chain = make_chain(folder)
     before = read(chain.base)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        for command in (["false"], ["/nowhere/nothing"]):
+        for command in (["false"], ["/nowhere/nothing"], ["sh", "-c", "exit 127"]):
             with pytest.raises(qc.OnlyIfFailed, match="Nothing was sent"):
                 await vm.commit("vda", policy=qc.Pivot(), only_if=command)
         await vm.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit import cycle as cycle_module
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.sessions import files, runs
@@ -255,3 +256,17 @@ async def test_the_next_overlay_may_be_named(folder: Path) -> None:
         await vm.close()
         await qemu.quit()
     assert_disk(named, chain.pictures[0])
+
+
+async def test_an_overlay_that_is_not_seen_here_is_not_called_deleted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cycle_module, "identify", lambda path, pid: None)
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        done = await vm.discard("vda", delete=True)
+        assert (done.deleted, [str(chain.top) in text for text in done.warnings]) == (False, [True])
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(Path(done.overlay), chain.pictures[0])

@@ -21,7 +21,7 @@ from tests.ground.images import (
     make_chain,
     write,
 )
-from tests.ground.machines import Machine, machine, storage_daemon
+from tests.ground.machines import machine, storage_daemon
 
 WHO = {
     "guest": "The guest now writes to",
@@ -79,13 +79,6 @@ async def test_what_the_checks_found_is_told_afterwards(folder: Path) -> None:
     assert_disk(base, picture)
 
 
-async def filtered_base(qemu: Machine) -> None:
-    """Another client's commit into a filter that lies over the base, up to READY."""
-    await qemu.execute("object-add", qom_type="throttle-group", id="g")
-    await qemu.execute("blockdev-add", driver="throttle", node_name="f", file="base",
-                       throttle_group="g")  # fmt: skip
-
-
 async def test_a_pivot_onto_a_filter_is_one(folder: Path) -> None:
     """As another client may have begun it: the disk's layer is what lies below the filter."""
     chain = make_chain(folder, names=("base", "unused"), layers=1)
@@ -93,7 +86,7 @@ async def test_a_pivot_onto_a_filter_is_one(folder: Path) -> None:
     write(over, [Write(0, MIB, 9)])
     chain.pictures[-1].fill(0, MIB, 9)
     async with storage_daemon(folder, chain, export=False) as qemu:
-        await filtered_base(qemu)
+        await qemu.execute("blockdev-add", driver="copy-on-read", node_name="f", file="base")
         top = {"driver": "file", "filename": str(over)}
         await qemu.execute("blockdev-add", driver="qcow2", node_name="over", file=top, backing="f")
         await qemu.execute("nbd-server-start", addr={"type": "unix",
@@ -111,6 +104,22 @@ async def test_a_pivot_onto_a_filter_is_one(folder: Path) -> None:
         await qemu.execute("block-export-del", id="e", mode="hard")
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_flatten_ends_with_the_step_that_another_client_aborts(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    write(chain.files[1], [Write(8 * MIB, 40 * MIB, 0x77)])
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        flattening = asyncio.ensure_future(vm.flatten("top", keep=2, bandwidth="1MiB")._all())
+        async with asyncio.timeout(20):
+            while not (jobs := await qemu.execute("query-jobs")):
+                pass
+        await qemu.execute("job-cancel", id=jobs[0]["id"])
+        (outcome,) = await flattening
+        assert (outcome.action, outcome.decided_by) == ("abort", "another client")
+        assert len((await vm.disk("top")).chain) == 4
+        await vm.close()
+        await qemu.quit()
 
 
 @pytest.mark.parametrize(

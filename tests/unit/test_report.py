@@ -10,6 +10,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.cli.show import outcome_text
 from qmpcommit.commit import report
+from qmpcommit.commit.checks import Finding
 from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import Timings
 from qmpcommit.commit.phases import State, Verdict
@@ -75,6 +76,25 @@ def test_a_lost_monitor_tells_of_a_guest_that_may_be_paused(frozen: bool) -> Non
 
 def test_a_failed_layer_below_leaves_the_chain_and_an_unknown_one_sends_to_look() -> None:
     assert "is as it was and whole" in str(told(LOWER, verdict=Verdict.FAILED, error="e"))
+
+
+def test_of_a_job_that_is_not_known_nothing_is_said_of_its_base() -> None:
+    for verdict in (Verdict.MONITOR_LOST, Verdict.FAILED):
+        assert "valid only under (unknown)" not in str(told(ENDED_BEFORE, verdict=verdict))
+
+
+def test_what_was_found_before_is_told_of_a_plan_from_a_journal_too() -> None:
+    found = [
+        Finding("size", "note", "it grows"),
+        Finding("corrupt", "refuse", "it is (override 'corrupt' to commit anyway)"),
+        Finding("encrypted", "ok", "nothing"),
+    ]
+    said = [
+        "found before it began, size: it grows",
+        "found before it began and overridden, corrupt: it is",
+    ]
+    for findings in (found, [each.model_dump(mode="json") for each in found]):
+        assert report.found_before(replace(WHOLE, findings=findings)) == said
 
 
 @pytest.mark.parametrize("plan", [WHOLE, LOWER], ids=["active", "lower"])
