@@ -257,9 +257,11 @@ def given_names(fdsets: Mapping[str, tuple[int, ...]], pid: int | None) -> dict[
 def working_directory(pid: int | None) -> str | None:
     """A process's, as its path is from here; None where it can't be known."""
     try:
-        return os.readlink(f"/proc/{pid}/cwd") if pid else None
+        path = os.readlink(f"/proc/{pid}/cwd") if pid else None
+        removed = path is not None and os.stat(f"/proc/{pid}/cwd").st_nlink == 0
     except OSError:
         return None
+    return None if removed else path
 
 
 def is_plain(filename: str) -> bool:

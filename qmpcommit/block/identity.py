@@ -272,8 +272,8 @@ class OpenFiles:
                 return Named("same", reached)
             return Named(
                 "same",
-                reason=f"QEMU (process {self._pid}) has its own file systems, in which"
-                f" '{filename}' is another file than here",
+                reason=f"'{filename}' is another file in the view of QEMU (process {self._pid})"
+                " than here",
                 astray=True,
             )
         if theirs is None and reached:  # it has changed its root since it opened it
@@ -330,6 +330,9 @@ class OpenFiles:
         """The path from here through QEMU's own root or working directory."""
         if not os.path.isabs(filename):
             return f"/proc/{self._pid}/cwd/{filename}"
+        for own, seen in (("/dev/fd/", "fd/"), ("/proc/self/", "")):
+            if filename.startswith(own):
+                return f"/proc/{self._pid}/{seen}{filename.removeprefix(own)}"
         try:
             return _inside(self._root or "", filename)
         except OSError:
@@ -426,7 +429,7 @@ def unnamed(graph: BlockGraph, opened: OpenFiles, layer: str, known: FileId | No
             continue
         name = str(node.raw.get("file"))
         told = opened.named(name)
-        if told.verdict == "same" or (known is not None and opened.has_name(known)):
-            continue
-        return told.reason
+        moved = told.verdict == "gone" and known is not None and opened.has_name(known)
+        if told.verdict != "same" and not moved:
+            return told.reason
     return ""

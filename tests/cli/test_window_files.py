@@ -50,12 +50,12 @@ async def test_a_name_that_is_another_file_here_is_handed_to_no_command(folder: 
     async with storage_daemon(folder, seen, wrap=[*wrap, str(theirs), str(ours)]) as qemu:
         command = ["--", "cp", "{top}", str(folder / "copy")]
         said = qmpcommit("window", qemu.qmp, "top", *command)
-        assert (said.status, "another file than here" in said.err) == (1, True), said.err
+        assert (said.status, "another file in the view of QEMU" in said.err) == (1, True), said.err
         for hook in (["--only-if", "true"], ["--check", "true"], ["--on-pivot", "true"]):
             policy = [] if hook[0] == "--check" else ["--pivot"]
             said = qmpcommit("commit", qemu.qmp, "top", *policy, *hook)
             assert (said.status, "would be told" in said.err) == (1, True), said.err
-        assert "another file than here" in qmpcommit("chain", qemu.qmp, "--json").out
+        assert "another file in the view of QEMU" in qmpcommit("chain", qemu.qmp, "--json").out
         said = qmpcommit("commit", qemu.qmp, "top", "--pivot", "--delete")
         assert said.status == 0
         await qemu.quit()

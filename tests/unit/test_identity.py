@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,23 @@ def test_a_name_that_is_another_file_in_qemus_own_root(
     assert "can't be read here" in identity.locate(str(path), pid=ME).reason
 
 
+def test_a_name_that_is_a_processs_own(folder: Path) -> None:
+    with (folder / "x").open("w") as x, subprocess.Popen(["sleep", "60"], stdin=x) as process:
+        opened = OpenFiles(process.pid, ["/dev/fd/0", "/proc/self/fd/0"])
+        for name in ("/dev/fd/0", "/proc/self/fd/0"):
+            told = opened.named(name)
+            assert (told.verdict, told.here, told.astray) == ("same", "", True)
+        process.kill()
+
+
+def test_a_working_directory_that_was_removed(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as process:
+        assert working_directory(process.pid) == str(tmp_path)
+        tmp_path.rmdir()
+        assert working_directory(process.pid) is None
+        process.kill()
+
+
 def test_files_that_were_given_open(folder: Path) -> None:
     path, other = folder / "x", folder / "y"
     path.touch()
@@ -112,7 +130,8 @@ def test_files_that_were_given_open(folder: Path) -> None:
         assert given_names(sets, ME) == {}
 
 
-def test_where_the_names_of_a_graph_lead(folder: Path) -> None:
+def test_where_the_names_of_a_graph_lead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     path = folder / "x"
     path.touch()
     nodes = [node("top", "qcow2", "x"), node("f", "file", "x"), node("n", "nbd", "nbd://h:1/x")]
@@ -127,6 +146,9 @@ def test_where_the_names_of_a_graph_lead(folder: Path) -> None:
         opened = OpenFiles.of(graph, ME, cwd=str(folder))
         known = identity.FileId.of(os.fstat(file.fileno()))
         path.rename(folder / "y")
+        path.touch()
+        assert "'x' is another file" in unnamed(graph, opened, "top", known)
+        path.unlink()
         assert "no file has the name 'x'" in unnamed(graph, opened, "top", None)
         assert unnamed(graph, opened, "top", known) == ""  # under another name
         (folder / "y").rename(path)
