@@ -154,7 +154,8 @@ async def test_all(folder: Path, choice: bool, options: Sequence[str]) -> list[T
         made = system if suite == SYSTEM else await asyncio.to_thread(bring, folder, suite)
         if made.missing:
             return made
-        made.plugin = PLUGIN if choice else ()
+        if choice:
+            made.plugin, made.tests = PLUGIN, TESTS + GUEST[-1:]
         if suite != SYSTEM:
             made.environment["QMPCOMMIT_TEST_QEMU_FOLDER"] = str(folder / "bin")
             made.environment["QMPCOMMIT_TEST_QEMU_SUFFIX"] = f"-{suite}"
