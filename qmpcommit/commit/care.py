@@ -73,7 +73,7 @@ class Care:
             await self._flush()
             why = await self._above.open()
             if why is not None:
-                return facts.Prepared(self._not_to_be_ended(why))
+                return facts.Prepared(f"{why}. So it was cancelled before: no header was rewritten")
         prepared = facts.Prepared() if keeps else await self._carry()
         barrier = self._around.barrier
         if barrier is None or prepared.error is not None:
@@ -82,16 +82,6 @@ class Care:
             return facts.Prepared(await barrier())
         except Exception as error:  # the owner's own; the disk must not be held for it
             return facts.Prepared(f"the barrier failed: {error!r}")
-
-    def _not_to_be_ended(self, why: str) -> str:
-        plan = self._plan
-        below = ", ".join(image.filename for image in (*plan.between, plan.base))
-        return (
-            f"{why}. At the job's end QEMU would have crashed over it, and the guest with it, so"
-            f" the job was cancelled: no header was rewritten. {below} may hold part of the data"
-            f" that was to be committed, and is valid only under {plan.top.filename}. Mend that,"
-            " and commit again"
-        )
 
     async def close_above(self) -> None:
         """The job has ended: the overlays above are read-only again."""

@@ -13,8 +13,8 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.block.identity import OpenFiles
+from qmpcommit.block.graph import BlockGraph, Node, read_graph
+from qmpcommit.block.identity import FDSET, OpenFiles
 from qmpcommit.commit.checks.finding import Case, Finding
 from qmpcommit.commit.checks.header_above import NAME, header_above, overlays_above
 from qmpcommit.errors import ChainError, CommandRefused, QmpCommitError
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 class OverlaysAbove:
     """Those of one intermediate commit; `opened` are the nodes that were opened for writing."""
 
-    def __init__(self, monitor: Monitor, plan: Plan, cwd: str | None) -> None:
-        self._monitor, self._plan, self._cwd = monitor, plan, cwd
+    def __init__(
+        self, monitor: Monitor, plan: Plan, cwd: str | None, *, rehearsal: bool = False
+    ) -> None:
+        self._monitor, self._plan, self._cwd, self._rehearsal = monitor, plan, cwd, rehearsal
         self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self.opened: list[str] = []
 
@@ -48,7 +50,7 @@ class OverlaysAbove:
         read_only = [
             node
             for node, _ in overlays_above(graph, self._plan.top.node_name)
-            if node.raw.get("ro") and node.name not in self.opened
+            if node.raw.get("ro") and node.name not in self.opened and not self._spared(graph, node)
         ]
         for node in read_only:
             self.opened.append(node.name)  # it may be done even if its reply is not awaited
@@ -60,9 +62,10 @@ class OverlaysAbove:
             if why:
                 self.opened.remove(node.name)
                 await self.close()
+                file = graph.file(graph.leaf(node.name))
                 return (
-                    f"QEMU can't open {graph.file(node)} (node '{node.name}') for writing, whose"
-                    f" header it has to change: {why}"
+                    f"QEMU can't open {file} (node '{node.name}') for writing, whose header it has"
+                    f" to change: {why}; it would crash at the job's end, and the guest with it"
                 )
         return None
 
@@ -80,6 +83,10 @@ class OverlaysAbove:
         line = {"command-line": f'qemu-io {node} "reopen {how}"'}
         said = await self._monitor.execute("human-monitor-command", line)
         return " ".join(str(said).split())
+
+    def _spared(self, graph: BlockGraph, node: Node) -> bool:
+        """Whether a rehearsal would spoil it: the lock on a file that was given open stays."""
+        return self._rehearsal and str(graph.leaf(node.name).raw.get("file")).startswith(FDSET)
 
     def _look(self, graph: BlockGraph) -> list[Finding]:
         pid = self._monitor.peer_pid
@@ -105,7 +112,7 @@ async def check_writable(
     Raises `ChainError` where it can't: at the commit's end it would crash. So it does where it
     can't be asked and nothing else tells.
     """
-    above = OverlaysAbove(monitor, plan, cwd)
+    above = OverlaysAbove(monitor, plan, cwd, rehearsal=True)
     try:
         why = await above.open(graph)
     finally:
@@ -117,8 +124,7 @@ async def check_writable(
             why = f"{unknown[0]} (override '{NAME}' to commit anyway)"
     if why is not None:
         raise ChainError(
-            f"[{NAME}] {why}. QEMU would crash at the commit's end, and the guest with it. Nothing"
-            " was changed",
+            f"[{NAME}] {why}. Nothing was changed",
             vm=plan.vm,
             disk=plan.disk.name,
             checks=[NAME],

@@ -174,6 +174,7 @@ async def until_held(vm: qc.Session, job_id: str) -> None:
     [
         ("removed", "iothread"),
         ("removed", "daemon"),
+        ("replaced", "machine"),
         ("read by another", "machine"),
         ("read by another", "daemon"),
         ("taken up", "machine"),
@@ -200,9 +201,11 @@ async def test_what_comes_in_between_cancels_the_job(how: str, program: str, fol
             job = await vm.adopt("j")
         else:
             job = await vm.commit(disk.name, top=2, bandwidth="1MiB")
-            if how == "removed":
+            if how != "read by another":
                 above.rename(aside)
-            else:
+            if how == "replaced":
+                stranger = create(above, MIB).read_bytes()
+            if how == "read by another":
                 locker = foreign(Path(alone(above)), "-r", "--image-opts", fmt="")
                 await reading.enter_async_context(locker)
             await vm.execute("block-job-set-speed", {"device": job.id, "speed": 0})
@@ -210,6 +213,8 @@ async def test_what_comes_in_between_cancels_the_job(how: str, program: str, fol
             await job.wait()
         assert [image.filename for image in (await vm.disks())[0].chain] == before
         await reading.aclose()
+        if how == "replaced":
+            assert above.read_bytes() == stranger, "QEMU wrote into another file"
         if aside.exists():
             aside.rename(above)
         outcome = await (await vm.commit(disk.name, top=2)).wait()

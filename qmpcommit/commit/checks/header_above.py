@@ -46,6 +46,15 @@ def header_above(case: Case) -> Iterator[Finding]:
         if why:
             yield Finding(NAME, "refuse", why, final=True)
             continue
+        why = _replaced(case, node) if node.raw.get("ro") else ""
+        if why:
+            yield Finding(
+                NAME, "refuse",
+                f"at its end QEMU would open {image.filename} by its name to write its header, into"
+                f" what has that name now: {why}. Put that file back under its name",
+                final=True,
+            )  # fmt: skip
+            continue
         why, known = _not_writable(case, node) if node.raw.get("ro") else ("", True)
         if why and known:
             yield refused(
@@ -160,6 +169,15 @@ def _declared_so(case: Case, node: Node, leaf: Node) -> tuple[str, bool]:
     return "", True
 
 
+def _replaced(case: Case, node: Node) -> str:
+    """Whether its name leads to another file than QEMU has open."""
+    leaf = case.graph.leaf(node.name)
+    if leaf.driver not in HOST_FILES:
+        return ""
+    told = case.opened.named(str(leaf.raw.get("file")))
+    return told.reason if told.verdict == "other" else ""
+
+
 def _not_by_name(case: Case, leaf: Node) -> str:
     """Why its name does not open the same file for writing."""
     filename = str(leaf.raw.get("file"))
@@ -171,7 +189,7 @@ def _not_by_name(case: Case, leaf: Node) -> str:
             return ""
         return read_only_because(place.path, pid)
     told = case.opened.named(filename)
-    return told.reason if told.verdict in ("gone", "other") else ""
+    return told.reason if told.verdict == "gone" else ""
 
 
 def _in_use(case: Case, node: Node, leaf: Node) -> str:
