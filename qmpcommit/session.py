@@ -458,6 +458,8 @@ class Session(Monitor):
         disks: Iterable[str],
         *,
         overlay_dir: str | os.PathLike[str] | None = None,
+        overlay_options: Mapping[str, Any] | None = None,
+        overlay_secret: str | None = None,
         freeze: Literal["agent", "pause"] | None = None,
         agent: str | os.PathLike[str] | None = None,
         bandwidth: int | str | None = None,
@@ -470,10 +472,11 @@ class Session(Monitor):
         ``transaction``; ``window["vda"].filename`` is then one instant's image, stable with all
         below it, and readable while the guest runs (where ``-blockdev`` opened the layers below
         for writing, readers need QEMU's force-share, ``qemu-img convert -U``, which does no harm
-        here). `freeze` quiesces the guest for that
-        instant: its file systems through the guest agent's socket `agent`, or its vCPUs. On
-        leaving, however the body ends, each overlay is committed back with at most `bandwidth`
-        bytes per second, pivoted away and deleted. `ledger` is told of each step before it is
+        here). They are like those files; `overlay_options` and `overlay_secret` say what those of
+        a `Recycle` say. `freeze` quiesces the guest for that instant: its file systems through the
+        guest agent's socket `agent`, or its vCPUs. On leaving, however the body ends, each overlay
+        is committed back with at most `bandwidth` bytes per second, pivoted away and deleted.
+        `ledger` is told of each step before it is
         taken; `open_window`, `close_window` and `recover_window` do the same in pieces, which may
         be done by different processes. The disks are claimed until it is closed; with "claim" in
         `override` they are taken over from whoever holds them.
@@ -489,6 +492,8 @@ class Session(Monitor):
             self,
             disks,
             overlay_dir=overlay_dir,
+            overlay_options=overlay_options,
+            overlay_secret=overlay_secret,
             freeze=freeze,
             agent=agent,
             bandwidth=bandwidth,
@@ -569,7 +574,9 @@ class Session(Monitor):
         The guest stands still while a fresh, empty `overlay` (a new file, or a folder for one; by
         default beside the former) takes the former's place; then it is reset and goes on, or is
         left stopped, as `guest` says ("reset" or "stop"). A running guest's disk is never exchanged
-        without that word. With `delete` the former overlay's file goes. Of several disks all are
+        without that word. The overlay is like the former one; `overlay_options` and
+        `overlay_secret` say what those of a `Recycle` say. With `delete` the former overlay's file
+        goes. Of several disks all are
         discarded or none is; for those of several VMs there is ``qc.discard([(vm, "vda"), ...])``.
         One that was killed half-way is finished by the next.
 

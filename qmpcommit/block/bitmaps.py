@@ -135,10 +135,43 @@ def carrying_actions(carrying: Carrying, there: Sequence[Bitmap]) -> list[dict[s
     return actions
 
 
-async def carry(monitor: Monitor, carrying: Carrying) -> None:
-    """Carry them, all or none; safe to repeat. Raises what `Monitor.execute` raises."""
+def fresh_actions(carrying: Carrying, fresh: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What has them go on in a fresh overlay under their names, with all that they mark.
+
+    So that whoever looks at the active layer alone, as before, misses nothing; who looks at the
+    layers below too finds the base's.
+    """
+    there = {bitmap.name for bitmap in _read(fresh)}
+    data = ((fresh.get("image") or {}).get("format-specific") or {}).get("data") or {}
+    keeps = data.get("compat", "1.1") != "0.10"
+    node = fresh["node-name"]
+    actions: list[dict[str, Any]] = []
+    for name, bitmaps in carrying.names.items():
+        add = {
+            "node": node,
+            "name": name,
+            "granularity": bitmaps[0].granularity,
+            "persistent": keeps and any(bitmap.persistent for bitmap in bitmaps),
+            "disabled": not bitmaps[0].recording,
+        }
+        if name not in there:
+            actions.append({"type": "block-dirty-bitmap-add", "data": add})
+        sources = [{"node": bitmap.node, "name": name} for bitmap in bitmaps]
+        merge = {"node": node, "target": name, "bitmaps": sources}
+        actions.append({"type": "block-dirty-bitmap-merge", "data": merge})
+    return actions
+
+
+async def carry(monitor: Monitor, carrying: Carrying, *, fresh: str | None = None) -> None:
+    """Carry them, all or none, into the overlay `fresh` as well, if one follows.
+
+    Safe to repeat. Raises what `Monitor.execute` raises.
+    """
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
     there = [b for node in nodes if node.get("node-name") == carrying.base for b in _read(node)]
     actions = carrying_actions(carrying, there)
+    for node in nodes:
+        if fresh is not None and node.get("node-name") == fresh:
+            actions += fresh_actions(carrying, node)
     if actions:
         await monitor.execute("transaction", {"actions": actions})

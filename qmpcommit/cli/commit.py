@@ -12,7 +12,15 @@ import click
 
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
-from qmpcommit.cli.options import Answer, Options, common, here, shell
+from qmpcommit.cli.options import (
+    Answer,
+    Options,
+    asked_of_overlay,
+    common,
+    here,
+    overlay_asked,
+    shell,
+)
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -88,6 +96,7 @@ class CommitCommand(click.Command):
     help="At READY, pivot and lay a fresh empty overlay FILE over the base before the guest can"
     " write to it.",
 )
+@overlay_asked
 @click.option("--policy", metavar="JSON", help='Any policy, as in {"kind": "pivot"}.')
 @click.option("--only-if", metavar="CMD", help="Commit only if CMD succeeds, asked before.")
 @click.option("--base", metavar="B", help="The layer to commit into; by default the bottom.")
@@ -149,6 +158,8 @@ def commit(
     *,
     others: tuple[tuple[str, str], ...],
     hold_limit: str | None,
+    overlay_options: str | None,
+    overlay_secret: str | None,
     freeze: Any,
     agents: tuple[str, ...],
     only_if: str | None,
@@ -209,7 +220,11 @@ def commit(
 
         parse_size(bandwidth, "bandwidth")
     hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
-    policy = _policy(decisions, needed=top is None or top.strip() == "0")
+    policy = _policy(
+        decisions,
+        needed=top is None or top.strip() == "0",
+        overlay=asked_of_overlay(overlay_options, overlay_secret),
+    )
     stale: Stale = "delete" if delete else "rename" if rename else "leave"
     _refuse_unheard(policy, stale, hook, override)
     request = {
@@ -278,12 +293,19 @@ def _converge(text: str) -> Converge:
     return Converge(deadline=parse_seconds(text, "time to converge"), pause=0.5)
 
 
-def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
+def _policy(
+    decisions: dict[str, Any], *, needed: bool, overlay: dict[str, Any]
+) -> AnyPolicy | None:
     """The one policy that was given; raises `PolicyRequired` or `InvalidRequest`."""
     given = {name: value for name, value in decisions.items() if value not in (None, False)}
     if len(given) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"Give one policy, not {names}")
+    if overlay and "recycle" not in given:
+        raise click.UsageError(
+            "--overlay-options and --overlay-secret are for the overlay of --recycle; a --policy"
+            " has them within"
+        )
     if not given and not needed:
         return None
     from qmpcommit.commit import policy as policies
@@ -304,7 +326,7 @@ def _policy(decisions: dict[str, Any], *, needed: bool) -> AnyPolicy | None:
             case "check":
                 return policies.Check(command=shell(value, "--check"))
             case "recycle":
-                return policies.Recycle(here(value) or "")
+                return policies.Recycle(here(value) or "", **overlay)
     policy = parse_policy(given.get("policy"))
     assert isinstance(policy, AnyPolicy)  # a text is no callable
     return policy

@@ -12,7 +12,16 @@ import click
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of, tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
-from qmpcommit.cli.options import Answer, Options, common, here, override_option, shell
+from qmpcommit.cli.options import (
+    Answer,
+    Options,
+    asked_of_overlay,
+    common,
+    here,
+    overlay_asked,
+    override_option,
+    shell,
+)
 from qmpcommit.cli.show import remarks, show_seconds
 
 if TYPE_CHECKING:
@@ -32,6 +41,7 @@ OTHERWISE = 3
     help="Exit status 0 keeps the changes, 1 to 125 throws them away; any other changes nothing.",
 )
 @click.option("--overlay", metavar="FILE", help="The next overlay, or a folder for it or them.")
+@overlay_asked
 @click.option("--reset", "guest", flag_value="reset", help="Reset the guest after a discard.")
 @click.option("--stop", "guest", flag_value="stop", help="Leave the guest stopped after a discard.")
 @click.option("--delete", is_flag=True, help="Delete the former overlay.")
@@ -43,6 +53,8 @@ def cycle(
     *,
     keep_if: str | None,
     overlay: str | None,
+    overlay_options: str | None,
+    overlay_secret: str | None,
     guest: Any,
     delete: bool,
     freeze: Any,
@@ -67,11 +79,12 @@ def cycle(
     from qmpcommit.cli.running import run
 
     if options.daemon is not None:
-        if keep_if or overlay or guest or delete or freeze or agents or override:
+        said = overlay or overlay_options or overlay_secret
+        if keep_if or said or guest or delete or freeze or agents or override:
             raise click.UsageError(
                 "The [[cycle]] of the daemon's configuration says what a round does; leave"
-                " --keep-if, --overlay, --reset, --stop, --delete, --freeze, --agent and --override"
-                " out"
+                " --keep-if, --overlay, --overlay-options, --overlay-secret, --reset, --stop,"
+                " --delete, --freeze, --agent and --override out"
             )
         vm, disk = _place(words)
         from qmpcommit.cli.remote_cycle import cycle as cycle_there
@@ -85,6 +98,7 @@ def cycle(
     request = {
         "keep_if": shell(keep_if, "--keep-if"),
         "overlay": here(overlay),
+        **asked_of_overlay(overlay_options, overlay_secret),
         "guest": guest,
         "delete": delete,
         "freeze": freeze,

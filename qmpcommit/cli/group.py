@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def policies_of(policy: AnyPolicy, named: Named) -> list[AnyPolicy]:
             "Each disk needs a fresh overlay of its own: give --recycle a folder that exists, or"
             " a pattern with {disk} or {number} in it"
         )
-    return [Recycle(file) for file in files]
+    return [replace(policy, overlay=file) for file in files]
 
 
 async def plan_group(running: Run, named: Named, request: Mapping[str, Any]) -> Answer:

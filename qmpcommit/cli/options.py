@@ -86,6 +86,37 @@ _COMMON = (
 )
 
 
+def overlay_asked(command: F) -> F:
+    """Add the options that say of a fresh overlay what QEMU does not tell of the former one."""
+    for option in reversed(_OVERLAY):
+        command = option(command)
+    return command
+
+
+def asked_of_overlay(options: str | None, secret: str | None) -> dict[str, Any]:
+    """What they say, where they say something; raises `InvalidRequest`."""
+    from qmpcommit.commit.overlay_options import OverlayOptions
+
+    asked = OverlayOptions.of(options, secret)
+    given = {"overlay_options": dict(asked.options) or None, "overlay_secret": asked.secret}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+_OVERLAY = (
+    click.option(
+        "--overlay-options",
+        metavar="JSON",
+        help="Members of blockdev-add for the fresh overlay, as in"
+        """ '{"discard": "unmap", "file": {"aio": "native"}}'; else it is like the former one.""",
+    ),
+    click.option(
+        "--overlay-secret",
+        metavar="ID",
+        help="The secret object of QEMU's that encrypts the fresh overlay of an encrypted disk.",
+    ),
+)
+
+
 def shell(command: str, option: str) -> list[str]:
     """What runs a command as a person wrote it.
 

@@ -13,7 +13,15 @@ import click
 
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.held import tell_of_held
-from qmpcommit.cli.options import Answer, Options, common, here, override_option
+from qmpcommit.cli.options import (
+    Answer,
+    Options,
+    asked_of_overlay,
+    common,
+    here,
+    overlay_asked,
+    override_option,
+)
 from qmpcommit.cli.show import remarks
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--close", is_flag=True, help="Close the windows that a crash has left open.")
 @click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
+@overlay_asked
 @freezing
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
 @override_option
@@ -46,6 +55,8 @@ def window(
     others: tuple[tuple[str, str], ...],
     close: bool,
     overlay_dir: str | None,
+    overlay_options: str | None,
+    overlay_secret: str | None,
     freeze: Any,
     agents: tuple[str, ...],
     bandwidth: str | None,
@@ -68,7 +79,7 @@ def window(
     from qmpcommit.cli.running import run
 
     if close:
-        if words or others:
+        if words or others or overlay_options or overlay_secret:
             raise click.UsageError("With --close give QMP alone")
         if options.daemon is not None:
             raise click.UsageError(
@@ -83,7 +94,12 @@ def window(
         }
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
-    request = {"overlay_dir": here(overlay_dir), "freeze": freeze, "bandwidth": bandwidth}
+    request = {
+        "overlay_dir": here(overlay_dir),
+        "freeze": freeze,
+        "bandwidth": bandwidth,
+        **asked_of_overlay(overlay_options, overlay_secret),
+    }
     if override and options.daemon is not None:
         raise click.UsageError("--override is for a window without the daemon")
     if override:

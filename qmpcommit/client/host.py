@@ -218,6 +218,8 @@ class Client:
         freeze: How = "pause",
         agents: Mapping[Any, str | os.PathLike[str]] | None = None,
         overlay_dir: str | os.PathLike[str] | None = None,
+        overlay_options: Mapping[str, Any] | None = None,
+        overlay_secret: str | None = None,
         bandwidth: int | str | None = None,
         lease: float = 60.0,
     ) -> AbstractAsyncContextManager[GroupWindow[str]]:
@@ -234,6 +236,8 @@ class Client:
             self,
             disks,
             overlay_dir=overlay_dir,
+            overlay_options=overlay_options,
+            overlay_secret=overlay_secret,
             freeze=freeze,
             agents=agents,
             bandwidth=bandwidth,

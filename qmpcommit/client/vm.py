@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,6 +161,8 @@ class RemoteVM:
         disks: Sequence[str],
         *,
         overlay_dir: str | os.PathLike[str] | None = None,
+        overlay_options: Mapping[str, Any] | None = None,
+        overlay_secret: str | None = None,
         freeze: How | None = None,
         agent: str | os.PathLike[str] | None = None,
         bandwidth: int | str | None = None,
@@ -180,6 +182,8 @@ class RemoteVM:
             self,
             disks,
             overlay_dir=overlay_dir,
+            overlay_options=overlay_options,
+            overlay_secret=overlay_secret,
             freeze=freeze,
             agent=agent,
             bandwidth=bandwidth,

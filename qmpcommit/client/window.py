@@ -41,6 +41,8 @@ async def snapshot(
     disks: Sequence[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     freeze: How | None = None,
     agent: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
@@ -52,7 +54,7 @@ async def snapshot(
     asked = {
         "disks": list(disks),
         "agent": None if agent is None else os.fspath(agent),
-        **_common(overlay_dir, freeze, bandwidth, lease),
+        **_common(overlay_dir, overlay_options, overlay_secret, freeze, bandwidth, lease),
     }
     held = _Held(vm.client, vm.name)
     view = await held.open(f"{vm.path}/windows", asked)
@@ -71,6 +73,8 @@ async def group_snapshot(
     disks: Iterable[tuple[RemoteVM | str, str]],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     freeze: How = "pause",
     agents: Mapping[Any, str | os.PathLike[str]] | None = None,
     bandwidth: int | str | None = None,
@@ -83,7 +87,7 @@ async def group_snapshot(
     asked = {
         "members": members,
         "agents": {name_of(vm): os.fspath(agent) for vm, agent in (agents or {}).items()},
-        **_common(overlay_dir, freeze, bandwidth, lease),
+        **_common(overlay_dir, overlay_options, overlay_secret, freeze, bandwidth, lease),
     }
     names = list(dict.fromkeys(member["vm"] for member in members))
     held = _Held(client, ", ".join(names))
@@ -185,14 +189,18 @@ class _Held:
         return found
 
 
-def _common(
+def _common(  # noqa: PLR0917
     overlay_dir: str | os.PathLike[str] | None,
+    overlay_options: Mapping[str, Any] | None,
+    overlay_secret: str | None,
     freeze: How | None,
     bandwidth: int | str | None,
     lease: float,
 ) -> dict[str, Any]:
     return {
         "overlay_dir": None if overlay_dir is None else os.fspath(overlay_dir),
+        "overlay_options": None if overlay_options is None else dict(overlay_options),
+        "overlay_secret": overlay_secret,
         "freeze": freeze,
         "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
         "lease": parse_seconds(lease, "lease"),

@@ -104,7 +104,8 @@ class Care:
             return facts.Prepared()
         try:
             async with asyncio.timeout(HOLD_LIMIT):
-                await carry(self._monitor, carrying)
+                fresh = self._overlay.node if self._overlay is not None else None
+                await carry(self._monitor, carrying, fresh=fresh)
         except CommandRefused as error:
             return facts.Prepared(f"the bitmaps could not be carried into the base: {error.desc}")
         except DeadlineExceeded:

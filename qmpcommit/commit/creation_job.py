@@ -19,15 +19,25 @@ if TYPE_CHECKING:
 PATIENCE = 0.5
 """Seconds of silence after which QEMU is asked about the creation."""
 
+TRIES = 20
+"""How often QEMU is asked that can't tell how fast it encrypts."""
 
-async def create(monitor: Monitor, job: str, filename: str, options: Mapping[str, Any]) -> None:
+_UNMEASURED = "Unable to get accurate CPU usage"
+"""What it says on a busy host, by chance, where it chooses the work of a key."""
+
+
+async def create(
+    monitor: Monitor, job: str, filename: str, options: Mapping[str, Any], *, tries: int = TRIES
+) -> None:
     """Create what `options` say; raises `CommitFailed` that names the file, or `CommandRefused`."""
     with monitor.events("JOB_STATUS_CHANGE") as changes:
         await monitor.execute("blockdev-create", {"job-id": job, "options": options})
         await _concluded(monitor, job, filename, changes)
-    error = (await _listed(monitor, job) or {}).get("error")
+    error = str((await _listed(monitor, job) or {}).get("error") or "")
     await monitor.execute("job-dismiss", {"id": job})
-    if error:
+    if _UNMEASURED in error and tries > 1:
+        await create(monitor, job, filename, options, tries=tries - 1)
+    elif error:
         raise CommitFailed(f"QEMU could not create {filename}: {error}", error=error)
 
 

@@ -49,6 +49,9 @@ from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.overlay_file import is_device
+from qmpcommit.commit.overlay_like import each_asked, is_encrypted
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import (
     Pivot,
@@ -59,6 +62,7 @@ from qmpcommit.commit.policy import (
     no_answer,
     run_command,
 )
+from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.run_state import runs
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
@@ -126,6 +130,8 @@ class DiscardOptions(TypedDict, total=False):
 
     guest: Guest | None
     overlay: str | os.PathLike[str] | None
+    overlay_options: Mapping[str, Any] | None
+    overlay_secret: str | None
     delete: bool
     override: Collection[str]
 
@@ -145,6 +151,8 @@ async def discard(
     *,
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     delete: bool = False,
     override: Collection[str] = (),
 ) -> tuple[Discarded, ...]:
@@ -153,16 +161,20 @@ async def discard(
     `disks` are tuples of a session and a disk. See `Session.discard`; no guest goes on before all
     of them are exchanged, and `overlay` is a folder where there are several.
     """
+    asks = OverlayOptions.of(overlay_options, overlay_secret)
     disks = tuple(disks)
     async with _claimed(await _find(disks), "disc", override) as claims:
         found = await _find(disks)
         stem = await _interrupted(found)
         if stem is not None:
-            return await _finish(found, stem, guest, delete, claims)
+            return await _finish(found, stem, guest, delete, claims, asks)
         plans = _plans(found)
         guest = await _agreed(found, guest)
         fresh = _overlays(found, plans, overlay)
-        discarding = _discard(found, plans, fresh, guest=guest, delete=delete, claims=claims)
+        asked = await check_followed(found, plans, asks)
+        discarding = _discard(
+            found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked
+        )
         return await to_the_end(discarding)
 
 
@@ -172,6 +184,8 @@ async def cycle(
     keep_if: KeepIf,
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     delete: bool = False,
     timeout: float = TIMEOUT,
     freeze: How | None = None,
@@ -188,6 +202,7 @@ async def cycle(
     before it is asked until the end.
     """
     disks = tuple(disks)
+    asks = OverlayOptions.of(overlay_options, overlay_secret)
     timeout = parse_seconds(timeout, "timeout")
     check_sockets(freeze, (vm for vm, _ in disks), agents or {})
     if not callable(keep_if):
@@ -198,19 +213,29 @@ async def cycle(
         found = await _find(disks)
         stem = await _interrupted(found)
         if stem is not None:
-            return _discarded(await _finish(found, stem, guest, delete, claims))
+            return _discarded(await _finish(found, stem, guest, delete, claims, asks))
         plans = _plans(found)
         guest = await _agreed(found, guest)
+        _overlays(found, plans, overlay)
+        await check_followed(found, plans, asks)
         keep = await deserves(plans, keep_if, timeout)
         found = await _find(disks)  # it may have taken its time
         plans = _plans(found)
         fresh = _overlays(found, plans, overlay)
+        asked = await check_followed(found, plans, asks)
         if not keep:
-            discarding = _discard(found, plans, fresh, guest=guest, delete=delete, claims=claims)
+            discarding = _discard(
+                found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked
+            )
             return _discarded(await to_the_end(discarding))
         recycles = [
-            GroupMember(vm, disk, Recycle(file), {"claim": claim, "override": override})
-            for (vm, disk), file, claim in zip(disks, fresh, claims, strict=True)
+            GroupMember(
+                vm,
+                disk,
+                Recycle(file, own.options or None, own.secret),
+                {"claim": claim, "override": override},
+            )
+            for (vm, disk), file, own, claim in zip(disks, fresh, asked, claims, strict=True)
         ]
         kept = await _keep(recycles, delete, freeze, agents)
         return tuple(
@@ -348,6 +373,29 @@ async def _agreed(found: Sequence[Found], guest: Guest | None) -> Guest:
     return guest or "stop"
 
 
+async def check_followed(
+    found: Sequence[Found], plans: Sequence[Plan], asks: OverlayOptions
+) -> list[OverlayOptions]:
+    """What is asked of each fresh overlay; raises `ChainError` where one can't follow."""
+    asked = await _asked(found, plans, asks)
+    for (vm, _), plan, own in zip(found, plans, asked, strict=True):
+        await check_follows(vm, plan, await vm.graph(), own)
+    return asked
+
+
+async def _asked(
+    found: Sequence[Found], plans: Sequence[Plan], asks: OverlayOptions
+) -> list[OverlayOptions]:
+    graphs = [await vm.graph() for vm, _ in found]
+    return each_asked(
+        asks,
+        [
+            is_encrypted(graph, plan.top.node_name) or is_encrypted(graph, plan.base.node_name)
+            for graph, plan in zip(graphs, plans, strict=True)
+        ],
+    )
+
+
 def _overlays(
     found: Sequence[Found], plans: Sequence[Plan], given: str | os.PathLike[str] | None
 ) -> list[str]:
@@ -355,6 +403,8 @@ def _overlays(
     files = []
     for (vm, _), plan in zip(found, plans, strict=True):
         path = absolute(plan.top, vm.cwd)
+        if given is None:
+            check_place(vm.name, plan, path)
         place = os.path.join(vm.cwd or "", given or os.path.dirname(path))
         if given is None or os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
             files.append(new_overlay(place, path))
@@ -366,6 +416,18 @@ def _overlays(
                 " own. Nothing was changed"
             )
     return files
+
+
+def check_place(vm: str, plan: Plan, path: str) -> None:
+    """Raise `ChainError` where the former overlay's folder is no place for the next one."""
+    if is_device(path):
+        raise ChainError(
+            f"{plan.disk} of {vm} is the block device {path}, and its next overlay would be laid"
+            " beside it, into the host's memory: name a folder for it (overlay, --overlay; the"
+            " daemon's overlay_dir). Nothing was changed",
+            vm=vm,
+            disk=plan.disk.name,
+        )
 
 
 def new_overlay(folder: str, former: str) -> str:
@@ -418,6 +480,7 @@ async def _discard(
     guest: Guest,
     delete: bool,
     claims: Sequence[Claim],
+    asked: Sequence[OverlayOptions],
     noted: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> tuple[Discarded, ...]:
     """Exchange them; `noted` tells what was done for some, by their place."""
@@ -429,7 +492,10 @@ async def _discard(
         file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
         known = (noted or {}).get(place)
         unseen.append(delete and file is None and known is None)
-        made = Exchange(vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known)
+        made = Exchange(
+            vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known,
+            asked=asked[place],
+        )  # fmt: skip
         made.claim = claims[place]
         if vm in stopped:
             made.running = True
@@ -504,6 +570,7 @@ async def _finish(
     guest: Guest | None,
     delete: bool,
     claims: Sequence[Claim],
+    asks: OverlayOptions,
 ) -> tuple[Discarded, ...]:
     """Go on with a discard that was killed: its guests stand still since then.
 
@@ -531,8 +598,16 @@ async def _finish(
         )
         fresh.append(disk.chain[0].filename)
         noted[place] = {"step": "lay", "running": True}
+    asked = await _asked(found, plans, asks)
     exchanging = _discard(
-        found, plans, fresh, guest=guest or "stop", delete=delete, claims=claims, noted=noted
+        found,
+        plans,
+        fresh,
+        guest=guest or "stop",
+        delete=delete,
+        claims=claims,
+        asked=asked,
+        noted=noted,
     )
     return await to_the_end(exchanging)
 

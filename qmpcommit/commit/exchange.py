@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId, OpenFiles
@@ -28,6 +29,7 @@ from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Abort, Pivot
 from qmpcommit.commit.run_state import Still, runs
@@ -83,6 +85,7 @@ class Exchange:
         note: Note,
         file: FileId | None = None,
         noted: Mapping[str, Any] | None = None,
+        asked: OverlayOptions | None = None,
     ) -> None:
         self.vm, self.plan, self.filename, self._guest = vm, plan, filename, guest
         self._note, self._file = note, file
@@ -91,7 +94,7 @@ class Exchange:
         self._let_go_before = bool(noted.get("let_go"))
         self.running: bool | None = noted.get("running")
         self._again = self.running is not None
-        self._fresh = FreshOverlay(vm, plan, filename, vm.cwd)
+        self._fresh = FreshOverlay(vm, plan, filename, vm.cwd, asked=asked)
         self.still: Still | None = None
         self.claim: Claim | None = None
         if self._again:
@@ -145,12 +148,24 @@ class Exchange:
             )
 
     async def close(self) -> list[str]:
-        """Nobody uses the old one any more."""
+        """Nobody uses the old one any more; what there is to be said of the fresh one."""
         await self._note("close")
+        gone = self._bitmaps_gone(await self.vm.graph())
         warnings = await close_layers(self.vm, [self.plan.top])
         base = self.plan.base.node_name
         wrong, _ = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
-        return warnings + wrong
+        return [*self._fresh.warnings, *gone, *warnings, *wrong]
+
+    def _bitmaps_gone(self, graph: BlockGraph) -> list[str]:
+        """The old one's bitmaps don't mark what comes back from the base, so none goes on."""
+        top = self.plan.top.node_name
+        names = [each.name for each in bitmaps_of(graph, top)] if top in graph.nodes else []
+        if not names:
+            return []
+        return [
+            f"the dirty bitmaps {', '.join(names)} went with {self.plan.top.filename}, for they did"
+            " not mark what is as in the base again: the next backup has to be a full one"
+        ]
 
     async def let_go(self) -> None:
         """Reset the guest and have it go on, as asked; a second reset does no harm."""
@@ -249,7 +264,8 @@ class Exchange:
             )
 
     async def _reopen(self, graph: BlockGraph, below: Image) -> None:
-        options = {
+        options = {  # all that it was opened with, or QEMU has its defaults again
+            **await self._fresh.options(graph),
             "driver": "qcow2",
             "node-name": self._fresh.node,
             "file": graph.nodes[self._fresh.node].children["file"],

@@ -268,6 +268,10 @@ class FreshOverlay:
                 return None
         return Left(self.filename, laid=False)
 
+    async def options(self, graph: BlockGraph) -> dict[str, Any]:
+        """What its node is opened with, beside its names and children."""
+        return dict((await asyncio.to_thread(self._likeness, graph)).node)
+
     async def image(self) -> Image:
         """The overlay as QEMU has it."""
         return read_image(await read_graph(self._monitor), self.node)

@@ -120,6 +120,16 @@ def _is_void(path: str, names: set[str]) -> bool:
     return header is None or header.backing in names
 
 
+def is_device(path: str) -> bool:
+    """Whether a disk is a block device: its folder is no place for an overlay."""
+    if path.startswith("/dev/") and not path.startswith("/dev/shm/"):
+        return True
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 def in_memory(path: str) -> str:
     """The folder of a new file, if it is the host's /dev, whose files are gone with its power."""
     folder = os.path.dirname(path)

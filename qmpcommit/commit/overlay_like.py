@@ -5,7 +5,9 @@ Pure functions over QEMU's block graph, its command line, and what the caller as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk, qdev_id
@@ -14,6 +16,10 @@ from qmpcommit.block.graph import BlockGraph, Node, Raw
 from qmpcommit.commit.overlay_options import OverlayOptions
 
 Options = Mapping[str, Any]
+
+_SAMPLE = 20_000
+_ITER_TIME = 2000
+"""QEMU's default, in milliseconds."""
 
 _CIPHER = ("cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg")
 
@@ -143,6 +149,13 @@ def is_encrypted(graph: BlockGraph, name: str) -> bool:
     return False
 
 
+def each_asked(asked: OverlayOptions, encrypted: Sequence[bool]) -> list[OverlayOptions]:
+    """What is asked for each of several disks: the secret is for those that are encrypted."""
+    if not any(encrypted):
+        return [asked] * len(encrypted)
+    return [asked if each else OverlayOptions(asked.options) for each in encrypted]
+
+
 def unfit(
     graph: BlockGraph, top: str, base: str, asked: OverlayOptions, *, lasting: bool = True
 ) -> str | None:
@@ -173,6 +186,23 @@ def _cipher_of(top: Node) -> Iterator[tuple[str, Any]]:
         for name in _CIPHER:
             if name in own:
                 yield name, own[name]
+        iterations = max((slot.get("iters", 0) for slot in own.get("slots") or ()), default=0)
+        if iterations:
+            yield "iter-time", iteration_time(str(own.get("hash-alg", "sha256")), iterations)
+
+
+def iteration_time(algorithm: str, iterations: int) -> int:
+    """The milliseconds that so many iterations over a key take, up to QEMU's default.
+
+    QEMU is told a time and not a number, and holds the guest up for as long.
+    """
+    begun = time.perf_counter()
+    try:
+        hashlib.pbkdf2_hmac(algorithm, b"key", b"salt", _SAMPLE)
+    except ValueError:  # another algorithm than Python has
+        return _ITER_TIME
+    took = time.perf_counter() - begun
+    return max(1, min(_ITER_TIME, round(took * 1000 * iterations / _SAMPLE)))
 
 
 # -- how its nodes are opened -------------------------------------------------------------------

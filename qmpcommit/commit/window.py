@@ -25,7 +25,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import (
     Disk,
@@ -39,14 +39,19 @@ from qmpcommit.block.chain import (
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import OpenFiles, astray
 from qmpcommit.commit.checks import CLAIM, check_override
+from qmpcommit.commit.checks.closing import closing_objections
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.claim import Claim, clear_dead, owners_of
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
 from qmpcommit.commit.outcome import CommitOutcome
+from qmpcommit.commit.overlay_file import is_device
+from qmpcommit.commit.overlay_like import each_asked, is_encrypted
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.policy import Pivot
+from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.commit.quiesce import LIMIT, How, Notes, quiesced, thaw
 from qmpcommit.commit.window_claims import (
     claim_again,
@@ -102,6 +107,8 @@ async def snapshot(
     disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     freeze: How | None = None,
     agent: str | os.PathLike[str] | None = None,
     bandwidth: int | str | None = None,
@@ -111,7 +118,8 @@ async def snapshot(
     """A window over these disks for the length of the block; see `Session.snapshot`."""
     parse_size(bandwidth or 0, "bandwidth")  # now, not when the window has to be closed
     window = await open_window(
-        vm, disks, overlay_dir=overlay_dir, freeze=freeze, agent=agent, ledger=ledger,
+        vm, disks, overlay_dir=overlay_dir, overlay_options=overlay_options,
+        overlay_secret=overlay_secret, freeze=freeze, agent=agent, ledger=ledger,
         override=override,
     )  # fmt: skip
     try:
@@ -125,6 +133,8 @@ async def open_window(
     disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     freeze: How | None = None,
     agent: str | os.PathLike[str] | None = None,
     name: str | None = None,
@@ -143,6 +153,7 @@ async def open_window(
 
     Raises what `Session.snapshot` raises, and then nothing is left of it.
     """
+    asks = OverlayOptions.of(overlay_options, overlay_secret)
     disks = [] if isinstance(disks, str) else [str(disk) for disk in disks]
     if not disks:
         raise WindowError("name the disks of the window as a list, at least one", vm=vm.name)
@@ -157,7 +168,7 @@ async def open_window(
     claims = await claim_disks(vm, found, window, override)
     try:
         made = await _open(
-            vm, graph, found, window, overlay_dir=overlay_dir, freeze=freeze, agent=agent,
+            vm, graph, found, window, asks, overlay_dir=overlay_dir, freeze=freeze, agent=agent,
             ledger=ledger, meet=meet, claims=claims,
         )  # fmt: skip
     except BaseException:
@@ -172,6 +183,7 @@ async def _open(
     graph: BlockGraph,
     found: Mapping[str, Disk],
     window: str,
+    asks: OverlayOptions,
     *,
     overlay_dir: str | os.PathLike[str] | None,
     freeze: How | None,
@@ -182,9 +194,15 @@ async def _open(
 ) -> Window:
     """The window over disks that are claimed."""
     overlays: dict[str, FreshOverlay] = {}
+    layers = [disk.chain[0].node_name for disk in found.values() if disk.chain]
+    encrypted = any(is_encrypted(graph, name) for name in layers)
     for number, (asked, disk) in enumerate(found.items()):
         others = [each.filename for each in overlays.values()]
-        overlays[asked] = _fresh(vm, disk, window, number, overlay_dir, others=others)
+        plan, filename = _place(vm, disk, window, number, overlay_dir, others=others)
+        own = each_asked(asks, [is_encrypted(graph, plan.base.node_name), encrypted])[0]
+        await check_follows(vm, plan, graph, own, lasting=False)
+        await _check_closing(vm, plan, graph)
+        overlays[asked] = FreshOverlay(vm, plan, filename, vm.cwd, asked=own, lasting=False)
     lost = await asyncio.to_thread(_astray, vm, graph, found)
     made = Window(
         window,
@@ -424,7 +442,7 @@ def _astray(vm: Session, graph: BlockGraph, disks: Mapping[str, Disk]) -> dict[s
     return found
 
 
-def _fresh(
+def _place(
     vm: Session,
     disk: Disk,
     window: str,
@@ -432,8 +450,8 @@ def _fresh(
     overlay_dir: str | os.PathLike[str] | None,
     *,
     others: Collection[str],
-) -> FreshOverlay:
-    """The overlay of one disk, not made yet; raises where the disk is not fit for it.
+) -> tuple[Plan, str]:
+    """What the overlay of one disk follows, and its file; raises where the disk is not fit.
 
     It is called as no one of `others`, whose disks' files may have the same name elsewhere.
     """
@@ -450,6 +468,14 @@ def _fresh(
     _check_idle(vm, disk)
     check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
+    if overlay_dir is None and is_device(path):
+        raise WindowError(
+            f"{disk} of {vm.name} is the block device {path}, and its overlay would be laid beside"
+            " it, into the host's memory: name a folder for it (overlay_dir, --overlay-dir DIR)."
+            " Nothing was changed",
+            vm=vm.name,
+            disk=disk.name,
+        )
     folder = os.path.join(vm.cwd or "", overlay_dir or os.path.dirname(path))
     stem = os.path.basename(path).removesuffix(".qcow2")
     filename = os.path.join(folder, f"{stem}{MARK}{window}.qcow2")
@@ -464,7 +490,21 @@ def _fresh(
         two_phase=True,
         policy=Pivot(),
     )
-    return FreshOverlay(vm, plan, filename, vm.cwd)
+    return plan, filename
+
+
+async def _check_closing(vm: Session, plan: Plan, graph: BlockGraph) -> None:
+    """Raise `WindowError` where the window could be opened, and not be closed again."""
+    told = await asyncio.to_thread(
+        lambda: list(closing_objections(graph, plan, pid=vm.peer_pid, cwd=vm.cwd))
+    )
+    if told:
+        raise WindowError(
+            f"a window over {plan.disk} of {vm.name} could not be closed again: {'; '.join(told)}."
+            " Nothing was changed",
+            vm=vm.name,
+            disk=plan.disk.name,
+        )
 
 
 def _check_idle(vm: Session, disk: Disk) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit.quiesce import How, Sockets, check_sockets
 from qmpcommit.commit.window import close_window, open_window
@@ -32,6 +32,8 @@ async def snapshot(
     freeze: How = "pause",
     agents: Sockets[Session] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
+    overlay_options: Mapping[str, Any] | None = None,
+    overlay_secret: str | None = None,
     bandwidth: int | str | None = None,
     override: Collection[str] = (),
 ) -> AsyncIterator[GroupWindow[Session]]:
@@ -61,7 +63,8 @@ async def snapshot(
     opening = {
         vm: asyncio.create_task(
             open_window(
-                vm, names, overlay_dir=overlay_dir, freeze=freeze, agent=agents.get(vm),
+                vm, names, overlay_dir=overlay_dir, overlay_options=overlay_options,
+                overlay_secret=overlay_secret, freeze=freeze, agent=agents.get(vm),
                 meet=meet.wait, override=override,
             ),
             name=f"window of {vm.name}",

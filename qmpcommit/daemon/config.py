@@ -224,6 +224,16 @@ class Flatten(_Section):
         return self
 
 
+def check_overlay(options: dict[str, Any] | None, secret: str | None) -> None:
+    """Raise ValueError for what can't be asked of a fresh overlay."""
+    from qmpcommit.commit.overlay_options import OverlayOptions
+
+    try:
+        OverlayOptions.of(options, secret)
+    except InvalidRequest as error:
+        raise ValueError(error.message) from None
+
+
 class CycleDisk(_Section):
     """A disk that always ends as those of the same cycle do."""
 
@@ -238,7 +248,9 @@ class Cycle(Quiescing):
     `keep_if`, which gets `timeout` seconds, says by its exit status whether the base takes the
     overlay's changes (0) or they are thrown away (1 to 125); anything else changes nothing.
     Either way an empty overlay begins, in `overlay_dir` or beside the former one, which `delete`
-    has deleted. After a discard the `guest` is reset, or stays stopped.
+    has deleted. It is like the former one; `overlay_options` (members of QEMU's ``blockdev-add``)
+    and `overlay_secret` (the id of a secret of QEMU's) say what QEMU does not tell of that. After a
+    discard the `guest` is reset, or stays stopped.
 
     `together` names further disks, of this VM or of others, that always end the same way: all are
     kept at one instant, or all are discarded before any of the guests goes on, or nothing is
@@ -256,6 +268,8 @@ class Cycle(Quiescing):
     keep_if: Annotated[tuple[CommandWord, ...], Field(min_length=1, max_length=256)]
     timeout: Seconds = Field(default=60.0, gt=0)
     overlay_dir: FilePath | None = None
+    overlay_options: dict[str, Any] | None = None
+    overlay_secret: str | None = None
     guest: Literal["reset", "stop"]
     delete: bool = False
 
@@ -266,6 +280,7 @@ class Cycle(Quiescing):
         if self.overlay_dir is not None and not self.overlay_dir.startswith("/"):
             raise ValueError("overlay_dir is an absolute path")
         self.check_agents(vm for vm, _ in self.disks)
+        check_overlay(self.overlay_options, self.overlay_secret)
         return self
 
     @property

@@ -11,7 +11,14 @@ from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk, read_disks
 from qmpcommit.block.identity import identify
-from qmpcommit.commit.cycle import deserves, new_overlay, plan_round
+from qmpcommit.commit.cycle import (
+    check_followed,
+    check_place,
+    deserves,
+    new_overlay,
+    plan_round,
+)
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
@@ -44,10 +51,18 @@ async def ask_command(engine: Engine, found: Round) -> None:
     async with sessions(engine, found.vms, CONNECTING) as held:
         plans = await _plans(engine, found, held)  # it may have taken its time
         parts = []
-        for (vm, disk), plan in zip(found.request.disks, plans, strict=True):
+        request = found.request
+        asks = OverlayOptions.of(request.overlay_options, request.overlay_secret)
+        places = [(held[plan.vm], plan.disk) for plan in plans]
+        asked = await check_followed(places, plans, asks)
+        for (vm, disk), plan, own in zip(request.disks, plans, asked, strict=True):
             former = absolute(plan.top, held[vm].cwd)
+            if request.overlay_dir is None:
+                check_place(vm, plan, former)
             overlay = new_overlay(found.request.overlay_dir or os.path.dirname(former), former)
             facts: dict[str, Any] = {"overlay": overlay, "job_id": plan.job_id}
+            if own.secret != asks.secret:
+                facts["encrypted"] = False
             if not keep:
                 await _check_base(engine, disk, plan)
                 facts["plan"] = plan.model_dump(mode="json")

@@ -17,6 +17,7 @@ from typing import Any
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.claim import Claim, take, take_if_free
 from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
+from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.cycle_asking import sessions
 from qmpcommit.daemon.cycle_round import Decided, Round
@@ -236,6 +237,10 @@ class Discarding:
                 note=partial(found.note_of, number),
                 file=FileId(*part["file"]) if part.get("file") else None,
                 noted=part,
+                asked=OverlayOptions.of(
+                    found.request.overlay_options,
+                    found.request.overlay_secret if part.get("encrypted", True) else None,
+                ),
             )
             for number, part in enumerate(found.parts)
             if part["vm"] in held

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.daemon.config import FilePath, Seconds, VMName, check_sockets
+from qmpcommit.daemon.config import FilePath, Seconds, VMName, check_overlay, check_sockets
 from qmpcommit.daemon.models import Name, Rate
 
 LONGEST_LEASE = 86400.0
@@ -55,9 +55,16 @@ class _Request(_Model):
     """What windows over one VM and over several have in common."""
 
     overlay_dir: FilePath | None = None
+    overlay_options: dict[str, Any] | None = None
+    overlay_secret: str | None = None
     freeze: Literal["agent", "pause"] | None = None
     bandwidth: Rate = None
     lease: Seconds = Field(default=60.0, gt=0, le=LONGEST_LEASE)
+
+    @model_validator(mode="after")
+    def _check_overlay(self) -> Self:
+        check_overlay(self.overlay_options, self.overlay_secret)
+        return self
 
 
 class WindowMember(_Model):
@@ -132,6 +139,8 @@ class VMWindowRequest(_Request):
             members=[WindowMember(vm=vm, disk=disk) for disk in self.disks],
             agents={} if self.agent is None else {vm: self.agent},
             overlay_dir=self.overlay_dir,
+            overlay_options=self.overlay_options,
+            overlay_secret=self.overlay_secret,
             freeze=self.freeze,
             bandwidth=self.bandwidth,
             lease=self.lease,

@@ -99,6 +99,8 @@ class Opening:
                 session,
                 part.disks,
                 overlay_dir=asked.overlay_dir,
+                overlay_options=asked.overlay_options,
+                overlay_secret=asked.overlay_secret,
                 freeze=asked.freeze,
                 agent=part.agent,
                 name=part.name,

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import os
 import stat
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import fresh_overlay, overlay_file
+from qmpcommit.block.bitmaps import bitmaps_of
+from qmpcommit.commit import cycle, fresh_overlay, overlay_file, window
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.errors import CommandRefused
 from tests.ground.daemons import many_disks
-from tests.ground.images import MIB, Chain, make_chain, run
+from tests.ground.images import MIB, Chain, assert_disk, make_chain, run
+from tests.ground.machines import machine, node_options
 from tests.ground.qemu import QEMU
 
 PRECIOUS = b"another VM's disk " * 5000
@@ -311,3 +314,147 @@ async def test_an_encrypted_disk_is_not_followed_in_clear(folder: Path) -> None:
         with pytest.raises(qc.CommitFailed, match="was not made: the disk is not encrypted"):
             await overlay.open()
     assert not fresh.exists()
+
+
+SECRET = ("--object", "secret,id=s0,data=hello")
+LUKS = "encrypt.format=luks,encrypt.key-secret=s0"
+
+
+def encrypt_top(chain: Chain) -> list[str]:
+    """Make the top of a chain anew, encrypted; the daemon's options for it."""
+    chain.top.unlink()
+    words = [str(QEMU.img), "create", "-q", "-f", "qcow2", *SECRET, "-b", str(chain.base), "-F", "qcow2",
+             "-o", f"{LUKS},encrypt.iter-time=10", str(chain.top)]  # fmt: skip
+    while subprocess.run(words, check=False, stderr=subprocess.DEVNULL).returncode:
+        pass  # on a busy machine it can't tell how fast it encrypts
+    top = f"driver=qcow2,file.filename={chain.top},encrypt.key-secret=s0"
+    run(QEMU.io, *SECRET, "-c", "write -P 0x77 2M 1M", "--image-opts", top)
+    base, top = node_options(chain)
+    return [*SECRET, "--blockdev", base, "--blockdev", f"{top},{LUKS}"]
+
+
+async def test_over_an_encrypted_disk_lies_an_encrypted_overlay_or_none(folder: Path) -> None:
+    chain, plain = make_chain(folder), make_chain(folder, names=("low", "plain"))
+    words = encrypt_top(chain)
+    fresh, last = folder / "fresh.qcow2", folder / "last.qcow2"
+    async with (
+        many_disks(folder / "d", plain, nodes=words, exports=False) as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):
+        for refused in (
+            vm.commit("top", policy=qc.Recycle(str(fresh)), override=["encrypted"]),
+            vm.discard("top", guest="stop"),
+            qc.open_window(vm, ["top"]),
+        ):
+            with pytest.raises(qc.ChainError, match=r"in clear.*--overlay-secret ID"):
+                await refused
+        with pytest.raises(qc.ChainError, match="no secret object 'other'"):
+            await vm.discard("top", guest="stop", overlay_secret="other")
+        with pytest.raises(qc.ChainError, match="is not encrypted"):
+            await vm.discard("plain", guest="stop", overlay_secret="s0")
+        async with vm.snapshot(["top", "plain"], overlay_secret="s0"):
+            found = {disk.chain[1].node_name: disk.chain[0] for disk in await vm.disks()}
+            told = {name: "encrypted" in image.warnings for name, image in found.items()}
+            assert told == {"top": True, "plain": False}
+        policy = qc.Recycle(str(fresh), overlay_secret="s0")
+        job = await vm.commit("top", policy=policy, override=["encrypted"])
+        outcome = await job.wait()
+        assert outcome.active is not None
+        name = outcome.active.node_name
+        await vm.discard(name, guest="stop", overlay=last, overlay_secret="s0")
+        await daemon.quit()
+    for path in (fresh, last):
+        image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s0"
+        said = run(QEMU.io, *SECRET, "-c", "read -P 0x77 2M 1M", "--image-opts", image)
+        assert "Pattern verification failed" not in said
+
+
+@pytest.mark.parametrize("verb", ["recycle", "discard"])
+async def test_its_nodes_are_opened_as_those_before(verb: str, folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    base, top = node_options(chain)
+    mode = "cache.no-flush=on,detect-zeroes=unmap,discard=unmap"
+    nodes = ["--blockdev", base, "--blockdev", f"{top},{mode},file.cache.no-flush=on"]
+    options = {"detect-zeroes": "on"}
+    async with (
+        many_disks(folder / "d", nodes=nodes, exports=False) as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):
+        if verb == "recycle":
+            policy = qc.Recycle(str(fresh), overlay_options=options)
+            outcome = await (await vm.commit("top", policy=policy)).wait()
+            assert not [text for text in outcome.warnings if "fresh" in text]
+        else:
+            await vm.discard("top", guest="stop", overlay=fresh, overlay_options=options)
+        graph = await vm.graph()
+        (disk,) = await vm.disks()
+        mine, below = graph.nodes[disk.root], graph.leaf(disk.root)
+        assert [each.raw["cache"]["no-flush"] for each in (mine, below)] == [True, True]
+        assert mine.raw["detect_zeroes"] == "on"
+        await daemon.quit()
+    assert_disk(fresh, chain.pictures[-1 if verb == "recycle" else 0])
+
+
+async def test_bitmaps_go_on_in_the_fresh_overlay(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    run(QEMU.img, "bitmap", "--add", "-g", "131072", chain.top, "nightly")
+    run(QEMU.img, "bitmap", "--add", "--disable", chain.top, "resting")
+    run(QEMU.io, "-c", "write -P 7 8M 1M", chain.top)
+    chain.pictures[-1].fill(8 * MIB, MIB, 7)
+    async with machine(folder, chain, running=True) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Recycle(str(fresh)))
+        outcome = await job.wait()
+        assert outcome.active is not None
+        graph = await vm.graph()
+        for name in (outcome.active.node_name, "base"):
+            found = {each.name: each for each in bitmaps_of(graph, name)}
+            assert found.keys() == {"nightly", "resting"}
+            nightly, resting = found["nightly"], found["resting"]
+            assert (nightly.granularity, nightly.persistent) == (131072, True)
+            assert (nightly.recording, resting.recording) == (True, False)
+            assert nightly.marked == MIB
+        done = await vm.discard("vda", guest="reset")
+        assert any("nightly, resting went with" in text for text in done.warnings)
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
+
+
+async def test_a_window_that_could_not_be_closed_is_not_opened(folder: Path) -> None:
+    """A read-only disk, whose protocol node QEMU would not open for writing at the end."""
+    (folder / "disk.qcow2").touch()
+    chain = make_chain(folder, 1, names=("disk",))
+    node = f"driver=qcow2,node-name=disk,read-only=on,file.driver=file,file.filename={chain.top}"
+    async with (
+        many_disks(
+            folder / "d", nodes=["--blockdev", f"{node},file.read-only=on,file.node-name=f"],
+            exports=False,
+        ) as daemon,
+        qc.Session.connect(daemon.qmp) as vm,
+    ):  # fmt: skip
+        with pytest.raises(qc.WindowError, match=r"could not be closed again.*read-only-base"):
+            await qc.open_window(vm, ["disk"])
+        await daemon.quit()
+    assert len(list(folder.glob("disk*"))) == 1
+
+
+@pytest.mark.parametrize("verb", ["discard", "window"])
+async def test_beside_a_block_device_no_overlay_is_laid(
+    verb: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, place = make_chain(folder), folder / "place"
+    place.mkdir()
+    async with serving(folder, chain) as vm:
+        for module in (cycle, window):
+            monkeypatch.setattr(module, "is_device", lambda path: path == str(chain.top))
+        asking = qc.open_window(vm, ["top"]) if verb == "window" else vm.discard("top")
+        with pytest.raises(qc.QmpCommitError, match=r"name a folder for it.*Nothing was changed"):
+            await asking
+        if verb == "window":
+            async with vm.snapshot(["top"], overlay_dir=place):
+                assert len(list(place.iterdir())) == 1
+        else:
+            done = await vm.discard("top", guest="stop", overlay=place)
+            assert Path(done.overlay).parent == place
+    assert overlay_file.is_device("/dev/sda")
+    assert not overlay_file.is_device(str(place))
+    assert not overlay_file.is_device(str(place / "none"))

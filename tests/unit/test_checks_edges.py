@@ -13,6 +13,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.files import Locks
+from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import Place
 from qmpcommit.commit.checks import (
     CHECKS,
@@ -23,6 +24,7 @@ from qmpcommit.commit.checks import (
     room,
     sharing,
 )
+from qmpcommit.commit.plan import Plan
 from tests.unit.test_checks import SIZE, found, layer, level, made, protocol
 
 
@@ -111,3 +113,25 @@ def test_room_on_a_device_that_is_not_known_to_be_used_is_a_note(
     assert told.level == "note"
     assert "it is not known what /i/base uses of its 1 MiB" in told.message
     assert told.numbers["needed"] > 1 << 20
+
+
+def _pivoting() -> tuple[BlockGraph, Plan]:
+    graph, plan = made()
+    return graph, replace(plan, policy=qc.Pivot())
+
+
+DIRECT = {"cache": {"direct": True, "no-flush": False}}
+
+
+@pytest.mark.parametrize("policy", [qc.Pivot(), qc.Keep()])
+def test_what_a_pivot_changes_of_the_disk_is_told(policy: qc.Pivot | qc.Keep) -> None:
+    nodes = {**layer("top"), "detect_zeroes": "unmap"}, {**protocol("top"), **DIRECT}
+    graph, plan = made(*nodes)
+    notes = found("runtime", graph, replace(plan, policy=policy))
+    if isinstance(policy, qc.Keep):
+        assert [each.level for each in notes] == ["ok"]
+        return
+    (note,) = notes
+    assert note.level == "note"
+    assert "detect-zeroes off instead of unmap, cache.direct off instead of on" in note.message
+    assert [each.level for each in found("runtime", *_pivoting())] == ["ok"]

@@ -11,7 +11,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk
 from qmpcommit.block.command_line import parse_command_line, read_command_line
-from qmpcommit.commit.overlay_like import declared_options, likeness, unfit
+from qmpcommit.commit.overlay_like import declared_options, iteration_time, likeness, unfit
 from qmpcommit.commit.overlay_options import OverlayOptions
 from tests.unit.test_checks import layer, made, protocol
 
@@ -109,7 +109,9 @@ def test_what_may_be_lost_is_told() -> None:
 
 
 def luks(name: str) -> dict[str, Any]:
-    data = {"encrypt": {"format": "luks", "cipher-alg": "aes-256", "uuid": "u"}}
+    slots = [{"active": True, "iters": 1}, {"active": False}]
+    own = {"format": "luks", "cipher-alg": "aes-256", "uuid": "u", "slots": slots}
+    data = {"encrypt": own}
     return layer(name, encrypted=True, data=data)
 
 
@@ -117,7 +119,8 @@ def test_an_encrypted_disk_gets_an_encrypted_overlay_or_none() -> None:
     secret = OverlayOptions(secret="s0")
     found = like(luks("top"), asked=secret, encrypted=True)
     key = {"format": "luks", "key-secret": "s0"}
-    assert found.create["encrypt"] == {**key, "cipher-alg": "aes-256"}
+    assert found.create["encrypt"] == {**key, "cipher-alg": "aes-256", "iter-time": 1}
+    assert iteration_time("unheard of", 1) == iteration_time("sha256", 1 << 60) == 2000
     assert found.node["encrypt"] == key
     for node in (luks("top"), luks("base"), protocol("top", "luks")):
         graph, _ = made(node)

@@ -96,6 +96,17 @@ async def test_a_creation_of_a_former_process_is_seen_to_its_end(
     assert vm.dismissed == [f"{JOB}-create-file"]
 
 
+async def test_a_key_whose_work_qemu_could_not_measure_is_made_again(tmp_path: Path) -> None:
+    class Busy(Creating):
+        def _look(self, job: str) -> dict[str, Any]:
+            return {**super()._look(job), "error": "Unable to get accurate CPU usage"}
+
+    vm = Busy(looks=0)
+    with pytest.raises(CommitFailed, match="accurate CPU usage"):
+        await overlay(vm, tmp_path).open()
+    assert len(vm.dismissed) == creation_job.TRIES
+
+
 async def test_a_creation_that_does_not_end_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from qmpcommit.commit.checks.on_disk import on_disk_backing
 from qmpcommit.commit.checks.read_only import read_only_base
 from qmpcommit.commit.checks.replaced import replaced_file
 from qmpcommit.commit.checks.room import growth, sizes, space
+from qmpcommit.commit.checks.runtime import runtime
 from qmpcommit.commit.checks.sharing import base_shared
 from qmpcommit.commit.checks.snapshots import internal_snapshots, temporary_overlay
 from qmpcommit.commit.plan import Plan
@@ -41,6 +42,7 @@ CHECKS: dict[str, Check] = {
     "header-above": header_above,
     "internal-snapshots": internal_snapshots,
     "temporary-overlay": temporary_overlay,
+    "runtime": runtime,
 }
 
 NAMES = tuple(CHECKS)
