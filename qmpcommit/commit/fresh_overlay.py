@@ -370,8 +370,13 @@ class FreshOverlay:
             "node-name": self._file_node,
         }
         followed = self._followed(graph)
-        if not await self._made_here(node, followed):
-            await self._made_by_qemu(node)
+        try:
+            if not await self._made_here(node, followed):
+                await self._made_by_qemu(node)
+        except CommandRefused as error:
+            raise CommitFailed(
+                f"QEMU could not create {self.filename}: {error.desc}", error=error.desc
+            ) from error
         if self._here and followed:
             unlike = await asyncio.to_thread(differences, self._path, followed)
             if unlike:
