@@ -415,8 +415,7 @@ class FreshOverlay:
         return made
 
     async def _handed_over(self, node: dict[str, Any], made: NewFile) -> bool:
-        seen = bool(await self._open_files())
-        size = None if seen else made.mark()
+        """Whether QEMU could open it; raises `CommitFailed` where it has opened another file."""
         try:
             await self._monitor.execute("blockdev-add", node)
         except CommandRefused as error:
@@ -425,21 +424,27 @@ class FreshOverlay:
             await asyncio.to_thread(remove_new, self._path, made.file, ())
             self._file = None
             return False
-        if size is None:
-            same = made.file in await self._open_files() and made.is_named()
-        else:
-            same = await self._opened_size() == size
-            if same:
-                await self._monitor.execute(
-                    "block_resize", {"node-name": self._file_node, "size": 0}
-                )
-        if not same:
+        same = made.file in await self._open_files() or await self._opened_marked(node, made)
+        if not same or not made.is_named():
             await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
             raise CommitFailed(
                 f"QEMU opened another file by the name {self.filename} than the one that was made"
                 " for the fresh overlay: somebody has put a link or a file in its place, or in that"
                 " of one of its folders. Nothing was written to it"
             )
+        return True
+
+    async def _opened_marked(self, node: dict[str, Any], made: NewFile) -> bool:
+        """The same, told by a size that no other file has.
+
+        For a QEMU whose open files can't be seen, or that is not itself at the socket's other end.
+        """
+        await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
+        size = made.mark()
+        await self._monitor.execute("blockdev-add", node)
+        if await self._opened_size() != size:
+            return False
+        await self._monitor.execute("block_resize", {"node-name": self._file_node, "size": 0})
         return True
 
     async def _made_by_qemu(self, node: dict[str, Any]) -> None:

@@ -48,13 +48,13 @@ WRONG = {
     "options of no overlay": ["commit", "/x", "vda", "--pivot", "--overlay-secret", "s"],
     "malformed overlay options": ["commit", "/x", "a", "--recycle", "f", "--overlay-options", "{"],
     "options that are not theirs": [
-        "window",
+        "cycle",
         "/x",
         "a",
+        "--keep-if",
+        "true",
         "--overlay-options",
         '{"driver": "raw"}',
-        "--",
-        "true",
     ],
     "options of a daemon's cycle": [
         "--daemon=/x",
