@@ -167,7 +167,7 @@ async def discard(
         found = await _find(disks)
         stem = await _interrupted(found)
         if stem is not None:
-            return await _finish(found, stem, guest, delete, claims, asks)
+            return await _finish(found, stem, guest, delete, claims, asks=asks)
         plans = _plans(found)
         guest = await _agreed(found, guest)
         fresh = _overlays(found, plans, overlay)
@@ -213,7 +213,7 @@ async def cycle(
         found = await _find(disks)
         stem = await _interrupted(found)
         if stem is not None:
-            return _discarded(await _finish(found, stem, guest, delete, claims, asks))
+            return _discarded(await _finish(found, stem, guest, delete, claims, asks=asks))
         plans = _plans(found)
         guest = await _agreed(found, guest)
         _overlays(found, plans, overlay)
@@ -570,6 +570,7 @@ async def _finish(
     guest: Guest | None,
     delete: bool,
     claims: Sequence[Claim],
+    *,
     asks: OverlayOptions,
 ) -> tuple[Discarded, ...]:
     """Go on with a discard that was killed: its guests stand still since then.
