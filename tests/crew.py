@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,9 @@ FOLDER = "QMPCOMMIT_TEST_CREW"
 
 PATIENCE = ("-o", "timeout=180")
 """For a test that sets no limit of its own: others run beside it."""
+
+TOLD_EACH = 60.0
+"""Seconds."""
 
 USED_WRONGLY = (2, 3, 4)
 """Pytest's exit statuses where it could not run what was asked for. 5 is one that claimed nothing;
@@ -113,12 +117,24 @@ class Crew:
             folder = Path(name)
             (folder / "claims").mkdir()
             working = [self._start(folder, n, options) for n in range(number)]
-            statuses = [process.wait() for process in working]
-            for said in sorted(folder.glob("said.*")):
-                print(said.read_text(errors="replace"), flush=True)
+            try:
+                statuses = [self._wait(process, folder) for process in working]
+            finally:
+                for said in sorted(folder.glob("said.*")):
+                    print(said.read_text(errors="replace"), flush=True)
             self._count(folder)
             wrong = {status for status in statuses if status in USED_WRONGLY}
             self.broken = [f"a pytest ended with status {status}" for status in sorted(wrong)]
+
+    def _wait(self, process: subprocess.Popen[bytes], folder: Path) -> int:
+        """Until it has ended; says now and then how far all are."""
+        while True:
+            try:
+                return process.wait(TOLD_EACH)
+            except subprocess.TimeoutExpired:
+                ends = [line for path in folder.glob("ends.*") for line in _lines(path)]
+                failed = [line for line in ends if line.startswith(("failed", "error"))]
+                print(f"{len(ends)} ended", *failed, sep="; ", flush=True)
 
     def _start(self, folder: Path, n: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, *self._flags, "-m", "pytest", "-q", "-p", "tests.crew"]
@@ -134,7 +150,7 @@ class Crew:
         found = {claim.read_text(): "failed" for claim in (folder / "claims").iterdir()}
         ended: dict[str, str] = {}
         for ends in sorted(folder.glob("ends.*")):
-            for line in ends.read_text().splitlines():
+            for line in _lines(ends):
                 end, test = line.split(" ", 1)
                 if ended.get(test) not in ("failed", "error"):
                     ended[test] = end
@@ -164,6 +180,10 @@ class Crew:
         return "\n".join([*lines, line.center(100, "=")])
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
 def _names_tests(option: str) -> bool:
     return not option.startswith("-") and (TOP / option.partition("::")[0]).exists()
 
@@ -172,6 +192,7 @@ def main() -> int:
     """Exit status 1 where a test failed twice, or nothing was run."""
     number, *rest = sys.argv[1:]
     cut = rest.index("--")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was said so far is printed
     began = time.monotonic()
     crew = Crew(rest[:cut], rest[cut + 1 :])
     crew.work(int(number))
