@@ -357,6 +357,11 @@ def test_the_name_of_a_plan_is_for_all_overlays_over_its_top() -> None:
     assert named_so.arguments["backing-file"] == "/i/base"
     alone = graph._replace(parents={})
     assert with_backing_file(plan, alone, None, "/run", masks=False) == plan
+    bare = graph.nodes["base"]._replace(children={}, driver="file", raw={"file": "/i/base"})
+    bared = graph._replace(nodes={**graph.nodes, "base": bare})
+    for masks in (False, True):
+        so = with_backing_file(plan, bared, None, "/run", masks=masks).arguments
+        assert (so["backing-file"], so.get("backing-mask-protocol", False)) == ("/i/base", masks)
     fd = graph.nodes["base-file"]._replace(raw={"file": "/dev/fdset/1"})
     given = graph._replace(nodes={**graph.nodes, "base-file": fd})
     with pytest.raises(qc.ChainError, match="file descriptor") as told:
