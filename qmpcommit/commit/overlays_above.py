@@ -36,13 +36,14 @@ class OverlaysAbove:
         self._monitor, self._plan, self._cwd, self._rehearsal = monitor, plan, cwd, rehearsal
         self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self.opened: list[str] = []
+        self._graph: BlockGraph | None = None
 
     async def open(self, graph: BlockGraph | None = None) -> str | None:
         """Open them for writing (``qemu-io NODE "reopen -w"``); why it can't be done, or None.
 
         Where one can't be opened, all are as they were. Raises what `Monitor.execute` raises.
         """
-        graph = graph or await read_graph(self._monitor)
+        self._graph = graph = graph or await read_graph(self._monitor)
         found = await asyncio.to_thread(self._look, graph)
         for finding in found:
             if finding.level == "refuse" and finding.final:
@@ -73,10 +74,19 @@ class OverlaysAbove:
         """Make those that were opened read-only again, as far as QEMU can be asked."""
         for node in self.opened:
             with suppress(QmpCommitError):
-                why = await self._reopen(node, "-r")
+                why = await asyncio.to_thread(self._replaced, node)
+                why = why or await self._reopen(node, "-r")
                 if why:
                     self._log.warning("stays_writable", node=node, why=why)
         self.opened.clear()
+
+    def _replaced(self, node: str) -> str:
+        """Why its name must not be opened: QEMU would read another file from then on."""
+        if self._graph is None or node not in self._graph.nodes:
+            return ""
+        opened = OpenFiles.of(self._graph, self._monitor.peer_pid, cwd=self._cwd)
+        told = opened.named(str(self._graph.leaf(node).raw.get("file")))
+        return told.reason if told.verdict == "other" else ""
 
     async def _reopen(self, node: str, how: str) -> str:
         """What the monitor says, which is nothing where it was done."""

@@ -12,6 +12,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.qcow2 import name_room
+from qmpcommit.commit.overlays_above import OverlaysAbove
 from tests.ground.images import (
     LAYERS,
     MIB,
@@ -134,6 +135,24 @@ def deep(folder: Path, length: int) -> Path:
         folder /= "x" * (min(missing - 1, 200) if missing != 202 else 199)
         folder.mkdir()
     return folder
+
+
+async def test_what_was_replaced_meanwhile_is_not_read_instead(folder: Path) -> None:
+    """What was opened for writing stays so where its name leads to another file by then."""
+    chain = make_chain(folder, 4)
+    async with (
+        machine(folder, chain, style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        plan, graph = await vm.plan("vda", top=2), await vm.graph()
+        above = OverlaysAbove(vm, plan, vm.cwd)
+        assert await above.open(graph) is None
+        (node,) = above.opened
+        chain.files[2].rename(folder / "aside")
+        create(chain.files[2], 64 * MIB)
+        await above.close()
+        assert not (await vm.graph()).nodes[node].raw["ro"]
+        await qemu.quit()
 
 
 @pytest.mark.parametrize(
