@@ -54,9 +54,8 @@ class Closing:
         Raises `WindowError` that names the overlays which stay.
         """
         rate = window.request.bandwidth
-        if window.undo is None:
-            await asyncio.gather(*(self._look(part) for part in window.parts))
-        closing = [self._close(part, rate) for part in window.parts]
+        looks = window.undo is None  # else nobody has read anything in it
+        closing = [self._close(part, rate, looks=looks) for part in window.parts]
         found = await asyncio.gather(*closing, return_exceptions=True)
         ends: list[_End] = []
         for each in found:
@@ -106,8 +105,10 @@ class Closing:
                 if claim is not None:
                     part.claims[asked] = claim
 
-    async def _close(self, part: Part, rate: int | None) -> list[_End]:
+    async def _close(self, part: Part, rate: int | None, *, looks: bool) -> list[_End]:
         """On one VM, where its guest goes on first if it was not let go on."""
+        if looks:
+            await self._look(part)
         if not part.is_open:
             try:
                 laid = await self._opening.recover(part)
@@ -130,6 +131,8 @@ class Closing:
             failed = isinstance(end, QmpCommitError)
             ends.append(_End(part, each, None if failed else end, end if failed else None))  # type: ignore[arg-type]
         part.closed = all(end.error is None for end in ends)
+        if part.closed:
+            await release(self._engine, part)
         return ends
 
     async def _merge(
@@ -215,6 +218,20 @@ class Closing:
         anew = f"{part.vm} was started anew; " if before and now and before != now else ""
         what = "; ".join(each.message for each in remains)
         raise WindowError(f"{anew}no disk of {part.vm} writes to this overlay: {what}", vm=part.vm)
+
+
+async def release(engine: Engine, part: Part) -> None:
+    """Its disks are anybody's; safe to repeat."""
+    claims, part.claims = list(part.claims.values()), {}
+    if not claims:
+        return
+    try:
+        async with engine.registry.use(engine.vm(part.vm)) as session:
+            for claim in claims:
+                await claim.release(session)
+    except QmpCommitError:  # it is away, and takes them with it where it has ended
+        for claim in claims:
+            claim.abandon()
 
 
 def _what_stays(part: Part, failed: list[_End]) -> str:

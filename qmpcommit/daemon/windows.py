@@ -20,7 +20,7 @@ from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.undertaking import readable
-from qmpcommit.daemon.window_closing import Closing
+from qmpcommit.daemon.window_closing import Closing, release
 from qmpcommit.daemon.window_models import WindowMember, WindowRequest
 from qmpcommit.daemon.window_opening import Opening
 from qmpcommit.daemon.window_watch import Orphan, Watch
@@ -106,18 +106,6 @@ class Windows:
                     if (part.vm, job_id) == (promise.vm, promise.job_id):
                         return part.claims.get(asked)
         return None
-
-    async def _release(self, window: LeasedWindow) -> None:
-        """It has ended, and its disks are anybody's."""
-        for part in window.parts:
-            claims, part.claims = list(part.claims.values()), {}
-            try:
-                async with self._engine.registry.use(self._engine.vm(part.vm)) as session:
-                    for claim in claims:
-                        await claim.release(session)
-            except QmpCommitError:  # it is away, and takes them with it where it has ended
-                for claim in claims:
-                    claim.abandon()
 
     def owned(self, vm: str) -> set[str]:
         """The jobs that close windows belong to promises."""
@@ -296,7 +284,8 @@ class Windows:
             window.opened.set()
         self.live.pop(window.id, None)
         self.watch.forget(window)
-        await self._release(window)
+        for part in window.parts:
+            await release(self._engine, part)
 
     async def _fail(self, window: LeasedWindow, error: QmpCommitError) -> None:
         undo = window.undo

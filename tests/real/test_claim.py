@@ -40,7 +40,7 @@ async def leave(vm: qc.Session, **facts: Any) -> Owner:
     """What somebody else's claim is to us."""
     here, disk = claims.here(), await vm.disk("export0")
     number = number_of(disk)
-    node = f"qmpc-{number}n00000000.commit"
+    node = f"qmpc-{number}n00000000.{facts.get('verb', 'commit')}"
     owner = Owner(number, node, "00000000", "commit", here.pid, here.began, here.place, 1)
     owner = replace(owner, **facts)
     await vm.execute("blockdev-add", node_of(owner))
@@ -143,6 +143,46 @@ async def test_what_lies_below_is_looked_at_when_a_window_closes(folder: Path) -
     assert_disk(chain.top, chain.pictures[-1])
 
 
+@pytest.mark.parametrize("what", ["the claim", "its overlay"])
+async def test_what_others_take_away_from_a_window_is_told(folder: Path, what: str) -> None:
+    async with two(folder) as (vm, other, chain):
+        window = await qc.open_window(vm, ["export0"])
+        if what == "the claim":
+            await other.execute("blockdev-del", {"node-name": window.claims["export0"].owner.node})
+        else:
+            active, frozen, _ = (await other.disk("export0")).chain
+            nodes = {"device": active.node_name, "base-node": frozen.node_name}
+            with other.events("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as heard:
+                await other.execute("block-commit", {"job-id": "theirs", **nodes})
+                await anext(heard)
+                await other.execute("job-complete", {"id": "theirs"})
+                await anext(heard)
+        why = "claim on .* is gone" if what == "the claim" else "is under no disk any more"
+        with pytest.raises(qc.WindowError, match=f"no instant's image.*{why}"):
+            await qc.close_window(vm, window)
+        assert await vm.windows() == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_window_is_closed_by_whoever_names_it(folder: Path) -> None:
+    """Also while the claim is another process's; but not while the disk is held for more."""
+    async with two(folder) as (vm, other, chain):
+        window = await qc.open_window(vm, ["export0"])
+        frozen = list(window.values())
+        for claim in window.claims.values():
+            claim.abandon()
+            await claims._let_go(vm, claim.owner)
+        async with await take(vm, await vm.disk("export0"), "disc"):
+            with pytest.raises(qc.WindowError, match=r"held by a discard.*Its window stays open"):
+                await qc.close_window(other, frozen)
+        tag = window.name[-8:]
+        theirs = await leave(vm, verb="window", place="abcdef", tag=tag)
+        assert await owners_of(other) == [theirs]
+        assert [each.action for each in await qc.close_window(other, frozen)] == ["pivot"]
+        assert await qc.close_window(other, frozen) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_a_recovery_goes_on_without(folder: Path) -> None:
     async with two(folder) as (vm, other, chain):
         disk = await vm.disk("export0")
@@ -189,6 +229,13 @@ async def test_what_can_not_be_claimed_is_worked_on_all_the_same(
 async def test_a_lost_reply_is_asked_for(folder: Path, fate: str) -> None:
     """Whether the command was lost or its reply, the disk is claimed once."""
     chain = make_chain(folder)
+    replies: list[None] = []
+
+    def met() -> int:
+        """How many replies were met before."""
+        replies.append(None)
+        return len(replies) - 1
+
     async with (
         storage_daemon(folder, chain) as qemu,
         proxy(folder, qemu.qmp) as between,
@@ -200,6 +247,11 @@ async def test_a_lost_reply_is_asked_for(folder: Path, fate: str) -> None:
             assert await owners_of(vm) == [claim.owner]
         assert await owners_of(vm) == []
         assert strike.met == 1
+        between.to_qemu = adds = Strike("blockdev-add", "pass")
+        between.to_client = lambda m: "drop" if adds.met and "return" in m and not met() else "pass"
+        async with await take(vm, disk, "commit") as claim:
+            assert await owners_of(vm) == [claim.owner]
+            assert adds.met == 1  # it was there, and was not sent again
         between.to_qemu = Strike("blockdev-add", "cut")
         with pytest.raises(qc.MonitorLost, match=r"lost 5 times while top was claimed"):
             await take(vm, disk, "commit")
@@ -222,6 +274,7 @@ async def test_what_could_not_be_let_go_is_let_go_with_the_next(
         claim.abandon()
         async with await take(other, disk, "commit"):
             pass
+        claim.abandon()
         again = await take(vm, disk, "commit")
         await again.release(other)
         await again.release()

@@ -156,6 +156,10 @@ def test_without_proc_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert claim._here.__wrapped__(7) == Here(7, 0, "")
 
 
+def test_a_process_that_ends_while_it_is_looked_at_is_dead() -> None:
+    assert claim._began(2**22) is None
+
+
 def test_a_script_is_called_by_its_name() -> None:
     program = claim._program(os.getpid())
     assert program
