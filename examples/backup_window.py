@@ -24,6 +24,8 @@ async def main(qmp: str, folder: str, *disks: str) -> None:
         await vm.close_windows()
         async with vm.snapshot(disks) as window:
             for disk, frozen in window.items():
+                if frozen.astray:  # that name is another file here
+                    sys.exit(f"{disk}: can't be read from here: {frozen.astray}")
                 backup = Path(folder, f"{disk}.qcow2")
                 convert = ["qemu-img", "convert", "-U", "-O", "qcow2", frozen.filename, str(backup)]
                 process = await asyncio.create_subprocess_exec(*convert)

@@ -470,7 +470,8 @@ class Session(Monitor):
 
         Fresh overlays, in `overlay_dir` or beside the files, are laid over all disks in one
         ``transaction``; ``window["vda"].filename`` is then one instant's image, stable with all
-        below it, and readable while the guest runs (where ``-blockdev`` opened the layers below
+        below it (its `astray` says where that name is another file here, as for a QEMU in a
+        container), and readable while the guest runs (where ``-blockdev`` opened the layers below
         for writing, readers need QEMU's force-share, ``qemu-img convert -U``, which does no harm
         here). They are like those files; `overlay_options` and `overlay_secret` say what those of
         a `Recycle` say. `freeze` quiesces the guest for that instant: its file systems through the

@@ -68,7 +68,7 @@ class Image(Record):
     @property
     def handed_out(self) -> str:
         """The name by which a command finds it: of a slice of a file not the whole file's."""
-        return self.shown if slice_of(self.shown) else self.filename
+        return self.shown if slice_of(self.shown) else self.given_as or self.filename
 
     def __str__(self) -> str:
         return (

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk, read_disks
-from qmpcommit.block.identity import identify
+from qmpcommit.block.identity import all_told_where, identify
 from qmpcommit.commit.cycle import (
     check_followed,
     check_place,
@@ -81,7 +81,8 @@ async def _plans(engine: Engine, found: Round, held: Mapping[str, Session]) -> l
     for number, (vm, name) in enumerate(found.request.disks):
         session = held[vm]
         _, graph = await session.look()
-        disks = read_disks(graph)
+        pid = session.peer_pid
+        disks = await asyncio.to_thread(all_told_where, graph, pid, read_disks(graph))
         disk = find_disk(disks, name, vm=vm, cwd=session.cwd)
         where = {"vm": vm, "disk": name}
         if any((plan.vm, plan.disk.root) == (vm, disk.root) for plan in plans):

@@ -54,6 +54,11 @@ def test_a_slice_is_handed_out_as_what_it_is() -> None:
     assert Ready("v", "vda", "j", image, image).environment()["QMPCOMMIT_BASE"] == shown
 
 
+def test_a_file_that_was_given_open_is_handed_out_by_its_name() -> None:
+    image = qc.Image("base", "/dev/fdset/3", "qcow2", given_as="/i/base")
+    assert Ready("v", "vda", "j", image, image).environment()["QMPCOMMIT_BASE"] == "/i/base"
+
+
 def test_why_a_file_stays(folder: Path) -> None:
     (folder / "file").touch()
     (folder / "link").symlink_to(folder / "file")
