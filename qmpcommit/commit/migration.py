@@ -69,7 +69,12 @@ async def objection(monitor: Monitor) -> str:
 async def _status_in(monitor: Monitor, query: str) -> str | None:
     try:
         with monitor.sensible(query):
-            return str((await monitor.execute(query)).get("status") or "")
+            answer = await monitor.execute(query)
+            status = str(answer.get("status") or "")
+            # ``savevm`` counts as completed too, and so does a migration that came from elsewhere:
+            # neither took any time here.
+            came = query == "query-migrate" and not answer.get("total-time")
+            return "none" if came and status == "completed" else status
     except CommandRefused as error:
         if query == "query-migrate" and error.error_class != "CommandNotFound":
             raise  # what is not known is not taken for "no migration"

@@ -55,6 +55,14 @@ async def test_what_can_be_asked_tells(caplog: pytest.LogCaptureFixture) -> None
     vm.migration = {}
     assert await look_at_owner(vm) == "running"
     assert await objection(vm) == ""
+    vm.status = {"status": "prelaunch"}
+    vm.migration = {"status": "completed", "total-time": 0}
+    assert await look_at_owner(vm) == "prelaunch", "savevm"
+    vm.migration = {"status": "completed"}
+    assert await look_at_owner(vm) == "prelaunch", "it came from another host"
+    vm.migration = {"status": "completed", "total-time": 13}
+    with pytest.raises(VMStateError):
+        await look_at_owner(vm)
     vm.migration = {"status": "active"}
     with pytest.raises(VMStateError):
         await look_at_owner(vm)
