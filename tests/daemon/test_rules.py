@@ -170,12 +170,10 @@ async def test_a_window_is_left_alone(folder: Path) -> None:
                 assert "window" in seen["disks"][0]["why"]
                 await until(d, 0, lambda rule: rule["last_look"] > seen["last_look"])
                 assert await commits(d) == []
-                # A client may; a step of a rule that had been waiting may not.
                 asked = {"disk": window["top"].node_name, "top": 2, "base": 3}
-                asked["job_id"] = f"{STEP_PREFIX}waited"
-                refused = await d.end_of(await d.commit("web1", **asked))
-                assert refused["state"] == "failed"
-                assert "window" in refused["error"]["message"]
+                refused = await d.post("/v1/vms/web1/commits", asked)
+                assert refused.status == 409
+                assert "held by a snapshot window" in refused.json["detail"]
             await until(d, 0, layers(1))
         finally:
             await d.kill()
