@@ -57,6 +57,7 @@ from qmpcommit.commit.window_claims import (
     claim_again,
     claim_disks,
     claim_named,
+    clear_named,
     closable,
     disturbances,
     held_windows,
@@ -393,6 +394,7 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
         await to_the_end(clear(vm, rest))
     vm.log.info("window_recovered", window=noted.name, disks=list(laid))
     if not laid:
+        await clear_named(vm, noted.name)
         return None
     window = Window(noted.name, laid, noted.below)
     for asked, each in laid.items():

@@ -18,8 +18,10 @@ from qmpcommit.commit.claim import (
     Claim,
     Owner,
     check_free,
+    clear_dead,
     lives,
     owner_in,
+    owners_of,
     take,
     take_if_free,
     told,
@@ -84,6 +86,12 @@ async def claim_again(vm: Session, each: Frozen) -> Claim | None:
     if disk is None:
         return None
     return await take_if_free(vm, disk, "window", tag=tag_of(window_of(each.overlay)))
+
+
+async def clear_named(vm: Session, window: str) -> None:
+    """Close what a killed owner of that window has left of its claims."""
+    left = [owner for owner in await owners_of(vm) if owner.tag == tag_of(window)]
+    await clear_dead(vm, left)
 
 
 async def closable(

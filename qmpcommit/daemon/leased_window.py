@@ -119,7 +119,7 @@ class Part:
 
     It is the ledger of `open_window`. `problem` says what keeps it waiting, and `closed` is set
     when nothing is left of it. `claims` hold its disks, by the names that they were asked for by,
-    in the QEMU `claimed_in`.
+    in the QEMU `claimed_in`; `released` tells that none is left.
     """
 
     def __init__(self, window: LeasedWindow, vm: str, disks: list[str]) -> None:
@@ -128,6 +128,7 @@ class Part:
         self.closed = False
         self.claims: dict[str, Claim] = {}
         self.claimed_in = ""
+        self.released = False
         self.log = Log(vm=vm, window=window.id)
         self._window = window
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.window_claims import claim_again, disturbances
+from qmpcommit.commit.window_claims import claim_again, clear_named, disturbances
 from qmpcommit.commit.window_records import Frozen
 from qmpcommit.commit.window_remains import disk_over, left_of, merge_back, new_own_job, own_jobs
 from qmpcommit.daemon.engine import Engine
@@ -103,7 +103,7 @@ class Closing:
                     lambda vm, each=each: claim_again(vm, each),  # type: ignore[misc]
                 )
                 if claim is not None:
-                    part.claims[asked] = claim
+                    part.claims.setdefault(asked, claim)  # it may have been connected meanwhile
 
     async def _close(self, part: Part, rate: int | None, *, looks: bool) -> list[_End]:
         """On one VM, where its guest goes on first if it was not let go on."""
@@ -223,12 +223,14 @@ class Closing:
 async def release(engine: Engine, part: Part) -> None:
     """Its disks are anybody's; safe to repeat."""
     claims, part.claims = list(part.claims.values()), {}
-    if not claims:
+    if not claims and part.released:
         return
     try:
         async with engine.registry.use(engine.vm(part.vm)) as session:
             for claim in claims:
                 await claim.release(session)
+            await clear_named(session, part.name)
+            part.released = True
     except QmpCommitError:  # it is away, and takes them with it where it has ended
         for claim in claims:
             claim.abandon()

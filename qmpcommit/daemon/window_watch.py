@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
+from qmpcommit.commit.claim import clear_dead, owners_of
 from qmpcommit.commit.window import age_of
 from qmpcommit.commit.window_records import Frozen
 from qmpcommit.daemon.engine import Engine
@@ -111,6 +112,7 @@ class Watch:
                 for each in await session.windows():
                     frozen = Frozen(each.disk, each.filename, each.overlay, each.node_name)
                     found.setdefault(each.window, {})[each.disk] = frozen
+                await clear_dead(session, await owners_of(session))
                 cwd = session.cwd
                 self._found[vm.name] = [Orphan(vm.name, n, d, cwd) for n, d in found.items()]
         except (QmpCommitError, TimeoutError):
