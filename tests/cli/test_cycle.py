@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.cli.command import end, run, run_out_of_time, start
 from tests.ground.images import MIB, assert_disk, make_chain
-from tests.ground.machines import machine
+from tests.ground.machines import Machine, machine
 
 
 async def test_it_keeps(folder: Path) -> None:
@@ -25,6 +25,11 @@ async def test_it_keeps(folder: Path) -> None:
     assert_disk(Path(said.json["overlay"]), chain.pictures[-1])
 
 
+async def detecting(qemu: Machine) -> list[str]:
+    """Whether zeroes are detected, for each disk."""
+    return [each["inserted"]["detect_zeroes"] for each in await qemu.execute("query-block")]
+
+
 async def test_it_discards(folder: Path) -> None:
     chain = make_chain(folder)
     overlay = folder / "here" / "next.qcow2"
@@ -34,8 +39,10 @@ async def test_it_discards(folder: Path) -> None:
         refused = await run(*words)
         assert refused.status == 1
         assert "--reset or --stop" in refused.err
-        said = await run(*words, "--stop", cwd=overlay.parent)  # QEMU runs in another folder
+        asked = ("--stop", "--overlay-options", '{"detect-zeroes": "on"}')
+        said = await run(*words, *asked, cwd=overlay.parent)  # QEMU runs in another folder
         assert said.status == 3
+        assert await detecting(qemu) == ["on"]
         assert str(overlay) in said.out
         await qemu.quit()
     assert_disk(overlay, chain.pictures[0])

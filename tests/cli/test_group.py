@@ -155,10 +155,13 @@ async def test_each_disk_is_recycled_onto_an_overlay_of_its_own(folder: Path, wh
     into.mkdir()
     async with machine(folder, *chains, running=True) as qemu:
         words = ["commit", qemu.qmp, "vda", "vdb", "--recycle", into / where, "--json"]
+        words += ["--overlay-options", '{"detect-zeroes": "on"}']
         said = await run(*words)
         assert (said.status, said.json["action"]) == (0, "recycle")
         active = [Path(each["active"]["filename"]) for each in said.json["outcomes"]]
         assert sorted(into.iterdir()) == sorted(active)
+        disks = await qemu.execute("query-block")
+        assert [each["inserted"]["detect_zeroes"] for each in disks] == ["on", "on"]
         if where == "{disk}.fresh":
             assert active == [into / "vda.fresh", into / "vdb.fresh"]
         await qemu.quit()

@@ -366,7 +366,11 @@ async def test_the_library_and_the_command_hold_one_open_through_the_daemon(fold
     async with host(folder, chain, guest=True) as (d, vm):
         async with qc.Client(d.socket) as client:
             web1 = client.vm("web1")
-            async with web1.snapshot(["vda"], freeze="pause", lease=3) as window:
+            asked = {"detect-zeroes": "on"}
+            opening = web1.snapshot(["vda"], freeze="pause", lease=3, overlay_options=asked)
+            async with opening as window:
+                (disk,) = await vm.execute("query-block")
+                assert disk["inserted"]["detect_zeroes"] == "on"
                 assert window["vda"].filename == str(chain.top)
                 assert window.quiesced
                 before = (await d.get("/v1/windows?state=open")).json[0]["expires"]

@@ -240,7 +240,16 @@ async def test_the_command_passes_the_status_on(folder: Path) -> None:
         assert said.status == 0
         assert said.json["disks"][0]["filename"] == str(chain.top)
         (folder / "here" / "aside").mkdir(parents=True)
-        there = ("--overlay-dir", "aside", "--", "sh", "-c", 'test -n "$(ls aside)" && exit 7')
+        there = (
+            "--overlay-dir",
+            "aside",
+            "--overlay-options",
+            '{"discard": "unmap"}',
+            "--",
+            "sh",
+            "-c",
+            'test -n "$(ls aside)" && exit 7',
+        )
         said = await qmpcommit("window", vm.qmp, "top", *there, cwd=folder / "here")
         assert said.status == 7
         said = await qmpcommit("window", vm.qmp, "top", "--", "no-such-command")
