@@ -32,6 +32,7 @@ from qmpcommit.commit.preconditions import (
     carrying_of,
     check_abilities,
     check_commands,
+    check_free,
     check_job_id,
     check_overlays,
     told,
@@ -392,6 +393,7 @@ class Session(Monitor):
             refuse_converge(self.name, plan.disk, plan.top)
         if request.job_id is not None and around.barrier is None:  # a group's are its own
             await check_job_id(self, plan)
+        await check_free(self, plan, self.cwd)
         findings = await self._check(plan, graph, probe_locks=False)
         self._refuse(plan, findings, override)
         plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)

@@ -12,6 +12,7 @@ from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles, told_where
+from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.overlay_like import unfit
 from qmpcommit.commit.overlay_options import OverlayOptions
@@ -81,6 +82,17 @@ async def check_overlays(monitor: Monitor, plan: Plan, graph: BlockGraph) -> Non
     """Whether a fresh overlay can follow the disk's as is asked; raises `ChainError`."""
     for recycle in _recycles(plan):
         await check_follows(monitor, plan, graph, recycle.asked)
+
+
+async def check_free(monitor: Monitor, plan: Plan, cwd: str | None) -> None:
+    """Whether its file's name is free, as far as QEMU can be asked; raises `InvalidRequest`.
+
+    Better known before the base is written to than at READY.
+    """
+    for recycle in _recycles(plan):
+        obstacle = await FreshOverlay(monitor, plan, recycle.overlay, cwd).obstacle()
+        if obstacle is not None:
+            raise InvalidRequest(f"{obstacle}. Nothing was sent", vm=plan.vm, disk=plan.disk.name)
 
 
 async def check_follows(

@@ -458,3 +458,16 @@ async def test_beside_a_block_device_no_overlay_is_laid(
     assert overlay_file.is_device("/dev/sda")
     assert not overlay_file.is_device(str(place))
     assert not overlay_file.is_device(str(place / "none"))
+
+
+async def test_a_name_that_is_taken_is_known_before_the_base_is_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    fresh.write_bytes(PRECIOUS)
+    unseen(monkeypatch)
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # as in a folder of QEMU's alone
+    async with serving(folder, chain) as vm:
+        with pytest.raises(qc.InvalidRequest, match=r"exists already.*Nothing was sent"):
+            await vm.commit("top", policy=qc.Recycle(str(fresh)))
+    assert fresh.read_bytes() == PRECIOUS
