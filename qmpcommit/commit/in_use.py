@@ -61,10 +61,12 @@ def use_of(plan: Plan, graph: BlockGraph) -> tuple[Use, str]:
         return Use.USED, ""
     below = _names((*plan.between, plan.base))
     others = [disk for disk in users if below & _names(disk.chain)]
-    if not others:
+    if not others and not _has_user(plan.disk):
         return Use.USED, ""  # by nobody: whoever is to use it has it as it will be
     if plan.job_id not in graph.jobs:
         return Use.UNKNOWN, ""  # it holds nothing any more: this may be its own pivot
+    if not others:  # pivoted away before that, perhaps
+        return Use.STALE, f"nothing uses {plan.top} any more"
     use = " and ".join(f"{disk} uses {disk.chain[0]}" for disk in others)
     return Use.STALE, f"{use} by now, and nothing uses {plan.top}"
 

@@ -201,7 +201,7 @@ class World:
         """The block graph while the job is there."""
         if self.job in (None, "concluded"):
             return Use.UNKNOWN
-        return Use.STALE if self.stale and not self.unplugged else Use.USED
+        return Use.STALE if self.stale else Use.USED
 
     def where(self) -> Where:
         """The block graph: of a disk that nothing uses it shows nothing."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from qmpcommit.block.chain import Image
+from qmpcommit.block.graph import JobNodes
 from qmpcommit.commit import report
 from qmpcommit.commit.facts import Ended, Use
 from qmpcommit.commit.in_use import changed_since, use_of, user_of
@@ -59,3 +60,11 @@ def test_so_does_one_whose_vm_has_ended() -> None:
     assert isinstance(error, VMGone)
     assert "still the image to boot" not in error.message
     assert "must not be booted" in error.message
+
+
+def test_a_disk_that_nothing_uses_by_now_was_pivoted_away_perhaps() -> None:
+    graph = GRAPH._replace(devices=(), exports=(), jobs={PLAN.job_id: JobNodes(PLAN.job_id, {})})
+    assert use_of(PLAN, graph)[0] is Use.STALE
+    assert use_of(PLAN, graph._replace(jobs={}))[0] is Use.UNKNOWN
+    bare = replace(PLAN, disk=replace(PLAN.disk, qdev="", device="", exports=()))
+    assert use_of(bare, graph)[0] is Use.USED, "it was only open"
