@@ -36,7 +36,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.block.identity import all_told_where
     from qmpcommit.cli.held import tell_of_held, warn_of_held
     from qmpcommit.cli.open_windows import tell_of_windows
-    from qmpcommit.cli.owners import tell_of_owners
+    from qmpcommit.cli.owners import tell, tell_of_owners
     from qmpcommit.cli.show import disks_dot, disks_text
     from qmpcommit.session import Session
 
@@ -51,6 +51,8 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
         else:
             disks = await vm.disks() if disk is None else [await vm.disk(disk)]
             windows = tell_of_windows(disks, (await vm.info()).qmp)
+            names = {each.name for each in disks}
+            windows["held"] = tell([each for each in await vm.owners() if each["disk"] in names])
         held = await tell_of_held(vm, qmp)
         if not isinstance(vm, Session) and any(each.jobs for each in disks):
             held = await _held_jobs(vm)

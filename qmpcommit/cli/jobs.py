@@ -27,7 +27,7 @@ def jobs(qmp: str, **given: Any) -> Answer:
 async def _jobs(running: Run, qmp: str) -> Answer:
     from qmpcommit.block.chain import read_disks
     from qmpcommit.cli.open_windows import tell_of_windows
-    from qmpcommit.cli.owners import tell_of_owners
+    from qmpcommit.cli.owners import tell, tell_of_owners
     from qmpcommit.cli.show import jobs_text
     from qmpcommit.commit.recycle import interrupted_recycles
     from qmpcommit.session import Session
@@ -43,6 +43,7 @@ async def _jobs(running: Run, qmp: str) -> Answer:
             entries, disks, recycles = await vm.jobs(), await vm.disks(), await vm.recycles()
             qmp = (await vm.info()).qmp
             windows = tell_of_windows(disks, qmp)
+            windows["held"] = tell(await vm.owners())
     on = {job: disk.name for disk in disks for job in disk.jobs}
     found = [_job(entry, on.get(str(entry["device"])), qmp) for entry in entries]
     if running.options.daemon is not None:

@@ -16,23 +16,13 @@ def tell_of_owners(disks: Iterable[Disk], graph: BlockGraph) -> list[dict[str, A
     """A line each on standard error; the member ``held`` of the JSON."""
     if not graph.claims:
         return []
-    from qmpcommit.commit.claim import WORK, lives, owner_in, told
+    from qmpcommit.commit.owners import owners_of
 
-    held = []
-    for disk in disks:
-        owner = owner_in(graph, disk)
-        if owner is None:
-            continue
-        alive = lives(owner)
-        gone = ", which has ended: whoever comes next takes it over" if alive is False else ""
-        click.echo(f"qmpcommit: {disk} is held by {told(owner)}{gone}", err=True)
-        held.append(
-            {
-                "disk": disk.name,
-                "work": WORK.get(owner.verb, owner.verb),
-                "pid": owner.pid or None,
-                "since": owner.since or None,
-                "alive": alive,
-            }
-        )
-    return held
+    return tell(owners_of(disks, graph))
+
+
+def tell(owners: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of those that a daemon has named."""
+    for each in owners:
+        click.echo(f"qmpcommit: {each['message']}", err=True)
+    return owners

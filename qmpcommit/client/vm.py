@@ -67,6 +67,12 @@ class RemoteVM:
         with sensible("list of recycles"):
             return [dict(each) for each in found]
 
+    async def owners(self) -> list[dict[str, Any]]:
+        """Disks that somebody works on, and who: ``disk``, ``work``, ``pid``, ``since``, ..."""
+        found = self._parse(await self.client.ask("GET", f"{self.path}/owners"))
+        with sensible("list of owners"):
+            return [dict(each) for each in found]
+
     async def job(self, name: str) -> RemoteJob:
         """The commit of this VM with that id or job id; raises `JobNotFound`.
 

@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 import qmpcommit
-from qmpcommit.block.chain import Disk
+from qmpcommit.block.chain import Disk, read_disks
+from qmpcommit.commit.owners import owners_of
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import interrupted_recycles, node_stem
 from qmpcommit.daemon.engine import Engine
@@ -275,6 +276,13 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             found = interrupted_recycles(await session.graph())
         owned = {f"{node_stem(p.job_id)}-top" for p in engine.live.values() if p.vm == vm}
         return [each for each in found if each["node"] not in owned]
+
+    @app.get("/v1/vms/{vm}/owners", responses=problems(404, 422, 502, 504), tags=["vms"])
+    async def list_owners(vm: VMPath) -> list[dict[str, Any]]:
+        """Disks that somebody works on, this daemon or another process, and who that is."""
+        async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
+            graph = await session.graph()
+        return owners_of(read_disks(graph), graph)
 
     @app.post(
         "/v1/vms/{vm}/commits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import qmpcommit as qc
 from tests.cli.command import (
     end,
     on_a_terminal,
@@ -153,6 +155,12 @@ async def test_the_chain_and_the_jobs_are_as_without_a_daemon(folder: Path) -> N
             remote = await run(through(d), words[0], "web1", *words[1:])
             assert (direct.status, direct.err) == (remote.status, remote.err) == (0, "")
             assert direct.out.replace(qemu.qmp2, "web1") == remote.out
+        async with qc.Session.connect(qemu.qmp2) as vm, vm.snapshot(["top"]):
+            for command in ("chain", "jobs"):
+                said = await run(through(d), command, "web1", "--json")
+                (held,) = said.json["held"]
+                assert (held["work"], held["pid"]) == ("a snapshot window", os.getpid())
+                assert f"qmpcommit: {held['message']}" in said.err
         one = await run(through(d), "chain", "web1", str(chain.top), "--json")
         assert [disk["name"] for disk in one.json["disks"]] == ["top"]
         for words in (["chain", "web1", "vdz"], ["pivot", "web1", "nojob"]):

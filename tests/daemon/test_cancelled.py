@@ -136,6 +136,7 @@ async def reads_a_vm(at: Ground) -> None:
         await vm.jobs()
         await vm.job(at.held)
         await vm.recycles()
+        await vm.owners()
         await host.vm("web1").plan("vda", policy=qc.Keep())
 
 

@@ -87,7 +87,8 @@ DEEDS: list[Callable[[qc.RemoteVM], Awaitable[Any]]] = [
     lambda vm: vm.client.rules(), lambda vm: vm.client.add_vm("web1", "/q"),
     lambda vm: vm.client.remove_vm("web1"), lambda vm: vm.info(), lambda vm: vm.disks(),
     lambda vm: vm.disk("vda"), lambda vm: vm.jobs(), lambda vm: vm.job("j"),
-    lambda vm: vm.job("0" * 32), lambda vm: vm.recycles(), lambda vm: vm.plan("vda"),
+    lambda vm: vm.job("0" * 32), lambda vm: vm.recycles(), lambda vm: vm.owners(),
+    lambda vm: vm.plan("vda"),
     lambda vm: vm.cycle("vda"), _begins, _begins_a_group, _opens, _opens_two, _follows,
 ]  # fmt: skip
 

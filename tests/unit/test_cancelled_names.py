@@ -98,6 +98,7 @@ CLIENT: dict[str, Story] = {
     "RemoteVM.job": client.reads_a_vm,
     "RemoteVM.jobs": client.reads_a_vm,
     "RemoteVM.plan": client.reads_a_vm,
+    "RemoteVM.owners": client.reads_a_vm,
     "RemoteVM.recycles": client.reads_a_vm,
     "RemoteVM.snapshot": client.opens_a_window,
     "RemoteJob.abort": client.aborts,
