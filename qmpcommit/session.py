@@ -782,8 +782,8 @@ class Session(Monitor):
         job.claim = claim
         self._jobs.add(job)
         job.start(lambda: self._jobs.discard(job))
-        if claim is None and noted.same_vm is not False:
-            try:
+        if claim is None and noted.same_vm is not False and self.connected:
+            try:  # while the monitor is away, the job itself keeps others off
                 await take_again(self, job)  # now, for what a job holds still does not wait
             except BaseException:
                 await job.detach()  # nobody has it to detach it
