@@ -278,7 +278,10 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
         folder = where["overlay_dir"]
         running.so_far = f"what had been begun was brought to its end; {_shown(qmp)}"
         cleared = await unused(vm, () if folder is None else (folder,))
-        outcomes = await vm.close_windows(**where)  # which leaves nothing, or raises
+        outcomes = await vm.close_windows(**where)
+        there = await unused(vm, () if folder is None else (folder,)) if cleared else ()
+        others = [each for each in cleared if each in there]  # who opens a window just now lives
+    cleared = [each for each in cleared if each not in others]
     data = {
         "closed": [each.model_dump() for each in left],
         "cleared": cleared,
@@ -286,6 +289,7 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     }
     said = [f"closed the window on {each.filename}" for each in left]
     said += [f"cleared away what was left of a window: {each}" for each in cleared]
+    said += [f"left to whoever opened that window, who is alive: {each}" for each in others]
     said = said or ["no window was open, and nothing was left of one"]
     return Answer(data, "\n".join([*said, *remarks(outcomes)]), quiet=running.options.quiet)
 

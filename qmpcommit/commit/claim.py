@@ -4,6 +4,8 @@ A claim is four nodes in each other, added by one command: the innermost, a ``nu
 that follows from the disk, so that a second one is refused; those around it have names that tell
 who holds the disk, for what, and since when. It costs nothing and ends with QEMU. The outermost
 name differs each time, and is what is deleted: nobody deletes another one's claim by mistake.
+Where a disk's users change meanwhile (it is unplugged, or exported anew) it has another name, and
+is known by the layer that was active when it was claimed.
 
 Whoever works on a disk claims it first and passes the claim down to what it has done for it. A
 claim whose process is seen to have ended is anybody's; whether it has can be told only from the
@@ -25,7 +27,8 @@ from functools import lru_cache
 from time import time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from qmpcommit.block.graph import CLAIMED, CLAIMER
+from qmpcommit.block.chain import read_disks
+from qmpcommit.block.graph import CLAIMED, CLAIMER, read_graph
 from qmpcommit.commit.checks import CLAIM
 from qmpcommit.errors import (
     CommandRefused,
@@ -71,6 +74,7 @@ _WHAT = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})n([0-9a-f]{{8}})\.([a-z]{{1,6}})"
 _WHO = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})p{_NUMBER}\.{_NUMBER}")
 _WHERE = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})w([0-9a-f]{{6}})\.{_NUMBER}")
 _FOR = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})f([0-9a-f]{{8}})")
+_LAYER = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})b([0-9a-f]{{10}})")
 _AGREED = re.compile(rf"{CLAIMED}([0-9a-f]{{10}})")
 
 _held: set[str] = set()
@@ -96,7 +100,8 @@ class Owner(Record):
     """Who holds a disk: `verb` is what for, `since` since when (seconds since 1970).
 
     `disk` stands for the disk, `node` is what `blockdev-del` closes, `nonce` differs each time,
-    `tag` tells of what it is a part (a window). Unknown is 0 or "".
+    `tag` tells of what it is a part (a window), `layer` stands for what was the active one.
+    Unknown is 0 or "".
     """
 
     disk: str
@@ -108,6 +113,7 @@ class Owner(Record):
     place: str = ""
     since: int = 0
     tag: str = ""
+    layer: str = ""
 
 
 # -- names: pure ----------------------------------------------------------------------------------
@@ -116,14 +122,26 @@ class Owner(Record):
 def number_of(disk: Disk) -> str:
     """What stands for a disk in its claim's name, while its overlays come and go.
 
-    That is its device's, its drive's or its export's name, or that of its bottom layer's node.
+    That is its device's, its drive's or its export's name. One that nothing uses has only its
+    active layer's node: it may share all below with others.
     """
-    if disk.qdev or disk.device:
-        name = f"device {disk.qdev or disk.device}"
-    elif disk.exports:
-        name = f"export {min(disk.exports)}"
-    else:
-        name = f"node {disk.chain[-1].node_name if disk.chain else disk.name}"
+    return _numbers_of(disk)[0]
+
+
+def layers_of(disk: Disk) -> list[str]:
+    """What stands for a disk's layers, the active one first."""
+    return [_number(f"layer {image.node_name}") for image in disk.chain]
+
+
+def _numbers_of(disk: Disk) -> list[str]:
+    """By what this disk may have been claimed, while it has these users."""
+    names = [f"device {disk.qdev or disk.device}"] if disk.qdev or disk.device else []
+    names += [f"export {each}" for each in sorted(disk.exports)]
+    active = disk.chain[0].node_name if disk.chain else disk.name
+    return [_number(name) for name in names or [f"node {active}"]]
+
+
+def _number(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:10]
 
 
@@ -137,6 +155,8 @@ def node_of(owner: Owner) -> dict[str, Any]:
     ]
     if owner.tag:
         names.insert(0, f"{disk}f{owner.tag}")
+    if owner.layer:
+        names.insert(0, f"{disk}b{owner.layer}")
     node: dict[str, Any] = {
         "driver": "null-co",
         "node-name": f"{CLAIMED}{owner.disk}",
@@ -166,6 +186,8 @@ def owners_among(names: Iterable[str]) -> dict[str, Owner]:
             known.setdefault(match[1], {}).update(place=place, since=int(match[3], 36))
         elif match := _FOR.fullmatch(name):
             known.setdefault(match[1], {})["tag"] = match[2]
+        elif match := _LAYER.fullmatch(name):
+            known.setdefault(match[1], {})["layer"] = match[2]
     return {disk: Owner(**facts, **known.get(disk, {})) for disk, facts in found.items()}
 
 
@@ -292,10 +314,25 @@ def conflict(vm: Session, disk: Disk, owner: Owner, state: str = "Nothing was se
 
 
 def owner_in(graph: BlockGraph, disk: Disk) -> Owner | None:
-    """Who holds this disk, as a graph that was read shows it."""
+    """Who holds this disk, as a graph that was read shows it.
+
+    A claim whose disk has other users by now is known by the layer that it was made over.
+    """
     if not graph.claims:
         return None
-    return owners_among(graph.claims).get(number_of(disk))
+    owners = owners_among(graph.claims)
+    for number in _numbers_of(disk):
+        if number in owners:
+            return owners[number]
+    there = {
+        (number, layer)
+        for each in read_disks(graph)
+        for number in _numbers_of(each)
+        for layer in layers_of(each)
+    }
+    mine = layers_of(disk)
+    lost = (owner for owner in owners.values() if (owner.disk, owner.layer) not in there)
+    return next((owner for owner in lost if owner.layer in mine), None)
 
 
 def check_free(
@@ -375,22 +412,34 @@ async def take(
     tag: str = "",
     override: Collection[str] = (),
     state: str = "Nothing was sent",
+    looked: bool = False,
 ) -> Claim:
     """Claim a disk, or raise `JobConflict` that names who holds it.
 
     A claim whose owner is seen to have ended is taken over, and so is any with "claim" in
-    `override`. `tag` (eight hexadecimal digits) tells of what it is a part. If its reply is lost
-    QEMU is asked; if this is cancelled nothing stays claimed. Raises what `Monitor.execute`
-    raises.
+    `override`. `tag` (eight hexadecimal digits) tells of what it is a part, `looked` that
+    `check_free` has just been asked. If its reply is lost QEMU is asked; if this is cancelled
+    nothing stays claimed. Raises what `Monitor.execute` raises.
     """
     now = here()
     nonce = os.urandom(4).hex()
     number = number_of(disk)
     node = f"{CLAIMER}{number}n{nonce}.{verb}"
-    owner = Owner(number, node, nonce, verb, now.pid, now.began, now.place, int(time()), tag)
+    owner = Owner(
+        number,
+        node,
+        nonce,
+        verb,
+        *now,
+        since=int(time()),
+        tag=tag,
+        layer=next(iter(layers_of(disk)), ""),
+    )
     if vm.private:
         return Claim(vm, owner, held=False)
     await clear_left(vm)
+    if not looked or CLAIM in override:
+        await _clear_other(vm, disk, override, state)
     _held.add(nonce)
     held = False
     try:
@@ -425,7 +474,7 @@ async def take_for(
     being there. Who does not start the job has to `let_go` its disk.
     """
     if job.claim is None:
-        job.inherit(await take(vm, job.plan.disk, verb, override=override))
+        job.inherit(await take(vm, job.plan.disk, verb, override=override, looked=True))
 
 
 async def take_again(vm: Session, job: CommitJob) -> None:
@@ -441,6 +490,17 @@ async def let_go(*jobs: CommitJob) -> None:
     for job in jobs:
         if job.own_claim is not None:
             await job.own_claim.release()
+
+
+async def _clear_other(vm: Session, disk: Disk, override: Collection[str], state: str) -> None:
+    """Take over what was claimed while the disk had other users; raises `JobConflict`."""
+    there = owner_in(await read_graph(vm), disk)
+    if there is None or there.disk == number_of(disk):  # that one is met by who adds the same
+        return
+    if lives(there) is not False and CLAIM not in override:
+        raise conflict(vm, disk, there, state)
+    vm.log.warning("claim_taken_over", disk=disk.name, owner=told(there))
+    await _delete(vm, there)
 
 
 async def _add(

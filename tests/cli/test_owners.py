@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import qmpcommit as qc
+from qmpcommit.commit.claim import take
+from qmpcommit.commit.window_claims import tag_of
 from tests.cli.command import run, start
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import assert_disk, create, make_chain
 from tests.ground.machines import machine
 
 
@@ -47,6 +49,26 @@ async def test_no_command_works_on_a_disk_in_anothers_window(folder: Path) -> No
         assert (said.json["held"], said.err) == ([], "")
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_what_another_window_has_made_so_far_is_not_called_cleared(folder: Path) -> None:
+    """Who opens it holds the disk, and has laid no overlay yet."""
+    chain = make_chain(folder)
+    window = "20261129T120000Z-0123abcd"
+    overlay = create(folder / f"top.qmpcommit-window-{window}.qcow2", 1 << 20)
+    async with machine(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            opening = await take(vm, await vm.disk("vda"), "window", tag=tag_of(window))
+            said = await run("window", "--close", "--json", qemu.qmp2)
+            assert (said.status, said.json["closed"], said.json["cleared"]) == (0, [], [])
+            said = await run("window", "--close", qemu.qmp2)
+            assert f"left to whoever opened that window, who is alive: {overlay}" in said.out
+            assert overlay.exists()
+            await opening.release()
+        said = await run("window", "--close", "--json", qemu.qmp2)
+        assert said.json["cleared"] == [str(overlay)]
+        assert not overlay.exists()
+        await qemu.quit()
 
 
 async def test_what_a_killed_owner_held_is_anybodys(folder: Path) -> None:

@@ -16,7 +16,7 @@ from qmpcommit.commit import claim as claims
 from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.claim import Owner, node_of, number_of, owners_of, take, take_if_free
 from qmpcommit.commit.plan import Request
-from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import storage_daemon
 from tests.ground.proxy import Strike, proxy
 from tests.ground.sessions import files
@@ -48,12 +48,12 @@ async def leave(vm: qc.Session, **facts: Any) -> Owner:
 
 
 VERBS: dict[str, Any] = {
-    "commit": lambda vm: vm.commit("export0", policy=qc.Keep()),
-    "plan": lambda vm: vm.plan("export0", policy=qc.Keep()),
-    "group": lambda vm: vm.commit_group({"export0": qc.Keep()}),
-    "flatten": lambda vm: vm.flatten("export0", keep=2),
-    "window": lambda vm: vm.snapshot(["export0"]).__aenter__(),
-    "close": lambda vm: vm.close_windows(),
+    "commit": lambda vm, disk: vm.commit(disk, policy=qc.Keep()),
+    "plan": lambda vm, disk: vm.plan(disk, policy=qc.Keep()),
+    "group": lambda vm, disk: vm.commit_group({disk: qc.Keep()}),
+    "flatten": lambda vm, disk: vm.flatten(disk, keep=2),
+    "window": lambda vm, disk: vm.snapshot([disk]).__aenter__(),
+    "close": lambda vm, disk: vm.close_windows(),
 }
 
 
@@ -63,7 +63,7 @@ async def test_whoever_comes_second_is_told_of_the_first(folder: Path) -> None:
             before = await files(vm)
             for verb, call in VERBS.items():
                 with pytest.raises(qc.JobConflict, match="a snapshot window of this very") as told:
-                    await call(other)
+                    await call(other, "export0")
                 owner: Any = told.value.facts["owner"]
                 assert (owner["verb"], owner["alive"]) == ("window", True), verb
             assert await files(vm) == before
@@ -115,6 +115,54 @@ async def test_one_of_whom_nothing_is_known_is_overridden_by_name(folder: Path) 
             assert await owners_of(other) == [window.claims["export0"].owner]
         assert [each.action for each in window.outcomes] == ["pivot"]
     assert_disk(chain.base, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("exports", [["export0", "a"], ["a"], []], ids=["one more", "anew", "none"])
+async def test_who_holds_a_disk_does_so_when_it_is_exported_anew(
+    folder: Path, exports: list[str]
+) -> None:
+    async with two(folder) as (vm, other, chain):
+        async with vm.snapshot(["export0"]) as window:
+            node = (await vm.disk("export0")).root
+            if "export0" not in exports:
+                with other.events("BLOCK_EXPORT_DELETED") as deleted:
+                    await other.execute("block-export-del", {"id": "export0", "mode": "hard"})
+                    await anext(deleted)
+            if "a" in exports:
+                nbd = {"type": "nbd", "id": "a", "name": "a", "writable": True}
+                await other.execute("block-export-add", {**nbd, "node-name": node})
+            for call in VERBS.values():
+                with pytest.raises(qc.JobConflict, match="a snapshot window of this very"):
+                    await call(other, node)
+            with pytest.raises(qc.JobConflict, match="a snapshot window of this very"):
+                await take(other, await other.disk(node), "disc")
+            again = await take(other, await other.disk(node), "disc", override=["claim"])
+            assert await owners_of(vm) == [again.owner]
+            await again.release()
+            window.claims["export0"] = await take(vm, await vm.disk(node), "window")
+        assert [each.action for each in window.outcomes] == ["pivot"]
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_disks_that_nothing_uses_are_held_apart_over_one_base(folder: Path) -> None:
+    chain = make_chain(folder)
+    beside = folder / "beside.qcow2"
+    create(beside, None, backing=chain.base)
+    async with storage_daemon(folder, chain, export=False) as qemu:
+        file = {"driver": "file", "filename": str(beside)}
+        node = {"driver": "qcow2", "node-name": "beside", "file": file}
+        async with qc.Session.connect(qemu.qmp) as vm:
+            (disk,) = await vm.disks()
+            below = disk.chain[-1].node_name
+            await vm.execute("blockdev-add", {**node, "backing": below})
+            async with vm.snapshot([disk.root, "beside"]) as window:
+                for frozen in window.values():
+                    with pytest.raises(qc.JobConflict, match="a snapshot window"):
+                        await vm.commit(frozen.overlay, shallow=True, policy=qc.Keep())
+            assert [each.action for each in window.outcomes] == ["pivot", "pivot"]
+            assert await owners_of(vm) == []
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_window_whose_disk_was_taken_over_is_no_instants_image(folder: Path) -> None:

@@ -16,13 +16,33 @@ from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import build_graph
 from qmpcommit.commit import claim
 from qmpcommit.commit.checks import OVERRIDES
-from qmpcommit.commit.claim import WORK, Here, Owner, lives, node_of, number_of, owners_among, told
+from qmpcommit.commit.claim import (
+    WORK,
+    Here,
+    Owner,
+    layers_of,
+    lives,
+    node_of,
+    number_of,
+    owner_in,
+    owners_among,
+    told,
+)
 from qmpcommit.commit.recycle import NODE_NAME_LENGTH
 
 DIGITS = st.text("0123456789abcdef", min_size=8, max_size=8)
 OWNERS = st.builds(
-    lambda nonce, verb, pid, began, place, since, tag: Owner(
-        "0123456789", f"qmpc-0123456789n{nonce}.{verb}", nonce, verb, pid, began, place, since, tag
+    lambda nonce, verb, pid, began, place, since, tag, layer: Owner(
+        "0123456789",
+        f"qmpc-0123456789n{nonce}.{verb}",
+        nonce,
+        verb,
+        pid,
+        began,
+        place,
+        since,
+        tag,
+        layer,
     ),
     DIGITS,
     st.sampled_from(sorted(WORK)),
@@ -31,6 +51,7 @@ OWNERS = st.builds(
     st.sampled_from(["", "abcdef", "123456"]),
     st.integers(0, 2**33),
     st.one_of(st.just(""), DIGITS),
+    st.sampled_from(["", "0123456789"]),
 )
 
 
@@ -66,12 +87,40 @@ def test_what_stands_for_a_disk_stays_while_its_overlays_come_and_go() -> None:
         {"qdev": "/machine/peripheral/vda"},
         {"device": "drive0"},
         {"exports": ("b", "a")},
-        {},
     ]
     numbers = [number_of(Disk(name="x", chain=long, **kind)) for kind in kinds]
     assert numbers == [number_of(Disk(name="y", chain=short, **kind)) for kind in kinds]
     assert len(set(numbers)) == len(kinds)
     assert number_of(Disk(name="x")) != number_of(Disk(name="y"))
+
+
+@pytest.mark.parametrize(
+    ("exports", "held"),
+    [
+        ("e=a f=b", "a"),
+        ("d=a e=a f=b", "a"),
+        ("d=a f=b", "a"),
+        ("e=lone f=b", "lone"),
+        ("", "a"),
+    ],
+)
+def test_a_disk_that_has_other_users_by_now_is_held_still(exports: str, held: str) -> None:
+    """It is known by its layer, and the one beside it over the same base is not held."""
+    disk = Disk(name="x", chain=(image("a"), image("base")), exports=("e",))
+    owner = Owner(number_of(disk), "n", "00000000", "window", layer=layers_of(disk)[0])
+    names = ["base", "a", "b", "lone", *names_of(node_of(owner))]
+    edges = {
+        "nodes": [{"id": i, "type": "block-driver", "name": n} for i, n in enumerate(names)],
+        "edges": [{"parent": i, "child": 0, "name": "backing"} for i in (1, 2)],
+    }
+    serves = [each.split("=") for each in exports.split()]
+    graph = build_graph(
+        [{"node-name": name, "drv": "qcow2"} for name in names],
+        [],
+        [{"id": id_, "node-name": node, "type": "nbd"} for id_, node in serves],
+        edges,
+    )
+    assert [d.name for d in read_disks(graph) if owner_in(graph, d) is not None] == [held]
 
 
 def test_claims_are_no_disks() -> None:
