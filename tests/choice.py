@@ -15,17 +15,21 @@ import pytest
 OURS_ALONE = {
     "test_agent": "the other side is a guest agent of ours",
     "test_cancelled": "who is cancelled is our process, at each of its own steps",
+    "test_cycle_group": "QEMU is asked what test_cycle and test_group ask it",
     "test_driver": "answers are refused and lines broken by a proxy of ours",
     "test_floods": "the other side is a monitor of ours",
+    "test_group_freeze": "the agents are ours, and QEMU is asked what test_group asks it",
     "test_group_freeze_killed": "who is killed is our process, at each of its own steps",
     "test_group_policies": "who decides for a group is on this side of the monitor",
     "test_job": "hooks, deadlines and callers are on this side of the monitor",
     "test_job_ids": "ids are compared on this side of the monitor",
     "test_monitor": "the other side is a monitor of ours, or a line that breaks",
     "test_shared_client": "who owns the connection is decided on this side of it",
+    "test_told": "words are chosen on this side of the monitor",
     "test_two_owners": "pauses are counted on this side of the monitor",
     "test_window_killed": "who is killed is our process, at each of its own steps",
     "test_window_recovery": "what was noted is read on this side of the monitor",
+    "test_window_remains": "what is left of a window is judged on this side of the monitor",
 }
 """Modules of tests/real in which QEMU is only asked what others ask it too, and why."""
 

@@ -66,8 +66,7 @@ print("%d.%d" % sys.version_info[:2], sys.executable)' 2>/dev/null || true
 
 # What is run on a Python between the oldest and the newest: what rests on asyncio, on pydantic and
 # on the grammar of types.
-SAMPLE=(tests/unit/test_{cancellation,config,events,journal,policy,schema}.py
-    tests/real/test_cycle.py)
+SAMPLE=(tests/unit/test_{cancellation,config,events,journal,policy,schema}.py)
 
 # All environments are made at once, for that is mostly waiting; then one is tested after the other.
 on_pythons() {
