@@ -152,6 +152,8 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
                     if window is not None:
                         open_again += 1
                         await qc.close_window(vm, window)
+                else:  # it had claimed its disks, perhaps
+                    await vm.close_windows()
                 for disk in await vm.disks():
                     assert disk.active is not None
                     remove = {"node": disk.active.node_name, "name": "kept"}
