@@ -125,7 +125,7 @@ async def _cycle(
     except asyncio.CancelledError:
         qmp, disk = disks[0]
         chain = f"'qmpcommit chain {shlex.quote(qmp)}' shows what it writes to"
-        said = f"a discard that had begun was brought to its end: {chain}"
+        said = f"if a discard had begun, it was brought to its end: {chain}"
         if commits.under_way:
             said = "the changes were being carried into the base, so do not discard them now"
         raise commits.error(said, vm=vms[qmp].name, disk=disk) from None

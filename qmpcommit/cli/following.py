@@ -60,7 +60,7 @@ class Following:
             outcome = await job.wait()
         except QmpCommitError as error:
             self._ended = True
-            if self._left is not None:
+            if self._left is not None and "outcome" not in error.facts:
                 raise await self._has_left(job.id, disk) from None
             if self._run.signals:
                 raise Interrupted(f"interrupted. {error.message}", **error.facts) from None

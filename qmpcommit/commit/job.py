@@ -312,11 +312,18 @@ class CommitJob:
             await driver.drive()
             await self._converged()
         except asyncio.CancelledError:
+            goes_on = (
+                f"it goes on in QEMU. Take it up with 'qmpcommit pivot|keep|abort QMP {self.id}'"
+            )
+            ended: dict[str, object] = {}
+            if driver.outcome is not None:
+                goes_on = report.ended_before(driver.outcome)
+                ended["outcome"] = driver.outcome.model_dump(mode="json")
             driver.error = driver.error or MonitorLost(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} is no longer followed from"
-                " here; it goes on in QEMU. Take it up with"
-                f" 'qmpcommit pivot|keep|abort QMP {self.id}'",
+                f" here; {goes_on}",
                 **self._where(),
+                **ended,
             )
             raise
         except BaseException as error:
@@ -387,7 +394,10 @@ class CommitJob:
 
     def _hard_stop(self) -> None:
         assert self._task is not None
-        self._driver.error = report.deadline_error(self.plan, self.state, self._driver.timeout or 0)
+        driver = self._driver
+        driver.error = report.deadline_error(
+            self.plan, self.state, driver.timeout or 0, driver.outcome
+        )
         self._task.cancel()
 
     def _where(self) -> dict[str, object]:

@@ -191,6 +191,9 @@ def _by_verdict(
             )
         case Verdict.VM_GONE:
             return _gone(plan, state, lost, left)
+        case Verdict.MONITOR_LOST if state.unsent:
+            why = lost.message if lost else "the monitor was lost"
+            return MonitorLost(f"{subject}: {why}. Nothing was sent. Run it again")
         case Verdict.MONITOR_LOST:
             return MonitorLost(
                 f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
@@ -223,7 +226,9 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
     ordered = "Another client may have pivoted, and whether"
     if state.ordered in PIVOTS:
         ordered = "The pivot was ordered and whether"
-    if not plan.top.node_name:
+    if state.unsent:
+        what = f"Nothing was sent: {plan.disk.chain[0].filename} is the image to boot, as it was"
+    elif not plan.top.node_name:
         what = "Which image it wrote to last is not known here: look before booting"
     elif not plan.two_phase:
         what = (
@@ -286,9 +291,28 @@ def said_of(error: BaseException) -> str:
     return error.message if isinstance(error, QmpCommitError) else repr(error)
 
 
-def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded:
-    """The error of a commit that took too long."""
-    if state.verdict is Verdict.CANCELLED:
+def ended_before(outcome: CommitOutcome) -> str:
+    """What is to be known of a commit that was left when it had ended, but not what follows it."""
+    active = outcome.active or outcome.base
+    done = {"none": f"merged {outcome.top} into {outcome.base}", "keep": "kept", "abort": "aborted"}
+    said = f"the job had ended before: {done.get(outcome.action, 'pivoted')}. "
+    if outcome.invalidated:
+        said += (
+            f"The image to boot is {active.filename}, and {', '.join(outcome.invalidated)} must"
+            " never be booted again. "
+        )
+    return (
+        f"{said}What was to follow (a hook, the deletion of stale files) was not brought to its end"
+    )
+
+
+def deadline_error(
+    plan: Plan, state: State, timeout: float, outcome: CommitOutcome | None = None
+) -> DeadlineExceeded:
+    """The error of a commit that took too long; one that has an `outcome` has ended."""
+    if outcome is not None:
+        what = ended_before(outcome)
+    elif state.verdict is Verdict.CANCELLED:
         what = f"the job was cancelled. {_still_active(plan)}"
     else:
         what = (
@@ -300,6 +324,7 @@ def deadline_error(plan: Plan, state: State, timeout: float) -> DeadlineExceeded
         vm=plan.vm,
         disk=plan.disk.name,
         job_id=plan.job_id,
+        **({} if outcome is None else {"outcome": outcome.model_dump(mode="json")}),
     )
 
 

@@ -225,6 +225,44 @@ async def test_a_job_that_does_not_heed_its_deadline_is_left_and_named(
     assert_disk(chain.top, chain.pictures[-1])
 
 
+@pytest.mark.parametrize("how", ["deadline", "detach"])
+async def test_who_leaves_in_a_hook_after_the_pivot_is_told_of_the_pivot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(job_module, "GRACE", 0.2)
+    chain = make_chain(folder)
+    called = asyncio.Event()
+
+    async def hook(outcome: qc.CommitOutcome) -> None:
+        called.set()
+        await asyncio.Event().wait()
+
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            limit = 2.0 if how == "deadline" else None
+            job = await vm.commit(
+                "top", policy=qc.Pivot(), on_pivot=hook, delete=True, timeout=limit
+            )
+            await called.wait()
+            if how == "detach":
+                await job.detach()
+            with pytest.raises(qc.QmpCommitError, match="had ended before: pivoted") as left:
+                await job.wait()
+            kind = qc.DeadlineExceeded if how == "deadline" else qc.MonitorLost
+            assert type(left.value) is kind
+            text = str(left.value)
+            assert f"The image to boot is {chain.base}, and {chain.top} must never" in text
+            assert "left in QEMU" not in text
+            assert "goes on in QEMU" not in text
+            assert "valid only under" not in text
+            ended: Any = left.value.facts["outcome"]
+            assert (ended["action"], ended["deleted"]) == ("pivot", [])
+            assert chain.top.exists()
+            await nothing_runs(vm)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 class Exit(BaseException):
     """What ends a process, as `SystemExit` does."""
 

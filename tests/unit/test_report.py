@@ -169,6 +169,15 @@ def test_a_vm_that_is_gone_leaves_word_what_to_boot(
     assert ("Another client may have pivoted" in str(gone)) is (pivoted is None and not ours)
 
 
+@pytest.mark.parametrize("plan", [WHOLE, LOWER], ids=["active", "lower"])
+@pytest.mark.parametrize("verdict", [Verdict.VM_GONE, Verdict.MONITOR_LOST])
+def test_what_was_not_sent_has_written_nothing(verdict: Verdict, plan: Plan) -> None:
+    raised = told(plan, verdict=verdict, unsent=True)
+    assert "Nothing was sent" in str(raised)
+    assert "valid only under" not in str(raised)
+    assert getattr(raised, "pivoted", False) is False
+
+
 def test_a_vm_that_is_gone_and_a_layer_below_or_a_disk_unknown() -> None:
     below = told(LOWER, lost=qc.VMGone("killed"), verdict=Verdict.VM_GONE)
     assert below.pivoted is False
@@ -186,6 +195,21 @@ def test_a_deadline_tells_whether_the_job_is_left() -> None:
     left = report.deadline_error(WHOLE, State(two_phase=True), 7.5)
     assert f"end it with 'qmpcommit abort QMP {WHOLE.job_id}'" in str(left)
     assert told(verdict=Verdict.PIVOTED, by="deadline") is None
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict.PIVOTED, "pivoted. The image to boot is /i/base, and /i/top, /i/mid must never"),
+        (Verdict.KEPT, "kept. What was to follow"),
+        (Verdict.CANCELLED, "aborted. What was to follow"),
+    ],
+)
+def test_who_leaves_what_has_ended_is_told_how(verdict: Verdict, words: str) -> None:
+    state = State(two_phase=True, verdict=verdict)
+    outcome = report.outcome_of(WHOLE, state, WHOLE.base, Timings())
+    text = str(report.deadline_error(WHOLE, state, 3, outcome))
+    assert f"within 3 s: the job had ended before: {words}" in text
 
 
 def test_a_policy_that_fails_is_the_cause_of_the_abort() -> None:
