@@ -582,5 +582,10 @@ async def _let_go(vm: Session, owner: Owner) -> None:
 async def clear_left(vm: Session) -> None:
     """Close what could not be closed when it was let go."""
     while vm.left_claims:
-        await _delete(vm, vm.left_claims[0])
-        _left.discard(vm.left_claims.pop(0).nonce)
+        owner = vm.left_claims.pop(0)  # another take may be at it as well
+        try:
+            await _delete(vm, owner)
+        except BaseException:
+            vm.left_claims.append(owner)
+            raise
+        _left.discard(owner.nonce)

@@ -14,7 +14,15 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit import claim as claims
 from qmpcommit.commit.aftermath import Around
-from qmpcommit.commit.claim import Owner, node_of, number_of, owners_of, take, take_if_free
+from qmpcommit.commit.claim import (
+    Owner,
+    clear_left,
+    node_of,
+    number_of,
+    owners_of,
+    take,
+    take_if_free,
+)
 from qmpcommit.commit.plan import Request
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import storage_daemon
@@ -83,6 +91,16 @@ async def test_two_at_once_are_one_and_a_conflict(folder: Path) -> None:
         await job.ready()
         await job.keep()
     assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_what_was_left_is_cleared_once_by_many_at_a_time(folder: Path) -> None:
+    async with two(folder) as (vm, other, chain):
+        for number in ("0000000001", "0000000002", "0000000003"):
+            node = f"qmpc-{number}n00000000.flat"
+            vm.left_claims.append(await leave(other, disk=number, node=node))
+        await asyncio.gather(*(clear_left(vm) for _ in range(3)))
+        assert await owners_of(vm) == []
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_the_claim_of_one_who_is_dead_is_anybodys(folder: Path) -> None:
