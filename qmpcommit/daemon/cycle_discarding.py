@@ -123,8 +123,9 @@ class Discarding:
             await self._exchange(found, {vm.name: session})
             return
         found.exchanging.add(vm.name)
-        claims = await self._claim(begun)
+        claims: list[Claim] = []
         try:
+            claims = await self._claim(begun)
             if found.decided == "exchange":
                 await self._warn(found, begun, await complete(begun))
             else:
