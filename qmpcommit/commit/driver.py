@@ -206,6 +206,7 @@ class Driver:
 
     async def _let_go(self) -> None:
         """Nobody follows the job any more: whatever it holds still is let go."""
+        await self._stop_preparing()
         with suppress(QmpCommitError):
             if self.state.status == "pending" and self.state.prepares:
                 order = "job-finalize" if self.state.prepared else "job-cancel"
@@ -312,10 +313,13 @@ class Driver:
             return
         # Others are waited for, and one of them may be why this one must not be finalized; and
         # a flush may take long, while no guest waits for it.
-        if self._preparing is not None:
-            await stop(self._preparing)
+        await self._stop_preparing()
         preparing = self._try(self._care.prepare(keeps=self.state.keeps))
         self._preparing = asyncio.create_task(preparing, name=f"barrier {self.id}")
+
+    async def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            await stop(self._preparing)
 
     async def _send(self, command: Command) -> None:
         arguments: Mapping[str, Any] = {"id": self.id}
@@ -505,6 +509,7 @@ class Driver:
 
     async def _conclude(self) -> None:
         state, plan = self.state, self.plan
+        await self._stop_preparing()  # a job that somebody else has ended
         await self._care.close_above()
         if state.verdict not in _NO_UNDOING:
             await self._care.undo()

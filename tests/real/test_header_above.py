@@ -188,6 +188,37 @@ async def until_held(vm: qc.Session, job_id: str) -> None:
         await asyncio.sleep(0.01)
 
 
+async def test_nothing_is_opened_any_more_for_a_job_that_somebody_else_has_ended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, order, opening = make_chain(folder, 3), list[str](), asyncio.Event()
+    opens = OverlaysAbove.open
+
+    async def hangs(above: OverlaysAbove, *graph: Any) -> str | None:
+        if above._rehearsal:
+            return await opens(above, *graph)
+        opening.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            order.append("opened")
+        return None
+
+    async def close(above: OverlaysAbove) -> None:
+        order.append("closed")
+
+    async with opened(folder, chain) as (daemon, vm):
+        job = await vm.commit("export0", top=1)
+        monkeypatch.setattr(OverlaysAbove, "open", hangs)
+        monkeypatch.setattr(OverlaysAbove, "close", close)
+        await asyncio.wait_for(opening.wait(), 20)
+        await vm.execute("job-cancel", {"id": job.id})
+        assert (await job.wait()).action == "abort"
+        assert order == ["opened", "closed"]
+        await daemon.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 @pytest.mark.parametrize(
     ("how", "program"),
     [
