@@ -78,6 +78,7 @@ class Plan(Record):
     stale: Literal["leave", "rename", "delete"] = "leave"
     findings: list[Any] = field(default_factory=list)
     keep_relative: bool = False
+    carry_bitmaps: bool = True
 
     @property
     def stalls(self) -> bool:
@@ -139,6 +140,7 @@ def plan_commit(
         between=chain[top + 1 : base],
         stale=request.stale,
         keep_relative=request.keep_relative,
+        carry_bitmaps=request.carry_bitmaps,
     )
 
 

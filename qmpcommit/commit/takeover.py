@@ -79,7 +79,8 @@ async def resumed(
         around = around._replace(barrier=nobody_met)
     if noted.state.prepares and noted.state.running and noted.same_vm is not False:
         graph = await vm.graph()
-        if {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys():
+        known = {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys()
+        if plan.carry_bitmaps and known:
             layers = [image.node_name for image in (plan.top, *plan.between)]
             around = around._replace(carrying=plan_carrying(graph, layers, plan.base.node_name))
     auto_finalize = bool(plan.arguments.get("auto-finalize", True))

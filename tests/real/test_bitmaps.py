@@ -11,7 +11,20 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.commit import care
-from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read, run
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.plan import Plan
+from tests.ground.images import (
+    MIB,
+    Chain,
+    Picture,
+    Write,
+    assert_disk,
+    create,
+    make_chain,
+    read,
+    run,
+    write,
+)
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.proxy import REFUSAL, Strike, proxy
@@ -150,6 +163,22 @@ async def test_an_intermediate_commit_carries_the_bitmaps_of_all_its_layers(fold
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
     assert "name: both" in run(QEMU.img, "info", chain.base)
+
+
+async def test_bitmaps_that_were_not_to_be_carried_are_not_by_who_takes_it_up(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    write(chain.files[1], [Write(8 * MIB, 24 * MIB, 0x55)])  # more than goes through at once
+    run(QEMU.img, "bitmap", "--add", "-g", str(GRAIN), chain.files[1], "x")
+    async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        before = await vm.commit("export0", top="mid", carry_bitmaps=False, bandwidth="1MiB")
+        await before.detach()
+        plan = Plan.model_validate(before.plan.model_dump(mode="json"))
+        job = await vm.resume(plan, Resumed(before.state))
+        await vm.execute("block-job-set-speed", {"device": job.id, "speed": 0})
+        assert (await job.wait()).action == "none"
+        assert await marked(vm, "base") == {}
+        await vm.close()
+        await qemu.quit()
 
 
 @pytest.mark.parametrize("policy", [qc.Abort(), qc.Keep()], ids=lambda p: p.kind)
