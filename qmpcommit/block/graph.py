@@ -184,7 +184,10 @@ class BlockGraph(NamedTuple):
         QEMU puts the names of a chain together from those in the headers, so that they may lead
         through the folders of layers that are merged away and deleted.
         """
-        name = str(node.raw.get("file") or "")
+        return self.full(str(node.raw.get("file") or ""))
+
+    def full(self, name: str) -> str:
+        """The name of a file by which QEMU has it open, as `file` gives it for the node."""
         name = os.path.join(self.cwd, name) if self.cwd and is_plain(name) else name
         return self.real.get(name, name)
 
@@ -215,7 +218,7 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
         if any("/dev/fdset/" in str(node.get("file")) for node in nodes):
             sets = await _optional(monitor, "query-fdsets", [])
             numbers = _descriptors(sets)
-            given = given_names(numbers, monitor.peer_pid)
+            given = await asyncio.to_thread(given_names, numbers, monitor.peer_pid)
             graph = graph._replace(fdsets=numbers, given=given)
         graph = graph._replace(cwd=working_directory(monitor.peer_pid))
         joined = {name for node in graph.nodes.values() if "/../" in (name := graph.file(node))}
@@ -258,7 +261,11 @@ def working_directory(pid: int | None) -> str | None:
     """A process's, as its path is from here; None where it can't be known."""
     try:
         path = os.readlink(f"/proc/{pid}/cwd") if pid else None
-        removed = path is not None and os.stat(f"/proc/{pid}/cwd").st_nlink == 0
+        removed = (
+            path is not None
+            and path.endswith(" (deleted)")  # else its storage is not asked, which may hang
+            and os.stat(f"/proc/{pid}/cwd").st_nlink == 0
+        )
     except OSError:
         return None
     return None if removed else path

@@ -199,7 +199,9 @@ async def _open(
     encrypted = any(is_encrypted(graph, name) for name in layers)
     for number, (asked, disk) in enumerate(found.items()):
         others = [each.filename for each in overlays.values()]
-        plan, filename = _place(vm, disk, window, number, overlay_dir, others=others)
+        plan, filename = await asyncio.to_thread(
+            _place, vm, disk, window, number, overlay_dir, others=others
+        )
         own = each_asked(asks, [is_encrypted(graph, plan.base.node_name), encrypted])[0]
         await check_follows(vm, plan, graph, own, lasting=False)
         await _check_closing(vm, plan, graph)
@@ -397,10 +399,14 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
         await clear_named(vm, noted.name)
         return None
     window = Window(noted.name, laid, noted.below)
-    for asked, each in laid.items():
-        claim = await claim_again(vm, each)
-        if claim is not None:
-            window.claims[asked] = claim
+    try:
+        for asked, each in laid.items():
+            claim = await claim_again(vm, each)
+            if claim is not None:
+                window.claims[asked] = claim
+    except BaseException:  # nobody has the window, to let its disks go
+        await release(window.claims.values())
+        raise
     return window
 
 
@@ -559,12 +565,12 @@ async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
 async def _undo(vm: Session, overlays: Sequence[FreshOverlay], claims: Mapping[str, Claim]) -> None:
     """What was laid nevertheless (its reply was lost) is committed back; the rest is removed."""
     try:
-        laid = {w.overlay for w in await windows(vm)}
+        laid = {w.node_name for w in await windows(vm)}
     except QmpCommitError:
         return  # the VM is away: `windows` finds them when it is back
-    left = [Frozen("", "", o.filename, o.node) for o in overlays if o.filename in laid]
+    left = [Frozen("", "", o.filename, o.node) for o in overlays if o.node in laid]
     for overlay in overlays:
-        if overlay.filename not in laid:
+        if overlay.node not in laid:
             try:
                 await overlay.undo()
             except QmpCommitError as error:  # why there is no window is the news

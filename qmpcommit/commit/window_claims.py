@@ -8,7 +8,6 @@ Rests on what a claim rests on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -134,7 +133,7 @@ def _disturbed(
 ) -> str:
     for disk in read_disks(graph):
         names = [image.filename for image in disk.chain]
-        overlay = os.path.join(graph.cwd or "", each.overlay)
+        overlay = graph.full(each.overlay)
         if overlay in names:
             break
     else:

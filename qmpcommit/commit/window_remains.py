@@ -89,8 +89,7 @@ async def unused(vm: Session, folders: Collection[str] = ()) -> list[str]:
 def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
     """The disk whose guest writes to this overlay; None where it was not laid over anything."""
     for disk in read_disks(graph):
-        named = os.path.join(graph.cwd or "", overlay)
-        if disk.active and disk.active.filename == named and len(disk.chain) > 1:
+        if disk.active and disk.active.filename == graph.full(overlay) and len(disk.chain) > 1:
             return disk
     return None
 
@@ -203,8 +202,8 @@ async def left_of(vm: Session, overlay: str) -> list[Remains]:
     """What stays of an overlay that no disk writes to, after all has been removed that may be."""
     graph = await read_graph(vm)
     for disk in read_disks(graph):
-        named = os.path.join(graph.cwd or "", overlay)
-        if named in [image.filename for image in disk.chain[1:]] and disk.active is not None:
+        below = [image.filename for image in disk.chain[1:]]
+        if graph.full(overlay) in below and disk.active is not None:
             text = (
                 f"{disk} of {vm.name} has {disk.active.filename} over it by now, so that it is a"
                 f" layer of that disk like any other: 'qmpcommit commit {vm.address or 'QMP'}"
@@ -231,7 +230,7 @@ async def clear(
     await end_jobs(vm, overlays)
     remains = []
     graph = await read_graph(vm)
-    wanted = {os.path.join(graph.cwd or "", each) for each in overlays or ()}
+    wanted = {graph.full(each) for each in overlays or ()}
     for name in list(graph.nodes):
         file = graph.file(graph.leaf(name))
         if MARK not in file or (overlays is not None and file not in wanted):

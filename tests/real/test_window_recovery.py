@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit import window as commit_window
+from qmpcommit.commit.claim import owners_of
+from qmpcommit.commit.window_claims import claim_again
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import MIB, Write, assert_disk, create, make_chain, write
 from tests.ground.machines import machine, storage_daemon
@@ -62,6 +65,60 @@ async def test_a_window_is_opened_and_closed_by_different_sessions(folder: Path)
     assert not list(folder.glob("*qmpcommit-window*"))
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_recovery_that_is_repeated_lets_all_disks_go(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = make_chain(folder, 2), make_chain(folder, 2, names=("base2", "top2"))
+    notes = Notes()
+    async with machine(folder, *chains) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            await qc.open_window(vm, ["vda", "vdb"], ledger=notes)
+        assert notes.noted is not None
+        async with qc.Session.connect(qemu.qmp) as vm:
+            tried: list[str] = []
+
+            async def once_lost(vm: qc.Session, each: Any) -> Any:
+                tried.append(each.disk)
+                if len(tried) == 2:
+                    raise qc.MonitorLost("lost", vm=vm.name)
+                return await claim_again(vm, each)
+
+            monkeypatch.setattr(commit_window, "claim_again", once_lost)
+            with pytest.raises(qc.MonitorLost):
+                await qc.recover_window(vm, notes.noted)
+            window = await qc.recover_window(vm, notes.noted)
+            assert window is not None
+            assert all(claim.held for claim in window.claims.values())
+            await qc.close_window(vm, window)
+            assert await owners_of(vm) == []
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("over", ["{0}/beside/..", "beside/.."], ids=["absolute", "relative"])
+async def test_overlays_in_a_folder_that_is_named_by_another_are_found_again(
+    over: str, folder: Path
+) -> None:
+    chain = make_chain(folder, 2)
+    (folder / "beside").mkdir()
+    notes = Notes()
+    async with storage_daemon(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            async with vm.snapshot(["top"], overlay_dir=over.format(folder)) as window:
+                assert len((await vm.disk("export0")).chain) == 3
+            assert [each.action for each in window.outcomes] == ["pivot"]
+            await qc.open_window(vm, ["export0"], overlay_dir=over.format(folder), ledger=notes)
+        assert notes.noted is not None
+        async with qc.Session.connect(qemu.qmp) as vm:
+            taken = await qc.recover_window(vm, notes.noted)
+            assert taken is not None
+            assert [each.action for each in await qc.close_window(vm, taken)] == ["pivot"]
+        await qemu.quit()
+    assert not list(folder.glob("*qmpcommit-window*"))
+    assert_disk(chain.top, chain.pictures[-1])
 
 
 async def test_a_name_that_is_none_is_refused(folder: Path) -> None:
