@@ -249,7 +249,9 @@ class FreshOverlay:
         graph = await read_graph(self._monitor)
         nodes = graph.nodes
         opened = {graph.file(node) for node in nodes.values()}
-        if nodes.keys() & {self.node, self._file_node} or opened & {self._path, self.filename}:
+        if nodes.keys() & {self.node, self._file_node} or opened & {
+            self._path, graph.full(self.filename)
+        }:  # fmt: skip
             return  # somebody uses it after all
         if self._is_here():
             names = await self._names(graph)
@@ -369,7 +371,7 @@ class FreshOverlay:
             "filename": self.filename,
             "node-name": self._file_node,
         }
-        followed = self._followed(graph)
+        followed = await asyncio.to_thread(self._followed, graph)
         try:
             if not await self._made_here(node, followed):
                 await self._made_by_qemu(node)
@@ -425,7 +427,7 @@ class FreshOverlay:
             self._file = None
             return False
         same = made.file in await self._open_files() or await self._opened_marked(node, made)
-        if not same or not made.is_named():
+        if not same or not await asyncio.to_thread(made.is_named):
             await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
             raise CommitFailed(
                 f"QEMU opened another file by the name {self.filename} than the one that was made"
@@ -452,13 +454,16 @@ class FreshOverlay:
 
         ``blockdev-create`` would empty it, so a character device that appends makes it.
         """
-        device = {"type": "file", "data": {"out": self.filename, "append": True}}
-        await self._monitor.execute("chardev-add", {"id": self._file_node, "backend": device})
-        await self._monitor.execute("chardev-remove", {"id": self._file_node})
+        await to_the_end(self._appended())
         await self._monitor.execute("blockdev-add", node)
         if await self._opened_size() != 0:
             await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
             raise CommitFailed(f"{self._exists}. Nothing was written to it")
+
+    async def _appended(self) -> None:
+        device = {"type": "file", "data": {"out": self.filename, "append": True}}
+        await self._monitor.execute("chardev-add", {"id": self._file_node, "backend": device})
+        await self._monitor.execute("chardev-remove", {"id": self._file_node})
 
     async def _opened_size(self) -> int | None:
         """The size of what QEMU has opened as its file."""
@@ -472,6 +477,8 @@ class FreshOverlay:
         """See a former process's creations end."""
         for what in ("file", "qcow2"):
             await forget(self._monitor, self._creation(what), self.filename)
+        with suppress(CommandRefused):  # it was killed before that, or this QEMU has none
+            await self._monitor.execute("chardev-remove", {"id": self._file_node})
 
     def _creation(self, what: str) -> str:
         return f"{self._plan.job_id}-create-{what}"

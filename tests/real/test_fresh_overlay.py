@@ -169,6 +169,34 @@ async def test_where_only_qemu_can_make_it_no_file_is_emptied(
     assert (fresh.read_bytes() == PRECIOUS) is (when != "never")
 
 
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+async def test_what_only_qemu_can_make_leaves_no_character_device(
+    how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere(monkeypatch)
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    making: list[asyncio.Task[None]] = []
+
+    def cancel(command: str) -> None:
+        if command == "chardev-add" and making:
+            making.pop().cancel()
+
+    async with serving(folder, chain, monkeypatch, cancel) as vm:
+        overlay = await overlay_of(vm, fresh)
+        device = f"{overlay.node.removesuffix('top')}file"
+        if how == "cancelled":
+            making.append(asyncio.create_task(overlay.open()))
+            with pytest.raises(asyncio.CancelledError):
+                await making[0]
+        else:
+            backend = {"type": "file", "data": {"out": str(fresh), "append": True}}
+            await vm.execute("chardev-add", {"id": device, "backend": backend})
+            overlay.restore(stopped=False)
+        await overlay.undo()
+        with pytest.raises(CommandRefused, match="not found"):
+            await vm.execute("chardev-remove", {"id": device})
+
+
 async def test_a_name_of_which_qemu_tells_nothing_is_not_free(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
