@@ -170,7 +170,7 @@ async def discard(
             return await _finish(found, stem, guest, delete, claims, asks=asks)
         plans = _plans(found)
         guest = await _agreed(found, guest)
-        fresh = _overlays(found, plans, overlay)
+        fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
         asked = await check_followed(found, plans, asks)
         discarding = _discard(
             found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked
@@ -216,12 +216,12 @@ async def cycle(
             return _discarded(await _finish(found, stem, guest, delete, claims, asks=asks))
         plans = _plans(found)
         guest = await _agreed(found, guest)
-        _overlays(found, plans, overlay)
+        await asyncio.to_thread(_overlays, found, plans, overlay)
         await check_followed(found, plans, asks)
         keep = await deserves(plans, keep_if, timeout)
         found = await _find(disks)  # it may have taken its time
         plans = _plans(found)
-        fresh = _overlays(found, plans, overlay)
+        fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
         asked = await check_followed(found, plans, asks)
         if not keep:
             discarding = _discard(
@@ -583,7 +583,7 @@ async def _finish(
     for place, (vm, disk) in enumerate(found):
         if _stem(disk) != stem:
             plans += _plans([(vm, disk)], stem)
-            fresh += _overlays([(vm, disk)], plans[-1:], None)
+            fresh += await asyncio.to_thread(_overlays, [(vm, disk)], plans[-1:], None)
             continue
         laid = len(disk.chain) > 2 and await _starts_from_the_base(vm, disk)
         plans.append(

@@ -112,13 +112,13 @@ class Exchange:
         graph = await self.vm.graph()
         if self._laid(graph):
             return
-        self._check(graph)
+        await asyncio.to_thread(self._check, graph)
         await self._note("stop", running=self.running)
         await self._fresh.make(again=self._again)
         if await runs(self.vm):
             await self.held.stop()
         _, graph = await self.vm.look()  # others may have changed the chain, or migrate it
-        self._check(graph)
+        await asyncio.to_thread(self._check, graph)
         await self._note("lay")
         arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
         await self.vm.execute("blockdev-snapshot", arguments)
@@ -152,9 +152,7 @@ class Exchange:
         await self._note("close")
         gone = self._bitmaps_gone(await self.vm.graph())
         warnings = await close_layers(self.vm, [self.plan.top])
-        base = self.plan.base.node_name
-        wrong, _ = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
-        return [*self._fresh.warnings, *gone, *warnings, *wrong]
+        return [*self._fresh.warnings, *gone, *warnings]
 
     def _bitmaps_gone(self, graph: BlockGraph) -> list[str]:
         """The old one's bitmaps don't mark what comes back from the base, so none goes on."""
@@ -182,9 +180,19 @@ class Exchange:
 
     async def tidy(self) -> list[str]:
         """Delete the old one, where that was asked for, and note the end."""
-        problems = await self._delete(self._file) if self._file is not None else []
+        problems = await self._wrong_headers()
+        problems += await self._delete(self._file) if self._file is not None else []
         await self._note("exchanged")
         return problems
+
+    async def _wrong_headers(self) -> list[str]:
+        base = self.plan.base.node_name
+        try:
+            wrong, _ = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
+        except QmpCommitError as error:  # the guest has gone on, and may have ended since
+            self.vm.log.warning("headers_not_seen", disk=self.plan.disk.name, why=error.message)
+            return []
+        return wrong
 
     async def back(self) -> None:
         """Have the old overlay again, however far it was; the guest stands still still."""

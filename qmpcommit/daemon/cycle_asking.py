@@ -58,7 +58,7 @@ async def ask_command(engine: Engine, found: Round) -> None:
         for (vm, disk), plan, own in zip(request.disks, plans, asked, strict=True):
             former = absolute(plan.top, held[vm].cwd)
             if request.overlay_dir is None:
-                check_place(vm, plan, former)
+                await asyncio.to_thread(check_place, vm, plan, former)
             overlay = new_overlay(found.request.overlay_dir or os.path.dirname(former), former)
             facts: dict[str, Any] = {"overlay": overlay, "job_id": plan.job_id}
             if own.secret != asks.secret:
