@@ -250,7 +250,7 @@ def name_below(
     if base not in graph.nodes:
         raise ChainError(f"QEMU has no node {base} any more")
     parts = parts_of(graph, base)
-    text = _written(graph, through[-1]) if through else ""
+    text = _said(graph, through[-1], view) if through else ""
     known = _known(graph, through[-1], text, view) if text else None
     if not parts.on_host:
         return BackingName(_network(parts, known, text, view, bare=bare), parts.format)
@@ -263,7 +263,9 @@ def name_below(
     if relative or kept:
         near = _path(parts, known, view, links=True) or path
         found = relative_name(near, overlay, view)
-        if found is not None and (relative or _climbs(found) <= _climbs(_joined(graph, through))):
+        if found is not None and (
+            relative or _climbs(found) <= _climbs(_joined(graph, through, view))
+        ):
             return BackingName(found, parts.format)
     return BackingName(path, parts.format)
 
@@ -276,9 +278,25 @@ def _written(graph: BlockGraph, name: str) -> str:
     return str(info.get("backing-filename") or "")
 
 
+def _said(graph: BlockGraph, name: str, view: View) -> str:
+    """The same, but a relative name on disk where QEMU has an absolute one of the same file.
+
+    Those of fresh overlays are written so.
+    """
+    text = _written(graph, name)
+    found = view.id(text) if text.startswith("/") else None
+    if found is None:
+        return text
+    written = next(written_below(graph, name, view))
+    folder = _folder(parts_of(graph, name), view)
+    if folder is None or not is_relative(written.text):
+        return text
+    return written.text if view.id(os.path.join(folder, written.text)) == found else text
+
+
 def _moves_along(graph: BlockGraph, overlay: str, through: Sequence[str], view: View) -> bool:
     """Whether all names on the way were relative, so that overlay and base could move as one."""
-    if not through or not all(is_relative(_written(graph, name)) for name in through):
+    if not through or not all(is_relative(_said(graph, name, view)) for name in through):
         return False
     full, folder = _full(overlay, view), _folder(parts_of(graph, through[0]), view)
     if full is None or folder is None:
@@ -286,11 +304,11 @@ def _moves_along(graph: BlockGraph, overlay: str, through: Sequence[str], view: 
     return view.real(os.path.dirname(full)) == view.real(folder)
 
 
-def _joined(graph: BlockGraph, through: Sequence[str]) -> str:
+def _joined(graph: BlockGraph, through: Sequence[str], view: View) -> str:
     """The headers' relative names, put together."""
     text = ""
     for name in through:
-        text = os.path.join(os.path.dirname(text), _written(graph, name))
+        text = os.path.join(os.path.dirname(text), _said(graph, name, view))
     return os.path.normpath(text)
 
 

@@ -20,12 +20,20 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.backing_name import BackingName, View, name_below
+from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.command_line import read_command_line
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.block.identity import locate, names_are_ours, open_files
+from qmpcommit.block.identity import file_id, locate, names_are_ours, open_files
 from qmpcommit.commit.creation_job import create, forget
-from qmpcommit.commit.overlay_file import NewFile, differences, in_memory, make_file, remove_new
+from qmpcommit.commit.overlay_file import (
+    NewFile,
+    differences,
+    in_memory,
+    make_file,
+    remove_new,
+    write_base_name,
+)
 from qmpcommit.commit.overlay_like import (
     Likeness,
     declared_options,
@@ -45,9 +53,15 @@ if TYPE_CHECKING:
     from qmpcommit.block.identity import FileId
     from qmpcommit.commit.ledger import Ledger
 
+
 _NOT_HERE = "No such file or directory"
 _NOT_ALLOWED = "Permission denied"
 """What the system says through QEMU; in another language nothing is believed."""
+
+
+def _is_plain(shown: str) -> bool:
+    """Whether QEMU shows an image by the name of a file."""
+    return ":" not in shown.split("/", maxsplit=1)[0]
 
 
 class FreshOverlay:
@@ -78,7 +92,7 @@ class FreshOverlay:
         self._lasting = lasting
         self._file: FileId | None = None
         self._made: NewFile | None = None
-        self._name = ""
+        self._called: set[str] = set()
         self._alone = alone
         self._still: Still | None = None
         self._cwd = cwd
@@ -285,9 +299,10 @@ class FreshOverlay:
     async def _names(self, graph: BlockGraph | None) -> set[str]:
         """What its header may call the base, whoever of ours has made it."""
         base = self._plan.base
-        names = {base.shown, base.filename, absolute(base, self._cwd), self._name}
+        names = {base.shown, base.filename, absolute(base, self._cwd), *self._called}
         if graph is not None and base.node_name in graph.nodes:
-            names.add((await asyncio.to_thread(self._backing_name, graph)).text)
+            for moving in (False, True):
+                names.add((await asyncio.to_thread(self._backing_name, graph, moving)).text)
         return names
 
     async def _open(self) -> None:
@@ -300,9 +315,12 @@ class FreshOverlay:
         like = await asyncio.to_thread(self._likeness, graph)
         self.warnings = list(like.warnings)
         name = await asyncio.to_thread(self._backing_name, graph)
-        self._name = name.text
+        moving = await asyncio.to_thread(self._backing_name, graph, True)
         self._begun, self._here = True, self._is_here()
         await self._open_file(graph, like)
+        if self._file is not None and self._lasting:
+            name = await asyncio.to_thread(self._as_shown, graph, name)
+        self._called = {name.text, moving.text}
         image: dict[str, Any] = {
             "driver": "qcow2",
             "file": self._file_node,
@@ -320,16 +338,27 @@ class FreshOverlay:
             "backing": None,
         }
         await self._monitor.execute("blockdev-add", overlay)
+        if self._file is not None and self._lasting and moving.text != name.text:
+            await self._call_base(self._file, moving.text)
 
-    def _backing_name(self, graph: BlockGraph) -> BackingName:
-        """What its header calls the base.
+    async def _call_base(self, file: FileId, name: str) -> None:
+        """Have the header name the base as the former one's did, now that QEMU has read it."""
+        try:
+            await to_the_end(asyncio.to_thread(write_base_name, self._path, file, name))
+        except OSError as error:
+            raise CommitFailed(f"{self.filename} could not be written: {error.strerror}") from error
+
+    def _backing_name(self, graph: BlockGraph, moving: bool = False) -> BackingName:
+        """What its header calls the base: as QEMU is told, or, `moving`, as it is to be on disk.
 
         QEMU shows an overlay with a relative name as ``json:``, so that one which is shown by its
-        file's name goes on being so, unless the caller wants a relative name.
+        file's name goes on being so, unless the caller wants a relative name. On disk it is
+        relative if all names of the layers that it takes the place of were so, and they could be
+        moved together.
         """
         plan = self._plan
         layers = [] if plan.top == plan.base else [plan.top, *plan.between]
-        kept = None if plan.top.shown.startswith("json:") else False
+        kept = None if moving or plan.top.shown.startswith("json:") else False
         return name_below(
             graph,
             plan.base.node_name,
@@ -338,6 +367,22 @@ class FreshOverlay:
             through=[image.node_name for image in layers],
             relative=plan.keep_relative or kept,
         )
+
+    def _as_shown(self, graph: BlockGraph, name: BackingName) -> BackingName:
+        """In QEMU's own spelling, with links and all, if QEMU shows the former one by its file.
+
+        It compares texts, and would show the fresh one as ``json:``. The header has it for the
+        moment only; where QEMU will write it again, with bitmaps, it has to be right at once.
+        """
+        top, told = self._plan.top, self._plan.base.shown
+        if not name.text.startswith("/") or not _is_plain(top.shown) or not _is_plain(told):
+            return name
+        meant = os.path.join(self._cwd or os.getcwd(), told)
+        told_here = os.path.join(os.path.dirname(self._path), told)
+        if file_id(told_here) != file_id(meant):  # as a name in a header it means another one
+            return name
+        kept = top.node_name in graph.nodes and bitmaps_of(graph, top.node_name)
+        return name if kept else name._replace(text=told)
 
     def _size_in(self, graph: BlockGraph) -> int:
         """The disk's; it may have been resized since the plan was made."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
 from qmpcommit.block.files import read_header
 from qmpcommit.block.identity import FileId
-from qmpcommit.block.qcow2 import holds_data
+from qmpcommit.block.qcow2 import LONGEST_NAME, MAGIC, holds_data
 
 _LABELS = ("security.selinux", "system.posix_acl_access")
 _ODD = 4096
@@ -71,6 +72,34 @@ def _resemble(opened: int, like: str) -> None:
     for name in _LABELS:
         with suppress(OSError):
             os.setxattr(opened, name, os.getxattr(like, name))
+
+
+def write_base_name(path: str, file: FileId, name: str) -> bool:
+    """Have the header of the overlay that was made here name its base so; whether it does now.
+
+    For one that QEMU has open and nothing uses yet: QEMU reads the name when it opens a file, and
+    writes it when it stores bitmaps. One write, so that a kill leaves one name or the other.
+    Raises OSError where it could not be written.
+    """
+    try:
+        opened = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        start = os.pread(opened, 24, 0)
+        if FileId.of(os.fstat(opened)) != file or len(start) < 24 or start[:4] != MAGIC:
+            return False
+        place, former, bits = struct.unpack(">QII", start[8:24])
+        text = os.fsencode(name)
+        if not place or len(text) > LONGEST_NAME or place + len(text) > 1 << bits:
+            return False
+        between = os.pread(opened, place - 20, 20)
+        length = struct.pack(">I", len(text))
+        os.pwrite(opened, length + between + text.ljust(former, b"\0"), 16)
+        os.fsync(opened)
+        return True
+    finally:
+        os.close(opened)
 
 
 def differences(path: str, like: str) -> str:

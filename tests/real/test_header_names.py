@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,6 +15,8 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.files import read_header
+from qmpcommit.block.identity import FileId
+from qmpcommit.commit.overlay_file import write_base_name
 from tests.ground.images import (
     MIB,
     Chain,
@@ -24,7 +28,7 @@ from tests.ground.images import (
     run,
     write,
 )
-from tests.ground.machines import Machine, storage_daemon
+from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.qemu import QEMU
 
 SIZE = 4 * MIB
@@ -150,6 +154,101 @@ async def test_a_chain_that_was_relative_goes_on_when_it_is_moved(folder: Path) 
     assert said(top) == ("../a/i", "qcow2")
     shutil.move(vm_folder, folder / "moved")
     assert_disk(folder / "moved/d/i", picture)
+
+
+@pytest.mark.parametrize("how", ["link", "folders", "bitmaps", "elsewhere"])
+async def test_a_fresh_overlay_moves_with_its_base_and_is_shown_by_its_name(
+    how: str, folder: Path
+) -> None:
+    """QEMU knows the base by the name that it shows, the header by one that was relative before.
+
+    A header into which QEMU writes bitmaps has the name that QEMU knows.
+    """
+    picture = Picture(SIZE)
+    vm_folder = folder if how == "elsewhere" else folder / "vm"
+    places = [vm_folder / (name if how == "folders" else "") for name in "abc"]
+    files: list[Path] = []
+    for number, place in enumerate(places):
+        place.mkdir(parents=True, exist_ok=True)
+        below = os.path.relpath(files[-1], place) if files else None
+        files.append(create(place / f"i{number}", SIZE, backing=below))
+        if number < 2:  # what the top holds is thrown away
+            filled(files[-1], number, picture)
+    write(files[-1], [Write(2 * MIB, MIB, 9)])
+    (folder / "link").symlink_to("vm")
+    seen = folder / "link" if how == "link" else vm_folder
+    chain = Chain([seen / files[-1].relative_to(vm_folder)], [picture])
+    if how == "elsewhere":  # names that count from QEMU's folder
+        chain = Chain([Path(files[-1].name)], [picture])
+    async with (
+        machine(folder, chain, style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        if how == "bitmaps":
+            await vm.execute("block-dirty-bitmap-add", {
+                "node": chain.top.stem, "name": "b", "persistent": True})  # fmt: skip
+        await vm.discard("vda", guest="stop", delete=True)
+        policy = qc.Recycle(str(places[-1] / "fresh"))
+        outcome = await (await vm.commit("vda", policy=policy, shallow=True, delete=True)).wait()
+        assert [warning for warning in outcome.warnings if "bitmap" not in warning] == []
+        assert outcome.active is not None
+        (block,) = await vm.execute("query-block")
+        shown = block["inserted"]["file"]
+        assert shown == outcome.active.filename == str(places[-1] / "fresh")
+        if how == "bitmaps":
+            await vm.execute("block-dirty-bitmap-add", {
+                "node": outcome.active.node_name, "name": "b", "persistent": True})  # fmt: skip
+        if how == "elsewhere":
+            (folder / "other").mkdir()
+            policy = qc.Recycle(str(folder / "other/fresh"))
+            await (await vm.commit("vda", policy=policy, shallow=True)).wait()
+        await qemu.quit()
+    if how == "elsewhere":
+        assert said(folder / "other/fresh") == (str(files[1]), "qcow2")
+        assert_disk(folder / "other/fresh", picture)
+    name = str(files[1]) if how == "bitmaps" else os.path.relpath(files[1], places[-1])
+    assert said(places[-1] / "fresh") == (name, "qcow2")
+    (folder / "link").unlink()
+    if how in ("link", "folders"):
+        shutil.move(vm_folder, folder / "moved")
+        places[-1] = folder / "moved" / places[-1].relative_to(vm_folder)
+    assert_disk(places[-1] / "fresh", picture)
+
+
+async def test_a_name_is_written_into_the_overlay_that_was_made_and_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, other = create(folder / "base", SIZE), folder / "link"
+    alone, top = create(folder / "alone", SIZE), create(folder / "top", SIZE, backing=base)
+    other.symlink_to(top)
+    id_of = {path: FileId.of(path.stat()) for path in (base, alone, top)}
+    for path, file, name in (
+        (other, id_of[top], "base"),
+        (top, id_of[base], "base"),
+        (alone, id_of[alone], "base"),
+        (top, id_of[top], "b" * 1024),
+    ):
+        assert not write_base_name(str(path), file, name)
+    assert said(top) == (str(base), "qcow2")
+    longer = f"{'./' * 200}base"
+    for name in ("base", longer):
+        assert write_base_name(str(top), id_of[top], name)
+        assert said(top) == (name, "qcow2")
+    assert_disk(top, Picture(SIZE))
+    async with (
+        machine(folder, Chain([top], [Picture(SIZE)]), style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        monkeypatch.setattr(os, "pwrite", _full)
+        job = await vm.commit("vda", policy=qc.Recycle(str(folder / "fresh")))
+        with pytest.raises(qc.CommitFailed, match="fresh could not be written: No space left"):
+            await job.wait()
+        assert not (folder / "fresh").exists()
+        await qemu.quit()
+
+
+def _full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("shared", [False, True])
