@@ -781,13 +781,10 @@ class Session(Monitor):
         job = await resumed(self, plan, noted, around, timeout=timeout)
         job.claim = claim
         self._jobs.add(job)
-        job.start(lambda: self._jobs.discard(job))
-        if claim is None and noted.same_vm is not False and self.connected:
-            try:  # while the monitor is away, the job itself keeps others off
-                await take_again(self, job)  # now, for what a job holds still does not wait
-            except BaseException:
-                await job.detach()  # nobody has it to detach it
-                raise
+        claims = claim is None and noted.same_vm is not False and self.connected
+        job.start(
+            lambda: self._jobs.discard(job), claiming=take_again(self, job) if claims else None
+        )
         return job
 
     async def _launch(self, job: CommitJob) -> CommitJob:

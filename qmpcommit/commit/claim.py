@@ -481,8 +481,6 @@ async def take_again(vm: Session, job: CommitJob) -> None:
     """Claim the disk of a job anew that is taken up and followed, if nobody else has it by now."""
     with suppress(QmpCommitError):  # the monitor is away: the job keeps others off
         job.inherit(await take_if_free(vm, job.plan.disk, "commit"))
-    if job.done:
-        await let_go(job)
 
 
 async def let_go(*jobs: CommitJob) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -80,6 +80,7 @@ class CommitJob:
         self._task: asyncio.Task[None] | None = None
         self.claim: Claim | None = None
         self.own_claim: Claim | None = None
+        self._claiming: asyncio.Task[None] | None = None
 
     # -- what a caller sees -----------------------------------------------------------------------
 
@@ -251,12 +252,21 @@ class CommitJob:
         self.claim = self.own_claim = claim
 
     async def _unclaim(self) -> None:
+        if self._claiming is not None:
+            await stop(self._claiming)
         if self.own_claim is not None:
             await self.own_claim.release()
 
-    def start(self, ended: Callable[[], None]) -> None:
-        """Begin, in a task of the running loop; `ended` is called when that is over."""
+    def start(
+        self, ended: Callable[[], None], *, claiming: Coroutine[Any, Any, None] | None = None
+    ) -> None:
+        """Begin, in a task of the running loop; `ended` is called when that is over.
+
+        `claiming` claims the disk beside it: what the job holds still does not wait for that.
+        """
         self._task = asyncio.create_task(self._run(), name=f"commit {self.id}")
+        if claiming is not None:
+            self._claiming = asyncio.create_task(claiming, name=f"claim for {self.id}")
 
         def over(task: asyncio.Task[None]) -> None:
             ended()
