@@ -30,8 +30,10 @@ from qmpcommit.commit.overlay_file import (
     NewFile,
     differences,
     in_memory,
+    is_full,
     make_file,
     remove_new,
+    why_not,
     write_base_name,
 )
 from qmpcommit.commit.overlay_like import (
@@ -42,6 +44,7 @@ from qmpcommit.commit.overlay_like import (
     unfit,
 )
 from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay_trial import refused_options
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.commit.recycle import Left, has_ended, node_stem
 from qmpcommit.commit.run_state import Still, runs
@@ -164,6 +167,11 @@ class FreshOverlay:
         QEMU is asked where its files can't be looked at from here: that a name is not seen is no
         proof that it is free. Not if what it has there is `ours`.
         """
+        if not _is_text(self.filename):
+            return (
+                f"{self.filename!r} is no UTF-8, in which alone QEMU is told names: name another"
+                " file for the fresh overlay"
+            )
         if await asyncio.to_thread(os.path.lexists, self._path):
             return self._exists
         if self._is_here():
@@ -173,7 +181,23 @@ class FreshOverlay:
                     f"{self.filename} would be in {memory}, which is the host's memory: name a file"
                     " or a folder on a disk for the fresh overlay"
                 )
+            error = await asyncio.to_thread(why_not, self._path)
+            if error is not None and not is_full(error):
+                return f"{self.filename} can't be made: {error.strerror}"
+        if self._asked.options:
+            graph = await read_graph(self._monitor)
+            like = await asyncio.to_thread(self._likeness, graph)
+            refused = await refused_options(self._monitor, like)
+            if refused is not None:
+                return f"{self.filename} can't be opened: {refused}"
         return None if ours or await self._is_seen() else await self._seen_by_qemu()
+
+    async def without_room(self) -> str | None:
+        """Why its file would find no room, as far as can be seen from here."""
+        error = await asyncio.to_thread(why_not, self._path) if self._is_here() else None
+        if error is None or not is_full(error):
+            return None
+        return f"there is no room for the fresh overlay {self.filename}: {error.strerror}"
 
     @property
     def _exists(self) -> str:
@@ -532,3 +556,11 @@ class FreshOverlay:
         for node in (self.node, self._file_node):
             with suppress(CommandRefused):  # not opened yet, or in use
                 await self._monitor.execute("blockdev-del", {"node-name": node})
+
+
+def _is_text(filename: str) -> bool:
+    try:
+        filename.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

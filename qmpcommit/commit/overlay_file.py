@@ -6,6 +6,7 @@ names are changed meanwhile: by O_EXCL, and only for its owner until it is like 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -21,6 +22,12 @@ from qmpcommit.block.qcow2 import LONGEST_NAME, MAGIC, holds_data
 _LABELS = ("security.selinux", "system.posix_acl_access")
 _ODD = 4096
 """Sizes that a new file is known by are multiples of this many bytes (O_DIRECT's), up to 1 GiB."""
+
+_LEAST = 4 * 4096
+"""Bytes that an empty image takes at least: of its header and of three tables."""
+
+_FOR_ALL = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""What stands in QEMU's way too."""
 
 
 class NewFile(NamedTuple):
@@ -147,6 +154,32 @@ def _is_void(path: str, names: set[str]) -> bool:
     except OSError:
         return False
     return header is None or header.backing in names
+
+
+def why_not(path: str) -> OSError | None:
+    """Why no file of this name can be made in its folder, whoever makes it; None where it may be.
+
+    Nothing is made that has a name. What this user alone may not do, or what can't be tried in
+    such a folder, is no answer.
+    """
+    folder, name = os.path.split(path)
+    try:
+        longest = os.statvfs(folder).f_namemax
+        if longest and len(os.fsencode(name)) > longest:
+            return OSError(errno.ENAMETOOLONG, f"its name has more than {longest} bytes")
+        opened = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(opened, bytes(_LEAST), 0)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        return error if error.errno in _FOR_ALL else None
+    return None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no room, rather than no way."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_device(path: str) -> bool:

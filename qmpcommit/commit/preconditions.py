@@ -33,6 +33,7 @@ from qmpcommit.errors import (
     CommitFailed,
     InvalidRequest,
     JobConflict,
+    NoSpace,
     OnlyIfFailed,
 )
 from qmpcommit.qmp.monitor import Monitor
@@ -85,14 +86,20 @@ async def check_overlays(monitor: Monitor, plan: Plan, graph: BlockGraph) -> Non
 
 
 async def check_free(monitor: Monitor, plan: Plan, cwd: str | None) -> None:
-    """Whether its file's name is free, as far as QEMU can be asked; raises `InvalidRequest`.
+    """Whether its file can be made and opened as is asked, as far as that can be told.
 
-    Better known before the base is written to than at READY.
+    Raises `InvalidRequest`, or `NoSpace`. Better known before the base is written to
+    than at READY.
     """
     for recycle in _recycles(plan):
-        obstacle = await FreshOverlay(monitor, plan, recycle.overlay, cwd).obstacle()
+        overlay = FreshOverlay(monitor, plan, recycle.overlay, cwd, asked=recycle.asked)
+        where: dict[str, object] = {"vm": plan.vm, "disk": plan.disk.name}
+        obstacle = await overlay.obstacle()
         if obstacle is not None:
-            raise InvalidRequest(f"{obstacle}. Nothing was sent", vm=plan.vm, disk=plan.disk.name)
+            raise InvalidRequest(f"{obstacle}. Nothing was sent", **where)
+        full = await overlay.without_room()
+        if full is not None:
+            raise NoSpace(f"{full}. Nothing was sent", **where)
 
 
 async def check_follows(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.commit.checks.finding import Case
+from qmpcommit.commit.checks.finding import Case, Finding
 from qmpcommit.commit.checks.layers import corrupt
 from qmpcommit.commit.checks.read_only import read_only_base
 from qmpcommit.commit.checks.sharing import base_shared
@@ -32,6 +33,9 @@ def closing_objections(
     )
     case = Case(without, plan, pid, cwd)
     for check in (corrupt, read_only_base, base_shared):
-        for finding in check(case):
+        found: list[Finding] = []
+        with suppress(OSError):  # what can't be looked at speaks against nothing
+            found = list(check(case))
+        for finding in found:
             if finding.level == "refuse":
                 yield f"[{finding.name}] {finding.message.partition(' (override ')[0]}"
