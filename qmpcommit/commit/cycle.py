@@ -33,6 +33,7 @@ from qmpcommit.block.chain import (
     absolute,
     check_nameable,
     find_disk,
+    is_temporary,
     read_disks,
     read_image,
 )
@@ -425,6 +426,14 @@ def check_place(vm: str, plan: Plan, path: str) -> None:
             f"{plan.disk} of {vm} is the block device {path}, and its next overlay would be laid"
             " beside it, into the host's memory: name a folder for it (overlay, --overlay; the"
             " daemon's overlay_dir). Nothing was changed",
+            vm=vm,
+            disk=plan.disk.name,
+        )
+    if is_temporary(plan.top):
+        raise ChainError(
+            f"{plan.disk} of {vm} was started with snapshot=on, and its next overlay would stay"
+            f" beside {path}, a temporary file of QEMU's own: name a file or a folder for it"
+            " (overlay, --overlay; the daemon's overlay_dir). Nothing was changed",
             vm=vm,
             disk=plan.disk.name,
         )

@@ -38,6 +38,7 @@ from qmpcommit.commit.overlay_file import (
 )
 from qmpcommit.commit.overlay_like import (
     Likeness,
+    as_opened,
     declared_options,
     is_encrypted,
     likeness,
@@ -309,8 +310,12 @@ class FreshOverlay:
         return Left(self.filename, laid=False)
 
     async def options(self, graph: BlockGraph) -> dict[str, Any]:
-        """What its node is opened with, beside its names and children."""
-        return dict((await asyncio.to_thread(self._likeness, graph)).node)
+        """What its node is opened with, beside its names and children.
+
+        The former overlay has lost detect-zeroes to it by the ``blockdev-snapshot``.
+        """
+        like = await asyncio.to_thread(self._likeness, graph)
+        return as_opened(graph.nodes[self.node], like.node)
 
     async def image(self) -> Image:
         """The overlay as QEMU has it."""

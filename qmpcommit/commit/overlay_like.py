@@ -230,6 +230,19 @@ def runtime_options(
     return node, file
 
 
+def as_opened(node: Node, options: Options) -> dict[str, Any]:
+    """The options with which a node is reopened so that it is as it is.
+
+    What QEMU tells of it counts, `options` for the rest.
+    """
+    zeroes = node.raw.get("detect_zeroes", "off")
+    found = {**{k: v for k, v in options.items() if k != "cache"}, **_cache(node)}
+    found["detect-zeroes"] = zeroes
+    if zeroes == "unmap":
+        found["discard"] = "unmap"
+    return found
+
+
 def _child(declared: Flat) -> Flat:
     """What is declared of the ``file`` within a node's, or a drive's, options."""
     below = {k.removeprefix("file."): v for k, v in declared.items() if k.startswith("file.")}

@@ -88,6 +88,8 @@ async def test_what_only_qemu_has_is_neither_committed_nor_lain_over(folder: Pat
                 await vm.commit("vda", policy=policy)
         with pytest.raises(qc.ChainError, match="snapshot=on"):
             await qc.open_window(vm, ["vda"], overlay_dir=folder)
+        with pytest.raises(qc.ChainError, match=r"snapshot=on.*name a file or a folder"):
+            await vm.discard("vda", guest="stop")
         assert await vm.execute("query-jobs") == []
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])

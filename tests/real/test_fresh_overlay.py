@@ -423,6 +423,23 @@ async def test_its_nodes_are_opened_as_those_before(verb: str, folder: Path) -> 
     assert_disk(fresh, chain.pictures[-1 if verb == "recycle" else 0])
 
 
+async def test_a_discard_keeps_what_a_drive_was_given(folder: Path) -> None:
+    """QEMU forgets detect-zeroes of a ``-drive`` when it reopens its node below the fresh one."""
+    chain = make_chain(folder)
+    mode = "detect-zeroes=unmap,discard=unmap,cache.no-flush=on"
+    extra = ["-drive", f"file={chain.top},if=none,id=d,{mode}", "-device",
+             "virtio-blk-pci,drive=d,id=vda"]  # fmt: skip
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.discard("vda", guest="stop", overlay=folder / "fresh")
+        graph = await vm.graph()
+        (disk,) = await vm.disks()
+        mine = graph.nodes[disk.root].raw
+        assert mine["file"] == str(folder / "fresh")
+        assert (mine["detect_zeroes"], mine["cache"]["no-flush"]) == ("unmap", True)
+        await qemu.quit()
+    assert_disk(folder / "fresh", chain.pictures[0])
+
+
 async def test_bitmaps_go_on_in_the_fresh_overlay(folder: Path) -> None:
     chain, fresh = make_chain(folder), folder / "fresh.qcow2"
     run(QEMU.img, "bitmap", "--add", "-g", "131072", chain.top, "nightly")
