@@ -18,7 +18,7 @@ from qmpcommit.cli.freezing import tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
-from qmpcommit.errors import InvalidRequest, JobConflict, NotReady
+from qmpcommit.errors import InvalidRequest, JobConflict, NotReady, QmpCommitError
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -213,12 +213,23 @@ async def _run(running: Run, group: GroupCommit, asking: Asking | None) -> Group
     running.on_signal = lambda times: _interrupt(working, times)
     await asyncio.wait({working})
     if working.cancelled():
-        sent = CANCELLED if group.jobs else ""
-        finalized = any(job.outcome and job.outcome.action != "abort" for job in group.jobs)
-        if finalized:
-            sent = DECIDED
-        raise Interrupted(f"interrupted; {sent or 'nothing was sent'}")
+        sent = _left(group) if group.jobs else "nothing was sent"
+        raise Interrupted(f"interrupted; {sent}", outcomes=[end.dump() for end in group.ends])
     return working.result()
+
+
+def _left(group: GroupCommit) -> str:
+    """How a group that was interrupted has ended, by what its disks' jobs were seen to do."""
+    done = [end.done() for end in group.ends]
+    if not any(each is not False for each in done):
+        return CANCELLED
+    said = [DECIDED if all(done) else "its disks may not have ended alike: look at each"]
+    for end in group.ends:
+        if isinstance(end.error, QmpCommitError):
+            said.append(end.error.message)
+        elif end.outcome is not None and not all(done):
+            said.append(outcome_text(end.outcome))
+    return ". ".join(said)
 
 
 def _interrupt(working: asyncio.Task[GroupOutcome], times: int) -> None:

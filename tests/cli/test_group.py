@@ -138,6 +138,33 @@ async def test_ctrl_c_cancels_all(folder: Path) -> None:
         assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_a_group_that_is_left_in_its_hook_is_told_of_its_pivots(folder: Path) -> None:
+    chains = two_chains(folder)
+    called = folder / "called"
+    async with many_disks(folder / "a", *chains) as qemu:
+        hook = f"touch {called}; exec sleep 60"
+        line = ("commit", qemu.qmp, "top", "top2", "--pivot", "--delete", "--on-pivot", hook)
+        process = await start(*line, "--json")
+        async with asyncio.timeout(30):
+            while not called.exists():
+                await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said = await end(process)
+        assert said.status == 130
+        text = said.error["message"]
+        assert "were committed, all of them" in text
+        for chain in chains:
+            assert f"The image to boot is {chain.base}, and {chain.top} must never" in text
+            assert chain.top.exists()
+        assert "valid only under" not in text
+        assert [each["error"]["outcome"]["action"] for each in said.error["outcomes"]] == [
+            "pivot", "pivot",
+        ]  # fmt: skip
+        await qemu.quit()
+    for chain in chains:
+        assert_disk(chain.base, chain.pictures[-1])
+
+
 async def test_the_deadline_cancels_all(folder: Path) -> None:
     chains = two_chains(folder, bulk=33 << 20)
     async with many_disks(folder / "a", *chains) as qemu:
