@@ -554,6 +554,7 @@ class Driver:
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
         outcome.warnings.extend(self._care.remarks)
+        outcome.warnings.extend(filter(None, [self._check.lost_base]))
         if self._care.unflushed is not None:
             outcome.warnings.append(
                 f"QEMU could not be made to flush {plan.base.filename} ({self._care.unflushed}):"

@@ -6,13 +6,16 @@ overlay's nodes all the same, as long as they are open, and copies old data over
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Iterable
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.identity import FileId, OpenFiles, file_id
 from qmpcommit.commit import facts
+from qmpcommit.commit.checks.replaced import NAME, base_files, replaced_since
 from qmpcommit.commit.facts import Use
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan
@@ -116,6 +119,7 @@ class PlanCheck:
         self._monitor, self._plan, self._in_migration = monitor, plan, in_migration
         self._node: str | None = None
         self._looked_at = -math.inf
+        self._base: dict[str, FileId] = {}
 
     async def look(self) -> facts.Looked:
         """Right before ``block-commit``; raises what `Monitor.execute` raises."""
@@ -128,7 +132,29 @@ class PlanCheck:
             with self._monitor.sensible("the queries of its block graph"):
                 self.objection = changed_since(self._plan, graph)
                 self._node = user_of(self._plan, graph.devices)
+            if self.objection is None:
+                self.objection = await asyncio.to_thread(self._look_at_files, graph)
         return facts.Looked(self.objection.message if self.objection is not None else None)
+
+    def _look_at_files(self, graph: BlockGraph) -> ChainError | None:
+        """Whether the layers' names lead to the files that they led to when they were checked."""
+        plan = self._plan
+        opened = OpenFiles.of(graph, self._monitor.peer_pid, cwd=graph.cwd)
+        self._base = base_files(plan, graph, opened)
+        why = replaced_since(plan, graph, opened)
+        where = {"vm": plan.vm, "disk": plan.disk.name, "job_id": plan.job_id}
+        return None if why is None else ChainError(f"[{NAME}] {why}. Nothing was sent", **where)
+
+    @property
+    def lost_base(self) -> str:
+        """Where the base's name no longer leads to the file that it led to: in words, else ""."""
+        lost = [name for name, file in self._base.items() if file_id(name) != file]
+        if not lost:
+            return ""
+        return (
+            f"{' and '.join(lost)} was replaced or removed while QEMU has it open: what was"
+            " committed is in a file that has no name, or another one, and is lost when QEMU ends"
+        )
 
     async def check(self) -> facts.Checked:
         """When the job is there; raises what `Monitor.execute` raises.
@@ -156,7 +182,7 @@ class PlanCheck:
                 await self._look_at_owner()
             except VMStateError as error:
                 return error.message.removesuffix(". Nothing was sent")
-        return None
+        return self.lost_base or None
 
     async def _look_at_owner(self) -> None:
         if not self._in_migration:

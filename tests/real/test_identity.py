@@ -114,6 +114,67 @@ async def test_an_overlay_over_a_base_that_was_replaced_is_not_discarded(folder:
     assert sorted(folder.glob("*.qcow2")) == sorted(chain.files)
 
 
+async def test_a_base_that_is_replaced_once_it_was_checked_is_not_committed_into(
+    folder: Path,
+) -> None:
+    """QEMU has it open read-only, and would open the other one by its name to write to it."""
+    chain = make_chain(folder)
+    command = ["sh", "-c", 'cp "$0" "$0.new" && mv "$0.new" "$0"', str(chain.base)]
+    async with (
+        machine(folder, chain, style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        with pytest.raises(qc.ChainError, match=r"replaced or removed.*Nothing was sent"):
+            await vm.commit("vda", policy=qc.Pivot(), only_if=command)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("answer", ["pivot", "recycle", "keep"])
+async def test_a_base_that_is_replaced_at_ready_does_not_become_the_disk(
+    answer: str, folder: Path
+) -> None:
+    chain = make_chain(folder)
+    fresh = folder / "fresh"
+
+    async def policy(_: qc.Ready) -> qc.Pivot | qc.Recycle | qc.Keep:
+        run("cp", chain.base, folder / "new")
+        os.rename(folder / "new", chain.base)
+        if answer == "recycle":
+            return qc.Recycle(str(fresh))
+        return qc.Pivot() if answer == "pivot" else qc.Keep()
+
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=policy)
+        told = f"{chain.base} was replaced or removed"
+        if answer == "keep":
+            assert told in (await job.wait()).warnings[0]
+        else:
+            with pytest.raises(qc.CommitFailed, match=told):
+                await job.wait()
+        assert [image.node_name for image in (await vm.disks())[0].chain] == ["top", "base"]
+        await vm.close()
+        await qemu.quit()
+    assert not fresh.exists()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("delete", [False, True])
+async def test_an_overlay_that_lost_its_name_is_not_thrown_away(delete: bool, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        chain.top.unlink()
+        with pytest.raises(qc.ChainError, match=r"top.qcow2 .*replaced or removed.*\(deleted\)"):
+            await vm.discard("vda", guest="stop", delete=delete)
+        await (await vm.commit("vda", policy=qc.Pivot())).wait()
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    assert list(folder.glob("*.qcow2")) == [chain.base]
+
+
 @pytest.mark.parametrize("way", ["pivot", "recycle", "discard", "window", "flatten"])
 async def test_a_throttle_over_the_base_stays_and_is_a_name_of_it(way: str, folder: Path) -> None:
     chain = make_chain(folder, layers=3)

@@ -10,6 +10,7 @@ from qmpcommit.block.chain import Disk, Image
 from qmpcommit.block.graph import BlockGraph, is_plain
 from qmpcommit.block.identity import HOST_FILES, FileId, Named, OpenFiles, file_id, storage
 from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
+from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import ChainError
 
 NAME = "replaced-file"
@@ -53,6 +54,27 @@ def replaced_file(case: Case) -> Iterator[Finding]:
                 yield _refused(case, image, told)
     if unknown:
         yield unchecked(NAME, unknown)
+
+
+def replaced_since(plan: Plan, graph: BlockGraph, opened: OpenFiles) -> str | None:
+    """What speaks against the plan by now that its own findings don't have; None for nothing."""
+    known = {each.message for each in plan.findings}
+    for finding in replaced_file(Case(graph, plan, None, graph.cwd, opened=opened)):
+        if finding.level == "refuse" and finding.message not in known:
+            return finding.message
+    return None
+
+
+def base_files(plan: Plan, graph: BlockGraph, opened: OpenFiles) -> dict[str, FileId]:
+    """The base's files by the names that lead to them now; none where that can't be seen."""
+    found: dict[str, FileId] = {}
+    for node in storage(graph, plan.base.node_name):
+        name = str(node.raw.get("file") or "")
+        told = opened.named(name) if node.driver in HOST_FILES and is_plain(name) else None
+        file = file_id(told.here) if told is not None and told.here else None
+        if told is not None and told.verdict == "same" and file is not None:
+            found[told.here] = file
+    return found
 
 
 def check_named(vm: str, graph: BlockGraph, opened: OpenFiles, disk: Disk, above: int) -> None:
