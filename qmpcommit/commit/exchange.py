@@ -25,7 +25,7 @@ from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId, OpenFiles
 from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
-from qmpcommit.commit.checks.replaced import check_named
+from qmpcommit.commit.checks.replaced import check_named, nameless
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
@@ -150,9 +150,17 @@ class Exchange:
     async def close(self) -> list[str]:
         """Nobody uses the old one any more; what there is to be said of the fresh one."""
         await self._note("close")
-        gone = self._bitmaps_gone(await self.vm.graph())
+        graph = await self.vm.graph()
+        gone = [*self._bitmaps_gone(graph), *await asyncio.to_thread(self._data_gone, graph)]
         warnings = await close_layers(self.vm, [self.plan.top])
         return [*self._fresh.warnings, *gone, *warnings]
+
+    def _data_gone(self, graph: BlockGraph) -> list[str]:
+        """What is thrown away stays in its file, but if that has no name it ends with its node."""
+        opened = OpenFiles.of(graph, self.vm.peer_pid, cwd=self.vm.cwd)
+        why = nameless(graph, opened, self.plan.top.node_name)
+        held = f"what {self.plan.top.filename} held is in no file that can be found"
+        return [f"{held}: {why}"] if why else []
 
     def _bitmaps_gone(self, graph: BlockGraph) -> list[str]:
         """The old one's bitmaps don't mark what comes back from the base, so none goes on."""

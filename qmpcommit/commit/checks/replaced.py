@@ -77,6 +77,17 @@ def base_files(plan: Plan, graph: BlockGraph, opened: OpenFiles) -> dict[str, Fi
     return found
 
 
+def nameless(graph: BlockGraph, opened: OpenFiles, layer: str) -> str:
+    """Why a layer's file is certainly not found by its name any more; "" where it may be."""
+    for node in storage(graph, layer) if layer in graph.nodes else ():
+        name = str(node.raw.get("file") or "")
+        if node.driver in HOST_FILES and is_plain(name):
+            told = opened.named(name)
+            if told.verdict in ("other", "gone"):
+                return told.reason
+    return ""
+
+
 def check_named(vm: str, graph: BlockGraph, opened: OpenFiles, disk: Disk, above: int) -> None:
     """Raise `ChainError` where a layer from the place `above` on was replaced or removed."""
     for image in disk.chain[above:]:
