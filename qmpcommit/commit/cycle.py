@@ -48,6 +48,7 @@ from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.group import GroupCommit
 from qmpcommit.commit.group_members import GroupMember
 from qmpcommit.commit.group_policy import group_ready
+from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.overlay_file import is_device
@@ -221,7 +222,8 @@ async def cycle(
         await check_followed(found, plans, asks)
         keep = await deserves(plans, keep_if, timeout)
         found = await _find(disks)  # it may have taken its time
-        plans = _plans(found)
+        asked_of, plans = plans, _plans(found)
+        check_unchanged(asked_of, plans)
         fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
         asked = await check_followed(found, plans, asks)
         if not keep:

@@ -45,7 +45,7 @@ def changed_since(plan: Plan, graph: BlockGraph) -> QmpCommitError | None:
             " after its commit was planned. Wait for its end. Nothing was sent",
             **where,
         )
-    if now.root == planned.root and _layers(now, plan) == _layers(planned, plan):
+    if _as_planned(plan, now):
         return None
     return ChainError(
         f"{planned} of {plan.vm} is not as it was when its commit was planned: its chain was"
@@ -53,6 +53,20 @@ def changed_since(plan: Plan, graph: BlockGraph) -> QmpCommitError | None:
         " Nothing was sent; look at it, and commit anew",
         **where,
     )
+
+
+def check_unchanged(asked: Iterable[Plan], now: Iterable[Plan]) -> None:
+    """Raise `ChainError` where a disk's layers are not those any more that were asked about."""
+    for plan, then in zip(asked, now, strict=True):
+        if not _as_planned(plan, then.disk):
+            raise ChainError(
+                f"{plan.disk} of {plan.vm} is not as it was when it was asked whether to keep its"
+                f" changes: its chain was {_drawn(plan.disk)}, and is {_drawn(then.disk)} by now."
+                " Somebody else has changed it meanwhile. Nothing was changed; look at it, and ask"
+                " anew",
+                vm=plan.vm,
+                disk=plan.disk.name,
+            )
 
 
 def use_of(plan: Plan, graph: BlockGraph) -> tuple[Use, str]:
@@ -83,6 +97,10 @@ def user_of(plan: Plan, devices: Iterable[object]) -> str | None:
         if any(mine) and mine == (plan.disk.qdev, plan.disk.device):
             return (device.get("inserted") or {}).get("node-name")
     return None
+
+
+def _as_planned(plan: Plan, now: Disk) -> bool:
+    return now.root == plan.disk.root and _layers(now, plan) == _layers(plan.disk, plan)
 
 
 def _has_user(disk: Disk) -> bool:

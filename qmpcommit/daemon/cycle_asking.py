@@ -18,6 +18,7 @@ from qmpcommit.commit.cycle import (
     new_overlay,
     plan_round,
 )
+from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.cycle_round import Round
@@ -49,7 +50,8 @@ async def ask_command(engine: Engine, found: Round) -> None:
         plans = await _plans(engine, found, held)
     keep = await deserves(plans, found.request.keep_if, found.request.timeout)
     async with sessions(engine, found.vms, CONNECTING) as held:
-        plans = await _plans(engine, found, held)  # it may have taken its time
+        asked_of, plans = plans, await _plans(engine, found, held)  # it may have taken its time
+        check_unchanged(asked_of, plans)
         parts = []
         request = found.request
         asks = OverlayOptions.of(request.overlay_options, request.overlay_secret)

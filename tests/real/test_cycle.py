@@ -9,7 +9,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit import cycle as cycle_module
-from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.sessions import files, runs
 from tests.real.killed_discard import killed_at
@@ -55,6 +55,31 @@ async def test_what_does_not_is_thrown_away(folder: Path, style: Any, delete: bo
     assert chain.top.exists() is not delete
     assert_disk(chain.base, chain.pictures[0])
     assert_disk(Path(done.overlay), chain.pictures[0])
+
+
+@pytest.mark.parametrize("answer", [True, False], ids=["keep", "discard"])
+async def test_only_what_was_asked_about_is_kept_or_discarded(folder: Path, answer: bool) -> None:
+    """Somebody else lays an overlay of his own meanwhile, and knows nothing of claims."""
+    chain = make_chain(folder)
+    theirs = create(folder / "theirs.qcow2", None, backing=chain.top)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+
+        async def keep_if(ready: qc.Ready) -> bool:
+            file = {"driver": "file", "filename": str(theirs)}
+            node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
+            await vm.execute("blockdev-add", node)
+            both = {"node": ready.top.node_name, "overlay": "theirs"}
+            await vm.execute("blockdev-snapshot", both)
+            return answer
+
+        with pytest.raises(qc.ChainError, match="when it was asked whether") as told:
+            await vm.cycle("vda", keep_if=keep_if)
+        assert "Nothing was changed" in str(told.value)
+        assert await files(vm) == [theirs, chain.top, chain.base]
+        assert not list(folder.glob("*.cycle-*"))
+        await qemu.quit()
+    assert_disk(theirs, chain.pictures[-1])
+    assert_disk(chain.base, chain.pictures[0])
 
 
 async def test_never_under_a_running_guest_without_a_word(folder: Path) -> None:
