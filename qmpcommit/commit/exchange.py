@@ -119,6 +119,7 @@ class Exchange:
             await self.held.stop()
         _, graph = await self.vm.look()  # others may have changed the chain, or migrate it
         await asyncio.to_thread(self._check, graph)
+        await self._fresh.check_named()
         await self._note("lay")
         arguments = {"node": self.plan.top.node_name, "overlay": self._fresh.node}
         await self.vm.execute("blockdev-snapshot", arguments)
@@ -150,6 +151,7 @@ class Exchange:
     async def close(self) -> list[str]:
         """Nobody uses the old one any more; what there is to be said of the fresh one."""
         await self._note("close")
+        await self._fresh.look()
         graph = await self.vm.graph()
         gone = [*self._bitmaps_gone(graph), *await asyncio.to_thread(self._data_gone, graph)]
         warnings = await close_layers(self.vm, [self.plan.top])

@@ -24,7 +24,7 @@ from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.command_line import read_command_line
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.block.identity import file_id, locate, names_are_ours, open_files
+from qmpcommit.block.identity import FileId, file_id, locate, names_are_ours, open_files
 from qmpcommit.commit.creation_job import create, forget
 from qmpcommit.commit.overlay_file import (
     NewFile,
@@ -54,7 +54,6 @@ from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
-    from qmpcommit.block.identity import FileId
     from qmpcommit.commit.ledger import Ledger
 
 
@@ -109,6 +108,7 @@ class FreshOverlay:
         self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
         self._begun = self._tried = self._laid = self._restored = self._here = False
+        self._astray = False
         self._ledger = ledger
 
     def restore(self, *, stopped: bool, laid: bool = False) -> None:
@@ -140,6 +140,7 @@ class FreshOverlay:
                 await self._ledger.note("stop")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._still.stop()
+        await self.check_named()
 
     async def make(self, *, again: bool = False) -> None:
         """Make and open the overlay, as `freeze` does, and leave the guest as it is."""
@@ -161,6 +162,7 @@ class FreshOverlay:
         if obstacle is not None:
             raise CommitFailed(obstacle)
         await self._open()
+        await self.check_named()
 
     async def obstacle(self, *, ours: bool = False) -> str | None:
         """Why it can't be made: a file that is there already is not overwritten.
@@ -256,6 +258,37 @@ class FreshOverlay:
         self._laid = True
         arguments = {"node": self._plan.base.over, "overlay": self.node}
         await self._monitor.execute("blockdev-snapshot", arguments)
+        await self.look()
+
+    async def look(self) -> None:
+        """Warn if the file that the guest writes to has lost its name meanwhile."""
+        text = None if self._astray else await asyncio.to_thread(self._lost)
+        if text is not None:
+            self._astray = True
+            self.warnings.append(
+                f"{text}. The guest writes to it nevertheless: copy the disk out of the running VM"
+                " (as by drive-backup), or put the file back under its name from /proc"
+            )
+
+    async def check_named(self) -> None:
+        """Raise `CommitFailed` where its name leads elsewhere, while it can still be left.
+
+        A disk whose file has no name is gone with QEMU.
+        """
+        text = await asyncio.to_thread(self._lost)
+        if text is not None:
+            raise CommitFailed(text)
+
+    def _lost(self) -> str | None:
+        """That its name leads to another file than QEMU has, as far as that is known."""
+        with suppress(OSError):
+            if self._file is None or FileId.of(os.stat(self._path)) == self._file:
+                return None
+        return (
+            f"the name {self.filename} does not lead to the fresh overlay any more that QEMU has"
+            " open: somebody has removed it, or put a link or another file in its place or in that"
+            " of one of its folders"
+        )
 
     async def thaw(self) -> None:
         """Let the guest go on, if it was paused here."""

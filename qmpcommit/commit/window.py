@@ -548,6 +548,7 @@ async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
                 vm=vm.name,
                 disk=disk.name,
             )
+        await overlay.check_named()
     over = {disk.active.node_name: each.node for disk, each in pairs if disk.active is not None}
     actions = [
         {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}}

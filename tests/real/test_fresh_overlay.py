@@ -127,6 +127,48 @@ async def test_a_link_that_is_planted_meanwhile_leads_nowhere(
     assert (other / "fresh").read_bytes() == PRECIOUS
 
 
+@pytest.mark.parametrize("how", ["link", "gone"])
+@pytest.mark.parametrize(
+    ("verb", "at"),
+    [("recycle", "blockdev-create"), ("recycle", "job-complete"), ("discard", "blockdev-create"),
+     ("discard", "blockdev-reopen"), ("window", "blockdev-create")],
+)  # fmt: skip
+async def test_an_overlay_that_loses_its_name_is_left_or_told_of(
+    verb: str, at: str, how: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, other, place = make_chain(folder), folder / "other", folder / "place"
+    other.write_bytes(PRECIOUS)
+    place.mkdir()
+    done: list[str] = []
+
+    def plant(command: str) -> None:
+        if command == at and not done:
+            done.append(command)
+            (fresh,) = place.iterdir()
+            fresh.unlink()
+            if how == "link":
+                fresh.symlink_to(other)
+
+    async def work(vm: qc.Session) -> list[str]:
+        if verb == "window":
+            await qc.open_window(vm, ["top"], overlay_dir=place)
+        elif verb == "discard":
+            return list((await vm.discard("top", guest="stop", overlay=place / "fresh")).warnings)
+        job = await vm.commit("top", policy=qc.Recycle(str(place / "fresh")))
+        return (await job.wait()).warnings
+
+    async with serving(folder, chain, monkeypatch, plant) as vm:
+        if at == "blockdev-create":
+            with pytest.raises(qc.CommitFailed, match="does not lead to the fresh overlay any"):
+                await work(vm)
+            assert [disk.root for disk in await vm.disks()] == ["top"]
+            assert not [name for name in (await vm.graph()).nodes if name.startswith("qmpcommit")]
+        else:
+            told = [text for text in await work(vm) if "does not lead to the fresh" in text]
+            assert len(told) == 1
+    assert other.read_bytes() == PRECIOUS
+
+
 async def test_which_file_qemu_opened_is_known_by_its_size(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
