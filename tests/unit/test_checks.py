@@ -257,6 +257,8 @@ def test_a_filter_over_the_base_is_kept_or_its_loss_is_refused(
     plan = plan_commit("v", disk, request, qc.Keep() if top == 0 else None)
     assert plan.base.node_name == "base"
     assert level("lost-filter", graph, plan) == expected
+    told = found("lost-filter", graph, plan)[0].message
+    assert ("block_set_io_throttle" in told) is (driver == "throttle" and expected == "refuse")
     assert level("lost-filter", graph, replace(plan, arguments={})) == "ok"  # taken up
 
 

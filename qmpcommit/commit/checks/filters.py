@@ -19,10 +19,16 @@ def lost_filter(case: Case) -> Iterator[Finding]:
     filters = case.graph.filters(case.graph.nodes[above].children.get("backing"))
     if not filters or case.plan.arguments["base-node"] == filters[0]:
         return
-    which = ", ".join(f"{case.graph.nodes[name].driver} '{name}'" for name in filters)
+    drivers = [case.graph.nodes[name].driver for name in filters]
+    which = ", ".join(f"{d} '{name}'" for d, name in zip(drivers, filters, strict=True))
+    lost = "it would be gone from the disk"
+    if "throttle" in drivers:
+        lost = (
+            "its limits would be gone from the disk. Put them on the disk itself"
+            " (block_set_io_throttle) before or after it"
+        )
     yield refused(
         "lost-filter",
         f"over the base {case.plan.base.filename} ({base}) is a filter, {which}, which this commit"
-        " can't keep: its limits would be gone from the disk. Put them on the disk itself"
-        " (block_set_io_throttle) before or after it",
+        f" can't keep: {lost}",
     )

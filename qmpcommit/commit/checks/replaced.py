@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator
 
-from qmpcommit.block.chain import Disk, Image
+from qmpcommit.block.chain import Disk, Image, is_temporary
 from qmpcommit.block.graph import BlockGraph, is_plain
 from qmpcommit.block.identity import HOST_FILES, FileId, Named, OpenFiles, file_id, storage
 from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
@@ -34,6 +34,8 @@ def replaced_file(case: Case) -> Iterator[Finding]:
     seen: dict[FileId, str] = {}
     unknown = ""
     for image in chain:
+        if is_temporary(image) and image.node_name not in leaves:
+            continue  # it never had a name, and "temporary-overlay" tells of it
         for name, told in _named(case, image):
             if told.verdict == "unknown":
                 unknown = unknown or told.reason

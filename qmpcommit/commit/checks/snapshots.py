@@ -43,12 +43,15 @@ def _names(case: Case, node: str) -> str:
 
 def temporary_overlay(case: Case) -> Iterator[Finding]:
     """An overlay of QEMU's own ``snapshot=on``, whose data are in a file without a name."""
-    for image in case.layers:
-        if is_temporary(image):
-            yield refused(
-                TEMPORARY,
-                f"{image.filename} is a temporary file of QEMU's own (snapshot=on), which is gone"
-                " with QEMU. While it is committed, and after an abort or a keep, the base is whole"
-                " under it only, and whoever started the VM so wanted the base left as it is."
-                " Start the VM over an overlay with a name instead",
-            )
+    layers = {image.node_name: image for image in (*case.layers, *case.plan.disk.chain)}
+    for image in filter(is_temporary, layers.values()):
+        harm = "What is merged below it changes files for good"
+        if image in case.layers:
+            harm = "While it is committed, and after an abort or a keep, the base is whole under it"
+            harm = f"{harm} only"
+        yield refused(
+            TEMPORARY,
+            f"{image.filename} is a temporary file of QEMU's own (snapshot=on), which is gone with"
+            f" QEMU. {harm}, and whoever started the VM so wanted all files left as they are. Start"
+            " the VM over an overlay with a name instead",
+        )
