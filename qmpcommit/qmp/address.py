@@ -7,9 +7,13 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 from qmpcommit.errors import InvalidRequest
+
+AGAIN = 0.05
+"""Seconds after which a socket is tried again that has others waiting."""
 
 _SUN_PATH = 107  # bytes that Linux's struct sockaddr_un holds, less the closing NUL
 
@@ -52,25 +56,41 @@ class Address(NamedTuple):
             )
         return cls(path=path)
 
-    async def open(self) -> socket.socket:
-        """Connect a non-blocking socket (raises OSError); closed again if cancelled."""
+    async def open(self, queue_full: Callable[[], None] = lambda: None) -> socket.socket:
+        """Connect a non-blocking socket (raises OSError); closed again if cancelled.
+
+        Where others wait already to be accepted, as many as the kernel lets, `queue_full` is
+        called, and it is tried until there is room: nothing tells when.
+        """
         loop = asyncio.get_running_loop()
         if self.path is not None:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            target: object = self.path
+            target: object = None
         else:
             found = await loop.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
             family, kind, proto, _, target = found[0]
             sock = socket.socket(family, kind, proto)
         try:
             sock.setblocking(False)
-            await loop.sock_connect(sock, target)  # type: ignore[arg-type]
-            if self.path is None:
+            if self.path is not None:
+                await _connect_unix(sock, self.path, queue_full)
+            else:
+                await loop.sock_connect(sock, target)  # type: ignore[arg-type]
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
             sock.close()
             raise
         return sock
+
+
+async def _connect_unix(sock: socket.socket, path: str, queue_full: Callable[[], None]) -> None:
+    while True:
+        try:
+            sock.connect(path)
+            return
+        except BlockingIOError:  # which the event loop takes for a connection on its way
+            queue_full()
+        await asyncio.sleep(AGAIN)
 
 
 def is_socket(path: str) -> bool:

@@ -78,7 +78,7 @@ class Monitor(Queries):
         self.log = Log(vm=self.name)
         self.peer_pid: int | None = None
         self.shutting_down = False
-        self.awaits: Literal["", "answer", "greeting"] = ""
+        self.awaits: Literal["", "answer", "room", "greeting"] = ""
         self._shared = client
         self._client: QMPClient | None = None
         self._sock: socket.socket | None = None
@@ -203,7 +203,7 @@ class Monitor(Queries):
         self.awaits = "answer"
         try:
             async with asyncio.timeout(self.timeout):
-                sock = await address.open()
+                sock = await address.open(self._queue_is_full)
                 pid = peer_pid(sock)
                 self.awaits = "greeting"
                 with suppress(AssertionError):  # qemu.qmp's, where it is lost as it is made
@@ -230,16 +230,21 @@ class Monitor(Queries):
         self._tell(True)
         self.log.debug("connected", address=str(address), pid=pid)
 
+    def _queue_is_full(self) -> None:
+        self.awaits = "room"
+
     def unanswered(self, seconds: float) -> ConnectError:
         """The error of a connection that is being opened for so long: what it `awaits`."""
-        if self.awaits != "greeting":
+        if self.awaits not in ("room", "greeting"):
             return self._unreachable("no answer", TimeoutError())
+        what = "accepts connections but sent no QMP greeting"
+        if self.awaits == "room":
+            what = "has others waiting, and took no connection more"
         return MonitorBusy(
-            f"{self.address} accepts connections but sent no QMP greeting within"
-            f" {seconds:g} s: another client holds this monitor (QEMU serves one at a time),"
-            " or QEMU is stopped, or this is no monitor. Close the other client, or give QEMU a"
-            " second monitor (another -qmp unix:PATH,server=on,wait=off) and use that. Nothing"
-            " was sent",
+            f"{self.address} {what} within {seconds:g} s: another client holds this monitor (QEMU"
+            " serves one at a time), or QEMU is stopped, or this is no monitor. Close the"
+            " other client, or give QEMU a second monitor (another -qmp"
+            " unix:PATH,server=on,wait=off) and use that. Nothing was sent",
             vm=self.name,
             address=str(self.address),
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,24 @@ async def test_a_monitor_that_another_client_holds_is_busy(folder: Path) -> None
             with pytest.raises(qc.MonitorBusy, match="-qmp"):
                 await qc.Session.connect(qemu.qmp, timeout=0.3)
         async with qc.Session.connect(qemu.qmp) as vm:
+            assert (await vm.query_status()).status == "prelaunch"
+
+
+async def test_a_monitor_that_others_wait_for_is_busy_too(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu:
+        async with qc.Session.connect(qemu.qmp):
+            waiting: list[socket.socket] = []
+            with suppress(BlockingIOError):  # there is no room for more
+                while True:
+                    waiting.append(socket.socket(socket.AF_UNIX))
+                    waiting[-1].setblocking(False)
+                    waiting[-1].connect(qemu.qmp)
+            with pytest.raises(qc.MonitorBusy, match="has others waiting"):
+                await qc.Session.connect(qemu.qmp, timeout=0.2)
+            late = asyncio.create_task(qc.Session.connect(qemu.qmp, timeout=30).open())
+            while waiting:
+                waiting.pop().close()
+        async with await late as vm:
             assert (await vm.query_status()).status == "prelaunch"
 
 

@@ -65,7 +65,7 @@ async def test_an_error_that_the_protocol_leaves_to_us_is_ours(
 async def test_a_socket_of_another_user_is_told_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def denied(self: Address) -> socket.socket:
+    async def denied(self: Address, queue_full: object) -> socket.socket:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Address, "open", denied)
