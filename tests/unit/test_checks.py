@@ -13,6 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block import files, identity
 from qmpcommit.block.chain import find_disk, read_disks
+from qmpcommit.block.command_line import parse_command_line
 from qmpcommit.block.graph import BlockGraph, build_graph
 from qmpcommit.commit.checks import NAMES, Finding, check_commit, growth, read_only, refuse
 from qmpcommit.commit.plan import Plan, Request, plan_commit
@@ -316,7 +317,7 @@ def test_backing_names_on_disk(full: str, expected: str) -> None:
     ],
 )
 def test_read_only_on_a_command_line(option: str, expected: bool | None) -> None:
-    options = read_only._options(option, "f")
+    options = parse_command_line(["qemu", "-blockdev", option]).of_node("f")
     assert (None if options is None else read_only.is_on(options.get("read-only"))) is expected
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, Node, Raw
@@ -69,13 +68,3 @@ def image_data(graph: BlockGraph, name: str) -> Raw:
     """What its format tells of a node's image (``ImageInfoSpecific``)."""
     info: Raw = graph.nodes[name].raw.get("image") or {}
     return (info.get("format-specific") or {}).get("data") or {}
-
-
-def flat_options(value: object, prefix: str = "") -> dict[str, Any]:
-    """Nested block options by their dotted names, as on a command line."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= flat_options(item, f"{prefix}.{key}" if prefix else str(key))
-    return found

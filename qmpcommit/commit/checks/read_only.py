@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import Any
 
+from qmpcommit.block.command_line import Flat, read_command_line
 from qmpcommit.block.files import read_only_because
-from qmpcommit.commit.checks.finding import Case, Finding, flat_options, refused
+from qmpcommit.commit.checks.finding import Case, Finding, refused
 
 
 def read_only_base(case: Case) -> Iterator[Finding]:
@@ -50,40 +47,12 @@ def _declared_read_only(name: str, pid: int | None) -> bool | None:
     return None if options is None else is_on(options.get("read-only"))
 
 
-def declared(name: str, pid: int | None) -> dict[str, Any] | None:
-    """The options of the node of this name on QEMU's command line, flat; None: not there."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = [os.fsdecode(word) for word in file.read().split(b"\0")]
-    except OSError:
-        return None
-    for option, value in pairwise(words):
-        if option in ("-blockdev", "--blockdev"):
-            found = _options(value, name)
-            if found is not None:
-                return found
-    return None
+def declared(name: str, pid: int | None) -> Flat | None:
+    """The options of the node of this name on QEMU's command line; None: not there."""
+    line = read_command_line(pid)
+    return None if line is None else line.of_node(name)
 
 
 def is_on(value: object) -> bool:
     """Whether an option's value, of either form, is a yes."""
     return value is True or value in ("on", "yes", "true", "y")
-
-
-def _options(value: str, name: str) -> dict[str, Any] | None:
-    """The options beside this ``node-name``, in either form of ``-blockdev``."""
-    options: dict[str, Any] = {}
-    if value.startswith("{"):
-        try:
-            options = flat_options(json.loads(value))
-        except ValueError:
-            return None
-    else:
-        for part in value.replace(",,", "\0").split(","):
-            key, _, given = part.partition("=")
-            options[key] = given.replace("\0", ",")
-    for key, given in options.items():
-        if given == name and (key == "node-name" or key.endswith(".node-name")):
-            of = key.removesuffix("node-name")
-            return {k.removeprefix(of): v for k, v in options.items() if k.startswith(of)}
-    return None
