@@ -233,11 +233,11 @@ class Engine:
         for story in self.stories:
             await story.on_up(vm)
             owned |= story.owned(vm.name)
-        await clear_left(session)
         for outcome in await resolve_pending(session, owned=owned):
             self.log.warning(
                 "orphan_held_its_disk", vm=vm.name, job=outcome.job_id, ended=outcome.action
             )
+        await clear_left(session)
         orphans = {
             str(job["id"]): str(job.get("status"))
             for job in await session.execute("query-jobs")
