@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from qmpcommit.block.files import read_header
-from qmpcommit.block.graph import FILTERS, BlockGraph
+from qmpcommit.block.graph import FDSET, FILTERS, BlockGraph
 from qmpcommit.block.identity import HOST_FILES, FileId, file_id, names_are_ours, open_files
 from qmpcommit.block.network_name import (
     Export,
@@ -329,7 +329,7 @@ def _known(graph: BlockGraph, above: str, text: str, view: View) -> Parts | None
 
 def _folder(parts: Parts, view: View) -> str | None:
     """The folder, as QEMU calls it, from which an image's relative names count."""
-    named = parts.on_host and not parts.name.startswith("/dev/fdset/")
+    named = parts.on_host and not parts.name.startswith(FDSET)
     path = _full(parts.name, view) if named else None
     return None if path is None else os.path.dirname(path)
 
@@ -346,7 +346,7 @@ def _path(parts: Parts, known: Parts | None, view: View, *, links: bool) -> str 
     A device's link is kept, for what it leads to is called otherwise after the next start. With
     `links` that of a file is kept as well where the header above has it: it may move along.
     """
-    if parts.name.startswith("/dev/fdset/"):
+    if parts.name.startswith(FDSET):
         written = known.name if known is not None and known.on_host else ""
         if written and view.id(written) in view.opened:
             return view.real(written, last=False)

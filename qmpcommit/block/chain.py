@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
-from qmpcommit.block.graph import BlockGraph, Raw, is_plain
+from qmpcommit.block.graph import FDSET, BlockGraph, Raw, is_plain
 from qmpcommit.block.network_name import (
     export_of,
     json_options,
@@ -170,7 +170,7 @@ def absolute(image: Image, cwd: str | None) -> str:
 
 def check_nameable(image: Image, vm: str, disk: str) -> None:
     """Raise `ChainError` where an overlay can't name this image as its backing file."""
-    if image.filename.startswith("/dev/fdset/"):
+    if image.filename.startswith(FDSET):
         raise ChainError(
             f"QEMU has {image.node_name} of {disk} of {vm} open by a file descriptor"
             f" ({image.filename}, from add-fd), which means nothing once it has ended, and would be"
@@ -278,7 +278,7 @@ def _warnings(graph: BlockGraph, name: str) -> Iterator[str]:
     file = str(leaf.raw.get("file") or "")
     if slice_of(str(info.get("filename") or "")):
         yield f"a slice of {graph.file(leaf)}, which is not this image"
-    if file.startswith("/dev/fdset/"):
+    if file.startswith(FDSET):
         yield f"opened by descriptor: {file} is no file's name"
     if leaf.driver in _HOST_DRIVERS and is_plain(file) and file[:1] != "/" and not graph.cwd:
         yield "named from QEMU's working directory, which is not known here"

@@ -39,6 +39,9 @@ FILTERS = frozenset(
 )
 """Drivers that pass their one child's contents through and are no layer of a chain."""
 
+FDSET = "/dev/fdset/"
+"""What the name of a file begins with that QEMU was given open (``add-fd``)."""
+
 CLAIMED, CLAIMER = "qmpcommit-claim-", "qmpc-"
 """What the names of the nodes begin with that only tell who works on a disk."""
 
@@ -215,7 +218,7 @@ async def read_graph(monitor: Monitor) -> BlockGraph:
         edges = await _optional(monitor, "x-debug-query-block-graph", None)
         _check_users([*devices, *exports, *(d.get("inserted") or {} for d in devices)])
         graph = build_graph(nodes, devices, exports, edges)
-        if any("/dev/fdset/" in str(node.get("file")) for node in nodes):
+        if any(FDSET in str(node.get("file")) for node in nodes):
             sets = await _optional(monitor, "query-fdsets", [])
             numbers = _descriptors(sets)
             given = await asyncio.to_thread(given_names, numbers, monitor.peer_pid)
@@ -277,7 +280,7 @@ def is_plain(filename: str) -> bool:
 
 
 def _descriptors(sets: Iterable[Raw]) -> dict[str, tuple[int, ...]]:
-    return {f"/dev/fdset/{s['fdset-id']}": tuple(fd["fd"] for fd in s["fds"]) for s in sets}
+    return {f"{FDSET}{s['fdset-id']}": tuple(fd["fd"] for fd in s["fds"]) for s in sets}
 
 
 def _check_users(users: Iterable[Raw]) -> None:

@@ -19,14 +19,10 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image
-from qmpcommit.block.graph import BlockGraph, Node
+from qmpcommit.block.graph import FDSET, BlockGraph, Node
 
 HOST_FILES = frozenset(("file", "host_device", "host_cdrom"))
 """The protocol drivers whose files are of the host that QEMU runs on."""
-
-FDSET = "/dev/fdset/"
-"""What the name of a file begins with that QEMU was given open (``add-fd``)."""
-
 
 F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 _FLOCK = "hhqqi4x"
@@ -136,7 +132,7 @@ def locate(filename: str, *, pid: int | None, cwd: str | None = None) -> Place:
         return Place("", "QEMU is not known to run on this host")
     if ":" in filename.split("/", maxsplit=1)[0]:
         return Place("", f"'{filename}' is no file of this host")
-    if filename.startswith("/dev/fdset/"):
+    if filename.startswith(FDSET):
         return Place("", f"QEMU was given the open file '{filename}', which has no name here")
     path = os.path.join(cwd or _link(f"/proc/{pid}/cwd") or os.getcwd(), filename)
     root = _root(pid)

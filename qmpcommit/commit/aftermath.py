@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from qmpcommit.block.bitmaps import Carrying
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, read_graph
-from qmpcommit.block.identity import FileId, OpenFiles, unnamed
+from qmpcommit.block.identity import F_OFD_GETLK, FileId, OpenFiles, unnamed
 from qmpcommit.block.qcow2 import snapshot_count
 from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
@@ -67,9 +67,6 @@ Barrier: TypeAlias = Callable[[], Awaitable[str | None]]
 async def nobody_met() -> str | None:
     """The barrier of a group's member that was taken up without its group."""
     return "it is one of a group, and the others of it were not taken up with it"
-
-
-F_OFD_GETLK = getattr(fcntl, "F_OFD_GETLK", 36)
 
 
 class Around(NamedTuple):

@@ -13,8 +13,8 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qmpcommit.block.graph import BlockGraph, Node, read_graph
-from qmpcommit.block.identity import FDSET, OpenFiles
+from qmpcommit.block.graph import FDSET, BlockGraph, Node, read_graph
+from qmpcommit.block.identity import OpenFiles
 from qmpcommit.commit.checks.finding import Case, Finding
 from qmpcommit.commit.checks.header_above import NAME, header_above, overlays_above
 from qmpcommit.errors import ChainError, CommandRefused, QmpCommitError
