@@ -148,8 +148,10 @@ class Session(Monitor):
     async def _leave(self) -> None:
         for job in list(self._jobs):
             await job.abandon()
-        for claim in list(self.claims):  # of windows that stay open, for whoever closes them
-            await claim.release()
+        if self.claims:  # of windows that stay open, for whoever closes them
+            from qmpcommit.commit.claim import release_all
+
+            await release_all(self.claims)
         await self._close()
 
     # -- disks ------------------------------------------------------------------------------------

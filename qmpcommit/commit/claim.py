@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -402,6 +402,15 @@ class Claim:
         trace: TracebackType | None,
     ) -> None:
         await self.release()
+
+
+async def release_all(claims: Iterable[Claim], vm: Session | None = None) -> None:
+    """`Claim.release` them at once: a cancellation, or a QEMU that hangs, keeps none of them."""
+    await to_the_end(_all_of([claim.release(vm) for claim in claims]))
+
+
+async def _all_of(releasing: Iterable[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*releasing)
 
 
 async def take(

@@ -41,7 +41,7 @@ from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
 from qmpcommit.commit.aftermath import users
 from qmpcommit.commit.checks import check_override
-from qmpcommit.commit.claim import Claim, Verb, take
+from qmpcommit.commit.claim import Claim, Verb, release_all, take
 from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
 from qmpcommit.commit.freeze_marks import thaw_all_abandoned
 from qmpcommit.commit.fresh_overlay import FreshOverlay
@@ -259,8 +259,7 @@ async def _claimed(
             claims.append(await take(vm, disk, verb, override=override, state=state))
         yield claims
     finally:
-        for claim in claims:
-            await claim.release()
+        await release_all(claims)
 
 
 async def _keep(

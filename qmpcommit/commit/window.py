@@ -41,7 +41,7 @@ from qmpcommit.block.identity import OpenFiles, astray
 from qmpcommit.commit.checks import CLAIM, check_override
 from qmpcommit.commit.checks.closing import closing_objections
 from qmpcommit.commit.checks.replaced import check_named
-from qmpcommit.commit.claim import Claim, clear_dead, owners_of
+from qmpcommit.commit.claim import Claim, clear_dead, owners_of, release_all
 from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
 from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
@@ -61,7 +61,6 @@ from qmpcommit.commit.window_claims import (
     closable,
     disturbances,
     held_windows,
-    release,
 )
 from qmpcommit.commit.window_records import (
     MARK,
@@ -173,7 +172,7 @@ async def open_window(
             ledger=ledger, meet=meet, claims=claims,
         )  # fmt: skip
     except BaseException:
-        await release(claims.values())
+        await release_all(claims.values())
         raise
     vm.log.info("window_open", window=window, disks=list(disks))
     return made
@@ -317,7 +316,7 @@ async def _close_named(
     try:
         return await _close(vm, disks, bandwidth, claims, override)
     finally:
-        await release(claims.values())
+        await release_all(claims.values())
 
 
 async def windows(vm: Session) -> list[OpenWindow]:
@@ -405,7 +404,7 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
             if claim is not None:
                 window.claims[asked] = claim
     except BaseException:  # nobody has the window, to let its disks go
-        await release(window.claims.values())
+        await release_all(window.claims.values())
         raise
     return window
 

@@ -21,6 +21,7 @@ from qmpcommit.commit.claim import (
     lives,
     owner_in,
     owners_of,
+    release_all,
     take,
     take_if_free,
     told,
@@ -50,15 +51,9 @@ async def claim_disks(
                 state="Nothing was changed",
             )  # fmt: skip
     except BaseException:
-        await release(claims.values())
+        await release_all(claims.values())
         raise
     return claims
-
-
-async def release(claims: Iterable[Claim]) -> None:
-    """Let all of them go."""
-    for claim in claims:
-        await claim.release()
 
 
 async def claim_named(vm: Session, each: Frozen, override: Collection[str] = ()) -> Claim | None:

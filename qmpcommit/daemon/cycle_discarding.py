@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from qmpcommit.block.identity import FileId
-from qmpcommit.commit.claim import Claim, take, take_if_free
+from qmpcommit.commit.claim import Claim, release_all, take, take_if_free
 from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
 from qmpcommit.commit.overlay_options import OverlayOptions
 from qmpcommit.commit.plan import Plan
@@ -136,7 +136,7 @@ class Discarding:
                 if stuck:
                     raise CommitFailed(". ".join(each.text for each in stuck), vm=vm.name)
         finally:
-            await _release(claims)
+            await release_all(claims)
             found.exchanging.discard(vm.name)
 
     async def _settle_all(self, found: Round, end: float) -> None:
@@ -194,7 +194,7 @@ class Discarding:
             claims = await self._claim(exchanges)
             warnings = await exchange_all(exchanges, on_decision=decide)
         finally:
-            await _release(claims)
+            await release_all(claims)
             found.exchanging -= held.keys()
         await self._warn(found, exchanges, warnings)
 
@@ -213,7 +213,7 @@ class Discarding:
                 each.claim = await taking
                 claims.append(each.claim)
         except BaseException:
-            await _release(claims)
+            await release_all(claims)
             raise
         return claims
 
@@ -246,11 +246,6 @@ class Discarding:
             for number, part in enumerate(found.parts)
             if part["vm"] in held
         ]
-
-
-async def _release(claims: Sequence[Claim]) -> None:
-    for claim in claims:
-        await claim.release()
 
 
 def _done(found: Round) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from qmpcommit.block.chain import Disk
+from qmpcommit.commit.claim import release_all
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.window_claims import claim_again, clear_named, disturbances
 from qmpcommit.commit.window_records import Frozen
@@ -227,8 +228,7 @@ async def release(engine: Engine, part: Part) -> None:
         return
     try:
         async with engine.registry.use(engine.vm(part.vm)) as session:
-            for claim in claims:
-                await claim.release(session)
+            await release_all(claims, session)
             await clear_named(session, part.name)
             part.released = True
     except QmpCommitError:  # it is away, and takes them with it where it has ended

@@ -103,6 +103,20 @@ async def test_what_was_left_is_cleared_once_by_many_at_a_time(folder: Path) -> 
     assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_many_are_released_although_that_is_cancelled(folder: Path) -> None:
+    async with two(folder) as (vm, other, chain):
+        disk = await vm.disk("export0")
+        disks = [replace(disk, exports=(name,)) for name in ("a", "b")]
+        held = [await take(vm, each, "flat", looked=True) for each in disks]
+        assert len(await owners_of(other)) == 2
+        releasing = asyncio.create_task(claims.release_all(held))
+        asyncio.get_running_loop().call_soon(releasing.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await releasing
+        assert await owners_of(other) == []
+    assert_disk(chain.top, chain.pictures[-1])
+
+
 async def test_the_claim_of_one_who_is_dead_is_anybodys(folder: Path) -> None:
     async with two(folder) as (vm, other, chain):
         await leave(other, pid=DEAD)
