@@ -402,6 +402,17 @@ def relative_name(path: str, overlay: str, view: View) -> str | None:
     return _spelled(text)
 
 
+def detours(path: str) -> list[str]:
+    """The folders that an absolute path goes into only to leave them (``..``)."""
+    parts = path.split("/")
+    return ["/".join(parts[:place]) or "/" for place, part in enumerate(parts) if part == ".."]
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is a folder, or below it."""
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
 def _spelled(text: str) -> str:
     """A relative name that is taken for no URI."""
     return text if is_relative(text) else f"./{text}"

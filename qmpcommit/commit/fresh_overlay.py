@@ -19,7 +19,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from qmpcommit.block.backing_name import BackingName, View, name_below
+from qmpcommit.block.backing_name import BackingName, View, detours, is_within, name_below
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.command_line import read_command_line
@@ -434,7 +434,9 @@ class FreshOverlay:
         """In QEMU's own spelling, with links and all, if QEMU shows the former one by its file.
 
         It compares texts, and would show the fresh one as ``json:``. The header has it for the
-        moment only; where QEMU will write it again, with bitmaps, it has to be right at once.
+        moment only; where QEMU will write it again, with bitmaps, it has to be right at once. One
+        that gets a bitmap later has it from then on, so that it must not lead through a folder
+        that may go with the layers that are merged away.
         """
         top, told = self._plan.top, self._plan.base.shown
         if not name.text.startswith("/") or not _is_plain(top.shown) or not _is_plain(told):
@@ -442,6 +444,9 @@ class FreshOverlay:
         meant = os.path.join(self._cwd or os.getcwd(), told)
         told_here = os.path.join(os.path.dirname(self._path), told)
         if file_id(told_here) != file_id(meant):  # as a name in a header it means another one
+            return name
+        home = os.path.realpath(os.path.dirname(self._path))
+        if any(not is_within(home, os.path.realpath(each)) for each in detours(meant)):
             return name
         kept = top.node_name in graph.nodes and bitmaps_of(graph, top.node_name)
         return name if kept else name._replace(text=told)

@@ -215,6 +215,32 @@ async def test_a_fresh_overlay_moves_with_its_base_and_is_shown_by_its_name(
     assert_disk(places[-1] / "fresh", picture)
 
 
+async def test_what_qemu_writes_again_does_not_lead_through_the_folders_of_merged_layers(
+    folder: Path,
+) -> None:
+    """A bitmap that comes later has QEMU write the header anew, with the name that it knows."""
+    picture, files = Picture(SIZE), list[Path]()
+    for number, name in enumerate("abc"):
+        (folder / name).mkdir()
+        below = os.path.relpath(files[-1], folder / name) if files else None
+        files.append(create(folder / name / "i", SIZE, backing=below))
+        filled(files[-1], number, picture)
+    chain, fresh = Chain([files[-1]], [picture]), folder / "c/fresh"
+    async with (
+        machine(folder, chain, style="implicit") as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        job = await vm.commit("vda", policy=qc.Recycle(str(fresh)), delete=True)
+        outcome = await job.wait()
+        assert outcome.active is not None
+        await vm.execute("block-dirty-bitmap-add", {
+            "node": outcome.active.node_name, "name": "later", "persistent": True})  # fmt: skip
+        await qemu.quit()
+    (folder / "b").rmdir()
+    assert said(fresh) == (str(files[0]), "qcow2")
+    assert_disk(fresh, picture)
+
+
 async def test_a_name_is_written_into_the_overlay_that_was_made_and_no_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,8 +273,14 @@ async def test_a_name_is_written_into_the_overlay_that_was_made_and_no_other(
         await qemu.quit()
 
 
-def _full(*_: object) -> int:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+_pwrite = os.pwrite
+
+
+def _full(opened: int, data: bytes, place: int) -> int:
+    """There is no room for a name; whether there is for the file itself was asked before."""
+    if place:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return _pwrite(opened, data, place)
 
 
 @pytest.mark.parametrize("shared", [False, True])

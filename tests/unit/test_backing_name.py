@@ -15,6 +15,8 @@ from qmpcommit.block.backing_name import (
     BackingName,
     View,
     Written,
+    detours,
+    is_within,
     leads_to,
     name_below,
     parts_of,
@@ -367,3 +369,19 @@ def test_the_name_of_a_plan_is_for_all_overlays_over_its_top() -> None:
     with pytest.raises(qc.ChainError, match="file descriptor") as told:
         with_backing_file(plan, given, None, "/run", masks=False)
     assert (told.value.vm, told.value.disk) == ("v", "vda")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("/a/b", []), ("/a/../b", ["/a"]), ("/a/b/../../c/../d", ["/a/b", "/a/b/..", "/a/b/../../c"]),
+     ("/../a", ["/"])],
+)  # fmt: skip
+def test_folders_that_a_name_only_goes_through(path: str, expected: list[str]) -> None:
+    assert detours(path) == expected
+
+
+def test_what_is_within_a_folder() -> None:
+    assert is_within("/a/b", "/a")
+    assert is_within("/a", "/a")
+    assert is_within("/a", "/")
+    assert not is_within("/ab", "/a")
