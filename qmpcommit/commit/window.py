@@ -394,8 +394,8 @@ async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) 
     if rest and not await objection(vm):
         await to_the_end(clear(vm, rest))
     vm.log.info("window_recovered", window=noted.name, disks=list(laid))
+    await clear_named(vm, noted.name)  # also of those that were closed already
     if not laid:
-        await clear_named(vm, noted.name)
         return None
     window = Window(noted.name, laid, noted.below)
     try:
