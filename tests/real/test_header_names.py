@@ -16,6 +16,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.files import read_header
 from qmpcommit.block.identity import FileId
+from qmpcommit.commit import fresh_overlay
 from qmpcommit.commit.overlay_file import write_base_name
 from tests.ground.images import (
     MIB,
@@ -265,7 +266,7 @@ async def test_a_name_is_written_into_the_overlay_that_was_made_and_no_other(
         machine(folder, Chain([top], [Picture(SIZE)]), style="implicit") as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        monkeypatch.setattr(os, "pwrite", _full)
+        monkeypatch.setattr(fresh_overlay, "write_base_name", _full)
         job = await vm.commit("vda", policy=qc.Recycle(str(folder / "fresh")))
         with pytest.raises(qc.CommitFailed, match="fresh could not be written: No space left"):
             await job.wait()
