@@ -19,10 +19,13 @@ from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 
+FLUSH = "qmpcommit-flush-"
+"""What the node-names of these filters begin with; whoever was killed has left one, perhaps."""
+
 
 def filter_name(node: str) -> str:
     """The node-name of the filter over `node`: always the same."""
-    return f"qmpcommit-flush-{hashlib.sha256(node.encode()).hexdigest()[:8]}"
+    return f"{FLUSH}{hashlib.sha256(node.encode()).hexdigest()[:8]}"
 
 
 async def flush(monitor: Monitor, node: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from qmpcommit.block.chain import Image
 from qmpcommit.block.files import image_locks
+from qmpcommit.block.flush import FLUSH
 from qmpcommit.block.graph import FILTERS, BlockGraph, Node
 from qmpcommit.block.identity import HOST_FILES, FileId, file_id
 from qmpcommit.commit.checks.finding import Case, Finding, refused, unchecked
@@ -46,6 +47,8 @@ def _users(case: Case, image: Image, inside: set[str]) -> tuple[list[str], list[
     idle: dict[str, None] = {}
     for name in sorted(over | same):
         for top, used in _uppermost(graph, name, inside):
+            if top.startswith(FLUSH) and not used:
+                continue  # what a killed flush of ours has left
             (users if used or name in same else idle)[_describe(graph, top)] = None
     return list(users), list(idle)
 
