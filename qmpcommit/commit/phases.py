@@ -293,6 +293,8 @@ def step(state: State, fact: Fact) -> Step:
     """The next state and what has to be done, after one more fact."""
     if state.finished:
         return state, []
+    if state.unsent and isinstance(fact, (StatusChanged, BecameReady, Ended)):
+        return state, []  # of another job of that name: ours is not sent yet
     match fact:
         case Looked(error):
             return _looked(state, error)

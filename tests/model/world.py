@@ -26,7 +26,7 @@ CLUSTERS = 384
 
 DEPTH = 5
 PATIENCE = 60
-EXPECTED = "valid only under|the job was paused"
+EXPECTED = "valid only under|the job was paused|found before it began, size"
 """What an outcome may warn of here."""
 
 SLOW = CLUSTER
