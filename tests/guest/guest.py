@@ -191,6 +191,7 @@ async def guest(
         "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
     ]  # fmt: skip
     async with machine(folder, *chains, extra=extra, **options) as qemu:
+        await qemu.execute("query-status")  # once it answers, its console is there
         reader, writer = await asyncio.open_unix_connection(str(console))
         made = Guest(qemu, str(agent), reader, writer, disks=len(chains))
         made._listening = asyncio.create_task(made._listen())

@@ -9,9 +9,9 @@ import pytest
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import JobNodes
 from qmpcommit.commit import report
-from qmpcommit.commit.facts import Ended, Use
+from qmpcommit.commit.facts import BecameReady, Ended, Fact, StatusChanged, Use
 from qmpcommit.commit.in_use import changed_since, use_of, user_of
-from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.phases import State, Verdict, begin, step
 from qmpcommit.errors import ChainError, CommitFailed, QmpCommitError, VMGone
 from tests.unit.test_checks import made
 
@@ -68,3 +68,11 @@ def test_a_disk_that_nothing_uses_by_now_was_pivoted_away_perhaps() -> None:
     assert use_of(PLAN, graph._replace(jobs={}))[0] is Use.UNKNOWN
     bare = replace(PLAN, disk=replace(PLAN.disk, qdev="", device="", exports=()))
     assert use_of(bare, graph)[0] is Use.USED, "it was only open"
+
+
+@pytest.mark.parametrize(
+    "fact", [StatusChanged("concluded"), BecameReady(1, 1), Ended(False), StatusChanged("paused")]
+)
+def test_of_a_job_that_is_not_sent_yet_nothing_is_heard(fact: Fact) -> None:
+    state, _ = begin(two_phase=True)
+    assert step(state, fact) == (state, [])
