@@ -450,7 +450,26 @@ class GroupCommit:
         except Exception as error:
             self._tell(group_phases.Recorded(repr(error)))
         else:
+            await self._tell_ended_meanwhile()
             self._tell(group_phases.Recorded())
+
+    async def _tell_ended_meanwhile(self) -> None:
+        """Another client may have cancelled a member, and its end be unheard (``query-jobs``)."""
+        vms = list(dict.fromkeys(member.vm for member in self.members))
+        try:
+            async with asyncio.timeout(self.state.hold_limit):
+                answers = await asyncio.gather(*(vm.query_jobs() for vm in vms))
+        except (QmpCommitError, TimeoutError):
+            return  # a monitor that is lost now has its members looked up when it is back
+        pending = {
+            (vm, job.id)
+            for vm, jobs in zip(vms, answers, strict=True)
+            for job in jobs
+            if job.status == "pending"
+        }
+        for number, (member, job) in enumerate(zip(self.members, self.jobs, strict=True)):
+            if (member.vm, job.id) not in pending:
+                self._tell(group_phases.Ended(number))
 
     def _cancel(self, why: str) -> None:
         self._refusal = why
