@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
 from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
 from qmpcommit.block.identity import FileId, all_told_where, identify
-from qmpcommit.commit.aftermath import Around, Barrier, OnPivot, OnStall
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.migration import look_at_owner
@@ -37,6 +36,7 @@ from qmpcommit.commit.preconditions import (
     check_overlays,
     told,
 )
+from qmpcommit.commit.stale_layers import Around, Barrier, OnPivot, OnStall
 from qmpcommit.errors import (
     CommitFailed,
     InvalidRequest,
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
     from qmpcommit.commit.claim import Claim, Owner
-    from qmpcommit.commit.cycle import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.commit.driver import Resumed
-    from qmpcommit.commit.flatten import Flattening
-    from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
-    from qmpcommit.commit.quiesce import Notes
-    from qmpcommit.commit.window_records import OpenWindow, Window
+    from qmpcommit.cycles.flatten import Flattening
+    from qmpcommit.cycles.run import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
+    from qmpcommit.group.outcome import GroupOutcome
+    from qmpcommit.guest.quiesce import Notes
+    from qmpcommit.window.records import OpenWindow, Window
 
 
 class Session(Monitor):
@@ -448,7 +448,7 @@ class Session(Monitor):
         that one instant. `freeze` quiesces the guest around it: its file systems through the guest
         agent's socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
         """
-        from qmpcommit.commit.group import GroupCommit
+        from qmpcommit.group.run import GroupCommit
 
         if isinstance(disks, str):
             raise InvalidRequest(f"name the disks of a group as a list, as in ['{disks}']")
@@ -491,7 +491,7 @@ class Session(Monitor):
         the guest still writes to. `WindowError` also says where somebody else has changed the
         files meanwhile, so that what was read is no instant's image.
         """
-        from qmpcommit.commit.window import snapshot
+        from qmpcommit.window.run import snapshot
 
         return snapshot(
             self,
@@ -508,7 +508,7 @@ class Session(Monitor):
 
     async def windows(self) -> list[OpenWindow]:
         """The overlays of snapshot windows that are open, with their age and size."""
-        from qmpcommit.commit.window import windows
+        from qmpcommit.window.run import windows
 
         return await windows(self)
 
@@ -530,7 +530,7 @@ class Session(Monitor):
         Raises `WindowError` that names what stays and why, `JobConflict` that names the owners of
         what is not theirs to close who ask.
         """
-        from qmpcommit.commit.window import close_windows
+        from qmpcommit.window.run import close_windows
 
         return await close_windows(
             self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir, override=override
@@ -553,7 +553,7 @@ class Session(Monitor):
         relative, and with `keep_relative` absolute ones become so too. `override` is as for
         `commit`. Raises what `commit` and `CommitJob.wait` raise.
         """
-        from qmpcommit.commit.flatten import flatten
+        from qmpcommit.cycles.flatten import flatten
 
         return flatten(
             self,
@@ -591,7 +591,7 @@ class Session(Monitor):
         Raises `VMStateError`, `ChainError`, `JobConflict` or `CommitFailed`, and the disk and the
         guest are as they were. Rests on ``blockdev-snapshot`` and ``blockdev-reopen``.
         """
-        from qmpcommit.commit.cycle import discard
+        from qmpcommit.cycles.run import discard
 
         ends = await discard(self._places(disk), **options)
         return ends[0] if isinstance(disk, str) else ends
@@ -669,7 +669,7 @@ class Session(Monitor):
         agent: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Round | tuple[Round, ...]:
-        from qmpcommit.commit.cycle import cycle
+        from qmpcommit.cycles.run import cycle
 
         agents = {} if agent is None else {self: agent}
         ends = await cycle(self._places(disk), keep_if=keep_if, agents=agents, **options)
@@ -689,7 +689,7 @@ class Session(Monitor):
         `options` are those of `cycle`, whose errors end it. Stop whenever no round runs; one that
         is cancelled while it exchanges ends first.
         """
-        from qmpcommit.commit.cycle import cycles
+        from qmpcommit.cycles.run import cycles
 
         agent = options.pop("agent", None)
         agents = {} if agent is None else {self: agent}

@@ -20,7 +20,7 @@
 #                                                         Python from 3.11 to Debian's newest
 #   ./tests/run.sh --other-python                         unit tests on the newest, and a sample
 #                                                         of them on those before it
-#   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of commit/ and qmp/, all of
+#   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of what decides, all of
 #                                                         which tests/unit and tests/real must reach
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
 #   ./tests/run.sh --mutants [MUTMUT ARGUMENT ...]        changes to what decides that no test notices;

@@ -69,7 +69,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
 async def _held_jobs(vm: RemoteVM) -> list[dict[str, str]]:
     """Those that are not the daemon's own: it ends its own, and no others."""
     from qmpcommit.commit.pending import what_to_do
-    from qmpcommit.commit.plan import JOB_PREFIX
+    from qmpcommit.names import JOB_PREFIX
 
     names = [
         str(job["device"])

@@ -24,12 +24,12 @@ from qmpcommit.cli.options import (
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
-    from qmpcommit.commit.aftermath import OnPivot, Stall
     from qmpcommit.commit.objections import Stale
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.commit.stale_layers import OnPivot, Stall
     from qmpcommit.session import Session
 
 HOOK_TIMEOUT = 60.0
@@ -250,7 +250,7 @@ def commit(
 
     if more or others:
         from qmpcommit.cli import group
-        from qmpcommit.commit.group import HOLD_LIMIT
+        from qmpcommit.group.run import HOLD_LIMIT
         from qmpcommit.units import parse_seconds
 
         assert disk is not None

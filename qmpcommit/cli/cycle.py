@@ -26,7 +26,7 @@ from qmpcommit.cli.show import remarks, show_seconds
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
-    from qmpcommit.commit.cycle import Round
+    from qmpcommit.cycles.run import Round
     from qmpcommit.session import Session
 
 OTHERWISE = 3
@@ -145,7 +145,7 @@ async def _round(
     sockets: Mapping[str, str],
     request: dict[str, Any],
 ) -> Sequence[Round]:
-    from qmpcommit.commit.cycle import cycle
+    from qmpcommit.cycles.run import cycle
 
     async with AsyncExitStack() as stack:
         for qmp, vm in vms.items():

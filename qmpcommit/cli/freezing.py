@@ -41,7 +41,7 @@ def sockets_of(freeze: str | None, vms: Iterable[str], agents: Sequence[str]) ->
 
 async def tell_of_frozen(vm: Session, qmp: str) -> None:
     """Warn on standard error where somebody has left this guest quiesced, or does so just now."""
-    from qmpcommit.commit.freeze_marks import marks, what_to_do
+    from qmpcommit.guest.marks import marks, what_to_do
 
     for mark in await marks(vm):
         click.echo(

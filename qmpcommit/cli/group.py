@@ -22,9 +22,9 @@ from qmpcommit.errors import InvalidRequest, JobConflict, NotReady, QmpCommitErr
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
-    from qmpcommit.commit.group import GroupCommit
-    from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.group.outcome import GroupOutcome
+    from qmpcommit.group.run import GroupCommit
     from qmpcommit.session import Session
 
 Named = Sequence[tuple[str, str]]
@@ -121,8 +121,8 @@ async def commit_group(
     running: Run, named: Named, request: Mapping[str, Any], hold_limit: float
 ) -> Answer:
     """Commit them at one instant; Ctrl-C and the deadline cancel all."""
-    from qmpcommit.commit.group import GroupCommit
-    from qmpcommit.commit.group_members import GroupMember
+    from qmpcommit.group.members import GroupMember
+    from qmpcommit.group.run import GroupCommit
 
     apart = ("disk", "policy", "agents", *_ALONE)
     options = {name: value for name, value in request.items() if name not in apart}

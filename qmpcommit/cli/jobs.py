@@ -56,7 +56,7 @@ async def _jobs(running: Run, qmp: str) -> Answer:
 
 
 def _job(entry: dict[str, Any], disk: str | None, qmp: str) -> dict[str, Any]:
-    from qmpcommit.commit.plan import JOB_PREFIX
+    from qmpcommit.names import JOB_PREFIX
 
     name = str(entry["device"])
     return {

@@ -24,8 +24,8 @@ def tell_of_windows(
     `windows` are the overlays that disks write to, `window_remains` what a killed process left
     beside them, for which the `graph` has to be known.
     """
-    from qmpcommit.commit.window import windows_of
-    from qmpcommit.commit.window_remains import remains_of
+    from qmpcommit.window.remains import remains_of
+    from qmpcommit.window.run import windows_of
 
     close = f"qmpcommit window --close {shlex.quote(qmp)}"
     windows = [{**each.model_dump(mode="json"), "next": close} for each in windows_of(disks, cwd)]

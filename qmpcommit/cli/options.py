@@ -95,7 +95,7 @@ def overlay_asked(command: F) -> F:
 
 def asked_of_overlay(options: str | None, secret: str | None) -> dict[str, Any]:
     """What they say, where they say something; raises `InvalidRequest`."""
-    from qmpcommit.commit.overlay_options import OverlayOptions
+    from qmpcommit.commit.overlay.options import OverlayOptions
 
     asked = OverlayOptions.of(options, secret)
     given = {"overlay_options": dict(asked.options) or None, "overlay_secret": asked.secret}

@@ -9,8 +9,8 @@ from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.remote import reach
 from qmpcommit.cli.running import Run
 from qmpcommit.client.cycle import RemoteRound, begin
-from qmpcommit.daemon.cycle_models import RoundView
 from qmpcommit.errors import DaemonLost, DeadlineExceeded
+from qmpcommit.wire.cycle import RoundView
 
 
 async def cycle(running: Run, name: str, disk: str) -> Answer:

@@ -20,8 +20,8 @@ from qmpcommit.tasks import stop
 if TYPE_CHECKING:
     from qmpcommit.client.group import RemoteGroup
     from qmpcommit.client.host import Client
-    from qmpcommit.commit.group_outcome import GroupOutcome
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.group.outcome import GroupOutcome
 
 _ASKED = (
     "base", "shallow", "bandwidth", "stale", "on_pivot", "on_error", "converge", "carry_bitmaps",

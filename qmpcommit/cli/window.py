@@ -27,7 +27,7 @@ from qmpcommit.cli.show import remarks
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.outcome import CommitOutcome
-    from qmpcommit.commit.window_records import GroupWindow
+    from qmpcommit.window.records import GroupWindow
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -183,7 +183,7 @@ async def _over_several(
             named = [(vm, disk) for vm, disks in wanted.items() for disk in disks]
             opening: Any = host.snapshot(named, agents=agents, **request)
         else:
-            from qmpcommit.commit.window_group import snapshot
+            from qmpcommit.window.group import snapshot
 
             vms = {qmp: await stack.enter_async_context(running.connect(qmp)) for qmp in wanted}
             for qmp, vm in vms.items():
@@ -270,7 +270,7 @@ async def _run(
 
 
 async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
-    from qmpcommit.commit.window_remains import unused
+    from qmpcommit.window.remains import unused
 
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp)

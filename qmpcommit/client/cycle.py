@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
     from qmpcommit.client.vm import RemoteVM
-    from qmpcommit.daemon.cycle_models import CycleView, RoundView
-    from qmpcommit.daemon.rule_models import RuleView
+    from qmpcommit.wire.cycle import CycleView, RoundView
+    from qmpcommit.wire.rules import RuleView
 
 
 class RemoteRound:
@@ -55,7 +55,7 @@ async def begin(vm: RemoteVM, disk: str, key: str | None = None) -> RemoteRound:
 
 def _seen(vm: RemoteVM, reply: Reply) -> RoundView:
     from qmpcommit.client.host import view_as
-    from qmpcommit.daemon.cycle_models import RoundView
+    from qmpcommit.wire.cycle import RoundView
 
     try:
         return view_as(RoundView, vm.client.parse(reply))  # type: ignore[no-any-return]
@@ -66,8 +66,7 @@ def _seen(vm: RemoteVM, reply: Reply) -> RoundView:
 
 async def list_cycles(client: Client) -> list[CycleView]:
     """`Client.cycles`."""
-    from qmpcommit.daemon.config import Cycle
-    from qmpcommit.daemon.cycle_models import CycleView
+    from qmpcommit.wire.cycle import Cycle, CycleView
 
     found = client.parse_list(await client.ask("GET", "/v1/cycles"))
     return [_configured(CycleView, "cycle", Cycle, each) for each in found]
@@ -75,8 +74,7 @@ async def list_cycles(client: Client) -> list[CycleView]:
 
 async def list_rules(client: Client) -> list[RuleView]:
     """`Client.rules`."""
-    from qmpcommit.daemon.config import Flatten
-    from qmpcommit.daemon.rule_models import RuleView
+    from qmpcommit.wire.rules import Flatten, RuleView
 
     found = client.parse_list(await client.ask("GET", "/v1/rules"))
     return [_configured(RuleView, "rule", Flatten, each) for each in found]

@@ -24,9 +24,9 @@ from qmpcommit.units import parse_seconds
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
-    from qmpcommit.commit.group_outcome import GroupOutcome
-    from qmpcommit.commit.quiesce import How
-    from qmpcommit.daemon.group_models import GroupView
+    from qmpcommit.group.outcome import GroupOutcome
+    from qmpcommit.guest.quiesce import How
+    from qmpcommit.wire.group import GroupView
 
 _OPTIONS = {
     "base", "shallow", "bandwidth", "delete", "stale", "on_pivot", "on_error", "converge",
@@ -192,6 +192,6 @@ async def list_groups(client: Client, limit: int) -> list[RemoteGroup]:
 
 def _view(value: object) -> GroupView:
     from qmpcommit.client.host import view_as
-    from qmpcommit.daemon.group_models import GroupView
+    from qmpcommit.wire.group import GroupView
 
     return view_as(GroupView, value)  # type: ignore[no-any-return]

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.client.vm import RemoteVM
     from qmpcommit.commit.policy import AnyPolicy
-    from qmpcommit.commit.quiesce import How
-    from qmpcommit.commit.window_records import GroupWindow
-    from qmpcommit.daemon.cycle_models import CycleView
-    from qmpcommit.daemon.models import CommitView, VMView
-    from qmpcommit.daemon.rule_models import RuleView
+    from qmpcommit.guest.quiesce import How
+    from qmpcommit.window.records import GroupWindow
+    from qmpcommit.wire.commit import CommitView, VMView
+    from qmpcommit.wire.cycle import CycleView
+    from qmpcommit.wire.rules import RuleView
 
 PAUSE = (0.02, 0.5)
 """Seconds between two tries, at first and at most."""
@@ -102,7 +102,7 @@ class Client:
     def vm(self, name: str) -> RemoteVM:
         """The VM of that name; nothing is asked yet. Raises `VMNotFound` for what is no name."""
         from qmpcommit.client.vm import RemoteVM
-        from qmpcommit.daemon.config import check_name
+        from qmpcommit.wire.values import check_name
 
         try:
             return RemoteVM(self, check_name(str(name)))
@@ -367,14 +367,14 @@ def _unreachable(address: str, lost: Lost) -> str:
 
 def commit_view(value: object) -> CommitView:
     """A commit as the daemon shows it; members of a newer daemon are passed over."""
-    from qmpcommit.daemon.models import CommitView
+    from qmpcommit.wire.commit import CommitView
 
     return view_as(CommitView, value)  # type: ignore[no-any-return]
 
 
 def vm_view(value: object) -> VMView:
     """A VM as the daemon shows it."""
-    from qmpcommit.daemon.models import VMView
+    from qmpcommit.wire.commit import VMView
 
     return view_as(VMView, value)  # type: ignore[no-any-return]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
     from qmpcommit.commit.outcome import CommitOutcome, JobProgress
-    from qmpcommit.daemon.models import CommitView
+    from qmpcommit.wire.commit import CommitView
 
 HOLD = 20.0
 """Seconds that the daemon is asked to wait for news before it answers that there are none."""

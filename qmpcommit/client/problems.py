@@ -13,7 +13,7 @@ from qmpcommit.errors import DaemonError, InvalidRequest, QmpCommitError
 from qmpcommit.qmp.address import Address
 
 _PREFIX = "urn:qmpcommit:"
-_ELSEWHERE = {"JournalError": "qmpcommit.journal", "JournalFull": "qmpcommit.journal"}
+_ELSEWHERE = {"JournalError": "qmpcommit.daemon.journal", "JournalFull": "qmpcommit.daemon.journal"}
 _RESERVED = frozenset(dir(QmpCommitError)) | {"message", "facts", "self"}
 
 

@@ -26,10 +26,10 @@ from qmpcommit.units import parse_seconds, parse_size
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.commit.pace import Converge
-    from qmpcommit.commit.quiesce import How
-    from qmpcommit.commit.window_records import Window
-    from qmpcommit.daemon.cycle_models import RoundView
-    from qmpcommit.daemon.models import VMView
+    from qmpcommit.guest.quiesce import How
+    from qmpcommit.window.records import Window
+    from qmpcommit.wire.commit import VMView
+    from qmpcommit.wire.cycle import RoundView
 
 
 class RemoteVM:

@@ -13,8 +13,6 @@ from qmpcommit.client.problems import error_from, sensible
 from qmpcommit.client.taking_back import wanted
 from qmpcommit.client.vm import name_of
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.quiesce import How
-from qmpcommit.commit.window_records import Frozen, GroupWindow, Window
 from qmpcommit.errors import (
     DaemonLost,
     JobConflict,
@@ -22,8 +20,10 @@ from qmpcommit.errors import (
     WindowError,
     WindowNotFound,
 )
+from qmpcommit.guest.quiesce import How
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
+from qmpcommit.window.records import Frozen, GroupWindow, Window
 
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client

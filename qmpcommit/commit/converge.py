@@ -21,7 +21,6 @@ from qmpcommit.block.throttle import RESTORE_TRIES, Throttle, obstacle
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.pace import Controller, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase
-from qmpcommit.commit.run_state import Still
 from qmpcommit.errors import (
     CommandRefused,
     DeadlineExceeded,
@@ -30,6 +29,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
+from qmpcommit.guest.run_state import Still
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple, assert_never
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import read_graph
 from qmpcommit.commit import facts, phases, report
-from qmpcommit.commit.aftermath import Around, OnStall, Stall, clear_away
-from qmpcommit.commit.care import Care
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
-from qmpcommit.commit.hearing import Hearing
+from qmpcommit.commit.in_pending import Care
 from qmpcommit.commit.in_use import PlanCheck
+from qmpcommit.commit.job_events import Hearing
 from qmpcommit.commit.outcome import CommitOutcome, Timings, UsedBy
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
 from qmpcommit.commit.recycle import Left
+from qmpcommit.commit.stale_layers import Around, OnStall, Stall, clear_away
 from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, QmpCommitError, VMGone
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop, to_the_end

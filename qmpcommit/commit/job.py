@@ -15,13 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit import facts, phases, report
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Driver, Resumed
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import CommitOutcome, JobProgress, Timings
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Decision, Recycle
+from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop, to_the_end

@@ -16,9 +16,9 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.commit import freeze_marks
-from qmpcommit.commit.plan import JOB_PREFIX
 from qmpcommit.errors import JobConflict, JobNotFound, QmpCommitError
+from qmpcommit.guest import marks as freeze_marks
+from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob

@@ -19,14 +19,9 @@ from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.units import parse_size
 from qmpcommit.values import Record, record
-
-JOB_PREFIX = "qmpcommit-"
-"""What the ids of our jobs begin with; only such jobs are ever adopted without being named."""
-
-WINDOW_MARK = ".qmpcommit-window-"
-"""In the file name of each overlay of a snapshot window."""
 
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 

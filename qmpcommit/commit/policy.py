@@ -17,7 +17,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, PolicyRequired
 from qmpcommit.tasks import kill
 from qmpcommit.units import parse_seconds

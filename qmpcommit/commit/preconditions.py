@@ -12,10 +12,10 @@ from qmpcommit.block.bitmaps import Carrying, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles, told_where
-from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.hook import PivotCommand
-from qmpcommit.commit.overlay_like import unfit
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.commit.overlay.like import unfit
+from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
     Check,

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from typing import NamedTuple
 
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK
-
-NODE_NAME_LENGTH = 31
-"""Characters that QEMU's node-names have at most."""
-
-
-def node_stem(job_id: str) -> str:
-    """What a job's fresh overlay's node-names begin with: its id, or a short stand-in."""
-    if len(job_id) + len("-file") <= NODE_NAME_LENGTH:
-        return job_id
-    return f"{JOB_PREFIX}{hashlib.sha256(job_id.encode()).hexdigest()[:12]}"
+from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 
 
 class Left(NamedTuple):

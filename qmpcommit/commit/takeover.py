@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpcommit.block.bitmaps import plan_carrying
-from qmpcommit.commit.aftermath import Around, nobody_met
 from qmpcommit.commit.claim import Claim, lives, owner_in
 from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall
+from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.errors import JobConflict, JobNotFound
 
 if TYPE_CHECKING:

@@ -21,18 +21,10 @@ import qmpcommit
 from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.commit.owners import owners_of
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.recycle import interrupted_recycles, node_stem
+from qmpcommit.commit.recycle import interrupted_recycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
-from qmpcommit.daemon.models import (
-    CommitRequest,
-    CommitView,
-    Decision,
-    JobView,
-    NewVM,
-    Progress,
-    VMView,
-)
+from qmpcommit.daemon.journal import JournalError
 from qmpcommit.daemon.openapi import PROBLEM_TYPE, TITLES, document, problems
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
@@ -62,8 +54,17 @@ from qmpcommit.errors import (
     WindowError,
     WindowNotFound,
 )
-from qmpcommit.journal import JournalError
 from qmpcommit.log import Log
+from qmpcommit.names import node_stem
+from qmpcommit.wire.commit import (
+    CommitRequest,
+    CommitView,
+    Decision,
+    JobView,
+    NewVM,
+    Progress,
+    VMView,
+)
 
 _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (VMNotFound, 404, "No such VM"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.objections import may_pivot, refuse_idle
-from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.wire.commit import CommitRequest
 
 
 def check_asked(requests: Sequence[CommitRequest]) -> None:

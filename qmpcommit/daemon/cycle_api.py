@@ -9,9 +9,9 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Response
 
 from qmpcommit.daemon.api import CommitPath, Key, VMPath, fingerprint
-from qmpcommit.daemon.cycle_models import CycleView, RoundRequest, RoundView
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.openapi import problems
+from qmpcommit.wire.cycle import CycleView, RoundRequest, RoundView
 
 
 def routes(app: FastAPI, cycles: Cycles) -> None:

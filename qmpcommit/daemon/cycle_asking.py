@@ -11,20 +11,21 @@ from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk, read_disks
 from qmpcommit.block.identity import all_told_where, identify
-from qmpcommit.commit.cycle import (
+from qmpcommit.commit.in_use import check_unchanged
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.plan import Plan
+from qmpcommit.cycles.run import (
     check_followed,
     check_place,
     deserves,
     new_overlay,
     plan_round,
 )
-from qmpcommit.commit.in_use import check_unchanged
-from qmpcommit.commit.overlay_options import OverlayOptions
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.steps import commits_of, hands_off
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.session import Session
 
 CONNECTING = 10.0

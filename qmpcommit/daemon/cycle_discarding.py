@@ -16,9 +16,9 @@ from typing import Any
 
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.claim import Claim, release_all, take, take_if_free
-from qmpcommit.commit.exchange import Exchange, complete, exchange_all, put_back
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan
+from qmpcommit.cycles.exchange import Exchange, complete, exchange_all, put_back
 from qmpcommit.daemon.cycle_asking import sessions
 from qmpcommit.daemon.cycle_round import Decided, Round
 from qmpcommit.daemon.engine import Engine

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.group_models import GroupMemberRequest, GroupRequest
 from qmpcommit.daemon.groups import Groups
-from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.daemon.journal import JournalFull
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.errors import ChainError, ConnectError, MonitorLost
-from qmpcommit.journal import JournalFull
+from qmpcommit.wire.commit import CommitRequest
+from qmpcommit.wire.group import GroupMemberRequest, GroupRequest
 
 AGAIN = 0.5
 """Seconds between two tries to reach a VM in the middle of a round."""

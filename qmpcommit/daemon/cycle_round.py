@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from qmpcommit.daemon.config import Cycle
-from qmpcommit.daemon.cycle_models import RoundView
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.undertaking import Undertaking
-from qmpcommit.journal import Journal
+from qmpcommit.wire.cycle import Cycle, RoundView
 
 Decided = Literal["exchange", "back"]
 """Which way a discard goes: all disks are exchanged, or all are put back."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import datetime, timedelta
 
-from qmpcommit.daemon.config import Cycle
+from qmpcommit.wire.cycle import Cycle
 
 STEP = 30.0
 """Seconds after which the host's clock, which may be set, is looked at again."""

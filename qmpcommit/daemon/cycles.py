@@ -12,11 +12,9 @@ import json
 import time
 from contextlib import suppress
 
-from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_asking import ask_command
 from qmpcommit.daemon.cycle_discarding import Discarding
 from qmpcommit.daemon.cycle_keeping import Keeping
-from qmpcommit.daemon.cycle_models import CycleView
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.cycle_times import reached, until_next
 from qmpcommit.daemon.engine import Engine, key_row
@@ -26,6 +24,7 @@ from qmpcommit.daemon.undertaking import ENDED, readable
 from qmpcommit.errors import CommitNotFound, InvalidRequest, JobConflict, QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
+from qmpcommit.wire.cycle import Cycle, CycleView
 
 HAND_OVER = 1.0
 """Seconds that an exchange under way gets when the daemon stops."""

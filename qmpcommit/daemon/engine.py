@@ -17,12 +17,12 @@ from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import resolve_pending
 from qmpcommit.commit.phases import Phase
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
+from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.keeping import Keeper, asked_of, seconds_left
 from qmpcommit.daemon.metrics import Metrics
-from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
@@ -39,9 +39,10 @@ from qmpcommit.errors import (
     QueueFull,
     VMNotFound,
 )
-from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import stop
+from qmpcommit.wire.commit import CommitRequest
 
 HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.journal import Event, JournalError
+from qmpcommit.daemon.journal import Event, JournalError
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment tells that the stream is alive."""

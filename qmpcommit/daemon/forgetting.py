@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 from qmpcommit.daemon.config import Config
-from qmpcommit.journal import Journal, JournalError, Statement
+from qmpcommit.daemon.journal import Journal, JournalError, Statement
 
 HOUR = 3600.0
 """Seconds between two times, where nothing is to be forgotten sooner."""

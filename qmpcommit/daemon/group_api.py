@@ -9,11 +9,11 @@ from typing import Annotated
 from fastapi import FastAPI, Path, Query, Response
 
 from qmpcommit.daemon.api import Key, fingerprint
-from qmpcommit.daemon.group_models import GroupRequest, GroupView
 from qmpcommit.daemon.groups import Groups
-from qmpcommit.daemon.models import Decision
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promised_group import Group
+from qmpcommit.wire.commit import Decision
+from qmpcommit.wire.group import GroupRequest, GroupView
 
 GroupPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
 

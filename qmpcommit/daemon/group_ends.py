@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmpcommit.commit import group_outcome
-from qmpcommit.commit.group_outcome import MemberEnd
 from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.phases import Verdict
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import is_alive
 from qmpcommit.errors import ConnectError, GroupFailed, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.group import outcome as group_outcome
+from qmpcommit.group.outcome import MemberEnd
 
 _VERDICTS = {
     "pivot": Verdict.PIVOTED,

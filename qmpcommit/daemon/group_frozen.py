@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from qmpcommit.commit.freeze_marks import mark_of_group, marks
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.commit.quiesce import thaw
 from qmpcommit.daemon.promised_group import FrozenGuest, Group
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.errors import ConnectError, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.guest.marks import mark_of_group, marks
+from qmpcommit.guest.quiesce import thaw
 
 if TYPE_CHECKING:
     from qmpcommit.daemon.keeping import Keeper

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from qmpcommit.commit.run_state import go_on
 from qmpcommit.daemon.registry import Registry
 from qmpcommit.errors import (
     CommandRefused,
@@ -23,6 +22,7 @@ from qmpcommit.errors import (
     MonitorLost,
     QmpCommitError,
 )
+from qmpcommit.guest.run_state import go_on
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:

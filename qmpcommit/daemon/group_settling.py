@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, outcome_of
 from qmpcommit.commit.ledger import load_state
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.group_ends import end_of, error_of
@@ -17,6 +16,7 @@ from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.promise import Promise, is_settled
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.group.outcome import GroupOutcome, MemberEnd, outcome_of
 from qmpcommit.tasks import stop
 
 

@@ -17,18 +17,14 @@ from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
-from qmpcommit.commit.aftermath import Barrier
-from qmpcommit.commit.group_members import GroupMember
-from qmpcommit.commit.group_outcome import GroupOutcome
-from qmpcommit.commit.group_resume import HAND_OVER, ResumableGroup
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import Hold
+from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.group_ends import is_clean, is_unsure
 from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
-from qmpcommit.daemon.group_models import GroupRequest
 from qmpcommit.daemon.group_settling import Settling
 from qmpcommit.daemon.keeping import asked_of, storage_of
 from qmpcommit.daemon.promise import Promise
@@ -46,8 +42,12 @@ from qmpcommit.errors import (
     NotReady,
     QmpCommitError,
 )
+from qmpcommit.group.members import GroupMember
+from qmpcommit.group.outcome import GroupOutcome
+from qmpcommit.group.resume import HAND_OVER, ResumableGroup
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.wire.group import GroupRequest
 
 MAX_TRIES = 3
 """How often a group is begun that was cancelled because nobody could follow it."""

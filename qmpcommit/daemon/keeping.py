@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from qmpcommit.block.chain import absolute
-from qmpcommit.commit.aftermath import Around, OnPivot, Stall
 from qmpcommit.commit.claim import Claim, let_go, take_for
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.job import CommitJob
@@ -22,10 +21,10 @@ from qmpcommit.commit.phases import Verdict
 from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
-from qmpcommit.commit.run_state import go_on
+from qmpcommit.commit.stale_layers import Around, OnPivot, Stall
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.metrics import Metrics
-from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Prepared, Promise
 from qmpcommit.daemon.registry import VM, Registry, is_alive
 from qmpcommit.daemon.steps import STEP_PREFIX, refuse_in_window
@@ -39,8 +38,9 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
-from qmpcommit.journal import Journal
+from qmpcommit.guest.run_state import go_on
 from qmpcommit.session import Session
+from qmpcommit.wire.commit import CommitRequest
 
 HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0

@@ -8,21 +8,21 @@ import time
 from typing import Any, cast
 
 from qmpcommit.commit.claim import Claim
-from qmpcommit.commit.quiesce import How
-from qmpcommit.commit.window import new_window_name
-from qmpcommit.commit.window_records import Frozen, NotedWindow, Window
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
-from qmpcommit.daemon.window_models import (
+from qmpcommit.errors import QmpCommitError
+from qmpcommit.guest.quiesce import How
+from qmpcommit.log import Log
+from qmpcommit.values import Record
+from qmpcommit.window.records import Frozen, NotedWindow, Window
+from qmpcommit.window.run import new_window_name
+from qmpcommit.wire.window import (
     VMWindowView,
     WindowDisk,
     WindowRequest,
     WindowState,
     WindowView,
 )
-from qmpcommit.errors import QmpCommitError
-from qmpcommit.journal import Journal
-from qmpcommit.log import Log
-from qmpcommit.values import Record
 
 _HELD = ("freeze", "lay", "thaw")
 _OPEN = ("open", "close", "merge")

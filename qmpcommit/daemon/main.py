@@ -29,11 +29,11 @@ from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.forgetting import forget_old
 from qmpcommit.daemon.groups import Groups
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import InvalidRequest
-from qmpcommit.journal import Journal
 from qmpcommit.tasks import stop
 
 PREDECESSOR = 10.0

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from qmpcommit.daemon.models import Problem
+from qmpcommit.wire.commit import Problem
 
 PROBLEM_TYPE = "application/problem+json"
 

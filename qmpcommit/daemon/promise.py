@@ -10,17 +10,17 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.identity import FileId
-from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import dump_state, load_state
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
-from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.commit.stale_layers import Barrier
+from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.undertaking import write_when_possible
-from qmpcommit.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
+from qmpcommit.wire.commit import CommitRequest
 
 if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob

@@ -6,13 +6,13 @@ import asyncio
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.group_resume import ResumableGroup
-from qmpcommit.commit.quiesce import How
-from qmpcommit.daemon.group_models import GroupRequest
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.undertaking import Undertaking
 from qmpcommit.errors import QmpCommitError
-from qmpcommit.journal import Journal
+from qmpcommit.group.resume import ResumableGroup
+from qmpcommit.guest.quiesce import How
+from qmpcommit.wire.group import GroupRequest
 
 _COPYING = ("starting", "copying", "ready")
 

@@ -18,11 +18,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
 from qmpcommit.daemon.clearing import Clearing
-from qmpcommit.daemon.config import Config, Connect, Discover, check_address, check_name
+from qmpcommit.daemon.config import Config, Discover
 from qmpcommit.errors import ConnectError, QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.wire.values import Connect, check_address, check_name
 
 Origin = Literal["config", "discovered", "api"]
 State = Literal["connected", "connecting", "away", "idle"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from qmpcommit.daemon.openapi import problems
-from qmpcommit.daemon.rule_models import RuleView
 from qmpcommit.daemon.rules import Rules
+from qmpcommit.wire.rules import RuleView
 
 
 def routes(app: FastAPI, rules: Rules) -> None:

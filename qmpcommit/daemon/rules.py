@@ -17,12 +17,11 @@ from typing import Any
 
 from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.commit.claim import Owner, owner_in
-from qmpcommit.commit.flatten import Step
-from qmpcommit.daemon.config import Flatten
+from qmpcommit.cycles.flatten import Step
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.journal import event
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.rule_models import RuleDisk, RuleView
 from qmpcommit.daemon.steps import (
     STEP_PREFIX,
     commits_of,
@@ -35,9 +34,9 @@ from qmpcommit.daemon.steps import (
     step_of,
 )
 from qmpcommit.errors import QmpCommitError
-from qmpcommit.journal import event
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
+from qmpcommit.wire.rules import Flatten, RuleDisk, RuleView
 
 LOOKS = 8
 """VMs that one rule looks at at once."""

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 
 from qmpcommit.block.chain import Disk, Image, find_disk, qdev_id
 from qmpcommit.commit.claim import Owner, lives, told
-from qmpcommit.commit.flatten import Step, next_step
-from qmpcommit.commit.plan import JOB_PREFIX, WINDOW_MARK, Plan
-from qmpcommit.daemon.config import Flatten
-from qmpcommit.daemon.models import CommitRequest
+from qmpcommit.commit.plan import Plan
+from qmpcommit.cycles.flatten import Step, next_step
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.errors import DiskNotFound, JobConflict
+from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 from qmpcommit.units import show_size
+from qmpcommit.wire.commit import CommitRequest
+from qmpcommit.wire.rules import Flatten
 
 STEP_PREFIX = f"{JOB_PREFIX}flatten-"
 """How the ids of the jobs of all rules begin."""

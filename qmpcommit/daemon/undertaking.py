@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
 
+from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.registry import VM
 from qmpcommit.errors import CommitNotFound, QmpCommitError
-from qmpcommit.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.log import Log
 
 ENDED = ("done", "failed", "cancelled")

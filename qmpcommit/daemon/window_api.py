@@ -13,14 +13,14 @@ from qmpcommit.daemon.api import Key, VMPath, fingerprint
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.openapi import problems
-from qmpcommit.daemon.window_models import (
+from qmpcommit.daemon.windows import Windows
+from qmpcommit.errors import WindowNotFound
+from qmpcommit.wire.window import (
     Renewal,
     VMWindowRequest,
     WindowRequest,
     WindowView,
 )
-from qmpcommit.daemon.windows import Windows
-from qmpcommit.errors import WindowNotFound
 
 WindowPath = Annotated[str, Path(max_length=64, pattern="^[0-9A-Za-z-]+$")]
 

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.claim import release_all
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.window_claims import claim_again, clear_named, disturbances
-from qmpcommit.commit.window_records import Frozen
-from qmpcommit.commit.window_remains import disk_over, left_of, merge_back, new_own_job, own_jobs
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.journal import JournalFull
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
-from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.window_opening import Opening
 from qmpcommit.daemon.window_reach import AGAIN, AWAY, ask, nothing
 from qmpcommit.errors import QmpCommitError, QueueFull, WindowError
-from qmpcommit.journal import JournalFull
 from qmpcommit.session import Session
+from qmpcommit.window.claims import claim_again, clear_named, disturbances
+from qmpcommit.window.records import Frozen
+from qmpcommit.window.remains import disk_over, left_of, merge_back, new_own_job, own_jobs
+from qmpcommit.wire.commit import CommitRequest
 
 ROUNDS = 3
 """How often the commit of an overlay is asked for that ends otherwise than in a pivot."""

@@ -11,13 +11,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from qmpcommit.commit.window import open_window, recover_window
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.window_reach import AWAY, ask
 from qmpcommit.errors import DeadlineExceeded, QmpCommitError, WindowError
 from qmpcommit.tasks import to_the_end
+from qmpcommit.window.run import open_window, recover_window
 
 
 class Opening:

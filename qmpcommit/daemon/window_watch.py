@@ -9,15 +9,15 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from qmpcommit.commit.claim import clear_dead, owners_of
-from qmpcommit.commit.window import age_of
-from qmpcommit.commit.window_records import Frozen
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import SIZES, LeasedWindow, allocated
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.window_models import WindowDisk, WindowView
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
+from qmpcommit.window.records import Frozen
+from qmpcommit.window.run import age_of
+from qmpcommit.wire.window import WindowDisk, WindowView
 
 AT_ONCE = 4
 """How many VMs that were just connected are looked at at once."""

@@ -11,17 +11,14 @@ import time
 from contextlib import suppress
 
 from qmpcommit.commit.claim import Claim
-from qmpcommit.commit.quiesce import thaw
-from qmpcommit.commit.window_claims import claim_again, closable
-from qmpcommit.commit.window_records import NotedWindow
 from qmpcommit.daemon.engine import Engine, key_row
+from qmpcommit.daemon.journal import Statement
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.undertaking import readable
 from qmpcommit.daemon.window_closing import Closing, release
-from qmpcommit.daemon.window_models import WindowMember, WindowRequest
 from qmpcommit.daemon.window_opening import Opening
 from qmpcommit.daemon.window_watch import Orphan, Watch
 from qmpcommit.errors import (
@@ -31,9 +28,12 @@ from qmpcommit.errors import (
     WindowError,
     WindowNotFound,
 )
-from qmpcommit.journal import Statement
+from qmpcommit.guest.quiesce import thaw
 from qmpcommit.log import Log
 from qmpcommit.session import Session
+from qmpcommit.window.claims import claim_again, closable
+from qmpcommit.window.records import NotedWindow
+from qmpcommit.wire.window import WindowMember, WindowRequest
 
 HAND_OVER = 1.0
 """Seconds that a window which is being opened gets when the daemon stops."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import qmpcommit as qc
 from qmpcommit.commit.claim import take
-from qmpcommit.commit.window_claims import tag_of
+from qmpcommit.window.claims import tag_of
 from tests.cli.command import run, start
 from tests.ground.images import assert_disk, create, make_chain
 from tests.ground.machines import machine

@@ -23,10 +23,10 @@ import qmpcommit.cli.main
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import CommandRefused
-from qmpcommit.journal import Journal
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 

@@ -376,7 +376,7 @@ async def test_the_openapi_document_is_complete(folder: Path) -> None:
 
 
 def test_the_examples_are_what_the_models_take() -> None:
-    from qmpcommit.daemon import models
+    from qmpcommit.wire import commit as models
 
     for name in ("NewVM", "VMView", "CommitRequest", "CommitView", "Decision", "JobView"):
         model = getattr(models, name)

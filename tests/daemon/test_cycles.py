@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.cycle import new_overlay
-from qmpcommit.daemon.config import Cycle
+from qmpcommit.cycles.run import new_overlay
 from qmpcommit.daemon.cycle_times import until_next
+from qmpcommit.wire.cycle import Cycle
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.kill_sweep import killable
 from tests.ground.images import Chain, assert_disk, make_chain

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from qmpcommit.daemon.config import Config, Cycle, parse
+from qmpcommit.daemon.config import Config, parse
+from qmpcommit.wire.cycle import Cycle
 from tests.cli.command import ENVIRONMENT, ROOT
 from tests.daemon.daemons import daemon
 from tests.ground.images import assert_disk, make_chain

@@ -19,7 +19,7 @@ from qmpcommit.daemon.access import PeerProtocol
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import parse
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.journal import Event, Journal
+from qmpcommit.daemon.journal import Event, Journal
 from tests.daemon.daemons import Daemon
 
 BATCH = 1000

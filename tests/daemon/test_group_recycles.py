@@ -14,7 +14,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 import qmpcommit as qc
-from qmpcommit.commit.recycle import node_stem
+from qmpcommit.names import node_stem
 from tests.cli.command import run
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.kill_sweep import killable, places_of, rehearsed_and_killed_everywhere

@@ -16,9 +16,9 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk, Image
-from qmpcommit.commit.flatten import next_step
-from qmpcommit.daemon.config import Flatten
+from qmpcommit.cycles.flatten import next_step
 from qmpcommit.daemon.steps import STEP_PREFIX, hands_off, is_for, passed, pause, request_of
+from qmpcommit.wire.rules import Flatten
 from tests.daemon.daemons import Daemon, daemon
 from tests.daemon.kill_sweep import killable
 from tests.ground.images import Chain, assert_disk, create, make_chain

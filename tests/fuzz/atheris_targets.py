@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["qmpcommit", "tomllib"]):
     from qmpcommit.block.bitmaps import plan_carrying
     from qmpcommit.block.chain import read_disks
     from qmpcommit.block.graph import build_graph
-    from qmpcommit.commit.hearing import Hearing
+    from qmpcommit.commit.job_events import Hearing
     from qmpcommit.commit.policy import parse_policy
     from qmpcommit.daemon.config import parse
     from qmpcommit.qmp.events import MODELS, parse_event

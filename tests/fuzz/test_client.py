@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 import qmpcommit as qc
 from qmpcommit.client import events as streams
 from qmpcommit.client.http import _LARGEST
-from qmpcommit.daemon.cycle_models import CYCLE_EXAMPLE, ROUND_EXAMPLE
-from qmpcommit.daemon.group_models import GROUP_VIEW_EXAMPLE
-from qmpcommit.daemon.models import COMMIT_VIEW_EXAMPLE
-from qmpcommit.daemon.rule_models import RULE_EXAMPLE
-from qmpcommit.daemon.window_models import WINDOW_EXAMPLE
+from qmpcommit.wire.commit import COMMIT_VIEW_EXAMPLE
+from qmpcommit.wire.cycle import CYCLE_EXAMPLE, ROUND_EXAMPLE
+from qmpcommit.wire.group import GROUP_VIEW_EXAMPLE
+from qmpcommit.wire.rules import RULE_EXAMPLE
+from qmpcommit.wire.window import WINDOW_EXAMPLE
 from tests.fuzz.test_lies import GONE, tell_otherwise
 from tests.fuzz.test_reader import LIMIT, server, some, to_its_end
 from tests.unit.test_hostile import anything

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import quiesce
+from qmpcommit.guest import quiesce
 
 
 class Asked(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import freeze_marks
+from qmpcommit.guest import marks as freeze_marks
 from tests.cli.command import ENVIRONMENT
 from tests.cli.command import run as qmpcommit
 from tests.guest.guest import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.commit import cycle
+from qmpcommit.cycles import run as cycle
 
 
 class Killed(BaseException):

@@ -15,7 +15,7 @@ import qmpcommit as qc
 from qmpcommit.block import files as block_files
 from qmpcommit.block import identity
 from qmpcommit.cli.show import outcome_text
-from qmpcommit.commit.aftermath import BeforeClosing
+from qmpcommit.commit.stale_layers import BeforeClosing
 from tests.ground.images import (
     MIB,
     Chain,

@@ -10,7 +10,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.bitmaps import bitmaps_of
-from qmpcommit.commit import care
+from qmpcommit.commit import in_pending as care
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.plan import Plan
 from tests.ground.images import (

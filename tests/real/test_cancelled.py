@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.images import MIB, Picture, assert_disk
 from tests.ground.machines import Machine, machine, storage_daemon

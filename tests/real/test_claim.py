@@ -14,7 +14,6 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.flush import flush
 from qmpcommit.commit import claim as claims
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.claim import (
     Owner,
     clear_left,
@@ -25,6 +24,7 @@ from qmpcommit.commit.claim import (
     take_if_free,
 )
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import storage_daemon
 from tests.ground.proxy import Strike, proxy

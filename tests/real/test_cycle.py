@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import cycle as cycle_module
+from qmpcommit.cycles import run as cycle_module
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.sessions import files, runs

@@ -12,10 +12,10 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit import driver as driver_module
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Proxy, Strike, let_pass, proxy

@@ -13,8 +13,8 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import absolute
 from qmpcommit.block.identity import identify
-from qmpcommit.commit.exchange import Exchange, Guest, complete, put_back
 from qmpcommit.commit.plan import Plan
+from qmpcommit.cycles.exchange import Exchange, Guest, complete, put_back
 from qmpcommit.errors import CommandRefused
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, Style, machine, storage_daemon

@@ -61,7 +61,7 @@ async def test_where_it_can_not_be_flushed(folder: Path, monkeypatch: pytest.Mon
     async def refused(*_: object) -> None:
         raise qc.CommandRefused("no", command="blockdev-add", desc="there is no filter")
 
-    monkeypatch.setattr("qmpcommit.commit.care.flush", refused)
+    monkeypatch.setattr("qmpcommit.commit.in_pending.flush", refused)
     chain = make_chain(folder, 3)
     async with machine(folder, chain) as vm, qc.Session.connect(vm.qmp) as session:
         outcome = await (await session.commit("vda", top=1, base=2, delete=True)).wait()

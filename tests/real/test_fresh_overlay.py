@@ -17,10 +17,13 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.bitmaps import bitmaps_of
-from qmpcommit.commit import cycle, fresh_overlay, overlay_file, window
-from qmpcommit.commit.fresh_overlay import FreshOverlay
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay import file as overlay_file
+from qmpcommit.commit.overlay import fresh as fresh_overlay
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.cycles import run as cycle
 from qmpcommit.errors import CommandRefused
+from qmpcommit.window import run as window
 from tests.ground.daemons import many_disks
 from tests.ground.images import MIB, Chain, assert_disk, make_chain, run
 from tests.ground.machines import machine, node_options

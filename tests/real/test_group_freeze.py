@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import freeze_marks, group_freeze
+from qmpcommit.group import freezes as group_freeze
+from qmpcommit.guest import marks as freeze_marks
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Strike, let_pass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import freeze_marks
+from qmpcommit.guest import marks as freeze_marks
 from tests.cli.command import ENVIRONMENT
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import assert_disk, two_chains

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import Barrier
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.group_resume import ResumableGroup, Resume
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.quiesce import How
+from qmpcommit.commit.stale_layers import Barrier
+from qmpcommit.group.resume import ResumableGroup, Resume
+from qmpcommit.guest.quiesce import How
 from tests.ground.images import MIB, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy

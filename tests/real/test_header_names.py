@@ -16,8 +16,8 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.files import read_header
 from qmpcommit.block.identity import FileId
-from qmpcommit.commit import fresh_overlay
-from qmpcommit.commit.overlay_file import write_base_name
+from qmpcommit.commit.overlay import fresh as fresh_overlay
+from qmpcommit.commit.overlay.file import write_base_name
 from tests.ground.images import (
     MIB,
     Chain,

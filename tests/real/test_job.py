@@ -11,10 +11,10 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit import converge as converge_module
 from qmpcommit.commit import job as job_module
-from qmpcommit.commit.aftermath import Around, Barrier
 from qmpcommit.commit.converge import ConvergeReport
 from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around, Barrier
 from tests.ground.images import MIB, Write, assert_disk, make_chain, write
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import let_pass, proxy

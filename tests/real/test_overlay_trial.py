@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import overlay_file
 from qmpcommit.commit.checks import sharing
-from qmpcommit.commit.overlay_like import Likeness
-from qmpcommit.commit.overlay_trial import refused_options
+from qmpcommit.commit.overlay import file as overlay_file
+from qmpcommit.commit.overlay.like import Likeness
+from qmpcommit.commit.overlay.trial import refused_options
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.small_disk import fill, needs_mounts, small_disk
 from tests.real.test_fresh_overlay import serving

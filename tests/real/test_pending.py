@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.freeze_marks import set_mark, thaw_marked
 from qmpcommit.commit.pending import held_jobs
+from qmpcommit.guest.marks import set_mark, thaw_marked
 from tests.cli.command import run
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import Machine, machine

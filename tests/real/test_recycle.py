@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.fresh_overlay import FreshOverlay
+from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.phases import State
-from qmpcommit.commit.plan import WINDOW_MARK, Plan, Request
+from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.recycle import Left, interrupted_recycles
+from qmpcommit.commit.stale_layers import Around
+from qmpcommit.names import WINDOW_MARK
 from tests.ground.images import MIB, Chain, Picture, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine
 from tests.ground.proxy import Proxy, Strike, proxy

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.nbd import Nbd

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit import window as commit_window
 from qmpcommit.commit.claim import owners_of
-from qmpcommit.commit.window_claims import claim_again
+from qmpcommit.window import run as commit_window
+from qmpcommit.window.claims import claim_again
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import MIB, Write, assert_disk, create, make_chain, write
 from tests.ground.machines import machine, storage_daemon

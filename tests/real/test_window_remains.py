@@ -12,9 +12,10 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk
-from qmpcommit.commit import quiesce, window_remains
-from qmpcommit.commit.fresh_overlay import FreshOverlay
-from qmpcommit.commit.window_remains import new_own_job, own_jobs, remains_of
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.guest import quiesce
+from qmpcommit.window import remains as window_remains
+from qmpcommit.window.remains import new_own_job, own_jobs, remains_of
 from tests.ground.images import (
     MIB,
     Chain,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.plan import Request
+from qmpcommit.commit.stale_layers import Around
 from tests.ground.cancelling import STEPS, ends_before, listeners, settle, small, sockets
 from tests.ground.images import make_chain
 from tests.ground.machines import Machine, storage_daemon

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qmpcommit.commit import facts
-from qmpcommit.commit.aftermath import Around, nobody_met
-from qmpcommit.commit.care import Care
+from qmpcommit.commit.in_pending import Care
+from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.monitor import Monitor
 from tests.unit.test_checks import made

@@ -28,7 +28,7 @@ from qmpcommit.commit.claim import (
     owners_among,
     told,
 )
-from qmpcommit.commit.recycle import NODE_NAME_LENGTH
+from qmpcommit.names import NODE_NAME_LENGTH
 
 DIGITS = st.text("0123456789abcdef", min_size=8, max_size=8)
 OWNERS = st.builds(

@@ -12,8 +12,8 @@ import pytest
 from qmpcommit.client.host import Client
 from qmpcommit.client.http import Reply
 from qmpcommit.client.window import _Held
+from qmpcommit.daemon.journal import JournalFull
 from qmpcommit.errors import DaemonLost, JobConflict, QmpCommitError, WindowNotFound
-from qmpcommit.journal import JournalFull
 
 
 def refusal(status: int, error: QmpCommitError) -> Reply:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qmpcommit.daemon import cycle_times, leased_window, undertaking
-from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.leased_window import LeasedWindow
-from qmpcommit.daemon.window_models import VMWindowRequest
+from qmpcommit.wire.cycle import Cycle
+from qmpcommit.wire.window import VMWindowRequest
 
 
 class Clocks:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpcommit.daemon.config import MAX_CONFIG, Config, check_name, load, parse
+from qmpcommit.daemon.config import MAX_CONFIG, Config, load, parse
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.wire.values import check_name
 
 WHOLE = b"""
 state = "/srv/qmpcommit"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.forgetting import forget_old
-from qmpcommit.journal import Event, Journal, Statement
+from qmpcommit.daemon.journal import Event, Journal, Statement
 from qmpcommit.tasks import stop
 
 

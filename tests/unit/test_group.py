@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qmpcommit.commit import group_phases
-from qmpcommit.commit.group_phases import (
+from qmpcommit.group import machine
+from qmpcommit.group.machine import (
     Back,
     Ended,
     GroupAction,
@@ -36,10 +36,10 @@ def play(
     *facts: GroupFact, members: int = 2, freezes: bool = False, records: bool = False
 ) -> tuple[GroupState, list[GroupAction]]:
     """Feed facts, a tenth of a second apart; all actions, in order."""
-    state = group_phases.begin(members, LIMIT, freezes=freezes, records=records)
+    state = machine.begin(members, LIMIT, freezes=freezes, records=records)
     actions: list[GroupAction] = []
     for number, fact in enumerate(facts):
-        state, more = group_phases.step(state, fact, number / 10)
+        state, more = machine.step(state, fact, number / 10)
         actions += more
     return state, actions
 
@@ -103,39 +103,39 @@ def test_what_goes_wrong_before_the_first_finalize_cancels_all(
     assert (state.stage, state.culprit) == (Stage.CANCELLING, culprit)
     assert why in state.why
     for more in (Ready(0), Ready(1), Pending(0), Pending(1), Back(0), Tick(), Stop("again")):
-        state, after = group_phases.step(state, more, 99)
+        state, after = machine.step(state, more, 99)
         assert after == []
     for member in (0, 1):
-        state, _ = group_phases.step(state, Ended(member), 99)
+        state, _ = machine.step(state, Ended(member), 99)
     assert state.over
 
 
 @pytest.mark.parametrize("fact", [Ended(0), Lost(0), Stop("Ctrl-C"), Tick(), Pending(0), Back(0)])
 def test_what_goes_wrong_afterwards_does_not(fact: GroupFact) -> None:
     state, _ = play(Ready(0), Ready(1), Pending(0), Pending(1))
-    state, actions = group_phases.step(state, fact, 99)
+    state, actions = machine.step(state, fact, 99)
     assert (state.stage, actions) == (Stage.FINALIZING, [])
 
 
 def test_a_hold_over_its_limit_is_let_go() -> None:
     state, _ = play(Ready(0), Ready(1), Pending(0))
-    state, actions = group_phases.step(state, Tick(), 0.2 + LIMIT - 0.01)
+    state, actions = machine.step(state, Tick(), 0.2 + LIMIT - 0.01)
     assert actions == []
-    state, actions = group_phases.step(state, Tick(), 0.2 + LIMIT)
+    state, actions = machine.step(state, Tick(), 0.2 + LIMIT)
     assert actions == [CANCEL]
     assert (state.culprit, state.deadline) == (1, None)
 
 
 def test_the_last_disk_comes_after_the_limit_but_before_the_tick() -> None:
     state, _ = play(Ready(0), Ready(1), Pending(0))
-    _, actions = group_phases.step(state, Pending(1), 0.2 + LIMIT + 0.01)
+    _, actions = machine.step(state, Pending(1), 0.2 + LIMIT + 0.01)
     assert actions == [CANCEL]
 
 
 def test_a_monitor_that_is_lost_while_copying_is_waited_for() -> None:
     state, actions = play(Ready(0), Lost(0), Ready(1))
     assert (state.stage, actions) == (Stage.GATHERING, [])
-    state, actions = group_phases.step(state, Back(0), 1)
+    state, actions = machine.step(state, Back(0), 1)
     assert actions == [DECIDE]
 
 
@@ -175,7 +175,7 @@ def test_one_guest_that_does_not_stand_still_has_none_decided(
     assert (state.stage, state.culprit) == (Stage.CANCELLING, culprit)
     assert why in state.why
     for more in (Quiesced(0), Quiesced(1), NotQuiesced(0, "late"), Pending(0), Pending(1)):
-        state, after = group_phases.step(state, more, 99)
+        state, after = machine.step(state, more, 99)
         assert after == []
 
 
@@ -199,17 +199,17 @@ class Members(RuleBasedStateMachine):
         self.issued: list[GroupAction] = []
         self.died_late: set[int] = set()
         self.guests: list[str] = []
-        self.state = group_phases.begin(1, LIMIT)
+        self.state = machine.begin(1, LIMIT)
 
     @initialize(members=st.integers(1, 4), freezes=st.booleans(), records=st.booleans())
     def start(self, members: int, freezes: bool, records: bool) -> None:
         self.jobs = ["running"] * members
         self.guests = ["going"] * members
         self.orders = [[] for _ in range(members)]
-        self.state = group_phases.begin(members, LIMIT, freezes=freezes, records=records)
+        self.state = machine.begin(members, LIMIT, freezes=freezes, records=records)
 
     def tell(self, fact: GroupFact) -> None:
-        self.state, actions = group_phases.step(self.state, fact, self.now)
+        self.state, actions = machine.step(self.state, fact, self.now)
         self.issued += actions
         if QUIESCE in actions:
             assert set(self.jobs) == {"ready"}

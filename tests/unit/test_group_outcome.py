@@ -9,9 +9,9 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.facts import Choice, Ended
-from qmpcommit.commit.group_outcome import MemberEnd, error_of
 from qmpcommit.commit.outcome import Timings
 from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.group.outcome import MemberEnd, error_of
 
 LOST = qc.VMGone("QEMU has ended")
 

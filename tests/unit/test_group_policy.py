@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.policy import Settled
+from qmpcommit.group.policy import Deciding
 
 FAILED = qc.CommitFailed("no space")
 

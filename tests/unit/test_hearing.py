@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpcommit.commit import facts
-from qmpcommit.commit.hearing import Hearing
+from qmpcommit.commit.job_events import Hearing
 from tests.unit.test_events import JOB, JSON, SAMPLES, STAMPS, message
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.aftermath import _unknown
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.policy import Ready
 from qmpcommit.commit.preconditions import check_commands, told
+from qmpcommit.commit.stale_layers import _unknown
 from qmpcommit.qmp.address import is_socket
 from tests.unit.test_checks import made
 

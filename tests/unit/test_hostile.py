@@ -14,14 +14,14 @@ import qmpcommit as qc
 from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.block.chain import read_disks
 from qmpcommit.block.graph import build_graph
-from qmpcommit.commit.hearing import Hearing
+from qmpcommit.commit.job_events import Hearing
 from qmpcommit.commit.ledger import load_state
 from qmpcommit.commit.policy import KINDS, parse_policy
 from qmpcommit.daemon.config import parse
-from qmpcommit.daemon.models import CommitRequest, Decision, NewVM
 from qmpcommit.qmp.address import Address
 from qmpcommit.qmp.events import parse_event
 from qmpcommit.units import parse_seconds, parse_size
+from qmpcommit.wire.commit import CommitRequest, Decision, NewVM
 
 WORDS = [
     "event", "data", "timestamp", "id", "device", "status", "type", "len", "offset", "error",

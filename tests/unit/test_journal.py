@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qmpcommit import journal as module
-from qmpcommit.journal import Event, Journal, JournalError, JournalFull, Statement, event
+from qmpcommit.daemon import journal as module
+from qmpcommit.daemon.journal import Event, Journal, JournalError, JournalFull, Statement, event
 from tests.ground.small_disk import fill, needs_mounts, small_disk
 
 DEADLINE = 30.0

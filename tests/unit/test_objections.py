@@ -10,8 +10,8 @@ import qmpcommit as qc
 from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.plan import Request, plan_commit
 from qmpcommit.daemon.asked import check_asked
-from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.wire.commit import CommitRequest
 
 LAYERS = tuple(qc.Image(n, f"/i/{n}.qcow2", "qcow2") for n in ("top", "mid", "low", "base"))
 DISK = qc.Disk(name="vda", chain=LAYERS, root="top")

@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_keeping import _recycle
-from qmpcommit.daemon.window_models import VMWindowRequest, WindowRequest
+from qmpcommit.wire.cycle import Cycle
+from qmpcommit.wire.window import VMWindowRequest, WindowRequest
 
 OPTIONS = {"discard": "unmap", "file": {"aio": "native"}}
 CYCLE: dict[str, Any] = {"vm": "a", "disk": "vda", "every": 5, "keep_if": ["true"], "guest": "stop"}

@@ -11,8 +11,8 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk
 from qmpcommit.block.command_line import parse_command_line, read_command_line
-from qmpcommit.commit.overlay_like import declared_options, iteration_time, likeness, unfit
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.like import declared_options, iteration_time, likeness, unfit
+from qmpcommit.commit.overlay.options import OverlayOptions
 from tests.unit.test_checks import layer, made, protocol
 
 NONE = OverlayOptions()

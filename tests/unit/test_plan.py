@@ -7,15 +7,9 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.graph import BlockGraph, build_graph
-from qmpcommit.commit.plan import (
-    JOB_PREFIX,
-    Request,
-    adopted_plan,
-    check_job_id,
-    new_job_id,
-    plan_commit,
-)
+from qmpcommit.commit.plan import Request, adopted_plan, check_job_id, new_job_id, plan_commit
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.names import JOB_PREFIX
 
 LAYERS = tuple(qc.Image(n, f"/i/{n}.qcow2", "qcow2") for n in ("top", "mid", "low", "base"))
 DISK = qc.Disk(name="vda", chain=LAYERS, root="thr")

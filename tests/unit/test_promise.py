@@ -8,10 +8,10 @@ from pathlib import Path
 from qmpcommit.commit import phases
 from qmpcommit.commit.facts import Accepted, Checked, Command, Looked, Use
 from qmpcommit.commit.policy import Pivot
+from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.metrics import Metrics
-from qmpcommit.daemon.models import CommitRequest
 from qmpcommit.daemon.promise import Promise
-from qmpcommit.journal import Journal
+from qmpcommit.wire.commit import CommitRequest
 from tests.unit.test_checks import made
 
 

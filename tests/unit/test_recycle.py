@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.commit import creation_job, recycle
+from qmpcommit.commit import recycle
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.fresh_overlay import FreshOverlay
+from qmpcommit.commit.overlay import creation_job
+from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.phases import State, Verdict
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.commit.recycle import Left, has_ended

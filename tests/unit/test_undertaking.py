@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.daemon.config import Cycle
 from qmpcommit.daemon.cycle_round import Round
-from qmpcommit.daemon.group_models import GroupRequest
+from qmpcommit.daemon.journal import Event, Journal, Statement
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.undertaking import Undertaking
-from qmpcommit.daemon.window_models import WindowRequest
-from qmpcommit.journal import Event, Journal, Statement
+from qmpcommit.wire.cycle import Cycle
+from qmpcommit.wire.group import GroupRequest
+from qmpcommit.wire.window import WindowRequest
 
 CYCLE = {"vm": "web1", "disk": "vda", "every": 60, "keep_if": ["true"], "guest": "reset"}
 KINDS: list[tuple[type[Undertaking[Any]], Any]] = [

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import qmpcommit as qc
 from qmpcommit.client.host import commit_view
-from qmpcommit.daemon.models import COMMIT_VIEW_EXAMPLE, CommitView
 from qmpcommit.errors import CommandRefused
+from qmpcommit.wire.commit import COMMIT_VIEW_EXAMPLE, CommitView
 
 OUTCOME = qc.CommitOutcome(
     status="completed",

@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
-from qmpcommit.commit import group_phases
-from qmpcommit.commit.aftermath import Barrier
-from qmpcommit.commit.group import GroupCommit
-from qmpcommit.commit.group_phases import Stage
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.stale_layers import Barrier
+from qmpcommit.group import machine
+from qmpcommit.group.machine import Stage
+from qmpcommit.group.run import GroupCommit
 from qmpcommit.tasks import stop, to_the_end
 
 HAND_OVER = 0.5
@@ -78,7 +78,7 @@ class ResumableGroup(GroupCommit):
         if await self._settled(HAND_OVER):
             return
         # Without effect where the jobs are being finalized.
-        self._tell(group_phases.Stop("whoever held its disks had to stop"))
+        self._tell(machine.Stop("whoever held its disks had to stop"))
         await self._settled(CANCELLING)
 
     async def _settled(self, seconds: float) -> bool:

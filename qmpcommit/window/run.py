@@ -42,42 +42,15 @@ from qmpcommit.commit.checks import CLAIM, check_override
 from qmpcommit.commit.checks.closing import closing_objections
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.claim import Claim, clear_dead, owners_of, release_all
-from qmpcommit.commit.freeze_marks import mark_of_window, marked, thaw_marked
-from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner, objection
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.overlay_file import is_device
-from qmpcommit.commit.overlay_like import each_asked, is_encrypted
-from qmpcommit.commit.overlay_options import OverlayOptions
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
+from qmpcommit.commit.overlay.file import is_device
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.commit.overlay.like import each_asked, is_encrypted
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_follows
-from qmpcommit.commit.quiesce import LIMIT, How, Notes, quiesced, thaw
-from qmpcommit.commit.window_claims import (
-    claim_again,
-    claim_disks,
-    claim_named,
-    clear_named,
-    closable,
-    disturbances,
-    held_windows,
-)
-from qmpcommit.commit.window_records import (
-    MARK,
-    NAME,
-    STAMP,
-    Frozen,
-    NotedWindow,
-    OpenWindow,
-    Window,
-)
-from qmpcommit.commit.window_remains import (
-    Remains,
-    clear,
-    disk_over,
-    end_jobs,
-    merge_back,
-)
 from qmpcommit.errors import (
     CommandRefused,
     InvalidRequest,
@@ -87,8 +60,36 @@ from qmpcommit.errors import (
     VMGone,
     WindowError,
 )
+from qmpcommit.guest.marks import mark_of_window, marked, thaw_marked
+from qmpcommit.guest.quiesce import LIMIT, How, Notes, quiesced, thaw
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
+from qmpcommit.window.claims import (
+    claim_again,
+    claim_disks,
+    claim_named,
+    clear_named,
+    closable,
+    disturbances,
+    held_windows,
+)
+from qmpcommit.window.records import (
+    MARK,
+    NAME,
+    STAMP,
+    Frozen,
+    NotedWindow,
+    OpenWindow,
+    Window,
+)
+from qmpcommit.window.remains import (
+    Remains,
+    clear,
+    disk_over,
+    end_jobs,
+    merge_back,
+)
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session

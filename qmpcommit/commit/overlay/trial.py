@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qmpcommit.commit.overlay_like import Likeness
-from qmpcommit.commit.plan import JOB_PREFIX
+from qmpcommit.commit.overlay.like import Likeness
 from qmpcommit.errors import CommandRefused
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.qmp.monitor import Monitor
 
 _NODE = f"{JOB_PREFIX}tried"

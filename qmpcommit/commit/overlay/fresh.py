@@ -25,8 +25,8 @@ from qmpcommit.block.chain import Image, absolute, read_image
 from qmpcommit.block.command_line import read_command_line
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, file_id, locate, names_are_ours, open_files
-from qmpcommit.commit.creation_job import create, forget
-from qmpcommit.commit.overlay_file import (
+from qmpcommit.commit.overlay.creation_job import create, forget
+from qmpcommit.commit.overlay.file import (
     NewFile,
     differences,
     in_memory,
@@ -36,7 +36,7 @@ from qmpcommit.commit.overlay_file import (
     why_not,
     write_base_name,
 )
-from qmpcommit.commit.overlay_like import (
+from qmpcommit.commit.overlay.like import (
     Likeness,
     as_opened,
     declared_options,
@@ -44,12 +44,13 @@ from qmpcommit.commit.overlay_like import (
     likeness,
     unfit,
 )
-from qmpcommit.commit.overlay_options import OverlayOptions
-from qmpcommit.commit.overlay_trial import refused_options
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
-from qmpcommit.commit.recycle import Left, has_ended, node_stem
-from qmpcommit.commit.run_state import Still, runs
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.overlay.trial import refused_options
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.recycle import Left, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
+from qmpcommit.guest.run_state import Still, runs
+from qmpcommit.names import JOB_PREFIX, node_stem
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 

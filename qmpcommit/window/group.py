@@ -14,12 +14,12 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from qmpcommit.commit.quiesce import How, Sockets, check_sockets
-from qmpcommit.commit.window import close_window, open_window
-from qmpcommit.commit.window_records import GroupWindow, Window
 from qmpcommit.errors import InvalidRequest, WindowError
+from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
+from qmpcommit.window.records import GroupWindow, Window
+from qmpcommit.window.run import close_window, open_window
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session

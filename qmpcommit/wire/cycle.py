@@ -2,12 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.daemon.config import Cycle
-from qmpcommit.daemon.models import Name
+from qmpcommit.wire.commit import Name
+from qmpcommit.wire.values import (
+    CommandWord,
+    FilePath,
+    Pattern,
+    Quiescing,
+    Seconds,
+    Section,
+    VMName,
+    check_overlay,
+)
+
+
+class CycleDisk(Section):
+    """A disk that always ends as those of the same cycle do."""
+
+    vm: VMName
+    disk: Pattern
+
+
+class Cycle(Quiescing):
+    """A schedule: an overlay's changes are carried into the base if they deserve it, or discarded.
+
+    A round comes `every` so many seconds, or daily `at` a time of this host. The command
+    `keep_if`, which gets `timeout` seconds, says by its exit status whether the base takes the
+    overlay's changes (0) or they are thrown away (1 to 125); anything else changes nothing.
+    Either way an empty overlay begins, in `overlay_dir` or beside the former one, which `delete`
+    has deleted. It is like the former one; `overlay_options` (members of QEMU's ``blockdev-add``)
+    and `overlay_secret` (the id of a secret of QEMU's) say what QEMU does not tell of that. After a
+    discard the `guest` is reset, or stays stopped.
+
+    `together` names further disks, of this VM or of others, that always end the same way: all are
+    kept at one instant, or all are discarded before any of the guests goes on, or nothing is
+    changed. `keep_if` is asked once for all of them, with a line a disk in each variable.
+
+    With `freeze` the guests are quiesced for the instant of what is kept: their file systems
+    through their agents, or their vCPUs, which a recycle stops anyway.
+    """
+
+    vm: VMName
+    disk: Pattern
+    together: Annotated[tuple[CycleDisk, ...], Field(max_length=255)] = ()
+    every: Annotated[Seconds, Field(ge=0.05)] | None = None
+    at: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    keep_if: Annotated[tuple[CommandWord, ...], Field(min_length=1, max_length=256)]
+    timeout: Seconds = Field(default=60.0, gt=0)
+    overlay_dir: FilePath | None = None
+    overlay_options: dict[str, Any] | None = None
+    overlay_secret: str | None = None
+    guest: Literal["reset", "stop"]
+    delete: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Cycle:
+        if (self.every is None) == (self.at is None):
+            raise ValueError("give every or at: when its rounds come")
+        if self.overlay_dir is not None and not self.overlay_dir.startswith("/"):
+            raise ValueError("overlay_dir is an absolute path")
+        self.check_agents(vm for vm, _ in self.disks)
+        check_overlay(self.overlay_options, self.overlay_secret)
+        return self
+
+    @property
+    def disks(self) -> tuple[tuple[str, str], ...]:
+        """All its disks in their order, each with its VM first."""
+        return ((self.vm, self.disk), *((each.vm, each.disk) for each in self.together))
+
 
 ROUND_EXAMPLE: dict[str, Any] = {
     "id": "5f0c1c1e9b6f4d0f8e2a7c3b1d9e8f70",

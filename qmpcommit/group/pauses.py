@@ -13,11 +13,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qmpcommit.commit.freeze_marks import set_mark, unmark
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.quiesce import NOTE_LIMIT
-from qmpcommit.commit.run_state import Still
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.guest.marks import set_mark, unmark
+from qmpcommit.guest.quiesce import NOTE_LIMIT
+from qmpcommit.guest.run_state import Still
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:

@@ -39,22 +39,16 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
-from qmpcommit.commit.aftermath import users
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import Claim, Verb, release_all, take
-from qmpcommit.commit.exchange import Exchange, Guest, exchange_all
-from qmpcommit.commit.freeze_marks import thaw_all_abandoned
-from qmpcommit.commit.fresh_overlay import FreshOverlay
-from qmpcommit.commit.group import GroupCommit
-from qmpcommit.commit.group_members import GroupMember
-from qmpcommit.commit.group_policy import group_ready
 from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.overlay_file import is_device
-from qmpcommit.commit.overlay_like import each_asked, is_encrypted
-from qmpcommit.commit.overlay_options import OverlayOptions
-from qmpcommit.commit.plan import JOB_PREFIX, Plan
+from qmpcommit.commit.overlay.file import is_device
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.commit.overlay.like import each_asked, is_encrypted
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
     Pivot,
     Ready,
@@ -65,9 +59,16 @@ from qmpcommit.commit.policy import (
     run_command,
 )
 from qmpcommit.commit.preconditions import check_follows
-from qmpcommit.commit.quiesce import How, Sockets, check_sockets
-from qmpcommit.commit.run_state import runs
+from qmpcommit.commit.stale_layers import users
+from qmpcommit.cycles.exchange import Exchange, Guest, exchange_all
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
+from qmpcommit.group.members import GroupMember
+from qmpcommit.group.policy import group_ready
+from qmpcommit.group.run import GroupCommit
+from qmpcommit.guest.marks import thaw_all_abandoned
+from qmpcommit.guest.quiesce import How, Sockets, check_sockets
+from qmpcommit.guest.run_state import runs
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record

@@ -17,7 +17,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from qmpcommit.commit.run_state import Still, go_on
 from qmpcommit.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -25,6 +24,7 @@ from qmpcommit.errors import (
     QuiesceFailed,
     VMGone,
 )
+from qmpcommit.guest.run_state import Still, go_on
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds

@@ -4,9 +4,41 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.daemon.config import Flatten
+from qmpcommit.wire.values import Number, Pattern, Seconds, Section, Size
+
+
+class Flatten(Section):
+    """A rule: chains that pass a limit are flattened, to `keep` layers.
+
+    `vm` and `disk` are names or patterns (``*``, ``?``, ``[...]``); `depth` is the number of
+    layers, and `overlay_size` the bytes allocated above the bottom layer, up to which a chain is
+    left as it is; `every` is the seconds between two looks, and the first pause after a failure;
+    `bandwidth` is in bytes per second, and `delete` has the files of merged layers deleted.
+    Relative backing names stay relative; `keep_relative` makes absolute ones so.
+    """
+
+    vm: Pattern
+    disk: Pattern = "*"
+    keep: Number
+    depth: Number | None = None
+    overlay_size: Size | None = None
+    every: Seconds = Field(default=60.0, ge=0.05)
+    bandwidth: Size | None = None
+    delete: bool = False
+    keep_relative: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Flatten:
+        if self.depth is None and self.overlay_size is None:
+            raise ValueError("give depth, overlay_size or both: a rule needs a limit")
+        if self.depth is not None and self.depth < self.keep:
+            raise ValueError(
+                f"a chain of {self.keep} layers (keep) would pass depth = {self.depth} for ever"
+            )
+        return self
+
 
 RULE_EXAMPLE: dict[str, Any] = {
     "kind": "flatten",

@@ -24,16 +24,17 @@ from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, identify
 from qmpcommit.block.qcow2 import bitmap_names, holds_data
-from qmpcommit.commit.aftermath import BeforeClosing, close_nodes, remove_file
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.freeze_marks import marks_among
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State
-from qmpcommit.commit.plan import JOB_PREFIX, adopted_plan
+from qmpcommit.commit.plan import adopted_plan
 from qmpcommit.commit.policy import Pivot
-from qmpcommit.commit.window_records import MARK, NAME, Frozen
+from qmpcommit.commit.stale_layers import BeforeClosing, close_nodes, remove_file
 from qmpcommit.errors import CommandRefused, QmpCommitError, WindowError
+from qmpcommit.guest.marks import marks_among
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.values import Record, record
+from qmpcommit.window.records import MARK, NAME, Frozen
 
 if TYPE_CHECKING:
     from qmpcommit.commit.claim import Claim

@@ -15,14 +15,14 @@ from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import Image, absolute
 from qmpcommit.block.flush import flush, sync_file
 from qmpcommit.commit import facts
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.facts import Fact
-from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.migration import look_at_owner
+from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlays_above import OverlaysAbove
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
 from qmpcommit.commit.recycle import Left
+from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import (
     CommandRefused,
     CommitFailed,

@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import check_job_id
 from qmpcommit.commit.policy import Policy
-from qmpcommit.daemon.config import Connect, QMPAddress, Seconds, VMName
 from qmpcommit.units import parse_size
+from qmpcommit.wire.values import Connect, QMPAddress, Seconds, VMName
 
 
 def _no_nul(text: str) -> str:

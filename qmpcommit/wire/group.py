@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.commit.group import HOLD_LIMIT
-from qmpcommit.commit.group_members import ONE_OVERLAY
-from qmpcommit.commit.group_outcome import GroupOutcome
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.policy import Policy, Recycle
-from qmpcommit.daemon.config import Quiescing, Seconds, VMName
-from qmpcommit.daemon.models import Command, CommitRequest, CommitState, Layer, Name, Rate
+from qmpcommit.group.members import ONE_OVERLAY
+from qmpcommit.group.outcome import GroupOutcome
+from qmpcommit.group.run import HOLD_LIMIT
+from qmpcommit.wire.commit import Command, CommitRequest, CommitState, Layer, Name, Rate
+from qmpcommit.wire.values import Quiescing, Seconds, VMName
 
 GROUP_EXAMPLE: dict[str, Any] = {
     "members": [{"vm": "db1", "disk": "vda"}, {"vm": "db2", "disk": "vda"}],

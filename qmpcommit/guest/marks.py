@@ -17,10 +17,10 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.commit.plan import JOB_PREFIX
-from qmpcommit.commit.quiesce import LIMIT, How, Sockets, thaw
-from qmpcommit.commit.run_state import runs
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
+from qmpcommit.guest.quiesce import LIMIT, How, Sockets, thaw
+from qmpcommit.guest.run_state import runs
+from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor

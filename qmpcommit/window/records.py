@@ -12,8 +12,8 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import WINDOW_MARK
-from qmpcommit.commit.quiesce import How
+from qmpcommit.guest.quiesce import How
+from qmpcommit.names import WINDOW_MARK
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qmpcommit.commit.freeze_marks import mark_of_group, marked
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.quiesce import LIMIT, How, Notes, Quiet, Sockets, quiesced
 from qmpcommit.errors import QmpCommitError, QuiesceFailed
+from qmpcommit.guest.marks import mark_of_group, marked
+from qmpcommit.guest.quiesce import LIMIT, How, Notes, Quiet, Sockets, quiesced
 from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:

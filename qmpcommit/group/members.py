@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.chain import Disk
-from qmpcommit.commit.aftermath import Around
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.plan import Request
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, Recycle, parse_policy
+from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 if TYPE_CHECKING:

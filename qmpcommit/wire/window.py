@@ -7,8 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.daemon.config import FilePath, Seconds, VMName, check_overlay, check_sockets
-from qmpcommit.daemon.models import Name, Rate
+from qmpcommit.wire.commit import Name, Rate
+from qmpcommit.wire.values import FilePath, Seconds, VMName, check_overlay, check_sockets
 
 LONGEST_LEASE = 86400.0
 """Seconds."""

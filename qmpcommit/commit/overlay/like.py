@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from qmpcommit.block.chain import Disk, qdev_id
 from qmpcommit.block.command_line import CommandLine, Flat
 from qmpcommit.block.graph import BlockGraph, Node, Raw
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.options import OverlayOptions
 
 Options = Mapping[str, Any]
 

@@ -26,9 +26,9 @@ from qmpcommit.commit.claim import (
     take_if_free,
     told,
 )
-from qmpcommit.commit.window_records import Frozen, Window
-from qmpcommit.commit.window_remains import disk_over, own_jobs, window_of
 from qmpcommit.errors import JobConflict
+from qmpcommit.window.records import Frozen, Window
+from qmpcommit.window.remains import disk_over, own_jobs, window_of
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session

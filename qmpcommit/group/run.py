@@ -3,7 +3,7 @@
 Each member is a commit of its own whose end QEMU holds back (``auto-finalize`` off). When all are
 READY all are decided; QEMU then brings each to PENDING and holds its disk's I/O. When all are
 held, all are finalized, as close together as can be; if one does not get there, all are cancelled
-and QEMU undoes what was decided. `group_phases` is the machine, this drives it.
+and QEMU undoes what was decided. `machine` is the machine, this drives it.
 """
 
 from __future__ import annotations
@@ -16,24 +16,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
-from qmpcommit.commit import group_phases
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import let_go, take_for
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.freeze_marks import mark_of_group, thaw_all_abandoned
-from qmpcommit.commit.group_freeze import Freezes
-from qmpcommit.commit.group_members import (
-    ONE_OVERLAY,
-    GroupMember,
-    member_of,
-    override_of,
-    policy_of,
-    prepare_members,
-)
-from qmpcommit.commit.group_outcome import GroupOutcome, MemberEnd, error_of, outcome_of
-from qmpcommit.commit.group_pause import Pauses
-from qmpcommit.commit.group_phases import GroupAction, GroupFact, Stage
-from qmpcommit.commit.group_policy import Deciding
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import may_pivot, refuse_idle
 from qmpcommit.commit.policy import (
@@ -49,9 +34,24 @@ from qmpcommit.commit.policy import (
     parse_policy,
 )
 from qmpcommit.commit.preconditions import ask_whether
-from qmpcommit.commit.quiesce import How, Notes, Sockets, check_sockets
 from qmpcommit.commit.report import said_of
 from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
+from qmpcommit.group import machine
+from qmpcommit.group.freezes import Freezes
+from qmpcommit.group.machine import GroupAction, GroupFact, Stage
+from qmpcommit.group.members import (
+    ONE_OVERLAY,
+    GroupMember,
+    member_of,
+    override_of,
+    policy_of,
+    prepare_members,
+)
+from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
+from qmpcommit.group.pauses import Pauses
+from qmpcommit.group.policy import Deciding
+from qmpcommit.guest.marks import mark_of_group, thaw_all_abandoned
+from qmpcommit.guest.quiesce import How, Notes, Sockets, check_sockets
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 
@@ -112,7 +112,7 @@ class GroupCommit:
         self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
         self._on_decision = on_decision
         hold_limit = parse_seconds(hold_limit, "hold limit")
-        self.state = group_phases.begin(
+        self.state = machine.begin(
             len(self.members),
             hold_limit,
             freezes=freeze is not None,
@@ -252,11 +252,11 @@ class GroupCommit:
     def abort(self) -> None:
         """Cancel all jobs by force, unless they are being finalized already."""
         self._by = self._by or "caller"
-        self._tell(group_phases.Stop("it was aborted"))
+        self._tell(machine.Stop("it was aborted"))
 
     async def abandon(self, why: str) -> None:
         """Cancel all jobs, unless they are being finalized, and see them end; bounded in time."""
-        self._tell(group_phases.Stop(why))
+        self._tell(machine.Stop(why))
         await asyncio.gather(*(job.abandon() for job in self.jobs))
         if self._following:
             await asyncio.wait(self._following)
@@ -312,30 +312,30 @@ class GroupCommit:
         """One member's end."""
         with suppress(Exception):  # it is kept in the job
             await self.jobs[number].wait()
-        self._tell(group_phases.Ended(number))
+        self._tell(machine.Ended(number))
 
     async def _meet(self, number: int) -> str | None:
         """The barrier: this member's disk is held; wait for the others."""
-        self._tell(group_phases.Pending(number))
+        self._tell(machine.Pending(number))
         await self._gate.wait()
         return self._refusal
 
     def _link(self, vm: Session, up: bool) -> None:
         for number, member in enumerate(self.members):
             if member.vm is vm:
-                self._tell(group_phases.Back(number) if up else group_phases.Lost(number))
+                self._tell(machine.Back(number) if up else machine.Lost(number))
 
     def _decided(self, number: int, settled: Settled) -> None:
         self._by = settled.by
         self._decisions[number] = settled
         if isinstance(settled.decision, Abort):
-            self._tell(group_phases.Stop("it was aborted"))
+            self._tell(machine.Stop("it was aborted"))
         else:
-            self._tell(group_phases.Ready(number))
+            self._tell(machine.Ready(number))
 
     def _policy_failed(self, error: Exception) -> None:
         self._cause = error
-        self._tell(group_phases.Stop(f"the policy failed ({said_of(error)})"))
+        self._tell(machine.Stop(f"the policy failed ({said_of(error)})"))
 
     def check_ready(self) -> None:
         """Raises `NotReady` or `JobConflict` where nothing can be decided now."""
@@ -357,10 +357,10 @@ class GroupCommit:
     def _tell(self, fact: GroupFact) -> None:
         loop = asyncio.get_running_loop()
         before = self.state
-        self.state, actions = group_phases.step(before, fact, loop.time())
+        self.state, actions = machine.step(before, fact, loop.time())
         if self.state.deadline is not None and before.deadline is None:
             left = self.state.deadline - loop.time()
-            self._call_later(left, partial(self._tell, group_phases.Tick()))
+            self._call_later(left, partial(self._tell, machine.Tick()))
         for action in actions:
             match action:
                 case GroupAction.QUIESCE:
@@ -397,7 +397,7 @@ class GroupCommit:
     def _is_quiet(self, vm: Session) -> None:
         for number, member in enumerate(self.members):
             if member.vm is vm:
-                self._tell(group_phases.Quiesced(number))
+                self._tell(machine.Quiesced(number))
 
     def _is_not_quiet(self, vm: Session, why: str, error: Exception | None) -> None:
         if self.state.stage in (Stage.FREEZING, Stage.DECIDED):
@@ -406,7 +406,7 @@ class GroupCommit:
             told = "before all of its disks had ended. They show the one instant all the same"
             self._freezes.problems.append(f"{vm.name}: {why}, {told}")
         first = next(n for n, member in enumerate(self.members) if member.vm is vm)
-        self._tell(group_phases.NotQuiesced(first, why))
+        self._tell(machine.NotQuiesced(first, why))
 
     async def _goes_on(self, vm: Session) -> None:
         """Before its file systems are thawed, a guest that a recycle has paused has to go on."""
@@ -426,11 +426,11 @@ class GroupCommit:
         limit = self.state.hold_limit
         late = f"not all disks could be held within {limit:g} s of the guests' pause"
         # A paused guest waits as one does whose disk is held, and for no longer.
-        self._call_later(limit, partial(self._tell, group_phases.Stop(late)))
+        self._call_later(limit, partial(self._tell, machine.Stop(late)))
         try:
             await pauses.pause()
         except Exception as error:  # a ledger's own too
-            self._tell(group_phases.Stop(f"a guest could not be paused ({error})"))
+            self._tell(machine.Stop(f"a guest could not be paused ({error})"))
         if self.state.stage is Stage.DECIDED:
             self._send_decisions()
 
@@ -448,10 +448,10 @@ class GroupCommit:
             async with asyncio.timeout(self.state.hold_limit):
                 await on_decision([job.id for job in self.jobs])
         except Exception as error:
-            self._tell(group_phases.Recorded(repr(error)))
+            self._tell(machine.Recorded(repr(error)))
         else:
             await self._tell_ended_meanwhile()
-            self._tell(group_phases.Recorded())
+            self._tell(machine.Recorded())
 
     async def _tell_ended_meanwhile(self) -> None:
         """Another client may have cancelled a member, and its end be unheard (``query-jobs``)."""
@@ -469,7 +469,7 @@ class GroupCommit:
         }
         for number, (member, job) in enumerate(zip(self.members, self.jobs, strict=True)):
             if (member.vm, job.id) not in pending:
-                self._tell(group_phases.Ended(number))
+                self._tell(machine.Ended(number))
 
     def _cancel(self, why: str) -> None:
         self._refusal = why
@@ -490,7 +490,7 @@ class GroupCommit:
 
     def _time_is_up(self) -> None:
         self._late = True
-        self._tell(group_phases.Stop(f"it did not end within {self._timeout:g} s"))
+        self._tell(machine.Stop(f"it did not end within {self._timeout:g} s"))
 
     def _call_later(self, seconds: float, call: Callable[[], None]) -> None:
         self._timers.append(asyncio.get_running_loop().call_later(max(0.0, seconds), call))

@@ -24,15 +24,14 @@ from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId, OpenFiles
-from qmpcommit.commit.aftermath import Around, close_layers, remove_file, users
 from qmpcommit.commit.checks.replaced import check_named, nameless
-from qmpcommit.commit.fresh_overlay import FreshOverlay
 from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
-from qmpcommit.commit.overlay_options import OverlayOptions
+from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan, Request
 from qmpcommit.commit.policy import Abort, Pivot
-from qmpcommit.commit.run_state import Still, runs
+from qmpcommit.commit.stale_layers import Around, close_layers, remove_file, users
 from qmpcommit.errors import (
     ChainError,
     CommandRefused,
@@ -43,6 +42,7 @@ from qmpcommit.errors import (
     VMGone,
     VMStateError,
 )
+from qmpcommit.guest.run_state import Still, runs
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""A fresh overlay, made like the one whose place it takes."""

@@ -1,0 +1,1 @@
+"""Many disks, of one VM or of several, committed at one instant."""

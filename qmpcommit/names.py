@@ -1,0 +1,21 @@
+"""The names by which what is ours in a QEMU is told from what is not."""
+
+from __future__ import annotations
+
+import hashlib
+
+JOB_PREFIX = "qmpcommit-"
+"""What the ids of our jobs begin with; only such jobs are ever adopted without being named."""
+
+WINDOW_MARK = ".qmpcommit-window-"
+"""In the file name of each overlay of a snapshot window."""
+
+NODE_NAME_LENGTH = 31
+"""Characters that QEMU's node-names have at most."""
+
+
+def node_stem(job_id: str) -> str:
+    """What a job's fresh overlay's node-names begin with: its id, or a short stand-in."""
+    if len(job_id) + len("-file") <= NODE_NAME_LENGTH:
+        return job_id
+    return f"{JOB_PREFIX}{hashlib.sha256(job_id.encode()).hexdigest()[:12]}"

@@ -1,0 +1,1 @@
+"""Snapshot windows: an overlay laid for a while, and committed away."""

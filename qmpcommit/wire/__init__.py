@@ -1,0 +1,1 @@
+"""What travels by HTTP, as pydantic models."""
