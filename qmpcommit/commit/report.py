@@ -260,6 +260,8 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
     if left is not None and not laid:
         what += f". The fresh overlay {left.filename} was never used: delete it if it is there"
     why = lost.message if lost is not None else f"QEMU of {plan.vm} has ended"
+    if state.stale:  # "not pivoted" would have a stale overlay booted
+        pivoted = None
     gone = VMGone(f"{_subject(plan)}: {why}. {what}", pivoted=pivoted, base=base, top=top)
     if left is not None:
         gone.add(overlay=left.filename)

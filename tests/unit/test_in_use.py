@@ -58,6 +58,7 @@ def test_a_stale_job_tells_which_base_may_hold_what(end: Ended | None) -> None:
 def test_so_does_one_whose_vm_has_ended() -> None:
     error = told(State(two_phase=True, verdict=Verdict.VM_GONE, stale=True))
     assert isinstance(error, VMGone)
+    assert error.pivoted is None, "its overlay would be booted"
     assert "still the image to boot" not in error.message
     assert "must not be booted" in error.message
 
