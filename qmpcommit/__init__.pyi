@@ -24,6 +24,7 @@ from qmpcommit.commit.policy import Policy as Policy
 from qmpcommit.commit.policy import Ready as Ready
 from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.commit.stale_layers import Stall as Stall
+from qmpcommit.commit.vm import commit as commit
 from qmpcommit.cycles.run import Discarded as Discarded
 from qmpcommit.cycles.run import Round as Round
 from qmpcommit.cycles.run import cycle as cycle
@@ -71,7 +72,6 @@ from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent
 from qmpcommit.session import Session as Session
-from qmpcommit.session import commit as commit
 from qmpcommit.window.group import snapshot as snapshot
 from qmpcommit.window.records import Frozen as Frozen
 from qmpcommit.window.records import GroupWindow as GroupWindow

@@ -13,7 +13,7 @@ from typing import Any
 
 class _Commit(ModuleType):
     def __call__(self, *args: Any, **options: Any) -> Awaitable[Any]:
-        from qmpcommit.session import commit
+        from qmpcommit.commit.vm import commit
 
         return commit(*args, **options)
 

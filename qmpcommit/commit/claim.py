@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from qmpcommit.block.chain import Disk
     from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.job import CommitJob
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc"]
 
@@ -290,7 +290,7 @@ def _program(pid: int) -> str:
 # -- conflicts ------------------------------------------------------------------------------------
 
 
-def conflict(vm: Session, disk: Disk, owner: Owner, state: str = "Nothing was sent") -> JobConflict:
+def conflict(vm: VM, disk: Disk, owner: Owner, state: str = "Nothing was sent") -> JobConflict:
     """The error of whoever comes second; it names the first."""
     alive = lives(owner)
     text = f"{disk} of {vm.name} is held by {told(owner)}"
@@ -336,7 +336,7 @@ def owner_in(graph: BlockGraph, disk: Disk) -> Owner | None:
 
 
 def check_free(
-    vm: Session,
+    vm: VM,
     graph: BlockGraph,
     disk: Disk,
     *,
@@ -367,12 +367,12 @@ class Claim:
     driver for it, one that nobody else can reach, or a recovery that must not wait for others.
     """
 
-    def __init__(self, vm: Session, owner: Owner, *, held: bool) -> None:
+    def __init__(self, vm: VM, owner: Owner, *, held: bool) -> None:
         self.vm, self.owner, self.held = vm, owner, held
         if held:
             vm.claims.add(self)
 
-    async def release(self, vm: Session | None = None) -> None:
+    async def release(self, vm: VM | None = None) -> None:
         """Let the disk go; safe to repeat, bounded in time, never raises.
 
         That is done over `vm`, where it is another session with the same QEMU by now. Where the
@@ -404,7 +404,7 @@ class Claim:
         await self.release()
 
 
-async def release_all(claims: Iterable[Claim], vm: Session | None = None) -> None:
+async def release_all(claims: Iterable[Claim], vm: VM | None = None) -> None:
     """`Claim.release` them at once: a cancellation, or a QEMU that hangs, keeps none of them."""
     await to_the_end(_all_of([claim.release(vm) for claim in claims]))
 
@@ -414,7 +414,7 @@ async def _all_of(releasing: Iterable[Coroutine[Any, Any, None]]) -> None:
 
 
 async def take(
-    vm: Session,
+    vm: VM,
     disk: Disk,
     verb: Verb,
     *,
@@ -464,7 +464,7 @@ async def take(
             _held.discard(nonce)
 
 
-async def take_if_free(vm: Session, disk: Disk, verb: Verb, *, tag: str = "") -> Claim:
+async def take_if_free(vm: VM, disk: Disk, verb: Verb, *, tag: str = "") -> Claim:
     """As `take`, for a recovery: where somebody else holds the disk by now, it goes on without."""
     try:
         return await take(vm, disk, verb, tag=tag)
@@ -475,7 +475,7 @@ async def take_if_free(vm: Session, disk: Disk, verb: Verb, *, tag: str = "") ->
 
 
 async def take_for(
-    vm: Session, job: CommitJob, verb: Verb = "commit", *, override: Collection[str] = ()
+    vm: VM, job: CommitJob, verb: Verb = "commit", *, override: Collection[str] = ()
 ) -> None:
     """Claim a prepared job's disk, if that was not done; raises what `take` raises.
 
@@ -486,7 +486,7 @@ async def take_for(
         job.inherit(await take(vm, job.plan.disk, verb, override=override, looked=True))
 
 
-async def take_again(vm: Session, job: CommitJob) -> None:
+async def take_again(vm: VM, job: CommitJob) -> None:
     """Claim the disk of a job anew that is taken up and followed, if nobody else has it by now."""
     with suppress(QmpCommitError):  # the monitor is away: the job keeps others off
         job.inherit(await take_if_free(vm, job.plan.disk, "commit"))
@@ -499,7 +499,7 @@ async def let_go(*jobs: CommitJob) -> None:
             await job.own_claim.release()
 
 
-async def _clear_other(vm: Session, disk: Disk, override: Collection[str], state: str) -> None:
+async def _clear_other(vm: VM, disk: Disk, override: Collection[str], state: str) -> None:
     """Take over what was claimed while the disk had other users; raises `JobConflict`."""
     there = owner_in(await read_graph(vm), disk)
     if there is None or there.disk == number_of(disk):  # that one is met by who adds the same
@@ -510,9 +510,7 @@ async def _clear_other(vm: Session, disk: Disk, override: Collection[str], state
     await _delete(vm, there)
 
 
-async def _add(
-    vm: Session, disk: Disk, owner: Owner, override: Collection[str], state: str
-) -> bool:
+async def _add(vm: VM, disk: Disk, owner: Owner, override: Collection[str], state: str) -> bool:
     """Whether it is claimed now; False where this QEMU can't hold a claim."""
     there: Owner | None = None
     for _ in range(TRIES):
@@ -547,7 +545,7 @@ async def _add(
     raise conflict(vm, disk, there, state)
 
 
-async def _asked(vm: Session, disk: str) -> Owner | None:
+async def _asked(vm: VM, disk: str) -> Owner | None:
     """Who holds it, over a new connection where the one that was broken is not known to be yet."""
     try:
         found = await owners_of(vm)
@@ -556,13 +554,13 @@ async def _asked(vm: Session, disk: str) -> Owner | None:
     return next((owner for owner in found if owner.disk == disk), None)
 
 
-async def owners_of(vm: Session) -> list[Owner]:
+async def owners_of(vm: VM) -> list[Owner]:
     """Who holds which disk of this VM now."""
     nodes = await vm.execute("query-named-block-nodes", {"flat": True})
     return list(owners_among(str(node.get("node-name") or "") for node in nodes).values())
 
 
-async def clear_dead(vm: Session, owners: Iterable[Owner]) -> None:
+async def clear_dead(vm: VM, owners: Iterable[Owner]) -> None:
     """Close what those of these owners have left that are seen to have ended."""
     for owner in owners:
         if lives(owner) is False:
@@ -570,13 +568,13 @@ async def clear_dead(vm: Session, owners: Iterable[Owner]) -> None:
                 await _delete(vm, owner)
 
 
-async def _delete(vm: Session, owner: Owner) -> None:
+async def _delete(vm: VM, owner: Owner) -> None:
     """Close that very claim; it may be gone already, and its disk be another one's by now."""
     with suppress(CommandRefused):
         await vm.execute("blockdev-del", {"node-name": owner.node})
 
 
-async def _let_go(vm: Session, owner: Owner) -> None:
+async def _let_go(vm: VM, owner: Owner) -> None:
     if vm.connected:
         with suppress(QmpCommitError, TimeoutError):
             async with asyncio.timeout(RELEASE):
@@ -586,7 +584,7 @@ async def _let_go(vm: Session, owner: Owner) -> None:
     vm.left_claims.append(owner)
 
 
-async def clear_left(vm: Session) -> None:
+async def clear_left(vm: VM) -> None:
     """Close what could not be closed when it was let go."""
     while vm.left_claims:
         owner = vm.left_claims.pop(0)  # another take may be at it as well

@@ -23,7 +23,7 @@ from qmpcommit.names import JOB_PREFIX
 if TYPE_CHECKING:
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import CommitOutcome
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 _GROUP = re.compile(r"-([0-9a-f]{8})\.(\d+)of(\d+)$")
 
@@ -66,7 +66,7 @@ def what_to_do(job_id: str, qmp: str) -> str:
 
 
 async def resolve_pending(
-    vm: Session, *, finalize: bool = False, grace: float = 0.5, owned: Collection[str] = ()
+    vm: VM, *, finalize: bool = False, grace: float = 0.5, owned: Collection[str] = ()
 ) -> list[CommitOutcome]:
     """End commits of ours that hold a disk and that nobody follows any more.
 
@@ -93,7 +93,7 @@ async def resolve_pending(
     return [await job.wait() for job in jobs]
 
 
-def _owned(vm: Session, owned: Collection[str]) -> set[str]:
+def _owned(vm: VM, owned: Collection[str]) -> set[str]:
     return {*owned, *(job.id for job in vm.jobs)}
 
 
@@ -118,13 +118,13 @@ def _finalized_groups(jobs: Iterable[Mapping[str, Any]]) -> set[str]:
     return {place.group for place in places if place is not None}
 
 
-async def held_jobs(vm: Session, qmp: str) -> list[dict[str, str]]:
+async def held_jobs(vm: VM, qmp: str) -> list[dict[str, str]]:
     """The jobs of ours that are PENDING, each with what to do about it."""
     held = _held(await vm.execute("query-jobs"), _owned(vm, ()))
     return [{"id": job_id, "next": what_to_do(job_id, qmp)} for job_id in sorted(held)]
 
 
-async def name_pending(vm: Session, conflict: JobConflict) -> JobConflict:
+async def name_pending(vm: VM, conflict: JobConflict) -> JobConflict:
     """The same conflict, or one that says so where the job in the way holds its disk.
 
     And where a guest is quiesced, as a group that was killed leaves it beside its jobs.

@@ -15,11 +15,11 @@ from qmpcommit.errors import JobConflict, JobNotFound
 
 if TYPE_CHECKING:
     from qmpcommit.commit.driver import Resumed
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 
 async def adopted(
-    vm: Session,
+    vm: VM,
     job_id: str,
     policy: AnyPolicy | PolicyCall,
     *,
@@ -66,7 +66,7 @@ async def adopted(
 
 
 async def resumed(
-    vm: Session, plan: Plan, noted: Resumed, around: Around, *, timeout: float | None
+    vm: VM, plan: Plan, noted: Resumed, around: Around, *, timeout: float | None
 ) -> CommitJob:
     """What goes on with a commit of ours from what its `Ledger` holds.
 

@@ -47,7 +47,7 @@ from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.commit.claim import Claim
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 Guest = Literal["reset", "stop"]
 """What becomes of the guest: it is reset and goes on, if it ran, or it stays stopped."""
@@ -77,7 +77,7 @@ class Exchange:
 
     def __init__(
         self,
-        vm: Session,
+        vm: VM,
         plan: Plan,
         filename: str,
         *,
@@ -380,7 +380,7 @@ async def exchange_all(
 def _standing_still(exchanges: Sequence[Exchange]) -> Iterator[None]:
     """Their guests stand still for all of a guest's disks together, until it is let go on."""
     missing = [each for each in exchanges if each.still is None]
-    held: dict[Session, Still] = {}
+    held: dict[VM, Still] = {}
     for each in missing:
         if each.vm not in held:
             held[each.vm] = Still(each.vm, paused=bool(each.running))
@@ -416,7 +416,7 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
     """All are exchanged: the guests go on, also where another's VM is away by now."""
     warnings: dict[Exchange, list[str]] = {}
     lost: list[QmpCommitError] = []
-    by_vm: dict[Session, list[Exchange]] = {}
+    by_vm: dict[VM, list[Exchange]] = {}
     for each in exchanged:
         by_vm.setdefault(each.vm, []).append(each)
     for mine in by_vm.values():
@@ -450,7 +450,7 @@ async def put_back(begun: Sequence[Exchange]) -> list[Stuck]:
 
 
 async def _put_back(begun: Sequence[Exchange]) -> list[Stuck]:
-    stuck: dict[Session, Stuck] = {}
+    stuck: dict[VM, Stuck] = {}
     for each in reversed(begun):
         try:
             await each.back()
@@ -506,7 +506,7 @@ def _not_exchanged(at: Exchange, error: QmpCommitError, stuck: Sequence[Stuck]) 
     return kind(". But ".join([text, *(each.text for each in stuck)]), **where)
 
 
-async def _status(vm: Session) -> dict[str, object] | None:
+async def _status(vm: VM) -> dict[str, object] | None:
     """None for a storage daemon."""
     try:
         found: dict[str, object] = await vm.execute("query-status")

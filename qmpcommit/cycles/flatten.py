@@ -18,7 +18,7 @@ from qmpcommit.commit.policy import Pivot
 from qmpcommit.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 
 class Step(NamedTuple):
@@ -65,7 +65,7 @@ class Flattening(AsyncIterator[CommitOutcome]):
 
 
 def flatten(
-    vm: Session,
+    vm: VM,
     disk: str,
     *,
     keep: int,
@@ -88,7 +88,7 @@ def flatten(
 
 
 async def _flatten(
-    vm: Session, disk: str, keep: int, options: dict[str, Any], *, keep_relative: bool
+    vm: VM, disk: str, keep: int, options: dict[str, Any], *, keep_relative: bool
 ) -> AsyncGenerator[CommitOutcome, None]:
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise InvalidRequest(f"a chain is brought down to 1 layer or more, not to {keep!r}")

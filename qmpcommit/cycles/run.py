@@ -74,12 +74,12 @@ from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
-Place = tuple["Session", str]
+Place = tuple["VM", str]
 """A disk of a VM."""
 
-Found = tuple["Session", Disk]
+Found = tuple["VM", Disk]
 
 KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool] | bool]
 """A command, whose exit status 0 says keep and 1 to 125 discard, or a callable that says it."""
@@ -192,7 +192,7 @@ async def cycle(
     delete: bool = False,
     timeout: float = TIMEOUT,
     freeze: How | None = None,
-    agents: Sockets[Session] | None = None,
+    agents: Sockets[Any] | None = None,
     override: Collection[str] = (),
 ) -> tuple[Round, ...]:
     """One round for disks of one or several VMs, which all end the same way.
@@ -267,7 +267,7 @@ async def _keep(
     recycles: Sequence[GroupMember],
     delete: bool,
     freeze: How | None,
-    agents: Sockets[Session] | None,
+    agents: Sockets[Any] | None,
 ) -> Sequence[CommitOutcome]:
     if len(recycles) > 1 or freeze is not None:
         group = GroupCommit(recycles, shallow=True, delete=delete, freeze=freeze, agents=agents)
@@ -559,7 +559,7 @@ def _stem(disk: Disk) -> str | None:
     return name[1] if name is not None else None
 
 
-async def _starts_from_the_base(vm: Session, disk: Disk) -> bool:
+async def _starts_from_the_base(vm: VM, disk: Disk) -> bool:
     """Whether the active layer names what is below the layer that it lies over."""
     from qmpcommit.block.backing_name import ON_DISK, View, leads_to, written_below
 
@@ -624,7 +624,7 @@ async def _finish(
     return await to_the_end(exchanging)
 
 
-async def _clear(vm: Session, plan: Plan) -> bool:
+async def _clear(vm: VM, plan: Plan) -> bool:
     """Remove what a killed discard has made and not laid; whether there was any.
 
     If so it had stopped the guest, or was about to.
@@ -650,7 +650,7 @@ def _not_laid(graph: BlockGraph) -> set[str]:
     }
 
 
-def _former(graph: BlockGraph, vm: Session, disk: Disk) -> Image:
+def _former(graph: BlockGraph, vm: VM, disk: Disk) -> Image:
     """The overlay that one over its base now has taken the place of; it is not closed yet."""
     fresh, base = disk.chain[:2]
     for name, node in graph.nodes.items():

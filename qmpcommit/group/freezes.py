@@ -20,12 +20,12 @@ from qmpcommit.guest.quiesce import LIMIT, How, Notes, Quiet, Sockets, quiesced
 from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
-OnQuiet = Callable[["Session"], None]
+OnQuiet = Callable[["VM"], None]
 """Called when the guest of a VM stands still."""
 
-OnFailure = Callable[["Session", str, Exception | None], None]
+OnFailure = Callable[["VM", str, Exception | None], None]
 """Called when it can't, or does no longer, though its disks have not ended; with why."""
 
 
@@ -39,24 +39,24 @@ class Freezes:
         self,
         group: str,
         how: How | None,
-        agents: Sockets[Session],
+        agents: Sockets[VM],
         *,
         on_quiet: OnQuiet,
         on_failure: OnFailure,
-        notes: Mapping[Session, Notes] | None = None,
+        notes: Mapping[VM, Notes] | None = None,
     ) -> None:
-        self.seconds: dict[Session, float] = {}
+        self.seconds: dict[VM, float] = {}
         self.problems: list[str] = []
         self._owner, self._how, self._agents = mark_of_group(group), how, agents
         self._on_quiet, self._on_failure, self._notes = on_quiet, on_failure, notes or {}
         self._given_up = asyncio.Event()
-        self._beginning: set[Session] = set()
-        self._holding: dict[Session, asyncio.Task[None]] = {}
+        self._beginning: set[VM] = set()
+        self._holding: dict[VM, asyncio.Task[None]] = {}
 
     def begin(
         self,
-        guests: Mapping[Session, Sequence[CommitJob]],
-        until: Callable[[Session], Awaitable[object]],
+        guests: Mapping[VM, Sequence[CommitJob]],
+        until: Callable[[VM], Awaitable[object]],
     ) -> None:
         """Quiesce these guests, all at once, each until its jobs are settled and `until` ends."""
         for vm, jobs in guests.items():
@@ -82,9 +82,9 @@ class Freezes:
 
     async def _hold(
         self,
-        vm: Session,
+        vm: VM,
         jobs: Sequence[CommitJob],
-        until: Callable[[Session], Awaitable[object]],
+        until: Callable[[VM], Awaitable[object]],
     ) -> None:
         quiet = Quiet(self._how)
         socket, notes = self._agents.get(vm), self._notes.get(vm)

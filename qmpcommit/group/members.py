@@ -17,7 +17,7 @@ from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
 """What a group is told that has one `Recycle` for several disks."""
@@ -28,7 +28,7 @@ _AROUND = ("on_pivot", "on_stall", "converge", "ledger")
 class GroupMember(NamedTuple):
     """One disk of a group: `policy` is its own, `options` are those of `Session.commit`."""
 
-    vm: Session
+    vm: VM
     disk: str
     policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None
     options: Mapping[str, Any] = {}
@@ -117,7 +117,7 @@ def _check_apart(
     policies: Sequence[AnyPolicy | PolicyCall],
     jobs: Sequence[CommitJob],
 ) -> None:
-    known: dict[tuple[Session, str], str] = {}
+    known: dict[tuple[VM, str], str] = {}
     overlays: set[tuple[int | None, str]] = set()
     for member, job, policy in zip(members, jobs, policies, strict=True):
         if isinstance(policy, Recycle):
@@ -135,7 +135,7 @@ def _check_apart(
         known[place] = member.disk
 
 
-def _place_of(overlay: str, vm: Session) -> tuple[int | None, str]:
+def _place_of(overlay: str, vm: VM) -> tuple[int | None, str]:
     """Which file that is: QEMUs of this host share theirs."""
     here = vm.peer_pid is not None
     return None if here else id(vm), os.path.realpath(os.path.join(vm.cwd or "/", overlay))

@@ -21,7 +21,7 @@ from qmpcommit.guest.run_state import Still
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 
 class Pauses:
@@ -33,14 +33,14 @@ class Pauses:
     """
 
     def __init__(
-        self, recycles: Mapping[Session, Sequence[CommitJob]], owner: str | None = None
+        self, recycles: Mapping[VM, Sequence[CommitJob]], owner: str | None = None
     ) -> None:
-        self.seconds: dict[Session, float] = {}
+        self.seconds: dict[VM, float] = {}
         self.problems: list[str] = []
         self._recycles, self._owner = recycles, owner
-        self._unmarked: set[Session] = set()
-        self._still: dict[Session, Still] = {}
-        self._thawing: dict[Session, asyncio.Task[None]] = {}
+        self._unmarked: set[VM] = set()
+        self._still: dict[VM, Still] = {}
+        self._thawing: dict[VM, asyncio.Task[None]] = {}
 
     async def pause(self) -> None:
         """Pause those that run; raises what `Monitor.execute` and their ledgers raise."""
@@ -71,11 +71,11 @@ class Pauses:
             await asyncio.gather(*(self._mark(vm, self._owner) for vm in running))
         await asyncio.gather(*(self._still[vm].stop() for vm in running))
 
-    async def _mark(self, vm: Session, owner: str) -> None:
+    async def _mark(self, vm: VM, owner: str) -> None:
         if not await set_mark(vm, owner, "pause"):
             self._unmarked.add(vm)
 
-    async def goes_on(self, vm: Session) -> None:
+    async def goes_on(self, vm: VM) -> None:
         """Wait until this guest goes on again, if it was paused."""
         if vm in self._thawing:
             await asyncio.wait({self._thawing[vm]})
@@ -88,7 +88,7 @@ class Pauses:
     async def _wait(self) -> None:
         await asyncio.wait(self._thawing.values())
 
-    async def _thaw(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
+    async def _thaw(self, vm: VM, jobs: Sequence[CommitJob]) -> None:
         clock = asyncio.get_running_loop().time
         since = clock()
         for job in jobs:
@@ -109,14 +109,14 @@ class Pauses:
             if self._owner is not None and vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
 
-    def _stays(self, vm: Session, error: QmpCommitError) -> None:
+    def _stays(self, vm: VM, error: QmpCommitError) -> None:
         self._still[vm].leave()
         self.problems.append(
             f"the guest of {vm.name} may be paused still ({error.message}): let it go on"
             " with 'cont'"
         )
 
-    async def _note_that_it_goes_on(self, vm: Session, jobs: Sequence[CommitJob]) -> None:
+    async def _note_that_it_goes_on(self, vm: VM, jobs: Sequence[CommitJob]) -> None:
         end = asyncio.get_running_loop().time() + NOTE_LIMIT
         for job in jobs:
             try:

@@ -56,7 +56,7 @@ from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 HOLD_LIMIT = 2.0
 """Seconds that disks may be held, if the caller does not say."""
@@ -96,8 +96,8 @@ class GroupCommit:
         timeout: float | None = None,
         only_if: Sequence[str] | None = None,
         freeze: How | None = None,
-        agents: Sockets[Session] | None = None,
-        freeze_notes: Mapping[Session, Notes] | None = None,
+        agents: Sockets[Any] | None = None,
+        freeze_notes: Mapping[VM, Notes] | None = None,
         on_decision: OnDecision | None = None,
         known_as: str | None = None,
         **options: Any,
@@ -320,7 +320,7 @@ class GroupCommit:
         await self._gate.wait()
         return self._refusal
 
-    def _link(self, vm: Session, up: bool) -> None:
+    def _link(self, vm: VM, up: bool) -> None:
         for number, member in enumerate(self.members):
             if member.vm is vm:
                 self._tell(machine.Back(number) if up else machine.Lost(number))
@@ -376,16 +376,16 @@ class GroupCommit:
                 case _:
                     assert_never(action)
 
-    def _recycles(self) -> dict[Session, list[CommitJob]]:
+    def _recycles(self) -> dict[VM, list[CommitJob]]:
         """The jobs that are to be recycled, of each VM that has such."""
-        recycles: dict[Session, list[CommitJob]] = {}
+        recycles: dict[VM, list[CommitJob]] = {}
         for number, settled in self._decisions.items():
             if isinstance(settled.decision, Recycle):
                 recycles.setdefault(self.members[number].vm, []).append(self.jobs[number])
         return recycles
 
     def _quiesce(self) -> None:
-        guests: dict[Session, list[CommitJob]] = {}
+        guests: dict[VM, list[CommitJob]] = {}
         for member, job in zip(self.members, self.jobs, strict=True):
             guests.setdefault(member.vm, []).append(job)
         # Their recycles pause these anyway, before the first disk is held, and for longer.
@@ -394,12 +394,12 @@ class GroupCommit:
         for vm in paused:
             self._is_quiet(vm)
 
-    def _is_quiet(self, vm: Session) -> None:
+    def _is_quiet(self, vm: VM) -> None:
         for number, member in enumerate(self.members):
             if member.vm is vm:
                 self._tell(machine.Quiesced(number))
 
-    def _is_not_quiet(self, vm: Session, why: str, error: Exception | None) -> None:
+    def _is_not_quiet(self, vm: VM, why: str, error: Exception | None) -> None:
         if self.state.stage in (Stage.FREEZING, Stage.DECIDED):
             self._cause = error
         if self.state.stage in (Stage.RECORDING, Stage.FINALIZING) and error is None:
@@ -408,7 +408,7 @@ class GroupCommit:
         first = next(n for n, member in enumerate(self.members) if member.vm is vm)
         self._tell(machine.NotQuiesced(first, why))
 
-    async def _goes_on(self, vm: Session) -> None:
+    async def _goes_on(self, vm: VM) -> None:
         """Before its file systems are thawed, a guest that a recycle has paused has to go on."""
         if self._pauses is not None:
             await self._pauses.goes_on(vm)
@@ -529,7 +529,7 @@ class GroupCommit:
         return replace(outcome, warnings=warnings)
 
     @property
-    def _stood_still(self) -> dict[Session, float]:
+    def _stood_still(self) -> dict[VM, float]:
         """For how many seconds the guests were quiesced that go on again, where that was asked."""
         if self._freeze == "pause" and self._pauses is not None:  # who was paused for a recycle
             return {**self._pauses.seconds, **self._freezes.seconds}
@@ -571,24 +571,24 @@ async def commit_group(
     of `GroupCommit`. Raises what `GroupCommit.start` and `GroupCommit.wait` raise; a cancellation
     cancels all.
     """
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
     async with AsyncExitStack() as stack:
-        opened: dict[str, Session] = {}
+        opened: dict[str, VM] = {}
         named = []
         if isinstance(members, Mapping):
             members = [(*member_of(place)[:2], policy) for place, policy in members.items()]
         for vm, *more in map(member_of, members):
-            if not isinstance(vm, Session):
+            if not isinstance(vm, VM):
                 if not isinstance(vm, (str, os.PathLike)):
                     raise InvalidRequest(f"{vm!r} is no session, and no monitor's address")
                 address = os.fspath(vm)
                 if address not in opened:
-                    opened[address] = await stack.enter_async_context(Session.connect(address))
+                    opened[address] = await stack.enter_async_context(VM.connect(address))
                 vm = opened[address]  # noqa: PLW2901
             named.append((vm, *more))
         sockets: dict[Any, str | os.PathLike[str]] = {
-            vm if isinstance(vm, Session) else opened.get(os.fspath(vm), vm): socket
+            vm if isinstance(vm, VM) else opened.get(os.fspath(vm), vm): socket
             for vm, socket in (agents or {}).items()
         }
         return await GroupCommit(named, agents=sockets, **options).run()

@@ -31,7 +31,7 @@ from qmpcommit.window.records import Frozen, Window
 from qmpcommit.window.remains import disk_over, own_jobs, window_of
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 
 def tag_of(window: str) -> str:
@@ -40,7 +40,7 @@ def tag_of(window: str) -> str:
 
 
 async def claim_disks(
-    vm: Session, disks: Mapping[str, Disk], window: str, override: Collection[str]
+    vm: VM, disks: Mapping[str, Disk], window: str, override: Collection[str]
 ) -> dict[str, Claim]:
     """Claim all disks of a window that is about to be opened, or none; raises `JobConflict`."""
     claims: dict[str, Claim] = {}
@@ -56,7 +56,7 @@ async def claim_disks(
     return claims
 
 
-async def claim_named(vm: Session, each: Frozen, override: Collection[str] = ()) -> Claim | None:
+async def claim_named(vm: VM, each: Frozen, override: Collection[str] = ()) -> Claim | None:
     """The claim of the disk that writes to an overlay of a window, for whoever names that window.
 
     None where no disk does. A claim of the window's own is taken as it is, unless its owner has
@@ -73,7 +73,7 @@ async def claim_named(vm: Session, each: Frozen, override: Collection[str] = ())
     return await take(vm, disk, "close", tag=tag, override=override, state="Its window stays open")
 
 
-async def claim_again(vm: Session, each: Frozen) -> Claim | None:
+async def claim_again(vm: VM, each: Frozen) -> Claim | None:
     """As `claim_named`, for a window that is taken up: it goes on where somebody else has it."""
     graph = await read_graph(vm)
     disk = disk_over(graph, each.overlay)
@@ -82,14 +82,14 @@ async def claim_again(vm: Session, each: Frozen) -> Claim | None:
     return await take_if_free(vm, disk, "window", tag=tag_of(window_of(each.overlay)))
 
 
-async def clear_named(vm: Session, window: str) -> None:
+async def clear_named(vm: VM, window: str) -> None:
     """Close what a killed owner of that window has left of its claims."""
     left = [owner for owner in await owners_of(vm) if owner.tag == tag_of(window)]
     await clear_dead(vm, left)
 
 
 async def closable(
-    vm: Session, left: Iterable[Frozen], override: Collection[str]
+    vm: VM, left: Iterable[Frozen], override: Collection[str]
 ) -> tuple[list[Frozen], list[JobConflict]]:
     """Those of these overlays that nobody holds who lives; and why the others can't be closed."""
     graph = await read_graph(vm)
@@ -112,7 +112,7 @@ def held_windows(owners: Iterable[Owner]) -> frozenset[str]:
     return frozenset(owner.tag for owner in owners if owner.tag and lives(owner) is not False)
 
 
-async def disturbances(vm: Session, window: Window) -> list[str]:
+async def disturbances(vm: VM, window: Window) -> list[str]:
     """Why what was read in this window is no instant's image; empty where it is one."""
     graph = await read_graph(vm)
     found = []

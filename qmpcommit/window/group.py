@@ -22,21 +22,21 @@ from qmpcommit.window.records import GroupWindow, Window
 from qmpcommit.window.run import close_window, open_window
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 
 @asynccontextmanager
 async def snapshot(
-    disks: Iterable[tuple[Session, str]],
+    disks: Iterable[tuple[VM, str]],
     *,
     freeze: How = "pause",
-    agents: Sockets[Session] | None = None,
+    agents: Sockets[Any] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
     overlay_options: Mapping[str, Any] | None = None,
     overlay_secret: str | None = None,
     bandwidth: int | str | None = None,
     override: Collection[str] = (),
-) -> AsyncIterator[GroupWindow[Session]]:
+) -> AsyncIterator[GroupWindow[VM]]:
     """One instant of several VMs: ``async with qc.snapshot([(vm1, "vda"), (vm2, "vda")])``.
 
     As `Session.snapshot`, for all or none. Every guest is quiesced while the overlays of all are
@@ -46,7 +46,7 @@ async def snapshot(
     Raises what `Session.snapshot` raises, with nothing left of it on any VM; where a VM's window
     can't be closed, the others are, and `WindowError` names the overlays that stay.
     """
-    wanted: dict[Session, list[str]] = {}
+    wanted: dict[VM, list[str]] = {}
     for vm, disk in disks:
         wanted.setdefault(vm, []).append(disk)
     if not wanted:
@@ -83,7 +83,7 @@ async def snapshot(
         await to_the_end(_close(window.of, bandwidth))
 
 
-async def _give_up(opening: Mapping[Session, asyncio.Task[Window]]) -> None:
+async def _give_up(opening: Mapping[VM, asyncio.Task[Window]]) -> None:
     """All or none: end what is being opened, close what is open."""
     for task in opening.values():
         task.cancel()
@@ -96,7 +96,7 @@ async def _give_up(opening: Mapping[Session, asyncio.Task[Window]]) -> None:
     await _close(opened, None)
 
 
-async def _close(windows: Mapping[Session, Window], bandwidth: int | str | None) -> None:
+async def _close(windows: Mapping[VM, Window], bandwidth: int | str | None) -> None:
     closing = (close_window(vm, window, bandwidth=bandwidth) for vm, window in windows.items())
     failed: list[WindowError] = []
     for end in await asyncio.gather(*closing, return_exceptions=True):

@@ -39,7 +39,7 @@ from qmpcommit.window.records import MARK, NAME, Frozen
 if TYPE_CHECKING:
     from qmpcommit.commit.claim import Claim
     from qmpcommit.commit.job import CommitJob
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 ROUNDS = 3
 """How often an overlay is committed whose former commit ended otherwise than in a pivot."""
@@ -74,7 +74,7 @@ def remains_of(graph: BlockGraph) -> list[Remains]:
     return found
 
 
-async def unused(vm: Session, folders: Collection[str] = ()) -> list[str]:
+async def unused(vm: VM, folders: Collection[str] = ()) -> list[str]:
     """What `clear` would look at, by the names of nodes and files; nothing is changed."""
     graph = await read_graph(vm)
     laid = {absolute(d.active, vm.cwd) for d in read_disks(graph) if d.active is not None}
@@ -96,7 +96,7 @@ def disk_over(graph: BlockGraph, overlay: str) -> Disk | None:
 
 
 async def merge_back(
-    vm: Session, each: Frozen, bandwidth: int | str | None, *, claim: Claim | None = None
+    vm: VM, each: Frozen, bandwidth: int | str | None, *, claim: Claim | None = None
 ) -> CommitOutcome | None:
     """Commit one overlay back and pivot; None where nothing is left of it.
 
@@ -156,7 +156,7 @@ def _own_stem(overlay: str) -> str:
     return rf"{JOB_PREFIX}(w{re.escape(window_of(overlay)[-8:])}-\d+|window)"
 
 
-async def _take_up(vm: Session, graph: BlockGraph, job_id: str, claim: Claim | None) -> CommitJob:
+async def _take_up(vm: VM, graph: BlockGraph, job_id: str, claim: Claim | None) -> CommitJob:
     """Go on with a commit of ours that a killed process left, up to the deletion of its overlay."""
     followed = next((job for job in vm.jobs if job.id == job_id), None)
     if followed is not None:
@@ -177,7 +177,7 @@ async def _take_up(vm: Session, graph: BlockGraph, job_id: str, claim: Claim | N
     )
 
 
-async def _mark_closed(vm: Session, node: str, outcome: CommitOutcome | None = None) -> None:
+async def _mark_closed(vm: VM, node: str, outcome: CommitOutcome | None = None) -> None:
     """Have the stale overlay itself say that it is stale, once QEMU has closed it.
 
     So that whoever finds its file may delete it, if this process is killed before it did.
@@ -192,14 +192,14 @@ def is_void(path: str) -> bool:
     return not holds_data(path) or CLOSED in bitmap_names(path)
 
 
-def _identified(vm: Session, image: Image) -> FileId | None:
+def _identified(vm: VM, image: Image) -> FileId | None:
     return identify(absolute(image, vm.cwd), vm.peer_pid)
 
 
 # -- nodes, jobs and files that nobody uses -------------------------------------------------------
 
 
-async def left_of(vm: Session, overlay: str) -> list[Remains]:
+async def left_of(vm: VM, overlay: str) -> list[Remains]:
     """What stays of an overlay that no disk writes to, after all has been removed that may be."""
     graph = await read_graph(vm)
     for disk in read_disks(graph):
@@ -216,7 +216,7 @@ async def left_of(vm: Session, overlay: str) -> list[Remains]:
 
 
 async def clear(
-    vm: Session,
+    vm: VM,
     overlays: Collection[str] | None = None,
     folders: Collection[str] = (),
     but: Collection[str] = (),
@@ -259,7 +259,7 @@ async def clear(
     return remains
 
 
-async def end_jobs(vm: Session, overlays: Collection[str] | None = None) -> None:
+async def end_jobs(vm: VM, overlays: Collection[str] | None = None) -> None:
     """Dismiss the window's jobs that have concluded; a creation concludes by itself.
 
     Comes before any look at the block graph: a QEMU that is asked for its nodes while it opens
@@ -307,7 +307,7 @@ def _active(graph: BlockGraph, name: str) -> bool:
     return any(d.active is not None and d.active.node_name == name for d in read_disks(graph))
 
 
-async def _clear_node(vm: Session, graph: BlockGraph, name: str, file: str) -> list[Remains]:
+async def _clear_node(vm: VM, graph: BlockGraph, name: str, file: str) -> list[Remains]:
     """Close a node that nothing uses, and remove its file if it is safe."""
     image = replace(read_image(graph, name), filename=file)
     below = graph.below_filters(graph.nodes[name].children.get("backing"))
@@ -335,7 +335,7 @@ async def _clear_node(vm: Session, graph: BlockGraph, name: str, file: str) -> l
     return [] if problem is None else [Remains(path, problem)]
 
 
-def _beside(vm: Session, graph: BlockGraph, folders: Collection[str]) -> set[str]:
+def _beside(vm: VM, graph: BlockGraph, folders: Collection[str]) -> set[str]:
     """Files that are named as overlays of windows of this VM's disks."""
     found = set()
     for disk in read_disks(graph):
@@ -351,7 +351,7 @@ def _beside(vm: Session, graph: BlockGraph, folders: Collection[str]) -> set[str
     return found
 
 
-def _clear_file(vm: Session, graph: BlockGraph, path: str) -> list[Remains]:
+def _clear_file(vm: VM, graph: BlockGraph, path: str) -> list[Remains]:
     """Remove a file that this QEMU has not open, if nothing is lost with it."""
     if not os.path.lexists(path):
         return []
@@ -369,7 +369,7 @@ def _clear_file(vm: Session, graph: BlockGraph, path: str) -> list[Remains]:
     return [] if problem is None else [Remains(path, problem)]
 
 
-def _unknown(vm: Session, path: str) -> Remains:
+def _unknown(vm: VM, path: str) -> Remains:
     return Remains(
         path,
         f"{path} is an overlay of a window that {vm.name} has not open. If that window was closed"

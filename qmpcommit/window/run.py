@@ -92,7 +92,7 @@ from qmpcommit.window.remains import (
 )
 
 if TYPE_CHECKING:
-    from qmpcommit.session import Session
+    from qmpcommit.commit.vm import VM
 
 _SAY_THE_SOCKET = "close the window with the agent's socket (--agent SOCKET)"
 
@@ -104,7 +104,7 @@ def new_window_name() -> str:
 
 @asynccontextmanager
 async def snapshot(
-    vm: Session,
+    vm: VM,
     disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
@@ -130,7 +130,7 @@ async def snapshot(
 
 
 async def open_window(
-    vm: Session,
+    vm: VM,
     disks: Iterable[str],
     *,
     overlay_dir: str | os.PathLike[str] | None = None,
@@ -180,7 +180,7 @@ async def open_window(
 
 
 async def _open(
-    vm: Session,
+    vm: VM,
     graph: BlockGraph,
     found: Mapping[str, Disk],
     window: str,
@@ -252,7 +252,7 @@ async def _open(
 
 
 async def close_window(
-    vm: Session,
+    vm: VM,
     window: Window | Iterable[Frozen],
     *,
     bandwidth: int | str | None = None,
@@ -276,9 +276,7 @@ async def close_window(
     return await to_the_end(_close_own(vm, window, bandwidth))
 
 
-async def _close_own(
-    vm: Session, window: Window, bandwidth: int | str | None
-) -> list[CommitOutcome]:
+async def _close_own(vm: VM, window: Window, bandwidth: int | str | None) -> list[CommitOutcome]:
     """Close it, and say where it did not stand still."""
     with suppress(QmpCommitError):  # which closing it says better
         window.disturbed = window.disturbed or await disturbances(vm, window)
@@ -307,7 +305,7 @@ async def _close_own(
 
 
 async def _close_named(
-    vm: Session,
+    vm: VM,
     disks: Sequence[Frozen],
     bandwidth: int | str | None,
     claims: dict[str, Claim],
@@ -320,7 +318,7 @@ async def _close_named(
         await release_all(claims.values())
 
 
-async def windows(vm: Session) -> list[OpenWindow]:
+async def windows(vm: VM) -> list[OpenWindow]:
     """The overlays of windows that are open on this VM, whoever opened them."""
     return await asyncio.to_thread(windows_of, await vm.disks(), vm.cwd)
 
@@ -335,7 +333,7 @@ def windows_of(disks: Iterable[Disk], cwd: str | None) -> list[OpenWindow]:
 
 
 async def close_windows(
-    vm: Session,
+    vm: VM,
     *,
     bandwidth: int | str | None = None,
     agent: str | os.PathLike[str] | None = None,
@@ -372,7 +370,7 @@ async def close_windows(
     return outcomes
 
 
-async def recover_window(vm: Session, noted: NotedWindow, *, held: bool = True) -> Window | None:
+async def recover_window(vm: VM, noted: NotedWindow, *, held: bool = True) -> Window | None:
     """Take up a window whose process was killed at any step, from its ``create`` note on.
 
     The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
@@ -439,7 +437,7 @@ def _active(disk: Disk) -> str:
     return disk.active.handed_out
 
 
-def _astray(vm: Session, graph: BlockGraph, disks: Mapping[str, Disk]) -> dict[str, str]:
+def _astray(vm: VM, graph: BlockGraph, disks: Mapping[str, Disk]) -> dict[str, str]:
     """Why a disk's names do not lead to its files from here; raises where they lead nowhere."""
     opened = OpenFiles.of(graph, vm.peer_pid, cwd=graph.cwd)
     found = {}
@@ -451,7 +449,7 @@ def _astray(vm: Session, graph: BlockGraph, disks: Mapping[str, Disk]) -> dict[s
 
 
 def _place(
-    vm: Session,
+    vm: VM,
     disk: Disk,
     window: str,
     number: int,
@@ -501,7 +499,7 @@ def _place(
     return plan, filename
 
 
-async def _check_closing(vm: Session, plan: Plan, graph: BlockGraph) -> None:
+async def _check_closing(vm: VM, plan: Plan, graph: BlockGraph) -> None:
     """Raise `WindowError` where the window could be opened, and not be closed again."""
     told = await asyncio.to_thread(
         lambda: list(closing_objections(graph, plan, pid=vm.peer_pid, cwd=vm.cwd))
@@ -515,7 +513,7 @@ async def _check_closing(vm: Session, plan: Plan, graph: BlockGraph) -> None:
         )
 
 
-def _check_idle(vm: Session, disk: Disk) -> None:
+def _check_idle(vm: VM, disk: Disk) -> None:
     if disk.jobs:
         raise JobConflict(
             f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
@@ -525,7 +523,7 @@ def _check_idle(vm: Session, disk: Disk) -> None:
         )
 
 
-async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
+async def _lay(vm: VM, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
     """All overlays at one instant, or none."""
     _, graph = await vm.look()  # once more, for others may have been at work meanwhile
     now = read_disks(graph)
@@ -563,7 +561,7 @@ async def _lay(vm: Session, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
         raise
 
 
-async def _undo(vm: Session, overlays: Sequence[FreshOverlay], claims: Mapping[str, Claim]) -> None:
+async def _undo(vm: VM, overlays: Sequence[FreshOverlay], claims: Mapping[str, Claim]) -> None:
     """What was laid nevertheless (its reply was lost) is committed back; the rest is removed."""
     try:
         laid = {w.node_name for w in await windows(vm)}
@@ -582,7 +580,7 @@ async def _undo(vm: Session, overlays: Sequence[FreshOverlay], claims: Mapping[s
 
 
 async def _close(
-    vm: Session,
+    vm: VM,
     frozen: Collection[Frozen],
     bandwidth: int | str | None,
     claims: dict[str, Claim],
