@@ -124,7 +124,7 @@ class Foreground(Following):
             if sys.stderr.isatty() and not self._run.options.quiet:
                 doing = "ending" if job.state.decision else "cancelling"
                 sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it in QEMU\n")
-        else:
+        elif times > 1:
             self._leave_in_qemu(job, "interrupted")
 
     def _deadline(self) -> None:

@@ -11,7 +11,6 @@ import errno
 import gc
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from qmpcommit import __version__
+from qmpcommit.cli import signals
 from qmpcommit.cli.commands import COMMANDS, STATUSES
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.client import DEFAULT_SOCKET
@@ -38,7 +38,7 @@ from qmpcommit.errors import (
     VMNotFound,
 )
 
-FAILED, USAGE, OTHERWISE, NOT_FOUND, NOT_READY, INTERRUPTED = 1, 2, 3, 4, 5, 130
+FAILED, USAGE, OTHERWISE, NOT_FOUND, NOT_READY, INTERRUPTED = 1, 2, 3, 4, 5, signals.INTERRUPTED
 
 _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
     (Interrupted, INTERRUPTED),
@@ -148,7 +148,9 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold any byte
-    signal.signal(signal.SIGTERM, _terminated)
+    signals.listen()
+    if own:
+        signals.keep_stderr()
     try:
         status = _say(_call(arguments), as_json)
     except (KeyboardInterrupt, click.Abort):
@@ -179,10 +181,6 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
 
 def _call(arguments: list[str]) -> Any:
     return cli.main(arguments, prog_name="qmpcommit", standalone_mode=False, obj=arguments)
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _verbose(arguments: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Interrupted(QmpCommitError):
-    """Ctrl-C or SIGTERM; `outcome` is how the job ended, where it was seen to end."""
+    """A signal has ended the command; `outcome` is how the job ended, where it was seen to end."""
 
     FACTS = ("vm", "disk", "job_id", "outcome")
     outcome: dict[str, Any] | None

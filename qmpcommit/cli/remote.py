@@ -98,7 +98,7 @@ class RemoteForeground(Following):
             if sys.stderr.isatty() and not self._run.options.quiet:
                 doing = "ending" if self._adopted else "cancelling"
                 sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it to the daemon\n")
-        else:
+        elif times > 1:
             self._leave(self._following, "interrupted")
 
     def _deadline(self) -> None:

@@ -129,7 +129,7 @@ class _Following:
             return  # else it is aborted when it is known which
         if times == 1:
             self._beside(self._abort(self._group))
-        else:
+        elif times > 1:
             self._leave("interrupted")
 
     def _deadline(self) -> None:

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit import log
+from qmpcommit.cli import signals
 from qmpcommit.cli.options import Answer, Interrupted, Options
 from qmpcommit.errors import ConnectError, DeadlineExceeded
 from qmpcommit.session import Session
@@ -29,15 +30,19 @@ NOTHING = "nothing was sent"
 class Run:
     """One running command.
 
-    Until there is a job, Ctrl-C, SIGTERM and the deadline cancel the command's coroutine, and
-    `so_far` tells what that leaves; what they do later is set with `on_signal` (called with how
-    often there was a signal) and `on_deadline`. `unconnected` is the error of a monitor that did
-    not answer before the deadline.
+    Until there is a job, Ctrl-C, SIGTERM, SIGHUP, SIGQUIT and the deadline cancel the command's
+    coroutine, and `so_far` tells what that leaves; what they do later is set with `on_signal` and
+    `on_deadline`. The former is called with 1 for the first signal, with how often there was a
+    Ctrl-C for each further one, and with 0 for any other: whoever closes a terminal or ends a
+    service sends several of them, and leaves nobody to take up what is left. `signal` is the last
+    one. `unconnected` is the error of a monitor that did not answer before the deadline.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.signals = 0
+        self.signal = 0
+        self._ctrl_c = 0
         self.timed_out = False
         self.so_far = NOTHING
         self.on_signal: Callable[[int], None] | None = None
@@ -72,11 +77,16 @@ class Run:
         if self._main is not None:
             self._main.cancel()
 
-    def interrupt(self) -> None:
-        """Ctrl-C or SIGTERM."""
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """A signal that ends the command has come."""
         self.signals += 1
+        self.signal = number
+        self._ctrl_c += number == signal.SIGINT
+        if number == signal.SIGQUIT and sys.stderr is not None:
+            sys.stderr.write(signals.tasks_of(asyncio.get_running_loop()))
         if self.on_signal is not None:
-            self.on_signal(self.signals)
+            again = self._ctrl_c if number == signal.SIGINT and self._ctrl_c > 1 else 0
+            self.on_signal(1 if self.signals == 1 else again)
         elif self.signals == 1:
             self.cancel()
 
@@ -110,14 +120,13 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
         # Of a child that it kills while it is being started asyncio says that it ended.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
         loop.set_exception_handler(lambda loop, context: None)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, running.interrupt)
-    remaining = running.remaining
-    if remaining is not None:
-        if not remaining:
-            raise running.too_late("nothing could be done, and nothing was sent,")
-        loop.call_later(remaining, running.time_is_up)
+    signals.deliver(lambda number: _pass_on(loop, running, number))
     try:
+        remaining = running.remaining
+        if remaining is not None:
+            if not remaining:
+                raise running.too_late("nothing could be done, and nothing was sent,")
+            loop.call_later(remaining, running.time_is_up)
         return await work(running)
     except asyncio.CancelledError:
         if running.unconnected is not None:  # why is the news, and not that it took too long
@@ -125,6 +134,12 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
         if running.timed_out:
             raise running.too_late(f"it was not done, and {running.so_far},") from None
         raise Interrupted(f"interrupted; {running.so_far}") from None
+    finally:
+        signals.let_say()
+
+
+def _pass_on(loop: asyncio.AbstractEventLoop, running: Run, number: int) -> None:
+    loop.call_soon_threadsafe(running.interrupt, number)
 
 
 def _configure_log(verbose: int) -> None:

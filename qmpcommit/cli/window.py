@@ -229,7 +229,7 @@ def _closed(
 async def _run(
     running: Run, command: list[str], files: Mapping[str, str], lost: Mapping[str, str]
 ) -> int:
-    """The command in the foreground; Ctrl-C and SIGTERM are passed on to it.
+    """The command in the foreground; Ctrl-C, SIGTERM and SIGHUP are passed on to it.
 
     It is not run where it asks for a file whose name leads to another one from here.
     """
@@ -261,8 +261,12 @@ async def _run(
         return 127 if isinstance(error, FileNotFoundError) else 126
 
     def end(times: int = 0) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT if times == 1 else signal.SIGTERM)
+        number = signal.SIGINT if times == 1 else signal.SIGTERM
+        if running.signal == signal.SIGHUP and not running.timed_out:
+            number = signal.SIGHUP
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     running.on_signal, running.on_deadline = end, end
     status = await process.wait()

@@ -58,10 +58,18 @@ class _Server(uvicorn.Server):
 
 
 def serve(config: Config, seconds: float | None = None) -> None:
-    """Run the daemon until SIGTERM or SIGINT, or so many seconds; raises `QmpCommitError`."""
+    """Run the daemon until it is told to end, or so many seconds; raises `QmpCommitError`."""
     configure_log(config)
     sys.setswitchinterval(0.0005)  # the journal's thread must not wait for a busy loop
     asyncio.run(_serve(config, seconds))
+
+
+def _on_a_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _hung_up() -> None:
+    log.Log().warning("hang_up_ignored", why="the configuration is read when the daemon starts")
 
 
 def check(config: Config) -> None:
@@ -76,8 +84,11 @@ async def _serve(config: Config, seconds: float | None) -> None:
     loop = asyncio.get_running_loop()
     allowed, token = _allowed(config), _token(config)
     ending = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, ending.set)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        # Of a terminal that closes it is the end; else somebody wants the configuration read.
+        loop.add_signal_handler(signal.SIGHUP, ending.set if _on_a_terminal() else _hung_up)
     if seconds is not None:
         loop.call_later(seconds, ending.set)
     with await _lock(Path(config.state), ending):
@@ -302,7 +313,7 @@ class _Lines(io.TextIOBase):
 
     def isatty(self) -> bool:
         """Whether a person reads it."""
-        return sys.stderr is not None and sys.stderr.isatty()
+        return _on_a_terminal()
 
 
 def configure_log(config: Config) -> None:

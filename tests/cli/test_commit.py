@@ -311,7 +311,7 @@ async def test_a_job_that_has_ended_is_cleared_away(folder: Path) -> None:
 # -- interrupted -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("phase", ["copying", "ready"])
 async def test_one_interrupt_cancels_the_job(phase: str, number: int, folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)

@@ -218,7 +218,7 @@ async def _begun(d: Daemon) -> tuple[str, str]:
 # -- interrupted -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_one_interrupt_has_the_daemon_abort_it(number: int, folder: Path) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with host_of(folder, chain) as (d, qemu):
