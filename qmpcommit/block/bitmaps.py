@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qmpcommit.block.graph import BlockGraph
+from qmpcommit.block.graph import BlockGraph, Raw
 from qmpcommit.qmp.monitor import Monitor
 
 
@@ -35,7 +35,8 @@ class Bitmap(NamedTuple):
 class Carrying(NamedTuple):
     """What to carry into `base`, by name, topmost layer first; `problems` for people to read.
 
-    `busy` are bitmaps that another job uses, which can't be merged until it has ended.
+    `busy` are bitmaps that another job uses, which can't be merged until it has ended. `layers`
+    are those whose bitmaps were looked at.
     """
 
     base: str
@@ -43,6 +44,13 @@ class Carrying(NamedTuple):
     problems: tuple[str, ...]
     busy: tuple[str, ...]
     keeps: bool
+    layers: tuple[str, ...] = ()
+
+    def seen_in(self, nodes: Mapping[str, Raw]) -> Carrying:
+        """The same as it is by now: a bitmap may have come or gone since it was planned."""
+        if not {*self.layers, self.base} <= nodes.keys():
+            return self
+        return _plan(nodes, self.layers, self.base)
 
 
 def bitmaps_of(graph: BlockGraph, node: str) -> list[Bitmap]:
@@ -69,11 +77,15 @@ def _read(raw: Mapping[str, Any]) -> list[Bitmap]:
 
 def plan_carrying(graph: BlockGraph, layers: Sequence[str], base: str) -> Carrying:
     """Which bitmaps of `layers` (top first) have to be carried into `base`."""
+    return _plan({name: graph.nodes[name].raw for name in (*layers, base)}, layers, base)
+
+
+def _plan(nodes: Mapping[str, Raw], layers: Sequence[str], base: str) -> Carrying:
     names: dict[str, list[Bitmap]] = {}
     problems: list[str] = []
     busy: list[str] = []
     for layer in layers:
-        for bitmap in bitmaps_of(graph, layer):
+        for bitmap in _read(nodes[layer]):
             where = f"bitmap '{bitmap.name}' of {layer}"
             if bitmap.inconsistent:
                 problems.append(f"{where} is inconsistent (QEMU did not close it) and is lost")
@@ -81,8 +93,8 @@ def plan_carrying(graph: BlockGraph, layers: Sequence[str], base: str) -> Carryi
             if bitmap.busy:
                 busy.append(where)
             names.setdefault(bitmap.name, []).append(bitmap)
-    keeps = _keeps_bitmaps(graph, base)
-    below = {bitmap.name: bitmap for bitmap in bitmaps_of(graph, base)}
+    keeps = _keeps_bitmaps(nodes[base])
+    below = {bitmap.name: bitmap for bitmap in _read(nodes[base])}
     for name, bitmaps in names.items():
         there = below.get(name)
         if there is not None and there.busy:
@@ -100,14 +112,14 @@ def plan_carrying(graph: BlockGraph, layers: Sequence[str], base: str) -> Carryi
             )
     unusable = {name for name, there in below.items() if there.inconsistent}
     carried = {name: tuple(found) for name, found in names.items() if name not in unusable}
-    return Carrying(base, carried, tuple(problems), tuple(busy), keeps)
+    return Carrying(base, carried, tuple(problems), tuple(busy), keeps, tuple(layers))
 
 
-def _keeps_bitmaps(graph: BlockGraph, node: str) -> bool:
+def _keeps_bitmaps(raw: Raw) -> bool:
     """Whether the format can store persistent bitmaps (qcow2 of version 3)."""
-    if graph.nodes[node].driver != "qcow2":
+    if raw.get("drv") != "qcow2":
         return False
-    image = graph.nodes[node].raw.get("image") or {}
+    image = raw.get("image") or {}
     data = (image.get("format-specific") or {}).get("data") or {}
     return bool(data.get("compat", "1.1") != "0.10")
 
@@ -127,11 +139,13 @@ def carrying_actions(carrying: Carrying, there: Sequence[Bitmap]) -> list[dict[s
             persistent = carrying.keeps and any(bitmap.persistent for bitmap in bitmaps)
             add("add", node=carrying.base, name=name, granularity=topmost.granularity,
                 persistent=persistent, disabled=not topmost.recording)  # fmt: skip
+        turned = name in below and below[name].recording is not topmost.recording
+        if turned and topmost.recording:  # first: of a disk that writes meanwhile it misses nothing
+            add("enable", node=carrying.base, name=name)
         sources = [{"node": bitmap.node, "name": name} for bitmap in bitmaps]
         add("merge", node=carrying.base, target=name, bitmaps=sources)
-        if name in below and below[name].recording is not topmost.recording:
-            kind = "enable" if topmost.recording else "disable"
-            add(kind, node=carrying.base, name=name)
+        if turned and not topmost.recording:
+            add("disable", node=carrying.base, name=name)
     return actions
 
 
@@ -162,16 +176,19 @@ def fresh_actions(carrying: Carrying, fresh: Mapping[str, Any]) -> list[dict[str
     return actions
 
 
-async def carry(monitor: Monitor, carrying: Carrying, *, fresh: str | None = None) -> None:
-    """Carry them, all or none, into the overlay `fresh` as well, if one follows.
+async def carry(
+    monitor: Monitor, carrying: Carrying, *, fresh: str | None = None
+) -> tuple[str, ...]:
+    """Carry them, all or none, into the overlay `fresh` as well, if one follows; their names.
 
     Safe to repeat. Raises what `Monitor.execute` raises.
     """
-    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-    there = [b for node in nodes if node.get("node-name") == carrying.base for b in _read(node)]
-    actions = carrying_actions(carrying, there)
-    for node in nodes:
-        if fresh is not None and node.get("node-name") == fresh:
-            actions += fresh_actions(carrying, node)
+    listed = await monitor.execute("query-named-block-nodes", {"flat": True})
+    nodes = {node.get("node-name"): node for node in listed}
+    carrying = carrying.seen_in(nodes)
+    actions = carrying_actions(carrying, _read(nodes.get(carrying.base, {})))
+    if fresh is not None and fresh in nodes:
+        actions += fresh_actions(carrying, nodes[fresh])
     if actions:
         await monitor.execute("transaction", {"actions": actions})
+    return tuple(carrying.names)

@@ -73,7 +73,11 @@ async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp, but=job_id)
         foreground = Foreground(running, vm, qmp, adopted=True)
-        job = await vm.adopt(job_id, pending="cancel" if choice == "abort" else "finalize")
+        job = await vm.adopt(
+            job_id,
+            pending="cancel" if choice == "abort" else "finalize",
+            carry_bitmaps=choice != "abort",
+        )
         try:
             if job.state.status != "pending":  # such a one is being ended already
                 {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()

@@ -67,6 +67,25 @@ class Resumed(NamedTuple):
         return Left(self.recycle.overlay, laid=self.state.verdict in _LAYS)
 
 
+class Adopted(NamedTuple):
+    """What is known of a commit that somebody else has begun.
+
+    `stale` and `undoes` are as for `phases.adopt`. `owned` tells that whoever began it follows it
+    still, or may: what comes after its end is for them, unless more was `asked`. `ours` tells that
+    it was begun by this package.
+    """
+
+    undoes: bool = False
+    stale: str = ""
+    owned: bool = False
+    ours: bool = False
+    asked: bool = False
+
+    def clears(self, ended_here: bool) -> bool:
+        """Whether what it has left stale is cleared away here."""
+        return self.asked or (not self.owned and (ended_here or self.ours))
+
+
 class Driver:
     """One commit's machine, its facts and its duties.
 
@@ -81,10 +100,8 @@ class Driver:
         around: Around,
         moved: Callable[[], None],
         *,
-        adopted: bool,
+        adopted: Adopted | None,
         auto_finalize: bool,
-        undoes: bool = False,
-        stale: str = "",
         resumed: Resumed | None = None,
     ) -> None:
         self.plan = plan
@@ -96,20 +113,24 @@ class Driver:
         self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self.recycle: Recycle | None = None
         self._monitor, self._around, self._moved = monitor, around, moved
-        self._care = Care(monitor, plan, around)
+        self._care = Care(monitor, plan, around, adopted=adopted is not None)
         self._check = PlanCheck(monitor, plan, in_migration=around.in_migration)
-        prepares = not adopted and around.prepares(plan)
+        prepares = around.prepares(plan)
         self._hearing = Hearing(plan.job_id, self._hear)
         self._ledger = around.ledger
-        self._frozen_before = self._stopped_before = self._inside = False
+        self._frozen_before = self._stopped_before = self._inside = self._finalized = False
         self._left: Left | None = None
         self._follow: Callable[..., phases.Step] | None = None
         if resumed is not None:
             prepares = resumed.state.prepares
             self._follow = partial(phases.resume, resumed.state, same_vm=resumed.same_vm)
-        elif adopted:
+        elif adopted is not None:
             self._follow = partial(
-                phases.adopt, two_phase=plan.two_phase, undoes=undoes, stale=stale
+                phases.adopt,
+                two_phase=plan.two_phase,
+                prepares=prepares,
+                undoes=adopted.undoes,
+                stale=adopted.stale,
             )
         if self._follow is not None:
             self.state, self._owed = self._follow()
@@ -120,7 +141,7 @@ class Driver:
                 stalls=plan.stalls,
                 meets=around.barrier is not None,
             )
-        by_us = prepares or (self.state.prepares and not adopted)
+        by_us = adopted is None and (prepares or self.state.prepares)
         self._auto_finalize = auto_finalize and not by_us
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._consulting: asyncio.Task[Settled] | None = None
@@ -332,6 +353,8 @@ class Driver:
             if why is not None:
                 self.tell(facts.Looked(why))
                 return
+            if command is Command.PIVOT and self.adopted is not None and self._auto_finalize:
+                await self._care.carry_unheld()
             if command is Command.START:
                 await self.note(command.value, plan=self.plan, files=self._around.files)
             else:
@@ -349,6 +372,7 @@ class Driver:
         else:
             if command is Command.START:
                 self._pid = self._monitor.peer_pid
+            self._finalized = self._finalized or command is Command.FINALIZE
             self.tell(facts.Accepted(command))
             self.log.info("accepted", command=command.value)
 
@@ -527,7 +551,7 @@ class Driver:
             return
         outcome = self.outcome or await self._outcome()
         self.outcome = outcome  # it is true, whatever becomes of the files
-        if outcome.invalidated and not self.adopted:
+        if outcome.invalidated and self._clears(outcome):
             await self.note("clear-away", outcome=outcome)
             keep_files = self._care.unflushed is not None
             self.outcome = await clear_away(
@@ -536,11 +560,17 @@ class Driver:
                 outcome,
                 self._around,
                 keep_files=keep_files,
-                again=state.taken_up,
+                again=state.taken_up or self.adopted is not None,
             )
         found = report.found_before(plan)
         self.outcome = replace(self.outcome, warnings=[*self.outcome.warnings, *found])
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
+
+    def _clears(self, outcome: CommitOutcome) -> bool:
+        if self.adopted is None:
+            return True
+        ended_here = self._finalized or outcome.decided_by not in ("", "another client")
+        return self.adopted.clears(ended_here)
 
     async def _outcome(self) -> CommitOutcome:
         state, plan = self.state, self.plan
@@ -553,6 +583,8 @@ class Driver:
         outcome = replace(outcome, guest_paused=self._care.paused, held=held, used_by=self._used_by)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
+        if self.adopted is not None and outcome.invalidated:
+            outcome.warnings.extend(self._care.bitmaps_left())
         outcome.warnings.extend(self._care.remarks)
         outcome.warnings.extend(filter(None, [self._check.lost_base]))
         if self._care.unflushed is not None:

@@ -9,6 +9,7 @@ with the fact that the machine waits for; losing the monitor is raised, for the 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
 
 from qmpcommit.block.bitmaps import carry
@@ -40,12 +41,19 @@ class Care:
     """The duties of one commit beside its commands.
 
     `paused` is for how many seconds a recycle paused the guest; `unflushed` is why the base of an
-    intermediate layer could not be flushed.
+    intermediate layer could not be flushed. `carried` are the bitmaps that the base has by now,
+    `uncarried` is why it has not got them: a commit that was `adopted` goes on all the same.
     """
 
     unflushed: str | None = None
+    carried: tuple[str, ...] = ()
+    uncarried: str = ""
+    _unheld = False
 
-    def __init__(self, monitor: Monitor, plan: Plan, around: Around) -> None:
+    def __init__(
+        self, monitor: Monitor, plan: Plan, around: Around, *, adopted: bool = False
+    ) -> None:
+        self._adopted = adopted
         self._monitor, self._plan, self._around = monitor, plan, around
         self._log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._overlay: FreshOverlay | None = None
@@ -99,21 +107,59 @@ class Care:
                 self.unflushed = str(error.desc)
 
     async def _carry(self) -> facts.Prepared:
+        why = await self._carry_all()
+        if why and self._adopted:  # others decided it, perhaps for several disks
+            self.uncarried = why
+            why = ""
+        if why:
+            return facts.Prepared(f"the bitmaps could not be carried into the base: {why}")
+        return facts.Prepared()
+
+    async def _carry_all(self) -> str:
+        """Why the bitmaps could not be carried, or ""; raises what `Monitor.execute` raises."""
         carrying = self._around.carrying
         if carrying is None or not carrying.names:
-            return facts.Prepared()
+            return ""
         try:
             async with asyncio.timeout(HOLD_LIMIT):
                 fresh = self._overlay.node if self._overlay is not None else None
-                await carry(self._monitor, carrying, fresh=fresh)
+                self.carried = await carry(self._monitor, carrying, fresh=fresh)
         except CommandRefused as error:
-            return facts.Prepared(f"the bitmaps could not be carried into the base: {error.desc}")
+            return str(error.desc)
         except DeadlineExceeded:
             raise
         except TimeoutError:
-            return facts.Prepared(f"carrying the bitmaps took longer than {HOLD_LIMIT:g} s")
-        self._log.info("bitmaps_carried", names=list(carrying.names))
-        return facts.Prepared()
+            return f"it took longer than {HOLD_LIMIT:g} s"
+        self._log.info("bitmaps_carried", names=list(self.carried))
+        return ""
+
+    async def carry_unheld(self) -> None:
+        """Carry the bitmaps of a job that QEMU makes final by itself, right before its pivot.
+
+        The base's record from then on what the job still writes, so that they miss nothing.
+        """
+        self.uncarried = await self._carry_all()
+        self._unheld = not self.uncarried
+
+    def bitmaps_left(self) -> list[str]:
+        """What is to be known of the bitmaps of an adopted commit that has pivoted."""
+        carrying = self._around.carrying
+        if carrying is None:
+            return []
+        if self._unheld and self.carried:
+            return [
+                "QEMU was to end the job by itself (auto-finalize), so it could not be held at its"
+                f" end: dirty bitmaps {_quoted(self.carried)} were carried into the base while it"
+                " was READY. They mark all that has changed, and perhaps a little more"
+            ]
+        left = [name for name in carrying.names if name not in self.carried]
+        if not left:
+            return []
+        why = f"QEMU did not: {self.uncarried}" if self.uncarried else "it had been ended before"
+        return [
+            f"dirty bitmaps {_quoted(left)} were not carried into the base ({why}): they stay in"
+            " the stale layers, and the next backup that rests on them has to be a full one"
+        ]
 
     def restore(self, recycle: Recycle, *, stopped: bool, laid: bool) -> None:
         """Take up the fresh overlay of a former process, which paused the guest if `stopped`.
@@ -184,3 +230,7 @@ class Care:
     async def fresh(self) -> Image | None:
         """The fresh overlay as QEMU has it; None where there is none."""
         return await self._overlay.image() if self._overlay is not None else None
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit import facts, phases, report
-from qmpcommit.commit.driver import Driver, Resumed
+from qmpcommit.commit.driver import Adopted, Driver, Resumed
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import CommitOutcome, JobProgress, Timings
 from qmpcommit.commit.phases import Phase
@@ -48,16 +48,14 @@ class CommitJob:
         plan: Plan,
         *,
         timeout: float | None = None,
-        adopted: bool = False,
+        adopted: Adopted | None = None,
         auto_finalize: bool = True,
-        undoes: bool = False,
-        stale: str = "",
         resumed: Resumed | None = None,
         around: Around = Around(),  # noqa: B008  (frozen)
     ) -> None:
         self.plan = plan
         self.id = plan.job_id
-        self.adopted = adopted
+        self.adopted = adopted is not None
         self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self._monitor = monitor
         self._driver = Driver(
@@ -67,8 +65,6 @@ class CommitJob:
             self._wake,
             adopted=adopted,
             auto_finalize=auto_finalize,
-            undoes=undoes,
-            stale=stale,
             resumed=resumed,
         )
         self._driver.timeout = timeout

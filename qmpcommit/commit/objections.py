@@ -47,6 +47,13 @@ def refuse_converge(vm: str, disk: Disk, top: Image) -> None:
     )
 
 
+def what_of_stale(delete: bool, stale: Stale | None) -> Stale:
+    """What becomes of stale files; raises `InvalidRequest` where two things are asked for."""
+    if delete and stale not in (None, "delete"):
+        raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
+    return stale or ("delete" if delete else "leave")
+
+
 def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None) -> None:
     """Refuse what is done after a pivot where the policy never comes to one.
 

@@ -210,19 +210,26 @@ def begin(
     return state, [Duty.LOOK]
 
 
-def adopt(*, two_phase: bool, undoes: bool = False, stale: str = "", linked: bool = True) -> Step:
+def adopt(
+    *,
+    two_phase: bool,
+    prepares: bool = False,
+    undoes: bool = False,
+    stale: str = "",
+    linked: bool = True,
+) -> Step:
     """A job that exists already: QEMU has to be asked where it is.
 
     One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. The end of
-    an intermediate layer's is prepared before, for QEMU may crash over it. One that was found to
-    be `stale`, which says how, is cancelled wherever it is. `linked` is as for
-    `resume`.
+    an intermediate layer's is prepared before, for QEMU may crash over it, and so is one that
+    `prepares`. One that was found to be `stale`, which says how, is cancelled wherever it is.
+    `linked` is as for `resume`.
     """
     state = State(
         two_phase=two_phase,
         phase=Phase.COPYING,
         began=True,
-        prepares=not two_phase,
+        prepares=prepares or not two_phase,
         undoes=undoes,
         linked=linked,
     )

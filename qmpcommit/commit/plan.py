@@ -26,6 +26,12 @@ from qmpcommit.values import Record, record
 _JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 
 
+def check_stale(stale: object) -> None:
+    """Raise `InvalidRequest` for what can't be done to stale files."""
+    if stale not in ("leave", "rename", "delete"):
+        raise InvalidRequest(f"stale is 'leave', 'rename' or 'delete', not {stale!r}")
+
+
 @record
 class Request(Record):
     """What a caller asks for; `plan_commit` checks it against the disk."""
@@ -44,8 +50,7 @@ class Request(Record):
     backing_mask_protocol: bool = False
 
     def __post_init__(self) -> None:
-        if self.stale not in ("leave", "rename", "delete"):
-            raise InvalidRequest(f"stale is 'leave', 'rename' or 'delete', not {self.stale!r}")
+        check_stale(self.stale)
         if self.on_error not in (None, "report", "stop", "ignore", "enospc"):
             raise InvalidRequest(
                 f"on_error is 'report', 'stop', 'ignore' or 'enospc', not {self.on_error!r}"

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmpcommit.block.bitmaps import plan_carrying
 from qmpcommit.commit.claim import Claim, lives, owner_in
+from qmpcommit.commit.driver import Adopted
 from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.plan import Plan, adopted_plan
-from qmpcommit.commit.policy import AnyPolicy, PolicyCall
+from qmpcommit.commit.objections import refuse_idle
+from qmpcommit.commit.plan import Plan, adopted_plan, check_stale
+from qmpcommit.commit.preconditions import check_commands, told
 from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.errors import JobConflict, JobNotFound
+from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
+    from qmpcommit.block.bitmaps import Carrying
+    from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.driver import Resumed
+    from qmpcommit.commit.objections import Stale
+    from qmpcommit.commit.policy import AnyPolicy, PolicyCall
+    from qmpcommit.commit.stale_layers import OnPivot
     from qmpcommit.commit.vm import VM
 
 
-async def adopted(
-    vm: VM,
-    job_id: str,
-    policy: AnyPolicy | PolicyCall,
-    *,
-    undoes: bool,
-    timeout: float | None,
-) -> CommitJob:
+class Asked(NamedTuple):
+    """What whoever adopts a commit wants of it, as `Session.commit` takes it.
+
+    `undoes` tells that one which is PENDING already is cancelled.
+    """
+
+    policy: AnyPolicy | PolicyCall
+    undoes: bool = False
+    stale: Stale = "leave"
+    on_pivot: OnPivot | None = None
+    carry_bitmaps: bool = True
+    timeout: float | None = None
+
+    def check(self) -> None:
+        """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
+        check_stale(self.stale)
+        refuse_idle(self.policy, stale=self.stale, on_pivot=self.on_pivot)
+        Around(on_pivot=self.on_pivot).check()
+
+
+async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     """What follows the job of that id (``query-block-jobs``), whoever began it.
 
-    One that is PENDING already is cancelled if this `undoes` it, else finalized; one that copies
-    what its disk does not use any more is cancelled in any case. Raises
-    `JobNotFound`, or `JobConflict` where it is no commit.
+    One that copies what its disk does not use any more is cancelled in any case. Raises
+    `JobNotFound`, or `JobConflict` where it is no commit, or its bitmaps can't be carried now.
     """
     jobs = {job["device"]: job for job in await vm.execute("query-block-jobs")}
     job = jobs.get(job_id)
@@ -49,20 +71,57 @@ async def adopted(
             job_id=job_id,
         )
     graph = await vm.graph()
-    plan = adopted_plan(vm.name, graph, job_id, policy)
+    plan = adopted_plan(vm.name, graph, job_id, asked.policy)
+    plan = replace(plan, stale=asked.stale, carry_bitmaps=asked.carry_bitmaps)
+    plan = await asyncio.to_thread(told, plan, graph, vm.peer_pid)
+    check_commands(plan, asked.on_pivot)
+    around = Around(
+        on_pivot=asked.on_pivot,
+        carrying=_carrying(plan, graph, waits=job.get("status") != "pending"),
+        files=await asyncio.to_thread(vm.files_of, plan) if asked.stale != "leave" else {},
+        cwd=vm.cwd,
+        gate=vm.gate,
+    )
+    owner = owner_in(graph, plan.disk)
     made = CommitJob(
         vm,
         plan,
-        timeout=timeout,
-        adopted=True,
+        timeout=asked.timeout,
+        around=around,
+        adopted=Adopted(
+            undoes=asked.undoes,
+            stale=use_of(plan, graph)[1],
+            owned=owner is not None and lives(owner) is not False,
+            ours=job_id.startswith(JOB_PREFIX),
+            asked=asked.stale != "leave" or asked.on_pivot is not None,
+        ),
         auto_finalize=bool(job.get("auto-finalize", True)),
-        undoes=undoes,
-        stale=use_of(plan, graph)[1],
     )
-    owner = owner_in(graph, plan.disk)
     if owner is not None and lives(owner) is False:  # who names the job may end what was left of it
         made.inherit(Claim(vm, owner, held=True))
     return made
+
+
+def _carrying(plan: Plan, graph: BlockGraph, *, waits: bool) -> Carrying | None:
+    """What has to be carried into the base of an adopted commit; raises `JobConflict`.
+
+    Unless it holds its disk, it `waits` as it is until others need its bitmaps no more.
+    """
+    layers = [image.node_name for image in (plan.top, *plan.between)]
+    if not plan.carry_bitmaps or not {*layers, plan.base.node_name} <= graph.nodes.keys():
+        return None
+    carrying = plan_carrying(graph, layers, plan.base.node_name)
+    if carrying.busy and waits:
+        raise JobConflict(
+            f"job {plan.job_id} on {plan.disk} of {plan.vm} can't be taken up with the disk's"
+            f" bitmaps now: {', '.join(carrying.busy)} is busy with another job (a backup?). It"
+            " goes on as it is. Wait for the other, or take it up without carrying bitmaps"
+            " (carry_bitmaps=False, --no-bitmaps)",
+            vm=plan.vm,
+            disk=plan.disk.name,
+            job_id=plan.job_id,
+        )
+    return carrying
 
 
 async def resumed(

@@ -15,7 +15,7 @@ from qmpcommit.block.identity import FileId, all_told_where, identify
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.migration import look_at_owner
-from qmpcommit.commit.objections import refuse_converge, refuse_idle
+from qmpcommit.commit.objections import refuse_converge, refuse_idle, what_of_stale
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan, Request, plan_commit
 from qmpcommit.commit.policy import (
@@ -38,7 +38,6 @@ from qmpcommit.commit.preconditions import (
 from qmpcommit.commit.stale_layers import Around, Barrier, OnPivot, OnStall
 from qmpcommit.errors import (
     CommitFailed,
-    InvalidRequest,
     JobConflict,
     QmpCommitError,
 )
@@ -329,8 +328,6 @@ class VM(Monitor):
             timeout = parse_seconds(timeout, "timeout")
         if only_if is not None:
             only_if = check_command(only_if, "only_if")
-        if delete and stale not in (None, "delete"):
-            raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
         request = Request(
             disk=str(disk),
             base=base,
@@ -338,7 +335,7 @@ class VM(Monitor):
             shallow=shallow,
             bandwidth=bandwidth,
             job_id=job_id,
-            stale=stale or ("delete" if delete else "leave"),
+            stale=what_of_stale(delete, stale),
             on_error=on_error,
             carry_bitmaps=carry_bitmaps,
             keep_relative=keep_relative,
@@ -401,7 +398,7 @@ class VM(Monitor):
             await check_writable(self, plan, graph, self.cwd, override)
         around = around._replace(
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
-            files=await asyncio.to_thread(self._files_of, plan) if request.stale != "leave" else {},
+            files=await asyncio.to_thread(self.files_of, plan) if request.stale != "leave" else {},
             cwd=self.cwd,
             gate=self.gate,
         )
@@ -431,7 +428,7 @@ class VM(Monitor):
         """The commits of this session that have not ended."""
         return tuple(self._jobs)
 
-    def _files_of(self, plan: Plan) -> dict[str, FileId | None]:
+    def files_of(self, plan: Plan) -> dict[str, FileId | None]:
         """Which files of this host the layers are, as QEMU has them open: stale ones and base.
 
         By node-name; the external data files of the stale ones by their own.
@@ -448,6 +445,10 @@ class VM(Monitor):
         *,
         policy: AnyPolicy | PolicyCall | dict[str, Any] | str = Hold(),  # noqa: B008  (frozen)
         pending: Literal["finalize", "cancel"] = "finalize",
+        delete: bool = False,
+        stale: Literal["leave", "rename", "delete"] | None = None,
+        on_pivot: OnPivot | None = None,
+        carry_bitmaps: bool = True,
         timeout: float | None = None,
     ) -> CommitJob:
         """Take up a commit job that exists already, by its id, whoever started it.
@@ -455,14 +456,27 @@ class VM(Monitor):
         With `Hold`, the default, it is only followed until something is decided. One that is
         PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
         decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
-        Raises `JobNotFound`, or `JobConflict` where it is no commit job.
-        """
-        from qmpcommit.commit.takeover import adopted
 
-        asked = parse_policy(policy)
-        following = await self._launch(
-            await adopted(self, job_id, asked, undoes=pending == "cancel", timeout=timeout)
+        `delete`, `stale`, `on_pivot`, `carry_bitmaps` and `timeout` are as for `commit`. Without
+        the first three, what is stale is closed where the job was ended here, or is ours and its
+        owner has died; of one whose owner lives that is the owner's. Bitmaps of a job that was
+        started with ``auto-finalize`` are carried right before the pivot, and the outcome says so.
+
+        Raises `JobNotFound`, `InvalidRequest`, or `JobConflict` where it is no commit job, or its
+        bitmaps can't be carried now.
+        """
+        from qmpcommit.commit.takeover import Asked, adopted
+
+        asked = Asked(
+            parse_policy(policy),
+            undoes=pending == "cancel",
+            stale=what_of_stale(delete, stale),
+            on_pivot=on_pivot,
+            carry_bitmaps=carry_bitmaps,
+            timeout=None if timeout is None else parse_seconds(timeout, "timeout"),
         )
+        asked.check()
+        following = await self._launch(await adopted(self, job_id, asked))
         try:
             await following.seen()
         except asyncio.CancelledError:

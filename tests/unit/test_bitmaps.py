@@ -42,11 +42,19 @@ def test_a_bitmap_is_added_to_the_base_and_merged() -> None:
 def test_bitmaps_of_several_layers_join_that_of_the_base() -> None:
     made = graph(top=[bitmap("a")], mid=[bitmap("a")], base=[bitmap("a", recording=False)])
     carrying = plan_carrying(made, ["top", "mid"], "base")
-    merge, enable = carrying_actions(carrying, bitmaps_of(made, "base"))
+    enable, merge = carrying_actions(carrying, bitmaps_of(made, "base"))
     assert [source["node"] for source in merge["data"]["bitmaps"]] == ["top", "mid"]
     assert enable == {
         "type": "block-dirty-bitmap-enable", "data": {"node": "base", "name": "a"}
     }  # fmt: skip
+
+
+def test_a_bitmap_that_has_come_or_gone_since_is_seen() -> None:
+    carrying = plan_carrying(graph(top=[bitmap("a")], base=[]), ["top"], "base")
+    now = graph(top=[bitmap("b")], base=[bitmap("b")])
+    nodes = {name: node.raw for name, node in now.nodes.items()}
+    assert carrying.seen_in(nodes) == plan_carrying(now, ["top"], "base")
+    assert carrying.seen_in({"base": nodes["base"]}) is carrying
 
 
 def test_an_inconsistent_bitmap_is_told_and_left() -> None:

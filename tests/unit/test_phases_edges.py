@@ -327,6 +327,16 @@ def test_an_adopted_job_that_is_pending_is_finalized_or_undone() -> None:
     assert (actions, state.by) == ([Command.ABORT], "caller")
 
 
+def test_an_adopted_job_that_can_be_held_is_prepared_before_it_is_finalized() -> None:
+    state, actions = after(phases.adopt(two_phase=True, prepares=True), HELD)
+    assert actions == [Duty.PREPARE]
+    assert after((state, actions), Prepared())[1] == [Command.FINALIZE]
+    start = phases.adopt(two_phase=True, prepares=True, undoes=True)
+    assert after(start, HELD)[1] == [Command.ABORT]
+    by_itself = Answered(JobSeen("pending", auto_finalize=True))
+    assert after(phases.adopt(two_phase=True, prepares=True), by_itself)[1] == []
+
+
 def test_a_job_adopted_to_be_undone_is_still_ours_to_decide_at_ready() -> None:
     ready = Answered(JobSeen("ready", auto_finalize=False))
     start = after(phases.adopt(two_phase=True, undoes=True), ready)
