@@ -8,19 +8,15 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.policy import (
-    AnyPolicy,
-    PolicyCall,
-)
+from qmpcommit.commit.policy import AskedPolicy
 from qmpcommit.commit.vm import VM
-from qmpcommit.errors import (
-    InvalidRequest,
-)
+from qmpcommit.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from qmpcommit.cycles.flatten import Flattening
     from qmpcommit.cycles.run import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.group.outcome import GroupOutcome
+    from qmpcommit.group.run import CommitGroupOptions
     from qmpcommit.guest.quiesce import Notes
     from qmpcommit.window.records import OpenWindow, Window
 
@@ -30,12 +26,10 @@ class Session(VM):
 
     async def commit_group(
         self,
-        disks: Mapping[str, AnyPolicy | PolicyCall | dict[str, Any] | str]
-        | Iterable[str | tuple[str, AnyPolicy | PolicyCall | dict[str, Any] | str]],
+        disks: Mapping[str, AskedPolicy] | Iterable[str | tuple[str, AskedPolicy]],
         *,
-        freeze: Literal["agent", "pause"] | None = None,
         agent: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[CommitGroupOptions],
     ) -> GroupOutcome:
         """Commit several disks at one instant: all of them or none.
 
@@ -51,7 +45,7 @@ class Session(VM):
         named = disks.items() if isinstance(disks, Mapping) else disks
         members = [(self, *each) if isinstance(each, tuple) else (self, each) for each in named]
         agents = {} if agent is None else {self: agent}
-        return await GroupCommit(members, freeze=freeze, agents=agents, **options).run()
+        return await GroupCommit(members, agents=agents, **options).run()
 
     def snapshot(
         self,

@@ -24,11 +24,11 @@ from qmpcommit.cli.options import (
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
-    from qmpcommit.commit.objections import Stale
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.commit.request import Stale
     from qmpcommit.commit.stale_layers import OnPivot, Stall
     from qmpcommit.session import Session
 
@@ -36,6 +36,7 @@ HOOK_TIMEOUT = 60.0
 STALL_PAUSE = 2.0
 """Seconds."""
 
+_DECISIONS = ("pivot", "keep_overlay", "abort", "hold", "check", "recycle", "policy")
 _FOREVER = "forever"
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
 
@@ -163,27 +164,17 @@ def commit(
     freeze: Any,
     agents: tuple[str, ...],
     only_if: str | None,
-    base: str | None,
-    top: str | None,
-    shallow: bool,
-    bandwidth: str | None,
-    delete: bool,
     rename: bool,
     on_pivot: str | None,
-    on_error: Any,
     converge: str | None,
     no_bitmaps: bool,
-    keep_relative: bool,
-    filter_node_name: str | None,
-    backing_mask_protocol: bool,
-    override: tuple[str, ...],
     dry_run: bool,
     offline: bool,
     as_json: bool,
     quiet: bool,
     verbose: int,
     timeout: str | None,
-    **decisions: Any,
+    **given: Any,
 ) -> Answer:
     """Commit a disk's overlay into its backing file while the guest runs.
 
@@ -207,42 +198,34 @@ def commit(
     options = Options.of(as_json, quiet, verbose, timeout)
     if not offline and (pairs := disk_pairs([qmp, disk, *more], options.daemon is not None)):
         (qmp, disk), more, others = pairs[0], (), (*pairs[1:], *others)
-    if shallow and base is not None:
+    if given["shallow"] and given["base"] is not None:
         raise click.UsageError("Give --shallow or --base, not both")
     if offline and disk is not None:
         raise click.UsageError("With --offline give the IMAGE alone, without a DISK")
     if disk is None and not offline:
         raise click.UsageError("Missing argument 'DISK'")
-    if delete and rename:
+    if given["delete"] and rename:
         raise click.UsageError("Give --delete or --rename, not both")
-    if bandwidth is not None:
+    if given["bandwidth"] is not None:
         from qmpcommit.units import parse_size
 
-        parse_size(bandwidth, "bandwidth")
+        parse_size(given["bandwidth"], "bandwidth")
     hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
     policy = _policy(
-        decisions,
-        needed=top is None or top.strip() == "0",
+        {name: given.pop(name) for name in _DECISIONS},
+        needed=given["top"] is None or given["top"].strip() == "0",
         overlay=asked_of_overlay(overlay_options, overlay_secret),
     )
-    stale: Stale = "delete" if delete else "rename" if rename else "leave"
-    _refuse_unheard(policy, stale, hook, override)
+    stale: Stale = "delete" if given.pop("delete") else "rename" if rename else "leave"
+    _refuse_unheard(policy, stale, hook, given["override"])
     request = {
+        **given,  # the others are asked as they were given
         "disk": "disk" if offline else disk,
         "policy": policy,
-        "base": base,
-        "top": top,
-        "shallow": shallow,
-        "bandwidth": bandwidth,
         "only_if": None if only_if is None else shell(only_if, "--only-if"),
         "stale": stale,
-        "on_error": on_error,
         "converge": None if converge is None else _converge(converge),
         "carry_bitmaps": not no_bitmaps,
-        "keep_relative": keep_relative,
-        "filter_node_name": filter_node_name,
-        "backing_mask_protocol": backing_mask_protocol,
-        "override": override,
         "on_pivot": None if hook is None else _persisting(hook),
         "on_stall": partial(_wait_for_room, quiet or as_json),
     }
@@ -268,6 +251,7 @@ def commit(
 
             remote_group.check(policy)
             request["on_pivot"] = hook
+            del request["on_stall"]
             return run(options, lambda running: remote_group.commit(running, named, request, limit))
         return run(options, lambda running: group.commit_group(running, named, request, limit))
     for option, value in (("hold-limit", hold_limit), ("freeze", freeze), ("agent", agents)):
@@ -395,8 +379,10 @@ async def _plan(running: Run, qmp: str, request: dict[str, Any], offline: bool) 
 
 def plan_request(request: Mapping[str, Any]) -> dict[str, Any]:
     """What of a commit's request a plan takes."""
-    beside = ("only_if", "converge", "override", "on_pivot", "on_stall")
-    return {name: value for name, value in request.items() if name not in beside}
+    from qmpcommit.commit.request import CommitOptions
+
+    names = {"disk", *CommitOptions.__annotations__}
+    return {name: value for name, value in request.items() if name in names}
 
 
 def refused(plan: Plan, request: Mapping[str, Any]) -> bool:

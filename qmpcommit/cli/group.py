@@ -37,20 +37,28 @@ CANCELLED = (
 DECIDED = "the disks had been decided already and were committed, all of them"
 """What an interrupted command says of its group, where it was in time and where it was too late."""
 
-_ALONE = {
-    "top": "--top",
-    "filter_node_name": "--filter-node-name",
-    "keep_relative": "--keep-relative",
-    "backing_mask_protocol": "--backing-mask-protocol",
-}
-
 
 def check_group(request: Mapping[str, Any], *, offline: bool) -> None:
     """What several disks can't have; raises `click.UsageError`."""
-    wrong = [option for name, option in _ALONE.items() if request[name]]
-    wrong += ["--offline"] if offline else []
-    if wrong:
-        raise click.UsageError(f"{wrong[0]} is for one disk, not for several")
+    alone = {**{name: request.get(name) for name in _alone()}, "offline": offline}
+    for name, asked in alone.items():
+        if asked:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} is for one disk, not for several")
+
+
+def of_all(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a request is asked of all disks alike."""
+    apart = {"disk", "policy", *_alone()}
+    return {name: value for name, value in request.items() if name not in apart}
+
+
+def _alone() -> list[str]:
+    """What is asked of one disk only."""
+    from qmpcommit.commit.request import CommitOptions, GroupOptions
+
+    shared = {"policy", *GroupOptions.__annotations__}
+    return [name for name in CommitOptions.__annotations__ if name not in shared]
 
 
 def policies_of(policy: AnyPolicy, named: Named) -> list[AnyPolicy]:
@@ -124,8 +132,8 @@ async def commit_group(
     from qmpcommit.group.members import GroupMember
     from qmpcommit.group.run import GroupCommit
 
-    apart = ("disk", "policy", "agents", *_ALONE)
-    options = {name: value for name, value in request.items() if name not in apart}
+    options = of_all(request)
+    agents = options.pop("agents")
     policy = request["policy"]
     own: list[AnyPolicy | None] = [None] * len(named)
     if policy.kind == "recycle":
@@ -143,7 +151,7 @@ async def commit_group(
             policy=None if policy.kind == "recycle" else policy,
             hold_limit=hold_limit,
             timeout=running.remaining,
-            agents={vms[qmp]: socket for qmp, socket in request["agents"].items()},
+            agents={vms[qmp]: socket for qmp, socket in agents.items()},
             **options,
         )
         asking = Asking(group, policy.timeout) if policy.kind == "hold" else None

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpcommit.cli.group import CANCELLED, DECIDED, Named, group_text, policies_of, status_of
+from qmpcommit.cli.group import (
+    CANCELLED,
+    DECIDED,
+    Named,
+    group_text,
+    of_all,
+    policies_of,
+    status_of,
+)
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.remote import connect
 from qmpcommit.cli.running import Run
@@ -22,11 +30,6 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.commit.policy import AnyPolicy
     from qmpcommit.group.outcome import GroupOutcome
-
-_ASKED = (
-    "base", "shallow", "bandwidth", "stale", "on_pivot", "on_error", "converge", "carry_bitmaps",
-    "override", "only_if", "freeze", "agents",
-)  # fmt: skip
 
 
 def check(policy: AnyPolicy) -> None:
@@ -80,8 +83,7 @@ class _Following:
                 ],
                 policy=None if policy.kind == "recycle" else policy,
                 hold_limit=hold_limit,
-                timeout=self._run.remaining,
-                **{name: request[name] for name in _ASKED},
+                **{**of_all(request), "timeout": self._run.remaining},
             )
         except asyncio.CancelledError as cancelled:
             why = "nothing is left of it"

@@ -11,7 +11,8 @@ from urllib.parse import quote
 from qmpcommit.client.job import HOLD
 from qmpcommit.client.problems import error_from
 from qmpcommit.client.taking_back import wanted
-from qmpcommit.client.vm import name_of, policy_body, request_body
+from qmpcommit.client.vm import RemoteGroupOptions, body_of, name_of
+from qmpcommit.commit.request import policy_body
 from qmpcommit.errors import (
     CommitFailed,
     CommitNotFound,
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.guest.quiesce import How
     from qmpcommit.wire.group import GroupView
-
-_OPTIONS = {
-    "base", "shallow", "bandwidth", "delete", "stale", "on_pivot", "on_error", "converge",
-    "carry_bitmaps", "override", "only_if", "timeout", "priority",
-}  # fmt: skip
 
 
 class RemoteGroup:
@@ -129,13 +125,13 @@ async def commit_group(
     freeze: How | None,
     agents: Mapping[Any, str | os.PathLike[str]] | None,
     idempotency_key: str | None,
-    options: dict[str, Any],
+    options: RemoteGroupOptions,
 ) -> RemoteGroup:
     """`Client.commit_group`, whose arguments these are."""
-    unknown = sorted(set(options) - _OPTIONS)
+    unknown = sorted(set(options) - set(RemoteGroupOptions.__annotations__))
     if unknown:
         raise TypeError(f"a group commit of the daemon takes no such option: {unknown[0]}")
-    body = request_body("", policy=policy, **options)
+    body = body_of("", policy=policy, **options)
     del body["disk"]
     if hold_limit is not None:
         body["hold_limit"] = parse_seconds(hold_limit, "hold limit")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 from urllib.parse import quote, urlencode
 
 from qmpcommit.client import DEFAULT_SOCKET
@@ -29,8 +29,8 @@ from qmpcommit.units import parse_seconds
 if TYPE_CHECKING:
     from qmpcommit.client.group import RemoteGroup
     from qmpcommit.client.job import RemoteJob
-    from qmpcommit.client.vm import RemoteVM
-    from qmpcommit.commit.policy import AnyPolicy
+    from qmpcommit.client.vm import RemoteGroupOptions, RemoteVM
+    from qmpcommit.commit.policy import AskedPolicy
     from qmpcommit.guest.quiesce import How
     from qmpcommit.window.records import GroupWindow
     from qmpcommit.wire.commit import CommitView, VMView
@@ -168,12 +168,12 @@ class Client:
         self,
         members: Iterable[tuple[RemoteVM | str, str] | tuple[RemoteVM | str, str, Any]],
         *,
-        policy: AnyPolicy | dict[str, Any] | str | None = None,
+        policy: AskedPolicy | None = None,
         hold_limit: float | None = None,
         freeze: How | None = None,
         agents: Mapping[Any, str | os.PathLike[str]] | None = None,
         idempotency_key: str | None = None,
-        **options: Any,
+        **options: Unpack[RemoteGroupOptions],
     ) -> RemoteGroup:
         """Have the daemon commit disks at one instant: all of them or none.
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
-from qmpcommit.block.chain import Disk, Layer, find_disk, layer_name
+from qmpcommit.block.chain import Disk, find_disk
 from qmpcommit.client.job import RemoteJob
 from qmpcommit.client.problems import sensible
 from qmpcommit.client.taking_back import wanted
-from qmpcommit.commit.plan import Plan, check_job_id
-from qmpcommit.commit.policy import AnyPolicy, PolicyCall, check_command, parse_policy
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import check_command, parse_policy
+from qmpcommit.commit.request import CommitOptions, GroupOptions, Request
 from qmpcommit.errors import (
     DaemonLost,
     InvalidRequest,
     JobNotFound,
     QmpCommitError,
 )
-from qmpcommit.units import parse_seconds, parse_size
+from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
@@ -30,6 +31,18 @@ if TYPE_CHECKING:
     from qmpcommit.window.records import Window
     from qmpcommit.wire.commit import VMView
     from qmpcommit.wire.cycle import RoundView
+
+
+class RemoteGroupOptions(GroupOptions, total=False):
+    """What the daemon takes for one disk and for several."""
+
+    on_pivot: Sequence[str] | None
+    converge: float | Converge | None
+    priority: int
+
+
+class RemoteOptions(RemoteGroupOptions, CommitOptions, total=False):
+    """What the daemon takes for one disk: all of it is a value."""
 
 
 class RemoteVM:
@@ -98,13 +111,11 @@ class RemoteVM:
             job_id=name,
         )
 
-    async def plan(
-        self, disk: str, *, policy: AnyPolicy | dict[str, Any] | str | None = None, **request: Any
-    ) -> Plan:
+    async def plan(self, disk: str, **options: Unpack[RemoteOptions]) -> Plan:
         """What a commit would send and what its checks find; as `Session.plan`, nothing is sent."""
         from qmpcommit.commit.checks import Finding
 
-        body = request_body(disk, policy=policy, **request)
+        body = body_of(disk, **options)
         found = self._parse(await self.client.ask("POST", f"{self.path}/plans", body))
         with sensible("plan"):
             plan = Plan.model_validate(found, extra="ignore")
@@ -118,26 +129,8 @@ class RemoteVM:
         self,
         disk: str,
         *,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-        base: Layer | None = None,
-        top: Layer | None = None,
-        shallow: bool = False,
-        bandwidth: int | str | None = None,
-        delete: bool = False,
-        stale: Literal["leave", "rename", "delete"] | None = None,
-        on_pivot: Sequence[str] | None = None,
-        on_error: Literal["report", "stop", "ignore", "enospc"] | None = None,
-        converge: float | Converge | None = None,
-        carry_bitmaps: bool = True,
-        keep_relative: bool = False,
-        filter_node_name: str | None = None,
-        backing_mask_protocol: bool = False,
-        override: Collection[str] = (),
-        only_if: Sequence[str] | None = None,
-        timeout: float | None = None,
-        job_id: str | None = None,
-        priority: int = 0,
         idempotency_key: str | None = None,
+        **options: Unpack[RemoteOptions],
     ) -> RemoteJob:
         """Have the daemon promise a commit; it is kept even if this client, or the daemon, dies.
 
@@ -151,14 +144,7 @@ class RemoteVM:
         `KeyReused`, `DaemonUnreachable`, `DaemonLost` or `DaemonError`. If this is cancelled,
         so is a commit that was promised meanwhile.
         """
-        body = request_body(
-            disk, policy=policy, base=base, top=top, shallow=shallow, bandwidth=bandwidth,
-            delete=delete, stale=stale, on_pivot=on_pivot, on_error=on_error, converge=converge,
-            carry_bitmaps=carry_bitmaps, keep_relative=keep_relative,
-            filter_node_name=filter_node_name, backing_mask_protocol=backing_mask_protocol,
-            override=override, only_if=only_if, timeout=timeout, job_id=job_id, priority=priority,
-        )  # fmt: skip
-        asking = self._promise(body, idempotency_key)
+        asking = self._promise(body_of(disk, **options), idempotency_key)
         job, _ = await wanted(asking, self._take_back, self._unanswered)
         return job
 
@@ -244,67 +230,28 @@ def name_of(vm: RemoteVM | str) -> str:
     return str(getattr(vm, "name", vm))
 
 
-def policy_body(policy: Any) -> dict[str, Any]:
-    """A policy as it travels; raises `InvalidRequest`."""
-    policy = parse_policy(policy)
-    if not isinstance(policy, AnyPolicy):
-        raise InvalidRequest(
-            "a policy of your own lives in this process and can't survive it: give a policy"
-            " that is a value, or Hold() and decide when the job is ready"
-        )
-    return policy.model_dump(mode="json")
-
-
-def request_body(
+def body_of(
     disk: str,
     *,
-    policy: Any,
-    bandwidth: int | str | None = None,
-    delete: bool = False,
-    stale: str | None = None,
-    on_pivot: Any = None,
-    converge: Any = None,
-    override: Collection[str] = (),
-    only_if: Sequence[str] | None = None,
-    timeout: float | None = None,
-    job_id: str | None = None,
-    **others: Any,
+    on_pivot: Sequence[str] | None = None,
+    converge: float | Converge | None = None,
+    priority: int = 0,
+    **options: Unpack[CommitOptions],
 ) -> dict[str, Any]:
     """The request's body; raises `InvalidRequest` as `Session.commit` does."""
-    if delete and stale not in (None, "delete"):
-        raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
-    if policy is not None:
-        policy = policy_body(policy)
+    body = Request(disk, **options).body()
     if on_pivot is not None:
-        on_pivot = list(check_command(on_pivot, "on_pivot, asked of the daemon,"))
-    asked = {
-        **{name: value for name, value in others.items() if value not in (None, False, 0)},
-        "disk": str(disk),
-        "policy": policy,
-        "bandwidth": None if bandwidth is None else parse_size(bandwidth, "bandwidth"),
-        "stale": "delete" if delete else stale,
-        "on_pivot": on_pivot,
-        "converge": _seconds_to_converge(converge),
-        "override": list(override) or None,
-        "only_if": None if only_if is None else list(check_command(only_if, "only_if")),
-        "timeout": None if timeout is None else parse_seconds(timeout, "timeout"),
-        "job_id": None if job_id is None else check_job_id(job_id),
-    }
-    for name in ("base", "top"):  # 0 is a layer
-        layer = others.get(name)
-        asked[name] = None if layer is None else layer_name(layer)
-    if others.get("carry_bitmaps") is False:
-        asked["carry_bitmaps"] = False
-    if isinstance(asked.get("filter_node_name"), os.PathLike):
-        asked["filter_node_name"] = os.fspath(asked["filter_node_name"])
-    return {name: value for name, value in asked.items() if value is not None}
+        body["on_pivot"] = list(check_command(on_pivot, "on_pivot, asked of the daemon,"))
+    if converge is not None:
+        body["converge"] = _seconds_to_converge(converge)
+    return {**body, "priority": priority} if priority else body
 
 
-def _seconds_to_converge(converge: Any) -> float | None:
-    if converge is None or not hasattr(converge, "deadline"):
-        return None if converge is None else parse_seconds(converge, "time to converge")
+def _seconds_to_converge(converge: Any) -> float:
     from qmpcommit.commit.pace import Converge
 
+    if not isinstance(converge, Converge):
+        return parse_seconds(converge, "time to converge")
     if converge != Converge(deadline=converge.deadline, pause=0.5):
         raise InvalidRequest(
             "the daemon converges in its own way, with a pause of at most half a second: give the"

@@ -6,13 +6,12 @@ Carried out in silence, such a request would do something else than was meant: a
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from qmpcommit.block.chain import Disk, Image
 from qmpcommit.commit.policy import Abort, AnyPolicy, Check, Keep, Pivot, PolicyCall
+from qmpcommit.commit.request import Stale
 from qmpcommit.errors import InvalidRequest
-
-Stale = Literal["leave", "rename", "delete"]
 
 
 def refuse_decision(
@@ -45,13 +44,6 @@ def refuse_converge(vm: str, disk: Disk, top: Image) -> None:
         vm=vm,
         disk=disk.name,
     )
-
-
-def what_of_stale(delete: bool, stale: Stale | None) -> Stale:
-    """What becomes of stale files; raises `InvalidRequest` where two things are asked for."""
-    if delete and stale not in (None, "delete"):
-        raise InvalidRequest(f"delete and stale={stale!r} exclude each other")
-    return stale or ("delete" if delete else "leave")
 
 
 def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None) -> None:

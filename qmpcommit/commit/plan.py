@@ -5,56 +5,23 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any
 
 from qmpcommit.block.chain import (
     BackingChain,
     Disk,
     Image,
-    Layer,
     read_disks,
     read_image,
 )
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.commit.objections import refuse_decision
 from qmpcommit.commit.policy import parse_policy
+from qmpcommit.commit.request import Request, Stale, check_job_id
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.units import parse_size
 from qmpcommit.values import Record, record
-
-_JOB_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-
-
-def check_stale(stale: object) -> None:
-    """Raise `InvalidRequest` for what can't be done to stale files."""
-    if stale not in ("leave", "rename", "delete"):
-        raise InvalidRequest(f"stale is 'leave', 'rename' or 'delete', not {stale!r}")
-
-
-@record
-class Request(Record):
-    """What a caller asks for; `plan_commit` checks it against the disk."""
-
-    disk: str
-    base: Layer | None = None
-    top: Layer | None = None
-    shallow: bool = False
-    bandwidth: int | str | None = None
-    job_id: str | None = None
-    stale: Literal["leave", "rename", "delete"] = "leave"
-    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
-    carry_bitmaps: bool = True
-    keep_relative: bool = False
-    filter_node_name: str | None = None
-    backing_mask_protocol: bool = False
-
-    def __post_init__(self) -> None:
-        check_stale(self.stale)
-        if self.on_error not in (None, "report", "stop", "ignore", "enospc"):
-            raise InvalidRequest(
-                f"on_error is 'report', 'stop', 'ignore' or 'enospc', not {self.on_error!r}"
-            )
 
 
 @record
@@ -75,7 +42,7 @@ class Plan(Record):
     policy: Any
     arguments: dict[str, Any] = field(default_factory=dict)
     between: tuple[Image, ...] = ()
-    stale: Literal["leave", "rename", "delete"] = "leave"
+    stale: Stale = "leave"
     findings: list[Any] = field(default_factory=list)
     keep_relative: bool = False
     carry_bitmaps: bool = True
@@ -91,16 +58,13 @@ class Plan(Record):
         return [image.filename for image in (self.top, *self.between)]
 
 
-def plan_commit(
-    vm: str, disk: Disk, request: Request, policy: object, cwd: str | None = None
-) -> Plan:
+def plan_commit(vm: str, disk: Disk, request: Request, cwd: str | None = None) -> Plan:
     """Check a request against a disk, before anything is sent.
 
     Raises `PolicyRequired`, `ChainError`, `JobConflict` or `InvalidRequest`.
     """
     bandwidth = parse_size(request.bandwidth or 0, "bandwidth")
-    if policy is not None:
-        policy = parse_policy(policy)
+    policy = request.policy
     try:
         top, base = _layers(disk, request, cwd)
         if top == 0:
@@ -138,7 +102,7 @@ def plan_commit(
         policy=policy,
         arguments=arguments,
         between=chain[top + 1 : base],
-        stale=request.stale,
+        stale=request.leaves,
         keep_relative=request.keep_relative,
         carry_bitmaps=request.carry_bitmaps,
     )
@@ -192,15 +156,6 @@ def new_job_id(disk: str) -> str:
     """A job id of ours, telling the disk and differing each time."""
     name = re.sub(r"[^A-Za-z0-9._-]", "", disk)[-32:] or "disk"
     return f"{JOB_PREFIX}{name}-{os.urandom(4).hex()}"
-
-
-def check_job_id(job_id: str) -> str:
-    """A caller's job id, as QEMU takes them: a letter, then letters, digits and ``-._``."""
-    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id) or len(job_id) > 255:
-        raise InvalidRequest(
-            f"'{job_id}' is no job id: a letter, then letters, digits, '-', '.' and '_'"
-        )
-    return job_id
 
 
 def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:

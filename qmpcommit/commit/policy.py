@@ -139,6 +139,9 @@ AnyPolicy: TypeAlias = Pivot | Keep | Abort | Recycle | Hold | Check
 PolicyCall: TypeAlias = "Callable[[Ready], Awaitable[AnyPolicy]]"
 """An embedder's own policy: asked once, at READY."""
 
+AskedPolicy: TypeAlias = "AnyPolicy | PolicyCall | dict[str, Any] | str"
+"""A policy as callers may give it; `parse_policy` makes one of it."""
+
 KINDS: Mapping[str, type[AnyPolicy]] = {
     "pivot": Pivot,
     "keep": Keep,

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 from qmpcommit.block.bitmaps import Carrying, bitmaps_of
 from qmpcommit.block.chain import Image
@@ -67,6 +67,15 @@ Barrier: TypeAlias = Callable[[], Awaitable[str | None]]
 async def nobody_met() -> str | None:
     """The barrier of a group's member that was taken up without its group."""
     return "it is one of a group, and the others of it were not taken up with it"
+
+
+class Hooks(TypedDict, total=False):
+    """What the caller of a commit has beside it: what only lives in its process."""
+
+    on_pivot: OnPivot | None
+    on_stall: OnStall | None
+    converge: Converge | None
+    ledger: Ledger | None
 
 
 class Around(NamedTuple):

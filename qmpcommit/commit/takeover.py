@@ -12,7 +12,7 @@ from qmpcommit.commit.driver import Adopted
 from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import refuse_idle
-from qmpcommit.commit.plan import Plan, adopted_plan, check_stale
+from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.preconditions import check_commands, told
 from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.errors import JobConflict, JobNotFound
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from qmpcommit.block.bitmaps import Carrying
     from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.driver import Resumed
-    from qmpcommit.commit.objections import Stale
     from qmpcommit.commit.policy import AnyPolicy, PolicyCall
+    from qmpcommit.commit.request import Stale
     from qmpcommit.commit.stale_layers import OnPivot
     from qmpcommit.commit.vm import VM
 
@@ -43,7 +43,6 @@ class Asked(NamedTuple):
 
     def check(self) -> None:
         """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
-        check_stale(self.stale)
         refuse_idle(self.policy, stale=self.stale, on_pivot=self.on_pivot)
         Around(on_pivot=self.on_pivot).check()
 

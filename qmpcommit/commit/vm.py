@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
-from qmpcommit.block.chain import Disk, Layer, absolute, find_disk, read_disks
+from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
 from qmpcommit.block.identity import FileId, all_told_where, identify
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.migration import look_at_owner
-from qmpcommit.commit.objections import refuse_converge, refuse_idle, what_of_stale
+from qmpcommit.commit.objections import refuse_converge, refuse_idle
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import Plan, Request, plan_commit
+from qmpcommit.commit.plan import Plan, plan_commit
 from qmpcommit.commit.policy import (
-    AnyPolicy,
+    AskedPolicy,
     Hold,
-    PolicyCall,
-    check_command,
     parse_policy,
 )
 from qmpcommit.commit.preconditions import (
@@ -35,7 +33,8 @@ from qmpcommit.commit.preconditions import (
     check_overlays,
     told,
 )
-from qmpcommit.commit.stale_layers import Around, Barrier, OnPivot, OnStall
+from qmpcommit.commit.request import CommitOptions, Request, Stale, what_of_stale
+from qmpcommit.commit.stale_layers import Around, Barrier, Hooks, OnPivot, OnStall
 from qmpcommit.errors import (
     CommitFailed,
     JobConflict,
@@ -52,6 +51,10 @@ if TYPE_CHECKING:
     from qmpcommit.commit.driver import Resumed
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
+
+
+class SessionOptions(CommitOptions, Hooks, total=False):
+    """What `VM.commit` takes."""
 
 
 class VM(Monitor):
@@ -186,18 +189,16 @@ class VM(Monitor):
         self,
         disk: str,
         *,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
         check: bool = True,
-        **request: Any,
+        **options: Unpack[CommitOptions],
     ) -> Plan:
         """Check a commit without sending anything; arguments and errors are those of `commit`.
 
         Without `check`, the files are not looked at.
         """
-        asked = Request(disk=str(disk), **request)
-        policy = None if policy is None else parse_policy(policy)
-        refuse_idle(policy, stale=asked.stale)
-        plan, graph = await self._plan(asked, policy)
+        request = Request(disk, **options)
+        refuse_idle(request.policy, stale=request.leaves)
+        plan, graph = await self._plan(request)
         if not check:
             return plan
         return replace(plan, findings=await self._check(plan, graph))
@@ -232,11 +233,9 @@ class VM(Monitor):
     async def _plan(
         self,
         request: Request,
-        policy: Any,
         seen: tuple[str | None, BlockGraph] | None = None,
         *,
         claim: Claim | None = None,
-        override: Collection[str] = (),
     ) -> tuple[Plan, BlockGraph]:
         status, graph = seen or await self.look()
         with self.sensible("the queries of its block graph"):
@@ -245,8 +244,8 @@ class VM(Monitor):
         if graph.claims:
             from qmpcommit.commit.claim import check_free
 
-            check_free(self, graph, disk, claim=claim, override=override)
-        plan = plan_commit(self.name, disk, request, policy, self.cwd)
+            check_free(self, graph, disk, claim=claim, override=request.override)
+        plan = plan_commit(self.name, disk, request, self.cwd)
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
         await check_overlays(self, plan, graph)
         return await self._named(plan, graph), graph
@@ -269,27 +268,12 @@ class VM(Monitor):
         self,
         disk: str,
         *,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-        base: Layer | None = None,
-        top: Layer | None = None,
-        shallow: bool = False,
-        bandwidth: int | str | None = None,
-        delete: bool = False,
-        stale: Literal["leave", "rename", "delete"] | None = None,
         on_pivot: OnPivot | None = None,
-        on_error: Literal["report", "stop", "ignore", "enospc"] | None = None,
         on_stall: OnStall | None = None,
         converge: Converge | None = None,
-        carry_bitmaps: bool = True,
-        keep_relative: bool = False,
-        filter_node_name: str | None = None,
-        backing_mask_protocol: bool = False,
-        override: Collection[str] = (),
-        only_if: Sequence[str] | None = None,
-        timeout: float | None = None,
-        job_id: str | None = None,
         ledger: Ledger | None = None,
         claim: Claim | None = None,
+        **options: Unpack[CommitOptions],
     ) -> CommitJob:
         """Start a commit (``block-commit``) and return its job once QEMU has taken it.
 
@@ -324,47 +308,27 @@ class VM(Monitor):
 
         clock = asyncio.get_running_loop().time
         begun = clock()
-        if timeout is not None:
-            timeout = parse_seconds(timeout, "timeout")
-        if only_if is not None:
-            only_if = check_command(only_if, "only_if")
-        request = Request(
-            disk=str(disk),
-            base=base,
-            top=top,
-            shallow=shallow,
-            bandwidth=bandwidth,
-            job_id=job_id,
-            stale=what_of_stale(delete, stale),
-            on_error=on_error,
-            carry_bitmaps=carry_bitmaps,
-            keep_relative=keep_relative,
-            filter_node_name=filter_node_name,
-            backing_mask_protocol=backing_mask_protocol,
-        )
-        policy = None if policy is None else parse_policy(policy)
-        refuse_idle(policy, stale=request.stale, on_pivot=on_pivot)
-        check_override(override)
+        request = Request(disk, **options)
+        refuse_idle(request.policy, stale=request.leaves, on_pivot=on_pivot)
+        check_override(request.override)
         around = Around(on_pivot=on_pivot, on_stall=on_stall, converge=converge, ledger=ledger)
-        job = await self.prepare(request, policy, around, override=override, claim=claim)
-        await take_for(self, job, override=override)
+        job = await self.prepare(request, around, claim=claim)
+        await take_for(self, job, override=request.override)
         try:
-            if only_if is not None:
-                await ask_whether(only_if, job.plan)
-            if timeout is not None:
-                job.timeout, job.spent = timeout, clock() - begun
+            if request.only_if is not None:
+                await ask_whether(request.only_if, job.plan)
+            if request.timeout is not None:
+                job.timeout, job.spent = request.timeout, clock() - begun
         except BaseException:
             await let_go(job)
             raise
-        return await self.launch(job, override=override)
+        return await self.launch(job, override=request.override)
 
     async def prepare(
         self,
         request: Request,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None,
         around: Around,
         *,
-        override: Collection[str] = (),
         held: bool = False,
         seen: tuple[str | None, BlockGraph] | None = None,
         claim: Claim | None = None,
@@ -377,7 +341,7 @@ class VM(Monitor):
         """
         around.check()
         try:
-            plan, graph = await self._plan(request, policy, seen, claim=claim, override=override)
+            plan, graph = await self._plan(request, seen, claim=claim)
         except JobConflict as conflict:
             from qmpcommit.commit.pending import name_pending
 
@@ -388,17 +352,17 @@ class VM(Monitor):
             await check_job_id(self, plan)
         await check_free(self, plan, self.cwd)
         findings = await self._check(plan, graph, probe_locks=False)
-        self._refuse(plan, findings, override)
+        self._refuse(plan, findings, request.override)
         plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)
         check_commands(plan, around.on_pivot)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
         if not plan.two_phase:
             from qmpcommit.commit.overlays_above import check_writable
 
-            await check_writable(self, plan, graph, self.cwd, override)
+            await check_writable(self, plan, graph, self.cwd, request.override)
         around = around._replace(
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
-            files=await asyncio.to_thread(self.files_of, plan) if request.stale != "leave" else {},
+            files=await asyncio.to_thread(self.files_of, plan) if plan.stale != "leave" else {},
             cwd=self.cwd,
             gate=self.gate,
         )
@@ -443,10 +407,10 @@ class VM(Monitor):
         self,
         job_id: str,
         *,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str = Hold(),  # noqa: B008  (frozen)
+        policy: AskedPolicy = Hold(),  # noqa: B008  (frozen)
         pending: Literal["finalize", "cancel"] = "finalize",
         delete: bool = False,
-        stale: Literal["leave", "rename", "delete"] | None = None,
+        stale: Stale | None = None,
         on_pivot: OnPivot | None = None,
         carry_bitmaps: bool = True,
         timeout: float | None = None,
@@ -544,9 +508,7 @@ class VM(Monitor):
 async def commit(
     address: str | os.PathLike[str],
     disk: str,
-    *,
-    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
-    **options: Any,
+    **options: Unpack[SessionOptions],
 ) -> CommitOutcome:
     """Commit one disk from start to end: connect, commit, decide, confirm, disconnect.
 
@@ -554,5 +516,5 @@ async def commit(
     cancelled, the job is cancelled first.
     """
     async with VM.connect(address) as vm:
-        job = await vm.commit(disk, policy=policy, **options)
+        job = await vm.commit(disk, **options)
         return await job.wait()

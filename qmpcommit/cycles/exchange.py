@@ -29,8 +29,9 @@ from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.options import OverlayOptions
-from qmpcommit.commit.plan import Plan, Request
+from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Abort, Pivot
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around, close_layers, remove_file, users
 from qmpcommit.errors import (
     ChainError,
@@ -215,14 +216,14 @@ class Exchange:
             return
         if self._below(graph) != self.plan.top.node_name:
             await self._reopen(graph, self.plan.top)
-        request = Request(self._fresh.node, shallow=True, stale="delete", job_id=job_id)
         override = ["on-disk-backing"]  # the empty one names the base already
+        request = Request(
+            self._fresh.node, Pivot(), shallow=True, delete=True, override=override, job_id=job_id
+        )
         # Also during a migration: its destination knows the disk as it will be then.
         around = Around(in_migration=True)
         seen = None, await self.vm.graph()
-        job = await self.vm.prepare(
-            request, Pivot(), around, override=override, seen=seen, claim=self.claim
-        )
+        job = await self.vm.prepare(request, around, seen=seen, claim=self.claim)
         job = await self.vm.launch(job, override=override)
         await job.wait()
 

@@ -21,7 +21,7 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
-from qmpcommit.daemon.keeping import Keeper, asked_of, seconds_left
+from qmpcommit.daemon.keeping import Keeper, seconds_left
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
@@ -393,7 +393,7 @@ class Engine:
     async def plan(self, vm: VM, request: CommitRequest, *, check: bool = False) -> Plan:
         """What a request comes to, without sending anything; raises what `Session.plan` raises."""
         async with self.registry.use(vm, wait=1.0) as session:
-            return await session.plan(check=check, **asked_of(request))
+            return await session.plan(check=check, **vars(request.asked))
 
     async def commit(self, commit_id: str) -> Promise:
         """The commit of that id, ended ones included; raises `CommitNotFound`."""

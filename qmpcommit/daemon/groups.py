@@ -19,6 +19,7 @@ from typing import Any
 
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import Hold
+from qmpcommit.commit.request import DiskOptions
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.engine import Engine, key_row
@@ -26,7 +27,7 @@ from qmpcommit.daemon.group_ends import is_clean, is_unsure
 from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_settling import Settling
-from qmpcommit.daemon.keeping import asked_of, storage_of
+from qmpcommit.daemon.keeping import storage_of
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
@@ -477,13 +478,12 @@ class Groups:
         running = group.state == "running"
         members = []
         for promise in group.members:
-            options = asked_of(promise.request)
-            for name in ("disk", "policy", "job_id"):
-                del options[name]
+            asked = vars(promise.request.asked)
+            options = {name: asked[name] for name in DiskOptions.__annotations__}
             if running:
                 promise.rate = rate(promise)
                 options["bandwidth"] = promise.rate or None
-            options |= {"override": promise.request.override, **self._keeper.around(promise)}
+            options |= self._keeper.around(promise)
             policy = None if request.policy is not None else promise.decided_policy()
             members.append(GroupMember(sessions[promise.vm], promise.disk, policy, options))
         agents = request.sockets(sessions)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.pace import Converge
 from qmpcommit.commit.phases import Verdict
-from qmpcommit.commit.plan import Plan, Request
+from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
 from qmpcommit.commit.stale_layers import Around, OnPivot, Stall
@@ -134,15 +135,11 @@ class Keeper:
         promise.storage = await asyncio.to_thread(storage_of, plan, session.cwd)
 
     async def _prepare(self, promise: Promise, session: Session) -> Prepared:
-        request = promise.request
-        asked = asked_of(request)
-        policy = asked.pop("policy")
-        around = Around(**self.around(promise))
+        asked = promise.request.asked
+        policy = None if asked.policy is None else promise.decided_policy()
         job = await session.prepare(
-            Request(**{**asked, "job_id": promise.job_id or None}),
-            promise.decided_policy() if policy is not None else None,
-            around,
-            override=request.override,
+            replace(asked, policy=policy, job_id=promise.job_id or None),
+            Around(**self.around(promise)),
             claim=self.claim_of(promise),
         )
         return Prepared(job, session, time.monotonic())
@@ -301,16 +298,6 @@ def error_dict(error: QmpCommitError) -> dict[str, Any]:
     """An error as the journal and the API have it."""
     described: dict[str, Any] = json.loads(json.dumps(error.to_dict(), default=str))
     return described
-
-
-def asked_of(request: CommitRequest) -> dict[str, Any]:
-    """What `Session.plan` takes of a request."""
-    names = (
-        "disk", "policy", "base", "top", "shallow", "bandwidth", "job_id", "on_error",
-        "carry_bitmaps", "keep_relative", "filter_node_name", "backing_mask_protocol",
-    )  # fmt: skip
-    asked = {name: getattr(request, name) for name in names}
-    return {**asked, "stale": request.stale or ("delete" if request.delete else "leave")}
 
 
 def _converge(request: CommitRequest) -> Converge | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pending import group_job_id
-from qmpcommit.commit.plan import Request
-from qmpcommit.commit.policy import AnyPolicy, PolicyCall, Recycle, parse_policy
-from qmpcommit.commit.stale_layers import Around
+from qmpcommit.commit.policy import AnyPolicy, AskedPolicy, PolicyCall, Recycle, parse_policy
+from qmpcommit.commit.request import GroupOptions, Request
+from qmpcommit.commit.stale_layers import Around, Hooks
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
 """What a group is told that has one `Recycle` for several disks."""
 
-_AROUND = ("on_pivot", "on_stall", "converge", "ledger")
+
+class GroupCommitOptions(GroupOptions, Hooks, total=False):
+    """What `GroupCommit` takes for all members."""
 
 
 class GroupMember(NamedTuple):
@@ -30,7 +32,7 @@ class GroupMember(NamedTuple):
 
     vm: VM
     disk: str
-    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None
+    policy: AskedPolicy | None = None
     options: Mapping[str, Any] = {}
 
 
@@ -59,6 +61,14 @@ def policy_of(member: GroupMember, policy: AnyPolicy | PolicyCall | None) -> Any
         raise
 
 
+def requested(disk: str, **options: Any) -> Request:
+    """What is asked for a disk; raises `InvalidRequest` for what is nothing."""
+    try:
+        return Request(disk, **options)
+    except TypeError as error:
+        raise InvalidRequest(f"a group commit takes no such option: {error}") from None
+
+
 def override_of(member: GroupMember, options: Mapping[str, Any]) -> Any:
     """The checks whose refusal does not count for it; `options` are those of all members."""
     return member.options.get("override", options.get("override", ()))
@@ -83,24 +93,14 @@ async def prepare_members(
     for number, member in enumerate(members):
         job_id = group_job_id(member.disk, group, number + 1, len(members))
         own = {**options, **member.options}
-        around = {name: own.pop(name) for name in _AROUND if name in own}
-        override, claim = own.pop("override", ()), own.pop("claim", None)
-        delete = own.pop("delete", False)
-        if delete:
-            own["stale"] = "delete"
-        try:
-            request = Request(disk=member.disk, job_id=job_id, **own)
-        except TypeError as error:
-            raise InvalidRequest(f"a group commit takes no such option: {error}") from None
+        claim = own.pop("claim", None)
+        around = {name: own.pop(name) for name in Around._fields if name in own}
+        request = requested(member.disk, policy=policies[number], job_id=job_id, **own)
+        if request.only_if is not None or request.timeout is not None:
+            raise InvalidRequest("only_if and timeout are a group's, not one disk's")
         around["barrier"] = partial(meet, number)
         job = await member.vm.prepare(
-            request,
-            policies[number],
-            Around(**around),
-            override=override,
-            held=True,
-            seen=seen[member.vm],
-            claim=claim,
+            request, Around(**around), held=True, seen=seen[member.vm], claim=claim
         )
         if not job.plan.two_phase:
             raise InvalidRequest(

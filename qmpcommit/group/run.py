@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, Unpack, assert_never
 
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import let_go, take_for
@@ -23,29 +23,30 @@ from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import may_pivot, refuse_idle
 from qmpcommit.commit.policy import (
     Abort,
-    AnyPolicy,
+    AskedPolicy,
     Decision,
     Keep,
     Pivot,
-    PolicyCall,
     Recycle,
     Settled,
-    check_command,
     parse_policy,
 )
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import said_of
+from qmpcommit.commit.request import what_of_stale
 from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
 from qmpcommit.group import machine
 from qmpcommit.group.freezes import Freezes
 from qmpcommit.group.machine import GroupAction, GroupFact, Stage
 from qmpcommit.group.members import (
     ONE_OVERLAY,
+    GroupCommitOptions,
     GroupMember,
     member_of,
     override_of,
     policy_of,
     prepare_members,
+    requested,
 )
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.group.pauses import Pauses
@@ -63,6 +64,16 @@ HOLD_LIMIT = 2.0
 
 OnDecision = Callable[[Sequence[str]], Awaitable[object]]
 """Awaited, with the jobs' ids, after all disks are held and before the first is finalized."""
+
+
+class CommitGroupOptions(GroupCommitOptions, total=False):
+    """What `commit_group` hands on to `GroupCommit`."""
+
+    policy: AskedPolicy | None
+    hold_limit: float
+    freeze: How | None
+    on_decision: OnDecision | None
+    known_as: str | None
 
 
 class GroupCommit:
@@ -91,25 +102,25 @@ class GroupCommit:
         self,
         members: Iterable[GroupMember | tuple[Any, ...]],
         *,
-        policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None = None,
+        policy: AskedPolicy | None = None,
         hold_limit: float = HOLD_LIMIT,
-        timeout: float | None = None,
-        only_if: Sequence[str] | None = None,
         freeze: How | None = None,
         agents: Sockets[Any] | None = None,
         freeze_notes: Mapping[VM, Notes] | None = None,
         on_decision: OnDecision | None = None,
         known_as: str | None = None,
-        **options: Any,
+        **options: Unpack[GroupCommitOptions],
     ) -> None:
         self.members = [member_of(member) for member in members]
         self.id = known_as or os.urandom(4).hex()
         self.jobs: tuple[CommitJob, ...] = ()
         self._policy = None if policy is None else parse_policy(policy)
         self._policies = [policy_of(member, self._policy) for member in self.members]
-        self._options = options
-        self._only_if = None if only_if is None else check_command(only_if, "only_if")
-        self._timeout = None if timeout is None else parse_seconds(timeout, "timeout")
+        once = requested(
+            "", only_if=options.pop("only_if", None), timeout=options.pop("timeout", None)
+        )
+        self._only_if, self._timeout = once.only_if, once.timeout
+        self._options: dict[str, Any] = {**options}
         self._on_decision = on_decision
         hold_limit = parse_seconds(hold_limit, "hold limit")
         self.state = machine.begin(
@@ -158,7 +169,7 @@ class GroupCommit:
             (self._options, policies),
             *((m.options, [policy]) for m, policy in zip(self.members, policies, strict=True)),
         ):
-            stale: Any = "delete" if asked.get("delete") else asked.get("stale") or "leave"
+            stale = what_of_stale(bool(asked.get("delete")), asked.get("stale"))
             reached = next(filter(may_pivot, concerned), concerned[0])
             refuse_idle(reached, stale=stale, on_pivot=asked.get("on_pivot"))
             check_override(asked.get("override") or ())
@@ -561,7 +572,7 @@ async def commit_group(
     members: Iterable[GroupMember | tuple[Any, ...]] | Mapping[tuple[Any, str], Any],
     *,
     agents: Sockets[Any] | None = None,
-    **options: Any,
+    **options: Unpack[CommitGroupOptions],
 ) -> GroupOutcome:
     """Commit disks of several VMs at one instant: all of them or none.
 

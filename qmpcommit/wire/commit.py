@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.plan import check_job_id
 from qmpcommit.commit.policy import Policy
+from qmpcommit.commit.request import OnError, Request, Stale, check_job_id
 from qmpcommit.units import parse_size
 from qmpcommit.wire.values import Connect, QMPAddress, Seconds, VMName
 
@@ -130,7 +131,25 @@ class JobView(BaseModel):
     commit: str | None = None
 
 
-class CommitRequest(_Model):
+class Asked(_Model):
+    """What is asked of one disk and of several at one instant."""
+
+    base: Layer | None = None
+    shallow: bool = False
+    bandwidth: Rate = None
+    delete: bool = False
+    stale: Stale | None = None
+    on_pivot: Command | None = None
+    on_error: OnError | None = None
+    converge: Seconds | None = None
+    carry_bitmaps: bool = True
+    override: list[Name] = Field(default=[], max_length=64)
+    only_if: Command | None = None
+    timeout: Seconds | None = None
+    priority: int = Field(default=0, ge=-1000, le=1000)
+
+
+class CommitRequest(Asked):
     """A commit of one disk, as the library's `Session.commit` takes it.
 
     `priority` puts it before others in the queue (higher first); `timeout` is in seconds from
@@ -143,23 +162,10 @@ class CommitRequest(_Model):
 
     disk: Name
     policy: Policy | None = None
-    base: Layer | None = None
     top: Layer | None = None
-    shallow: bool = False
-    bandwidth: Rate = None
-    delete: bool = False
-    stale: Literal["leave", "rename", "delete"] | None = None
-    on_pivot: Command | None = None
-    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
-    converge: Seconds | None = None
-    carry_bitmaps: bool = True
     keep_relative: bool = False
     filter_node_name: Name | None = None
     backing_mask_protocol: bool = False
-    override: list[Name] = Field(default=[], max_length=64)
-    only_if: Command | None = None
-    timeout: Seconds | None = None
-    priority: int = Field(default=0, ge=-1000, le=1000)
     job_id: Annotated[str, AfterValidator(check_job_id)] | None = None
 
     @model_validator(mode="after")
@@ -169,6 +175,11 @@ class CommitRequest(_Model):
         if self.shallow and self.base is not None:
             raise ValueError("give shallow or a base, not both")
         return self
+
+    @property
+    def asked(self) -> Request:
+        """The same, as the library takes it."""
+        return Request(**{each.name: getattr(self, each.name) for each in fields(Request)})
 
     @property
     def runs_commands(self) -> bool:

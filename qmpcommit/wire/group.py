@@ -11,7 +11,7 @@ from qmpcommit.commit.policy import Policy, Recycle
 from qmpcommit.group.members import ONE_OVERLAY
 from qmpcommit.group.outcome import GroupOutcome
 from qmpcommit.group.run import HOLD_LIMIT
-from qmpcommit.wire.commit import Command, CommitRequest, CommitState, Layer, Name, Rate
+from qmpcommit.wire.commit import Asked, CommitRequest, CommitState, Name
 from qmpcommit.wire.values import Quiescing, Seconds, VMName
 
 GROUP_EXAMPLE: dict[str, Any] = {
@@ -58,7 +58,7 @@ class GroupMemberRequest(_Model):
     policy: Policy | None = None
 
 
-class GroupRequest(Quiescing):
+class GroupRequest(Asked, Quiescing):
     """Disks of one VM or of several, committed at one instant: all of them or none.
 
     `hold_limit` is for how many seconds at most their I/O may be held, `timeout` for how many
@@ -77,19 +77,6 @@ class GroupRequest(Quiescing):
     members: list[GroupMemberRequest] = Field(min_length=1, max_length=256)
     policy: Policy | None = None
     hold_limit: Seconds = HOLD_LIMIT
-    timeout: Seconds | None = None
-    base: Layer | None = None
-    shallow: bool = False
-    bandwidth: Rate = None
-    delete: bool = False
-    stale: Literal["leave", "rename", "delete"] | None = None
-    on_pivot: Command | None = None
-    on_error: Literal["report", "stop", "ignore", "enospc"] | None = None
-    converge: Seconds | None = None
-    carry_bitmaps: bool = True
-    override: list[Name] = Field(default=[], max_length=64)
-    only_if: Command | None = None
-    priority: int = Field(default=0, ge=-1000, le=1000)
 
     @model_validator(mode="after")
     def _check(self) -> GroupRequest:
@@ -105,10 +92,7 @@ class GroupRequest(Quiescing):
 
     def requests(self, group: str) -> list[CommitRequest]:
         """The members' commits, in the group of that id; raises ValueError."""
-        shared = (
-            "base", "shallow", "bandwidth", "delete", "stale", "on_pivot", "on_error", "converge",
-            "carry_bitmaps", "override", "only_if", "priority",
-        )  # fmt: skip
+        shared = Asked.model_fields.keys() - {"timeout"}  # which is the group's
         options = {name: getattr(self, name) for name in shared}
         many = len(self.members)
         return [

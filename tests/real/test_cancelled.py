@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from tests.ground.cancelling import STEPS, ends_before, settle, small, sockets
 from tests.ground.images import MIB, Picture, assert_disk
@@ -201,7 +201,7 @@ async def test_a_commit_that_is_given_up_before_its_first_step(folder: Path) -> 
     async with storage_daemon(folder, chain) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             for wait in (qc.CommitJob.wait, qc.CommitJob.ready, qc.CommitJob.started):
-                job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+                job = await vm.prepare(Request("top", qc.Pivot()), Around())
                 waiting = asyncio.create_task(wait(job))
                 job.start(lambda: None)
                 await job.detach()

@@ -20,7 +20,8 @@ import qmpcommit as qc
 from qmpcommit.block import files
 from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.commit.checks import Finding, check_commit, refuse
-from qmpcommit.commit.plan import Request, plan_commit
+from qmpcommit.commit.plan import plan_commit
+from qmpcommit.commit.request import Request
 from tests.ground.images import MIB, Chain, Picture, Write, create, make_chain, run, write
 from tests.ground.loop_device import loop_device
 from tests.ground.machines import machine, storage_daemon
@@ -32,7 +33,7 @@ async def look(vm: qc.Session, disk: str = "vda", **request: Any) -> dict[str, l
     graph = await vm.graph()
     found = find_disk(read_disks(graph), disk, vm=vm.name)
     policy = None if request.get("top") else qc.Keep()
-    plan = plan_commit(vm.name, found, Request(disk=disk, **request), policy)
+    plan = plan_commit(vm.name, found, Request(disk, policy, **request))
     findings = await asyncio.to_thread(check_commit, graph, plan, pid=vm.peer_pid, cwd=vm.cwd)
     sorted_: dict[str, list[Finding]] = {}
     for finding in findings:

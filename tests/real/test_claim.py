@@ -23,7 +23,7 @@ from qmpcommit.commit.claim import (
     take,
     take_if_free,
 )
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import storage_daemon
@@ -82,8 +82,8 @@ async def test_whoever_comes_second_is_told_of_the_first(folder: Path) -> None:
 
 async def test_two_at_once_are_one_and_a_conflict(folder: Path) -> None:
     async with two(folder) as (vm, other, chain):
-        request = Request(disk="export0")
-        jobs = [await s.prepare(request, qc.Hold(), Around()) for s in (vm, other)]
+        request = Request("export0", qc.Hold())
+        jobs = [await s.prepare(request, Around()) for s in (vm, other)]
         launched = (s.launch(job) for s, job in zip((vm, other), jobs, strict=True))
         ends = await asyncio.gather(*launched, return_exceptions=True)
         (job,) = [end for end in ends if isinstance(end, qc.CommitJob)]

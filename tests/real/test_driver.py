@@ -14,7 +14,7 @@ import qmpcommit as qc
 from qmpcommit.commit import driver as driver_module
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.phases import State
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine, storage_daemon
@@ -126,7 +126,7 @@ async def test_what_is_sent_first_brings_the_monitor_back(folder: Path) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
         async with qc.Session.connect(between.path) as vm:
-            job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+            job = await vm.prepare(Request("top", qc.Pivot()), Around())
             await between.refuse()
             await lost(vm)
             await between.open()

@@ -22,7 +22,6 @@ from tests.real.test_window_group import LIMIT, Two, two
 
 DECIDING = ("job-complete", "block-job-cancel")
 STEPS = ("stop", "job-finalize", "blockdev-snapshot", "cont", *DECIDING)
-KEEP_ALL = {"policy": qc.Keep()}
 
 
 def steps_of(here: Two) -> list[tuple[int, str]]:
@@ -471,7 +470,7 @@ async def test_a_guest_that_can_not_be_thawed_is_named_and_stays_marked(
         second.instead.clear()
         second.frozen = 2  # what such an agent has not done
         monkeypatch.setattr(freeze_marks, "GRACE", 0.0)
-        again = await qc.commit_group(here.disks, **KEEP_ALL, freeze="agent", agents=agents)
+        again = await qc.commit_group(here.disks, policy=qc.Keep(), freeze="agent", agents=agents)
         assert (again.warnings, second.frozen) == ([], 0)
         await none_pivoted(here)
 

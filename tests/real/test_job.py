@@ -13,7 +13,7 @@ from qmpcommit.commit import converge as converge_module
 from qmpcommit.commit import job as job_module
 from qmpcommit.commit.converge import ConvergeReport
 from qmpcommit.commit.phases import Phase
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around, Barrier
 from tests.ground.images import MIB, Write, assert_disk, make_chain, write
 from tests.ground.machines import machine, storage_daemon
@@ -37,7 +37,7 @@ class Door:
 
 async def held_by(vm: qc.Session, door: Barrier, policy: Any) -> qc.CommitJob:
     """A commit of a group's kind, whose disk is held when it is decided."""
-    return await vm.launch(await vm.prepare(Request(disk="top"), policy, Around(barrier=door)))
+    return await vm.launch(await vm.prepare(Request("top", policy), Around(barrier=door)))
 
 
 async def until_decided(job: qc.CommitJob) -> None:
@@ -152,7 +152,7 @@ async def test_one_that_was_never_sent_has_nothing_to_end(folder: Path) -> None:
         storage_daemon(folder, make_chain(folder)) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        job = await vm.prepare(Request(disk="top"), qc.Pivot(), Around())
+        job = await vm.prepare(Request("top", qc.Pivot()), Around())
         job.timeout = 5.0
         assert job.timeout == 5.0
         await job.abandon()

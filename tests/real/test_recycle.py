@@ -15,8 +15,9 @@ import qmpcommit as qc
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.phases import State
-from qmpcommit.commit.plan import Plan, Request
+from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import Left, interrupted_recycles
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from qmpcommit.names import WINDOW_MARK
 from tests.ground.images import MIB, Chain, Picture, assert_disk, make_chain, run
@@ -511,7 +512,7 @@ async def test_an_overlay_is_as_large_as_the_disk_is_when_it_is_made(folder: Pat
     larger = Picture(128 * MIB, bytes(chain.pictures[-1].data) + bytes(64 * MIB))
     async with machine(folder, chain) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            job = await vm.prepare(Request("vda"), qc.Recycle(str(fresh)), Around())
+            job = await vm.prepare(Request("vda", qc.Recycle(str(fresh))), Around())
             await qemu.execute("block_resize", node_name="top", size=larger.size)  # by somebody
             outcome = await (await vm.launch(job)).wait()
             assert outcome.action == "recycle"

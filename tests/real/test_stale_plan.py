@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
@@ -60,7 +60,7 @@ async def test_a_plan_that_is_stale_is_not_sent(folder: Path, kind: str) -> None
     asked = dict(KINDS[kind])
     policy = asked.pop("policy")
     async with two_owners(folder) as (qemu, vm, other, chain):
-        job = await vm.prepare(Request("export0", **asked), policy, Around())
+        job = await vm.prepare(Request("export0", policy, **asked), Around())
         await pivot(other, "top")
         picture = chain.pictures[-1].copy()
         async with await Nbd.connect(qemu.nbd, "top") as guest:
@@ -135,7 +135,7 @@ async def test_a_stale_job_that_is_adopted_is_cancelled(folder: Path) -> None:
 
 async def test_what_else_may_have_changed_since_the_plan(folder: Path) -> None:
     async with two_owners(folder) as (qemu, vm, other, chain):
-        jobs = [await vm.prepare(Request("export0"), qc.Pivot(), Around()) for _ in range(3)]
+        jobs = [await vm.prepare(Request("export0", qc.Pivot()), Around()) for _ in range(3)]
         mine = {"job-id": "other", "device": "top", "base-node": "mid", "top-node": "top"}
         with other.events("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as heard:
             await other.execute("block-commit", mine)

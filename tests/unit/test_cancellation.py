@@ -12,7 +12,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.plan import Request
+from qmpcommit.commit.request import Request
 from qmpcommit.commit.stale_layers import Around
 from tests.ground.cancelling import STEPS, ends_before, listeners, settle, small, sockets
 from tests.ground.images import make_chain
@@ -58,7 +58,7 @@ ASKING: dict[str, Call] = {
     "query_qmp_schema": lambda vm, _: vm.query_qmp_schema(),
     "query_version": lambda vm, _: vm.query_version(),
     "close_windows": lambda vm, _: vm.close_windows(),
-    "prepare": lambda vm, _: vm.prepare(Request(disk="export0"), qc.Keep(), Around()),
+    "prepare": lambda vm, _: vm.prepare(Request("export0", qc.Keep()), Around()),
     "resolve_pending": lambda vm, _: qc.resolve_pending(vm),
 }
 
@@ -131,7 +131,7 @@ async def _group(qemu: Machine) -> None:
 
 async def _in_steps(qemu: Machine) -> None:
     async with qc.Session.connect(qemu.qmp) as vm:
-        job = await vm.prepare(Request(disk="export0"), qc.Keep(), Around())
+        job = await vm.prepare(Request("export0", qc.Keep()), Around())
         await vm.launch(job)
         await job.started()
         await job.settled()

@@ -18,7 +18,7 @@ from qmpcommit.block.chain import (
     read_disks,
 )
 from qmpcommit.block.graph import BlockGraph, build_graph
-from qmpcommit.client.vm import request_body
+from qmpcommit.commit.request import Request
 
 Raw = dict[str, Any]
 
@@ -328,9 +328,9 @@ def test_layers_by_index_node_name_and_file() -> None:
 
 def test_layers_as_a_daemon_is_asked_for_them() -> None:
     base = read_disks(graph())[0].chain[1]
-    body = request_body("vda", policy=qc.Pivot(), base=base, top=Path("/i/top.qcow2"))
+    body = Request("vda", qc.Pivot(), base=base, top=Path("/i/top.qcow2")).body()
     assert (body["base"], body["top"]) == ("base", "/i/top.qcow2")
-    assert request_body("vda", policy=qc.Pivot(), top=0)["top"] == 0
+    assert Request("vda", qc.Pivot(), top=0).body()["top"] == 0
 
 
 def test_a_node_that_is_called_like_a_number() -> None:

@@ -16,7 +16,8 @@ from qmpcommit.block.chain import find_disk, read_disks
 from qmpcommit.block.command_line import parse_command_line
 from qmpcommit.block.graph import BlockGraph, build_graph
 from qmpcommit.commit.checks import NAMES, Finding, check_commit, growth, read_only, refuse
-from qmpcommit.commit.plan import Plan, Request, plan_commit
+from qmpcommit.commit.plan import Plan, plan_commit
+from qmpcommit.commit.request import Request
 from tests.ground.images import MIB
 from tests.unit.test_chain import edges
 
@@ -67,7 +68,7 @@ def made(
     )  # fmt: skip
     disk = find_disk(read_disks(graph), "vda", vm="v")
     policy = None if "top" in request else qc.Keep()
-    return graph, plan_commit("v", disk, Request(disk="vda", **request), policy)
+    return graph, plan_commit("v", disk, Request("vda", policy, **request))
 
 
 def found(name: str, graph: BlockGraph, plan: Plan, **options: Any) -> list[Finding]:
@@ -237,7 +238,7 @@ def test_a_filter_inside_the_chain_is_no_other_user() -> None:
                    "cor base file", "base base-file file")  # fmt: skip
     graph = build_graph(chain, [], [], joined)
     disk = find_disk(read_disks(graph), "top", vm="v")
-    plan = plan_commit("v", disk, Request(disk="top"), qc.Keep())
+    plan = plan_commit("v", disk, Request("top", qc.Keep()))
     assert level("base-shared", graph, plan) == "ok"
 
 
@@ -254,8 +255,8 @@ def test_a_filter_over_the_base_is_kept_or_its_loss_is_refused(
     graph = build_graph(raw, graph.devices, [], joined)
     disk = find_disk(read_disks(graph), "vda", vm="v")
     base = "thr" if driver == "throttle" else "base"
-    request = Request(disk="vda", base=base, top=top)
-    plan = plan_commit("v", disk, request, qc.Keep() if top == 0 else None)
+    policy = qc.Keep() if top == 0 else None
+    plan = plan_commit("v", disk, Request("vda", policy, base=base, top=top))
     assert plan.base.node_name == "base"
     assert level("lost-filter", graph, plan) == expected
     told = found("lost-filter", graph, plan)[0].message

@@ -18,7 +18,8 @@ from qmpcommit.block.identity import FileId, OpenFiles, file_id
 from qmpcommit.commit.checks.finding import Case, Finding
 from qmpcommit.commit.checks.header_above import header_above
 from qmpcommit.commit.overlays_above import OverlaysAbove, check_writable
-from qmpcommit.commit.plan import Plan, Request, plan_commit
+from qmpcommit.commit.plan import Plan, plan_commit
+from qmpcommit.commit.request import Request
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.features import Features
 from qmpcommit.qmp.monitor import Monitor
@@ -42,7 +43,7 @@ def made(*nodes: Raw, joined: tuple[str, ...] = CHAIN) -> tuple[BlockGraph, Plan
         edges(*joined),
     )
     disk = find_disk(read_disks(graph), "vda", vm="v")
-    return graph, plan_commit("v", disk, Request(disk="vda", top="mid"), None)
+    return graph, plan_commit("v", disk, Request("vda", top="mid"))
 
 
 def read_only(name: str = "top", at: Path | None = None, **more: Any) -> tuple[Raw, Raw]:

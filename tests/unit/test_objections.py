@@ -8,7 +8,8 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.objections import refuse_idle
-from qmpcommit.commit.plan import Request, plan_commit
+from qmpcommit.commit.plan import plan_commit
+from qmpcommit.commit.request import Request
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.wire.commit import CommitRequest
@@ -42,13 +43,13 @@ def test_no_decision_is_asked_for_an_intermediate_layer(policy: str) -> None:
     asked = {**NO_PIVOT, **PIVOTS}[policy]
     for top in (1, "low"):
         if policy == "pivot":
-            assert not plan_commit("web1", DISK, Request("vda", top=top), asked).two_phase
+            assert not plan_commit("web1", DISK, Request("vda", asked, top=top)).two_phase
             continue
         with pytest.raises(InvalidRequest, match=r"one phase.*Nothing was sent") as refused:
-            plan_commit("web1", DISK, Request("vda", top=top, stale="delete"), asked)
+            plan_commit("web1", DISK, Request("vda", asked, top=top, stale="delete"))
         assert (refused.value.vm, refused.value.disk) == ("web1", "vda")
         assert getattr(asked, "kind", "a policy of your own") in refused.value.message
-    assert plan_commit("web1", DISK, Request("vda", top=0), asked).two_phase
+    assert plan_commit("web1", DISK, Request("vda", asked, top=0)).two_phase
 
 
 @pytest.mark.parametrize("options", [{"stale": "delete"}, {"stale": "rename"}, {"on_pivot": 1}])

@@ -7,7 +7,8 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.graph import BlockGraph, build_graph
-from qmpcommit.commit.plan import Request, adopted_plan, check_job_id, new_job_id, plan_commit
+from qmpcommit.commit.plan import adopted_plan, new_job_id, plan_commit
+from qmpcommit.commit.request import Request, check_job_id
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.names import JOB_PREFIX
 
@@ -16,7 +17,7 @@ DISK = qc.Disk(name="vda", chain=LAYERS, root="thr")
 
 
 def plan(policy: object = None, disk: qc.Disk = DISK, **request: Any) -> qc.Plan:
-    return plan_commit("web1", disk, Request("vda", **request), policy)
+    return plan_commit("web1", disk, Request("vda", policy, **request))
 
 
 def test_the_default_is_the_whole_chain_into_its_bottom() -> None:
