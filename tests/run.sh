@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# All tests, with everything that they need: QEMU, Python packages, a virtual environment.
+# The tests, with everything that they need: QEMU, Python packages, a virtual environment.
 #
-#   ./tests/run.sh [PYTEST ARGUMENT ...]
+#   ./tests/run.sh                                        static checks, all that needs no QEMU, and a
+#                                                         sample of every other kind (tests/sample.py)
+#                                                         on the machine's QEMU: ten minutes at most
+#                                                         on two cores; says what it left out
+#   ./tests/run.sh PYTEST ARGUMENT ...                    those tests
 #   ./tests/run.sh --full                                 all that CI leaves out too: every step to
 #                                                         break at, every QEMU and Python whole;
 #                                                         two hours and more
@@ -212,6 +216,12 @@ need_guest
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy" --strict qmpcommit tests examples
+if [ -z "$at_once" ] && [ ${#flags[@]} -eq 0 ] && [ $# -eq 0 ]; then
+    export QMPCOMMIT_TEST_STRIDE=${QMPCOMMIT_TEST_STRIDE:-1000}
+    say "A sample of the tests is run: ./tests/run.sh --full runs all of them, for some hours, and"
+    say "./tests/run.sh tests/real (or any other of pytest's arguments) those that you name."
+    exec "$VENV/bin/python" -m tests.crew 2 -- -p tests.sample
+fi
 if [ -n "$at_once" ]; then
     exec "$VENV/bin/python" -m tests.crew "$at_once" "${flags[@]}" -- "$@"
 fi
