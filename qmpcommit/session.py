@@ -13,11 +13,11 @@ from qmpcommit.commit.vm import VM
 from qmpcommit.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from qmpcommit.callback import Notes
     from qmpcommit.cycles.flatten import Flattening
     from qmpcommit.cycles.run import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.run import CommitGroupOptions
-    from qmpcommit.guest.quiesce import Notes
     from qmpcommit.window.records import OpenWindow, Window
 
 
@@ -230,8 +230,8 @@ class Session(VM):
         """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
 
         `keep_if` says which: a command, which learns VM, disk, base and top from ``QMPCOMMIT_*``
-        variables and has `timeout` seconds (exit status 0 keeps, 1 to 125 discard), or an async
-        callable that is given a `Ready`. What deserves it is carried into the base by a `Recycle`,
+        variables (exit status 0 keeps, 1 to 125 discard), or an async callable that is given a
+        `Ready`; it has `timeout` seconds. What deserves it is carried into the base by a `Recycle`,
         what does not is discarded as by `discard`; either way an empty overlay begins. `options`
         are `timeout`, those of `discard`, and `freeze` with its `agent`: what is kept is then
         taken while the guest stands still, its file systems frozen through the guest agent's

@@ -249,6 +249,8 @@ async def _run(
             click.echo(f"qmpcommit: the command is not told the file of {disk}: {why}", err=True)
     found = {disk: name for disk, name in files.items() if not lost.get(disk)}
     command = filled(command, files)
+    early: list[int] = []  # the command gets them when it is there
+    running.on_signal, running.on_deadline = early.append, lambda: early.append(0)
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -269,6 +271,8 @@ async def _run(
                 os.killpg(process.pid, number)
 
     running.on_signal, running.on_deadline = end, end
+    for times in early:
+        end(times)
     status = await process.wait()
     return status if status >= 0 else 128 - status
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmpcommit.block.graph import read_graph
 from qmpcommit.block.throttle import RESTORE_TRIES, Throttle, obstacle
+from qmpcommit.callback import Noting
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.pace import Controller, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase
@@ -76,7 +77,7 @@ async def converge(
     *,
     until: Literal["ready", "over"] = "ready",
     note: Callable[[ConvergeReport], object] | None = None,
-    ledger: Ledger | None = None,
+    ledger: Ledger | Noting | None = None,
 ) -> ConvergeReport:
     """Slow the guest's writes as far as it takes until the job is READY, or over.
 
@@ -106,10 +107,10 @@ class _Watch:
         *,
         until: str,
         note: Callable[[ConvergeReport], object] | None,
-        ledger: Ledger | None,
+        ledger: Ledger | Noting | None,
     ) -> None:
         self._job, self._monitor, self._config, self._until = job, monitor, config, until
-        self._note, self._ledger = note, ledger
+        self._note = note
         self._clock = asyncio.get_running_loop().time
         self._begun = self._clock()
         self._controller = self._new_controller()
@@ -125,6 +126,7 @@ class _Watch:
         self._first: Sample | None = None
         self.report = ConvergeReport(verdict=Pace.CONVERGING.value, seconds=0.0)
         self._log = monitor.log.bind(disk=job.plan.disk.name, job=job.id)
+        self._ledger = Noting.of(ledger, self._log)
 
     def _new_controller(self) -> Controller:
         speed = int(self._job.plan.arguments.get("speed") or 0)
@@ -328,12 +330,17 @@ class _Watch:
         self._called()
 
     def _called(self) -> None:
-        if self._note is not None:
+        if self._note is None:
+            return
+        try:
             self._note(self.report)
+        except BaseException as error:  # the guest is not held for whoever is only told
+            self._log.warning("converge_not_told", error=repr(error))
 
     async def _write_down(self, step: str, **facts: Any) -> None:
         if self._ledger is not None:
-            await self._ledger.note(step, **facts)
+            over = step in ("cont", "unthrottle")
+            await self._ledger.note(step, held=True, anyway=over, **facts)
 
     def _remark(self, remark: str) -> None:
         if remark not in self.report.remark:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, assert_never
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import read_graph
+from qmpcommit.callback import Failed, Noting, ask
 from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
 from qmpcommit.commit.in_pending import Care
@@ -26,7 +27,14 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
 from qmpcommit.commit.recycle import Left
 from qmpcommit.commit.stale_layers import Around, OnStall, Stall, clear_away
-from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.errors import (
+    CommandRefused,
+    CommitFailed,
+    DeadlineExceeded,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+)
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import stop, to_the_end
 
@@ -112,12 +120,13 @@ class Driver:
         self.error: BaseException | None = None
         self.log = monitor.log.bind(disk=plan.disk.name, job=plan.job_id)
         self.recycle: Recycle | None = None
+        self._ledger = Noting.of(around.ledger, self.log)
+        around = around._replace(ledger=self._ledger)
         self._monitor, self._around, self._moved = monitor, around, moved
         self._care = Care(monitor, plan, around, adopted=adopted is not None)
         self._check = PlanCheck(monitor, plan, in_migration=around.in_migration)
         prepares = around.prepares(plan)
         self._hearing = Hearing(plan.job_id, self._hear)
-        self._ledger = around.ledger
         self._frozen_before = self._stopped_before = self._inside = self._finalized = False
         self._left: Left | None = None
         self._follow: Callable[..., phases.Step] | None = None
@@ -148,6 +157,7 @@ class Driver:
         self._stalling: asyncio.Task[None] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._policy_error: BaseException | None = None
+        self._cause: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
         self._used_by: UsedBy = ""
@@ -173,10 +183,36 @@ class Driver:
                 laid = self.state.verdict in _LAYS
                 self._care.restore(self.recycle, stopped=stopped, laid=laid)
 
-    async def note(self, step: str, **more: Any) -> None:
-        """A step is written down before it is taken, where somebody wants that."""
+    async def note(self, step: str, *, anyway: bool = False, **more: Any) -> None:
+        """A step is written down before it is taken, where somebody wants that.
+
+        Raises `CommitFailed` where it can't be, and is not taken `anyway`.
+        """
+        if self._ledger is None:
+            return
+        state = self.state
+        held = state.status == "pending" or state.frozen
+        times = dict(self._hearing.times)
+        try:
+            await self._ledger.note(step, state, held=held, anyway=anyway, times=times, **more)
+        except CommitFailed as error:
+            self._cause = error.__cause__
+            raise
+
+    async def note_around(self, step: str) -> None:
+        """The same of what is done around it; a guest that goes on does not wait for it."""
         if self._ledger is not None:
-            await self._ledger.note(step, self.state, times=dict(self._hearing.times), **more)
+            await self._ledger.note(step, held=step == "cont", anyway=step == "cont")
+
+    @property
+    def ledger(self) -> Noting | None:
+        """Its ledger, as it is called."""
+        return self._ledger
+
+    def hurry(self) -> None:
+        """The deadline has come, or who wanted the commit goes away: no note takes long now."""
+        if self._ledger is not None:
+            self._ledger.hurry()
 
     def tell(self, fact: Fact) -> None:
         """A fact, from whoever knows one."""
@@ -308,10 +344,10 @@ class Driver:
                 assert self.recycle is not None
                 await self._freeze(self.recycle)
             case facts.Duty.OVERLAY:
-                await self.note("overlay")
+                await self.note("overlay", anyway=True)
                 await self._try(self._care.lay())
             case facts.Duty.THAW:
-                await self.note("thaw")
+                await self.note("thaw", anyway=True)
                 await self._try(self._care.thaw())
             case facts.Duty.FINISH:
                 pass
@@ -324,7 +360,11 @@ class Driver:
         if obstacle is not None:  # once noted it would be ours, for the next process to unlink
             self.tell(facts.Frozen(obstacle))
             return
-        await self.note("freeze", overlay=recycle.overlay, recycle=recycle)
+        try:
+            await self.note("freeze", overlay=recycle.overlay, recycle=recycle)
+        except CommitFailed as error:
+            self.tell(facts.Frozen(error.message))
+            return
         freezing = self._care.freeze(recycle, again=again, stopped=self._stopped_before)
         await self._try(freezing, facts.Frozen("the monitor was lost meanwhile"))
 
@@ -355,10 +395,8 @@ class Driver:
                 return
             if command is Command.PIVOT and self.adopted is not None and self._auto_finalize:
                 await self._care.carry_unheld()
-            if command is Command.START:
-                await self.note(command.value, plan=self.plan, files=self._around.files)
-            else:
-                await self.note(command.value)
+            if not await self._is_noted(command):
+                return
             await self._monitor.execute(command.value, arguments)
         except CommandRefused as error:
             final = error.error_class in _FOREVER_REFUSED
@@ -375,6 +413,25 @@ class Driver:
             self._finalized = self._finalized or command is Command.FINALIZE
             self.tell(facts.Accepted(command))
             self.log.info("accepted", command=command.value)
+
+    async def _is_noted(self, command: Command) -> bool:
+        """Have a command written down; one that can't be is not sent, and the job cancelled.
+
+        Of a group, whose decision is written down elsewhere, none is cancelled alone.
+        """
+        anyway = command in (Command.ABORT, Command.DISMISS)
+        anyway = anyway or (command is Command.FINALIZE and self.state.meets)
+        more: dict[str, Any] = {}
+        if command is Command.START:
+            more = {"plan": self.plan, "files": self._around.files}
+        try:
+            await self.note(command.value, anyway=anyway, **more)
+        except CommitFailed as error:
+            if command is Command.START:
+                raise report.not_noted(self.plan, error) from error.__cause__
+            self.tell(facts.Unnoted(command, error.message))
+            return False
+        return True
 
     async def _try(self, asking: Awaitable[Fact], lost: Fact | None = None) -> None:
         """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another.
@@ -502,7 +559,8 @@ class Driver:
         if consulting.cancelled():
             self._policy_error = asyncio.CancelledError("the policy was cancelled")
         else:
-            self._policy_error = consulting.exception()
+            error = consulting.exception()
+            self._policy_error = error.cause if isinstance(error, Failed) else error
         if self._policy_error is not None:
             self.log.warning("policy_failed", error=repr(self._policy_error))
             self.tell(facts.Decided(Choice.ABORT, "failed policy"))
@@ -524,9 +582,9 @@ class Driver:
 
     async def _relieve(self, on_stall: OnStall, stall: Stall) -> None:
         try:
-            await on_stall(stall)
-        except Exception as error:  # the owner's own; the job must not hang for it
-            self._policy_error = error
+            await ask(on_stall, stall)
+        except Failed as failed:  # the job must not wait on for it
+            self._policy_error = failed.cause
             self.tell(facts.Decided(Choice.ABORT, "failed policy"))
         else:
             self.tell(facts.News.RELIEVED)
@@ -543,7 +601,13 @@ class Driver:
         error: BaseException | None = self._check.objection
         if state.verdict is not phases.Verdict.CHANGED or error is None:
             error = report.error_of(
-                plan, state, self.timeout, self._lost, self._policy_error, left=left
+                plan,
+                state,
+                self.timeout,
+                self._lost,
+                self._policy_error,
+                left=left,
+                cause=self._cause or self._care.cause,
             )
         if error is not None:
             self.error = error
@@ -552,8 +616,12 @@ class Driver:
         outcome = self.outcome or await self._outcome()
         self.outcome = outcome  # it is true, whatever becomes of the files
         if outcome.invalidated and self._clears(outcome):
-            await self.note("clear-away", outcome=outcome)
             keep_files = self._care.unflushed is not None
+            try:
+                await self.note("clear-away", outcome=outcome)
+            except CommitFailed as failed:
+                keep_files = True  # whoever goes on from what is noted looks for them
+                outcome.warnings.append(f"{failed.message}, so no file was deleted or renamed")
             self.outcome = await clear_away(
                 self._monitor,
                 plan,
@@ -563,6 +631,8 @@ class Driver:
                 again=state.taken_up or self.adopted is not None,
             )
         found = report.found_before(plan)
+        if self._ledger is not None:
+            found = [*self._ledger.problems, *found]
         self.outcome = replace(self.outcome, warnings=[*self.outcome.warnings, *found])
         self.log.info("ended", action=outcome.action, by=outcome.decided_by)
 

@@ -122,6 +122,13 @@ class Refused(NamedTuple):
     final: bool = False
 
 
+class Unnoted(NamedTuple):
+    """A command was not sent, for it could not be written down; `error` says why."""
+
+    command: Command
+    error: str
+
+
 class Unanswered(NamedTuple):
     """The connection was lost, or time was up, before a command's reply."""
 
@@ -190,6 +197,7 @@ Fact = (
     | Answered
     | Accepted
     | Refused
+    | Unnoted
     | Unanswered
     | Decided
     | GraphRead

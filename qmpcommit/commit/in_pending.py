@@ -15,6 +15,7 @@ from contextlib import suppress
 from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import Image, absolute
 from qmpcommit.block.flush import flush, sync_file
+from qmpcommit.callback import Failed, ask
 from qmpcommit.commit import facts
 from qmpcommit.commit.facts import Fact
 from qmpcommit.commit.migration import look_at_owner
@@ -43,9 +44,11 @@ class Care:
     `paused` is for how many seconds a recycle paused the guest; `unflushed` is why the base of an
     intermediate layer could not be flushed. `carried` are the bitmaps that the base has by now,
     `uncarried` is why it has not got them: a commit that was `adopted` goes on all the same.
+    `cause` is what a barrier or a ledger failed with.
     """
 
     unflushed: str | None = None
+    cause: BaseException | None = None
     carried: tuple[str, ...] = ()
     uncarried: str = ""
     _unheld = False
@@ -87,9 +90,10 @@ class Care:
         if barrier is None or prepared.error is not None:
             return prepared
         try:
-            return facts.Prepared(await barrier())
-        except Exception as error:  # the owner's own; the disk must not be held for it
-            return facts.Prepared(f"the barrier failed: {error!r}")
+            return facts.Prepared(await ask(barrier))
+        except Failed as failed:  # the disk must not be held for it
+            self.cause = failed.cause
+            return facts.Prepared(f"the barrier failed: {failed}")
 
     async def close_above(self) -> None:
         """The job has ended: the overlays above are read-only again."""
@@ -194,6 +198,7 @@ class Care:
         except VMStateError as error:
             return facts.Frozen(error.message.removesuffix(". Nothing was sent"))
         except (CommandRefused, CommitFailed) as error:
+            self.cause = error.__cause__
             return facts.Frozen(getattr(error, "desc", error.message))
         return facts.Frozen()
 

@@ -175,8 +175,7 @@ class CommitJob:
 
         Where the job is goes without saying: what is written of that stays as it is.
         """
-        if self._around.ledger is not None:
-            await self._around.ledger.note(step)
+        await self._driver.note_around(step)
 
     async def settled(self) -> None:
         """Wait until QEMU has done its part; stale files may not have been cleared away yet."""
@@ -287,6 +286,7 @@ class CommitJob:
         if self.state.decision is None or self.state.decision is Choice.ABORT:
             self.log.warning("session_ends_with_job_running", doing="cancelling the job")
             self._driver.tell(facts.Decided(Choice.ABORT, "session end"))
+            self._driver.hurry()
         await asyncio.wait({self._task}, timeout=GRACE)
         await self.detach()
 
@@ -312,7 +312,7 @@ class CommitJob:
                     self._monitor,
                     self._around.converge,
                     until="over",
-                    ledger=self._around.ledger,
+                    ledger=driver.ledger,
                 )
                 self._converging = asyncio.create_task(watching, name=f"converge {self.id}")
             await driver.drive()
@@ -393,6 +393,7 @@ class CommitJob:
     def _time_is_up(self) -> None:
         self.log.warning("deadline", seconds=self._driver.timeout)
         self._driver.tell(facts.Decided(Choice.ABORT, "deadline"))
+        self._driver.hurry()
         self._call_later(GRACE, self._hard_stop)
 
     def _call_later(self, seconds: float, call: Callable[[], None]) -> None:

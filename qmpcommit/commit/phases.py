@@ -54,6 +54,7 @@ from qmpcommit.commit.facts import (
     Refused,
     StatusChanged,
     Unanswered,
+    Unnoted,
     Use,
     Where,
 )
@@ -319,6 +320,8 @@ def step(state: State, fact: Fact) -> Step:
             return _accepted(state, command)
         case Refused(command, error, final):
             return _refused(state, command, error, final)
+        case Unnoted(command, error):
+            return _unnoted(state, command, error)
         case Decided(choice, by):
             return _decided(state, choice, by)
         case GraphRead(where):
@@ -539,6 +542,15 @@ def _refused(state: State, command: Command, error: str, final: bool) -> Step:
     if final:
         return _give_up(state._replace(tries=0), error)
     return state._replace(refusal=error), [Duty.ASK]
+
+
+def _unnoted(state: State, command: Command, error: str) -> Step:
+    """What was to come can't be written down, so that the job is cancelled instead."""
+    if not state.running or state.decision is Choice.ABORT:
+        return state, []
+    if state.decision is not None and command is ORDERS[state.decision]:
+        state = state._replace(tries=state.tries - 1, in_flight=False)
+    return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
 
 
 def _undismissed(state: State, error: str) -> Step:

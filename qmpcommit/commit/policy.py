@@ -8,7 +8,6 @@ decided. A test of whether the changes deserve to be committed at all runs befor
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Image
+from qmpcommit.callback import ask
 from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, PolicyRequired
 from qmpcommit.tasks import kill
@@ -288,7 +288,7 @@ def immediate(policy: AnyPolicy | PolicyCall) -> Settled | None:
 
 
 async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
-    """Come to a decision; raises whatever an embedder's policy raises."""
+    """Come to a decision; raises `Failed` where an embedder's policy does not answer."""
     if isinstance(policy, Hold):
         if policy.timeout is None:
             await asyncio.get_running_loop().create_future()  # until somebody decides for us
@@ -305,9 +305,7 @@ async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
         )
     if isinstance(policy, AnyPolicy):
         return Settled(policy, "policy")
-    answer: object = policy(ready)
-    if inspect.isawaitable(answer):
-        answer = await answer
+    answer = await ask(policy, ready)
     if not isinstance(answer, AnyPolicy):
         raise InvalidRequest(
             f"the policy answered {answer!r}; it must answer Pivot(), Keep(), Abort(), Hold() or"

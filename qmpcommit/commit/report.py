@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qmpcommit.block.chain import Image
+from qmpcommit.callback import said_of
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.outcome import Action, CommitOutcome, Timings
 from qmpcommit.commit.phases import PIVOTS, State, Verdict
@@ -114,8 +115,12 @@ def error_of(
     policy_error: BaseException | None,
     *,
     left: Left | None = None,
+    cause: BaseException | None = None,
 ) -> QmpCommitError | None:
     """The error of a commit that did not; None where there is an outcome.
+
+    `policy_error` is what a policy or an ``on_stall`` ended with, `cause` what a ledger or a
+    barrier has, for which it was cancelled.
 
     `left` is what may be left of a recycle's fresh overlay whose QEMU has ended.
     """
@@ -144,6 +149,8 @@ def error_of(
         error = CommitFailed(
             f"{_subject(plan)} failed: {state.error}. {_still_active(plan)}", error=state.error
         )
+        if cause is not None and state.verdict is Verdict.CANCELLED:
+            error.__cause__ = cause
     if error is not None:
         error.add(vm=plan.vm, disk=plan.disk.name, job_id=plan.job_id)
     return error
@@ -288,9 +295,14 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
     return True if ours and not state.doubt else None
 
 
-def said_of(error: BaseException) -> str:
-    """An error of somebody else's code, in words: ours have a message for people."""
-    return error.message if isinstance(error, QmpCommitError) else repr(error)
+def not_noted(plan: Plan, failed: CommitFailed) -> CommitFailed:
+    """The error of a commit whose ledger failed before anything was sent."""
+    error = CommitFailed(
+        f"{_subject(plan)} was not begun: {failed.message}. Nothing was sent",
+        **{**failed.facts, "vm": plan.vm, "disk": plan.disk.name, "job_id": plan.job_id},
+    )
+    error.__cause__ = failed.__cause__
+    return error
 
 
 def ended_before(outcome: CommitOutcome) -> str:

@@ -22,6 +22,7 @@ from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import F_OFD_GETLK, FileId, OpenFiles, unnamed
 from qmpcommit.block.qcow2 import snapshot_count
+from qmpcommit.callback import Failed, ask
 from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
@@ -207,9 +208,9 @@ async def _persisted(
     on_pivot: OnPivot, outcome: CommitOutcome, warnings: list[str]
 ) -> Literal["done", "failed"]:
     try:
-        await on_pivot(outcome)
-    except Exception as error:
-        warnings.append(f"on_pivot failed ({error!r}), so no file was deleted")
+        await ask(on_pivot, outcome)
+    except Failed as failed:
+        warnings.append(f"on_pivot failed ({failed.cause!r}), so no file was deleted")
         return "failed"
     return "done"
 

@@ -295,7 +295,9 @@ class VM(Monitor):
         overlay above an intermediate layer names the base relatively too; `keep_relative` has it
         do so where they were not, `backing_mask_protocol` "raw" for its
         format where QEMU would write a protocol's name; `filter_node_name` names the job's filter.
-        `ledger` is told of each step before it is taken.
+        `ledger` is told of each step before it is taken (see `Ledger`). Whatever a policy or
+        `on_stall` ends with, the job is cancelled, and it is the ``__cause__`` of the
+        `CommitFailed`; where `on_pivot` fails no file is deleted, and the outcome's `hook` says so.
 
         The disk is claimed in QEMU until the job has ended, so that no two work on it at once;
         `claim` is that of whoever has claimed it already for more than this commit.

@@ -10,7 +10,6 @@ Rests on what a `Recycle` rests on, and on what `exchange` does.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import re
 from collections.abc import (
@@ -39,6 +38,7 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
+from qmpcommit.callback import Failed, ask
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import Claim, Verb, release_all, take
 from qmpcommit.commit.in_use import check_unchanged
@@ -140,7 +140,7 @@ class DiscardOptions(TypedDict, total=False):
 
 
 class CycleOptions(DiscardOptions, total=False):
-    """Of `cycle`; `timeout` is how many seconds a command has for its answer.
+    """Of `cycle`; `timeout` is how many seconds `keep_if` has for its answer.
 
     `freeze` quiesces the guests for the instant of what is kept, as for a `GroupCommit`.
     """
@@ -455,9 +455,14 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bo
     which = " and ".join(f"{p.top.filename} of {p.disk} of {p.vm}" for p in plans)
     where = {"vm": ready.vm, "disk": ready.disk}
     if callable(keep_if):
-        answer: Any = keep_if(ready)
-        if inspect.isawaitable(answer):
-            answer = await answer
+        try:
+            answer = await ask(keep_if, ready, limit=timeout)
+        except Failed as failed:
+            raise CommitFailed(
+                f"whether the overlay {which} is to be kept is not known: keep_if failed"
+                f" ({failed}). Nothing was changed",
+                **where,
+            ) from failed.cause
         if answer is None:  # as of one that was to raise, or forgot to return it
             raise CommitFailed(
                 f"whether the overlay {which} is to be kept is not known: keep_if answered None; it"

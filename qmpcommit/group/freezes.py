@@ -13,10 +13,11 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from qmpcommit.callback import Notes
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.errors import QmpCommitError, QuiesceFailed
 from qmpcommit.guest.marks import mark_of_group, marked
-from qmpcommit.guest.quiesce import LIMIT, How, Notes, Quiet, Sockets, quiesced
+from qmpcommit.guest.quiesce import LIMIT, How, Quiet, Sockets, quiesced
 from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:

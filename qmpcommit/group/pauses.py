@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.guest.marks import set_mark, unmark
-from qmpcommit.guest.quiesce import NOTE_LIMIT
 from qmpcommit.guest.run_state import Still
 from qmpcommit.tasks import to_the_end
 
@@ -105,7 +104,7 @@ class Pauses:
         else:
             self.seconds[vm] = clock() - since
             self.problems += [remark] if remark else []
-            await self._note_that_it_goes_on(vm, jobs)
+            await self._note_that_it_goes_on(jobs)
             if self._owner is not None and vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
 
@@ -116,11 +115,6 @@ class Pauses:
             " with 'cont'"
         )
 
-    async def _note_that_it_goes_on(self, vm: VM, jobs: Sequence[CommitJob]) -> None:
-        end = asyncio.get_running_loop().time() + NOTE_LIMIT
-        for job in jobs:
-            try:
-                async with asyncio.timeout_at(end):
-                    await job.note("cont")
-            except Exception as error:  # it does go on, and is continued once more at the worst
-                vm.log.warning("cont_not_noted", job=job.id, error=repr(error))
+    async def _note_that_it_goes_on(self, jobs: Sequence[CommitJob]) -> None:
+        for job in jobs:  # it does go on, and is continued once more at the worst
+            await job.note("cont")

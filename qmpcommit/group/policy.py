@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from qmpcommit.callback import Failed
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import (
     AnyPolicy,
@@ -62,7 +63,7 @@ class Deciding:
         policy: AnyPolicy | PolicyCall | None,
         policies: Sequence[AnyPolicy | PolicyCall],
         decided: Callable[[int, Settled], None],
-        failed: Callable[[Exception], None],
+        failed: Callable[[BaseException], None],
     ) -> None:
         self._policy, self._policies = policy, policies
         self._decided, self._failed = decided, failed
@@ -128,7 +129,10 @@ class Deciding:
         try:
             await asyncio.wait({settling, called}, return_when=asyncio.FIRST_COMPLETED)
             return called.result() if called.done() else settling.result()
-        except Exception as error:  # the policy's own
+        except Failed as failed:
+            self._failed(failed.cause)
+            return None
+        except Exception as error:  # of a check, or an answer that is none
             self._failed(error)
             return None
         finally:

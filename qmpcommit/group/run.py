@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack, assert_never
 
+from qmpcommit.callback import Failed, Notes, ask, said_of
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import let_go, take_for
 from qmpcommit.commit.facts import Choice
@@ -32,7 +33,6 @@ from qmpcommit.commit.policy import (
     parse_policy,
 )
 from qmpcommit.commit.preconditions import ask_whether
-from qmpcommit.commit.report import said_of
 from qmpcommit.commit.request import what_of_stale
 from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
 from qmpcommit.group import machine
@@ -52,7 +52,7 @@ from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_o
 from qmpcommit.group.pauses import Pauses
 from qmpcommit.group.policy import Deciding
 from qmpcommit.guest.marks import mark_of_group, thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, Notes, Sockets, check_sockets
+from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 
@@ -90,7 +90,9 @@ class GroupCommit:
     stand still before the first disk is held; if one can't be quiesced all are cancelled.
     `freeze_notes` are told of a VM's freeze and thaw before they are sent.
     `on_decision` is awaited while all disks are held, before the first job is finalized: what
-    it writes down tells a recovery that they all have to be. `known_as` is the group's id (eight
+    it writes down tells a recovery that they all have to be. Whatever this or a policy ends with,
+    or if it takes longer than `hold_limit`, all are cancelled, and it is the ``__cause__`` of the
+    `GroupFailed` (`qmpcommit.callback` has the rule). `known_as` is the group's id (eight
     hexadecimal digits), by default a random one. `options` are those of `Session.commit`, for
     all members.
 
@@ -150,7 +152,7 @@ class GroupCommit:
         self._gate = asyncio.Event()
         self._refusal: str | None = None
         self._late = False
-        self._cause: Exception | None = None
+        self._cause: BaseException | None = None
         self._by = ""
         self._check_members()
 
@@ -185,7 +187,11 @@ class GroupCommit:
         try:
             if at_ready is not None:
                 await self.ready()
-                at_ready()
+                try:
+                    at_ready()
+                except BaseException:
+                    await to_the_end(self.abandon("who was told that all are READY failed"))
+                    raise
             return await self.wait()
         except asyncio.CancelledError:
             await to_the_end(self.abandon("interrupted"))
@@ -344,7 +350,7 @@ class GroupCommit:
         else:
             self._tell(machine.Ready(number))
 
-    def _policy_failed(self, error: Exception) -> None:
+    def _policy_failed(self, error: BaseException) -> None:
         self._cause = error
         self._tell(machine.Stop(f"the policy failed ({said_of(error)})"))
 
@@ -456,10 +462,10 @@ class GroupCommit:
     async def _written_down(self, on_decision: OnDecision) -> None:
         """Have the decision written down before the first job is finalized; or cancel all."""
         try:
-            async with asyncio.timeout(self.state.hold_limit):
-                await on_decision([job.id for job in self.jobs])
-        except Exception as error:
-            self._tell(machine.Recorded(repr(error)))
+            await ask(on_decision, [job.id for job in self.jobs], limit=self.state.hold_limit)
+        except Failed as failed:
+            self._cause = failed.cause
+            self._tell(machine.Recorded(str(failed)))
         else:
             await self._tell_ended_meanwhile()
             self._tell(machine.Recorded())

@@ -15,8 +15,9 @@ import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from qmpcommit.callback import Notes, Noting
 from qmpcommit.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -42,18 +43,8 @@ Sockets = Mapping[V, str | os.PathLike[str]]
 LIMIT = 10.0
 """Seconds for which a guest may be quiesced for a window or a group commit."""
 
-NOTE_LIMIT = 1.0
-"""Seconds that a thaw waits for its note: a guest does not stay frozen for a slow journal."""
-
 THAW_PATIENCE = 30.0
 """Seconds for which a thaw is tried again."""
-
-
-class Notes(Protocol):
-    """Where the steps are written down before they are taken; a commit's `Ledger` is one."""
-
-    async def note(self, step: str, **facts: Any) -> None:
-        """``freeze`` or ``thaw`` is about to be sent, with the facts ``how`` and ``agent``."""
 
 
 @dataclass
@@ -249,7 +240,7 @@ class _Hold:
         self, vm: Monitor, quiet: Quiet, how: How, agent: str | None, ledger: Notes | None
     ) -> None:
         self._vm, self._quiet, self._how = vm, quiet, how
-        self._agent, self._ledger = agent, ledger
+        self._agent, self._ledger = agent, Noting.of(ledger, vm.log)
         self._since: float | None = None  # may be frozen since then
         self._still: Still | None = None
         self.expired = False
@@ -297,7 +288,7 @@ class _Hold:
     async def _begin(self) -> None:
         """From here on something may be frozen."""
         if self._ledger is not None:
-            await self._ledger.note("freeze", how=self._how, agent=self._agent)
+            await self._ledger.note("freeze", held=True, how=self._how, agent=self._agent)
         self._since = asyncio.get_running_loop().time()
 
     async def expire(self, task: asyncio.Task[Any], ends: float) -> None:
@@ -351,13 +342,10 @@ class _Hold:
         self._since = None
 
     async def _note_thaw(self) -> None:
-        if self._ledger is None:
-            return
-        try:
-            async with asyncio.timeout(NOTE_LIMIT):
-                await self._ledger.note("thaw", how=self._how, agent=self._agent)
-        except Exception as error:  # a guest does not stay frozen because a disk is full
-            self._vm.log.warning("thaw_not_noted", error=str(error))
+        if self._ledger is not None:  # a guest does not stay frozen because a disk is full
+            await self._ledger.note(
+                "thaw", how=self._how, agent=self._agent, held=True, anyway=True
+            )
 
     def too_long(self, limit: float) -> QmpCommitError:
         """What the body's end after the limit is: a thaw that failed is the worse news."""

@@ -38,6 +38,7 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import OpenFiles, astray
+from qmpcommit.callback import Notes, Noting
 from qmpcommit.commit.checks import CLAIM, check_override
 from qmpcommit.commit.checks.closing import closing_objections
 from qmpcommit.commit.checks.replaced import check_named
@@ -61,7 +62,7 @@ from qmpcommit.errors import (
     WindowError,
 )
 from qmpcommit.guest.marks import mark_of_window, marked, thaw_marked
-from qmpcommit.guest.quiesce import LIMIT, How, Notes, quiesced, thaw
+from qmpcommit.guest.quiesce import LIMIT, How, quiesced, thaw
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -189,11 +190,12 @@ async def _open(
     overlay_dir: str | os.PathLike[str] | None,
     freeze: How | None,
     agent: str | os.PathLike[str] | None,
-    ledger: Notes | None,
+    ledger: Notes | Noting | None,
     meet: Callable[[], Awaitable[object]] | None,
     claims: dict[str, Claim],
 ) -> Window:
     """The window over disks that are claimed."""
+    ledger = Noting.of(ledger, vm.log)
     overlays: dict[str, FreshOverlay] = {}
     layers = [disk.chain[0].node_name for disk in found.values() if disk.chain]
     encrypted = any(is_encrypted(graph, name) for name in layers)
@@ -231,7 +233,7 @@ async def _open(
             if meet is not None:
                 await meet()
             if ledger is not None:
-                await ledger.note("lay", name=window)
+                await ledger.note("lay", held=freeze is not None, name=window)
             await _lay(vm, [(found[asked], overlays[asked]) for asked in found])
             if meet is not None:
                 await meet()
@@ -269,8 +271,9 @@ async def close_window(
     was read of a `Window` is no instant's image, for somebody else has worked on its disks.
     """
     disks = list(window.values() if isinstance(window, Window) else window)
-    if ledger is not None:
-        await ledger.note("close", overlays=[each.overlay for each in disks])
+    noting = Noting.of(ledger, vm.log)
+    if noting is not None:  # nobody wants it to stay open for that
+        await noting.note("close", overlays=[each.overlay for each in disks], anyway=True)
     if not isinstance(window, Window):
         return await to_the_end(_close_named(vm, disks, bandwidth, {}))
     return await to_the_end(_close_own(vm, window, bandwidth))

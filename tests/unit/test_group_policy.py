@@ -32,9 +32,9 @@ class Member:
 
 def deciding(
     one: Any = None, *each: Any
-) -> tuple[Deciding, list[tuple[int, Settled]], list[Exception]]:
+) -> tuple[Deciding, list[tuple[int, Settled]], list[BaseException]]:
     decided: list[tuple[int, Settled]] = []
-    failed: list[Exception] = []
+    failed: list[BaseException] = []
     found = Deciding(
         one, each, lambda number, settled: decided.append((number, settled)), failed.append
     )

@@ -11,6 +11,7 @@ import qmpcommit
 FLOORS = (
     {"errors"},
     {"log", "tasks", "units", "values", "names"},
+    {"callback"},
     {"qmp"},
     {"block", "guest"},
     {"commit"},
