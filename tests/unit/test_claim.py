@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,3 +224,22 @@ def test_an_override_that_there_is_not_is_refused() -> None:
     refuse([], ["claim"])
     with pytest.raises(qc.InvalidRequest, match=r"free-space.*claim"):
         refuse([], ["claims"])
+
+
+async def test_what_could_not_be_let_go_waits_for_the_next_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    owner, refusals = Owner("0123456789", nonce="01234567"), [True, False]
+
+    async def delete(vm: object, left: Owner) -> None:
+        assert left == owner
+        if refusals.pop(0):
+            raise qc.MonitorLost("the monitor is away")
+
+    monkeypatch.setattr(claim, "_delete", delete)
+    vm: Any = SimpleNamespace(left_claims=[owner])
+    with pytest.raises(qc.MonitorLost):
+        await claim.clear_left(vm)
+    assert vm.left_claims == [owner]
+    await claim.clear_left(vm)
+    assert (vm.left_claims, refusals) == ([], [])
