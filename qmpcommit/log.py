@@ -40,6 +40,10 @@ class Log:
         """Something that a person should look at."""
         self._write(logging.WARNING, event, facts)
 
+    def error(self, event: str, **facts: Any) -> None:
+        """Something is lost, or broken, that a person has to look at."""
+        self._write(logging.ERROR, event, facts)
+
     def _write(self, level: int, event: str, facts: dict[str, Any]) -> None:
         if level >= threshold and (logger := _logger(level)) is not None:
             logger.log(level, event, **{**self._bound, **facts})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.http import Reply
     from qmpcommit.client.vm import RemoteVM
     from qmpcommit.wire.cycle import CycleView, RoundView
+    from qmpcommit.wire.loss import LossView
     from qmpcommit.wire.rules import RuleView
 
 
@@ -78,6 +79,15 @@ async def list_rules(client: Client) -> list[RuleView]:
 
     found = client.parse_list(await client.ask("GET", "/v1/rules"))
     return [_configured(RuleView, "rule", Flatten, each) for each in found]
+
+
+async def list_losses(client: Client) -> list[LossView]:
+    """`Client.losses`."""
+    from qmpcommit.client.host import view_as
+    from qmpcommit.wire.loss import LossView
+
+    found = client.parse_list(await client.ask("GET", "/v1/losses"))
+    return [view_as(LossView, each) for each in found]
 
 
 def _configured(model: Any, member: str, section: Any, value: Any) -> Any:

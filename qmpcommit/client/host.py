@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qmpcommit.window.records import GroupWindow
     from qmpcommit.wire.commit import CommitView, VMView
     from qmpcommit.wire.cycle import CycleView
+    from qmpcommit.wire.loss import LossView
     from qmpcommit.wire.rules import RuleView
 
 PAUSE = (0.02, 0.5)
@@ -260,6 +261,12 @@ class Client:
         from qmpcommit.client.cycle import list_rules
 
         return await list_rules(self)
+
+    async def losses(self) -> list[LossView]:
+        """Damaged journals that the daemon has set aside, and the promises that may be missing."""
+        from qmpcommit.client.cycle import list_losses
+
+        return await list_losses(self)
 
     # -- events -----------------------------------------------------------------------------------
 

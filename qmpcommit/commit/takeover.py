@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qmpcommit.block.bitmaps import Carrying
     from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.driver import Resumed
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.policy import AnyPolicy, PolicyCall
     from qmpcommit.commit.request import Stale
     from qmpcommit.commit.stale_layers import OnPivot
@@ -40,6 +41,7 @@ class Asked(NamedTuple):
     on_pivot: OnPivot | None = None
     carry_bitmaps: bool = True
     timeout: float | None = None
+    ledger: Ledger | None = None
 
     def check(self) -> None:
         """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
@@ -80,6 +82,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
         files=await asyncio.to_thread(vm.files_of, plan) if asked.stale != "leave" else {},
         cwd=vm.cwd,
         gate=vm.gate,
+        ledger=asked.ledger,
     )
     owner = owner_in(graph, plan.disk)
     made = CommitJob(

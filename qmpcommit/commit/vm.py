@@ -416,6 +416,7 @@ class VM(Monitor):
         on_pivot: OnPivot | None = None,
         carry_bitmaps: bool = True,
         timeout: float | None = None,
+        ledger: Ledger | None = None,
     ) -> CommitJob:
         """Take up a commit job that exists already, by its id, whoever started it.
 
@@ -428,6 +429,7 @@ class VM(Monitor):
         owner has died; of one whose owner lives that is the owner's. Bitmaps of a job that was
         started with ``auto-finalize`` are carried right before the pivot, and the outcome says so.
 
+        `ledger` is told of each step that follows before it is taken.
         Raises `JobNotFound`, `InvalidRequest`, or `JobConflict` where it is no commit job, or its
         bitmaps can't be carried now.
         """
@@ -440,6 +442,7 @@ class VM(Monitor):
             on_pivot=on_pivot,
             carry_bitmaps=carry_bitmaps,
             timeout=None if timeout is None else parse_seconds(timeout, "timeout"),
+            ledger=ledger,
         )
         asked.check()
         following = await self._launch(await adopted(self, job_id, asked))

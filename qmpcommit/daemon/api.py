@@ -25,6 +25,7 @@ from qmpcommit.commit.recycle import interrupted_recycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.journal import JournalError
+from qmpcommit.daemon.losses import told_of
 from qmpcommit.daemon.openapi import PROBLEM_TYPE, TITLES, document, problems
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
@@ -409,8 +410,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         reasons = engine.unready()
         if reasons:
             return _problem(503, "NotReadyToServe", "Not available", "; ".join(reasons))
-        aside = engine.journal.set_aside
-        warnings = [f"a damaged journal was set aside as {aside}"] if aside else []
+        warnings = [] if engine.journal.loss is None else [told_of(engine.journal.loss)]
         return JSONResponse({"status": "ready", "warnings": warnings})
 
     return app

@@ -22,6 +22,7 @@ from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.keeping import Keeper, seconds_left
+from qmpcommit.daemon.losses import left_by, unnamed
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
@@ -84,6 +85,7 @@ class Engine:
         self.stopping = False
         self.recovered = False
         self.orphans: dict[str, dict[str, str]] = {}
+        self._unnamed = False
         limits = config.limits
         self.scheduler = Scheduler(
             Caps(limits.commits, limits.per_vm, limits.per_storage, limits.bandwidth)
@@ -104,6 +106,7 @@ class Engine:
         """Take up what the journal holds, then look for VMs."""
         for row in await self.journal.read("SELECT max(id) AS last FROM events"):
             self.told = max(self.told, row["last"] or 0)
+        self._unnamed = await unnamed(self.journal)
         vms = await self.journal.read("SELECT * FROM vms")
         rows = await self.journal.read(
             "SELECT * FROM commits WHERE state IN ('queued', 'running') ORDER BY created, rowid"
@@ -246,9 +249,20 @@ class Engine:
             and job["id"] not in owned
             and job.get("type") == "commit"
         }
+        if self._unnamed and orphans:
+            for found in await left_by(self, vm, session, list(orphans)):
+                await self._take_up(found)
+                del orphans[found.job_id]
         self.orphans[vm.name] = orphans
         for name, status in orphans.items():
             self.log.warning("orphan_job", vm=vm.name, job=name, status=status)
+
+    async def _take_up(self, promise: Promise) -> None:
+        """One that a damaged journal has lost, and QEMU shows."""
+        await self.promised([promise], [], [])
+        self.scheduler.resume(self.entry(promise))
+        promise.may_run.set()
+        self._launch(promise)
 
     def _on_change(self, vm: VM, what: str) -> None:
         if what == "lost":

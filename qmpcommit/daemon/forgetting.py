@@ -47,5 +47,6 @@ async def forget_old(config: Config, journal: Journal) -> None:
                 Statement(_UNDERTAKINGS, (before, before)),
                 Statement(_EVENTS, (before,)),
                 Statement(_KEYS, (before,)),
+                Statement("DELETE FROM losses WHERE at < ?", (before,)),
             )
         await asyncio.sleep(min(HOUR, retained))

@@ -3,8 +3,11 @@
 Units of statements that wait while the thread syncs are written together in one transaction
 (group commit), so that a thousand steps in one second cost a few dozen syncs. WAL with
 ``synchronous=FULL``: what `Journal.write` returned for survives a power cut, and a torn write
-loses at most what nobody was told of yet. A journal that SQLite finds damaged is set aside under
-another name, never emptied.
+loses at most what nobody was told of yet.
+
+Rows have seals (`schema`), and which promises are open is in a second file too (`roll`), so that
+damage and loss are seen when it is opened. It is set aside then under another name, never emptied;
+what can be trusted of it is taken over, and `Journal.loss` tells of the rest (`salvage`).
 """
 
 from __future__ import annotations
@@ -22,72 +25,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from qmpcommit.daemon import roll, salvage, schema
+from qmpcommit.daemon.roll import Roll
+from qmpcommit.daemon.salvage import Loss
+from qmpcommit.daemon.schema import Touched
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.log import Log
 
-_SCHEMA = (
-    """
-    CREATE TABLE commits (
-        id TEXT PRIMARY KEY,
-        vm TEXT NOT NULL,
-        disk TEXT NOT NULL,
-        job_id TEXT NOT NULL,
-        state TEXT NOT NULL,
-        priority INTEGER NOT NULL DEFAULT 0,
-        created REAL NOT NULL,
-        request TEXT NOT NULL,
-        storage TEXT NOT NULL DEFAULT '',
-        phase TEXT NOT NULL DEFAULT '',
-        plan TEXT,
-        noted TEXT,
-        decision TEXT,
-        ready REAL,
-        ended REAL,
-        outcome TEXT,
-        error TEXT
-    );
-    CREATE INDEX commits_by_state ON commits (state);
-    CREATE INDEX commits_by_vm ON commits (vm, created);
-    CREATE TABLE events (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
-        at REAL NOT NULL,
-        kind TEXT NOT NULL,
-        vm TEXT NOT NULL,
-        commit_id TEXT,
-        data TEXT NOT NULL
-    );
-    CREATE TABLE keys (
-        key TEXT PRIMARY KEY,
-        fingerprint TEXT NOT NULL,
-        commit_id TEXT NOT NULL,
-        created REAL NOT NULL
-    );
-    CREATE TABLE vms (name TEXT PRIMARY KEY, spec TEXT NOT NULL);
-    """,
-    """
-    CREATE TABLE undertakings (
-        id TEXT PRIMARY KEY,
-        kind TEXT NOT NULL,
-        vm TEXT NOT NULL,
-        state TEXT NOT NULL,
-        created REAL NOT NULL,
-        request TEXT NOT NULL,
-        noted TEXT,
-        expires REAL,
-        ended REAL,
-        outcome TEXT,
-        error TEXT
-    );
-    CREATE INDEX undertakings_by_kind ON undertakings (kind, state);
-    """,
-    "ALTER TABLE commits ADD COLUMN in_group TEXT NOT NULL DEFAULT ''",
-)
-"""How each version of the schema is made from the one before; its number is `user_version`."""
-
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _UNIT_AT_FAULT = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError)
 _BATCH = 512
+IDLE = 0.05
+"""Seconds without anything to write after which the roll is synced."""
+
 LAZY = 0.02
 """Seconds that a unit which nobody waits for may wait for company."""
 
@@ -177,6 +127,10 @@ class Journal:
         self.path = Path(path)
         self.full = False
         self.set_aside: Path | None = None
+        self.loss: Loss | None = None
+        self._roll: Roll | None = None
+        self._seq = 0
+        self._touched: list[Touched] = []
         self.on_event: Callable[[Event], object] = lambda event: None
         self.on_batch: Callable[[int, float], object] = lambda units, seconds: None
         self._log = Log(journal=str(self.path))
@@ -230,6 +184,8 @@ class Journal:
             return
         opened.set_result(None)
         self._write_all(writer)
+        assert self._roll is not None
+        self._roll.close()
         writer.close()
         with self._reading:  # SQLite crashes where it is closed under a read, also a cancelled one
             assert self._reader is not None
@@ -239,15 +195,11 @@ class Journal:
     def _prepare(self) -> sqlite3.Connection:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                writer = self._connect()
-            except sqlite3.DatabaseError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
-                    raise
-                self._put_aside(str(error))
-                writer = self._connect()
+            self._examine()
+            writer = self._connect()
             try:
                 self._reader = self._connection()
+                self._reader.text_factory = lambda text: text.decode(errors="replace")
             except BaseException:
                 writer.close()
                 raise
@@ -257,6 +209,31 @@ class Journal:
                 " that it can write to, with room in it"
             ) from error
         return writer
+
+    def _examine(self) -> None:
+        """Set it aside where it is damaged, or has lost something, and take over what is good."""
+        beside = self.path.with_name(f"{self.path.name}.new")
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        kept = self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{os.getpid()}")
+        if beside.exists() and not self.path.exists():  # killed while it was put in its place
+            salvage.take_place(self.path, kept, beside)
+        called = roll.call(roll.path_of(self.path))
+        why = salvage.trouble(self.path, called)
+        if not why:
+            beside.unlink(missing_ok=True)
+            if called is not None and not called.whole:
+                self._log.warning("journal_roll_damaged", path=str(roll.path_of(self.path)))
+            return
+        self.loss = salvage.save(self.path, beside, why, kept, called)
+        salvage.put_aside(self.path, kept, beside)
+        self.set_aside = kept
+        self._log.error(
+            "journal_corrupt",
+            why=why,
+            kept_as=str(kept),
+            perhaps_lost=[lost._asdict() for lost in self.loss.promises],
+            all_are_named=self.loss.all_named,
+        )
 
     def _connection(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -268,12 +245,8 @@ class Journal:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                error = sqlite3.DatabaseError(found)
-                error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-                raise error
             self._migrate(connection)
+            self._begin_roll(connection)
         except BaseException:
             connection.close()
             raise
@@ -281,23 +254,35 @@ class Journal:
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(_SCHEMA):
+        known = len(schema.VERSIONS)
+        if version > known:
             raise JournalError(
                 f"the journal {self.path} was written by a newer qmpcommitd (schema {version}, this"
-                f" one knows {len(_SCHEMA)}): run that one, or give this one another state folder"
+                f" one knows {known}): run that one, or give this one another state folder"
             )
-        for number, script in enumerate(_SCHEMA[version:], version + 1):
-            connection.executescript(f"BEGIN; {script}; PRAGMA user_version = {number}; COMMIT")
+        for number, script in enumerate(schema.VERSIONS[version:], version + 1):
+            noted = f"UPDATE whole SET version = {number};" if number > schema.SEALED else ""
+            connection.executescript(
+                f"BEGIN; {script}; {noted} PRAGMA user_version = {number}; COMMIT"
+            )
 
-    def _put_aside(self, why: str) -> None:
-        """Rename a damaged journal with what belongs to it; a person may want to read it."""
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        aside = self.path.with_name(f"{self.path.name}.corrupt-{stamp}-{os.getpid()}")
-        for suffix in ("", "-wal", "-shm"):
-            if os.path.lexists(f"{self.path}{suffix}"):
-                os.rename(f"{self.path}{suffix}", f"{aside}{suffix}")
-        self.set_aside = aside
-        self._log.warning("journal_corrupt", why=why, kept_as=str(aside))
+    def _begin_roll(self, connection: sqlite3.Connection) -> None:
+        """Seal what has no seals, and call the roll of all that is open."""
+        identity, seq = connection.execute("SELECT identity, seq FROM whole").fetchone()
+        schema.watch(connection, identity, self._touched.append)
+        if seq == 0:
+            connection.execute("BEGIN IMMEDIATE")
+            schema.touch_all(connection)
+            connection.execute(schema.SEALING)
+            connection.execute("COMMIT")
+            self._touched.clear()
+            seq = 1
+        self._seq = seq
+        self._roll = Roll(roll.path_of(self.path), identity)
+        self._roll.begin(seq, schema.all_open(connection))
+        # From now on the file alone tells that it has a roll, and is as new as this start.
+        self._transact(connection, [])
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -339,13 +324,21 @@ class Journal:
     def _write_all(self, writer: sqlite3.Connection) -> None:
         ending = False
         while not ending:
-            units = [self._units.get()]
+            units = [self._next()]
             while len(units) < _BATCH and not self._units.empty():
                 units.append(self._units.get())
             ending = None in units
             batch = [unit for unit in units if unit is not None]
             if batch:
                 self._write_batch(writer, batch)
+
+    def _next(self) -> _Unit | None:
+        assert self._roll is not None
+        with suppress(queue.Empty):
+            if self._roll.unsynced:
+                return self._units.get(timeout=IDLE)
+        self._roll.sync()
+        return self._units.get()
 
     def _write_batch(self, writer: sqlite3.Connection, batch: list[_Unit]) -> None:
         """One transaction; where one unit is at fault the others are written without it."""
@@ -367,18 +360,21 @@ class Journal:
 
     def _transact(self, writer: sqlite3.Connection, batch: list[_Unit]) -> list[Event]:
         calls, events = _calls(batch)
-        if len(calls) == 1:
-            last = writer.execute(calls[0].sql, calls[0].values).lastrowid
-        else:
-            try:
-                writer.execute("BEGIN IMMEDIATE")
-                for call in calls:
-                    last = writer.execute(call.sql, call.values).lastrowid
-                writer.execute("COMMIT")
-            except BaseException:
-                if writer.in_transaction:
-                    writer.execute("ROLLBACK")
-                raise
+        last: int | None = None
+        self._touched.clear()
+        try:
+            writer.execute("BEGIN IMMEDIATE")
+            for call in calls:
+                last = writer.execute(call.sql, call.values).lastrowid
+            writer.execute(schema.SEALING)
+            writer.execute("COMMIT")
+        except BaseException:
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+            raise
+        assert self._roll is not None
+        self._seq += 1
+        self._roll.add(self._seq, self._touched)
         first = (last or 0) - len(events) + 1
         return [event._replace(id=first + place) for place, event in enumerate(events)]
 

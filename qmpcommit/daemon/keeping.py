@@ -16,12 +16,15 @@ from qmpcommit.block.chain import absolute
 from qmpcommit.commit.claim import Claim, let_go, take_for
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.job import CommitJob
+from qmpcommit.commit.objections import may_pivot
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.pace import Converge
 from qmpcommit.commit.phases import Verdict
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import Hold
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
+from qmpcommit.commit.request import what_of_stale
 from qmpcommit.commit.stale_layers import Around, OnPivot, Stall
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.journal import Journal
@@ -35,6 +38,7 @@ from qmpcommit.errors import (
     ConnectError,
     DeadlineExceeded,
     JobConflict,
+    JobNotFound,
     MonitorLost,
     QmpCommitError,
     VMGone,
@@ -100,7 +104,7 @@ class Keeper:
                 await self.wait_for_vm(promise, error)
             except CommitFailed as error:
                 begins += 1
-                begun = error.facts.get("begun") is not False
+                begun = error.facts.get("begun") is not False or promise.lost
                 if begun or begins >= MAX_BEGINS or promise.group:
                     raise
                 promise.log.warning("begin_again", why=error.message)
@@ -115,6 +119,8 @@ class Keeper:
             try:
                 if promise.begun:
                     job = await self._resume(promise, vm, session)
+                elif promise.lost:
+                    job = await self._adopt(promise, vm, session)
                 else:
                     job = await self._begin(promise, vm, session)
                 promise.job = job
@@ -183,6 +189,37 @@ class Keeper:
             claim=self.claim_of(promise),
             **self.around(promise),
         )
+
+    async def _adopt(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
+        """What QEMU shows of one that a damaged journal has lost, by the name of its job."""
+        promise.identity = vm.identity
+        alone = "group" not in promise.noted  # a member is not decided without the others
+        policy = promise.decided_policy() if alone else Hold()
+        left = seconds_left(promise)
+        pivots = may_pivot(policy)
+        try:
+            job = await session.adopt(
+                promise.job_id,
+                policy=policy,
+                pending="cancel",
+                stale=what_of_stale(promise.request.delete, promise.request.stale)
+                if pivots
+                else None,
+                on_pivot=self._on_pivot(promise) if pivots else None,
+                carry_bitmaps=promise.request.carry_bitmaps,
+                timeout=max(0.0, left) if left is not None else None,
+                ledger=promise,
+            )
+        except JobNotFound:
+            raise CommitFailed(
+                f"the daemon's journal was damaged, and what became of the commit of {promise.disk}"
+                f" of {promise.vm} is lost with it: QEMU has no job {promise.job_id}. It was never"
+                " begun, or has ended: see what the guest writes to with `qmpcommit chain` before"
+                " you ask for it again",
+                job_id=promise.job_id,
+            ) from None
+        promise.log.warning("adopted", policy=getattr(policy, "kind", ""))
+        return job
 
     def around(self, promise: Promise) -> dict[str, Any]:
         """What goes around a commit, as `Session.commit` and `Session.resume` take it."""

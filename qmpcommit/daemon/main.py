@@ -21,7 +21,7 @@ import structlog
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import cycle_api, group_api, rule_api, systemd, window_api
+from qmpcommit.daemon import cycle_api, group_api, losses, rule_api, systemd, window_api
 from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
@@ -113,6 +113,7 @@ async def _run(
     ours = _file_of(config.listen.socket)
     app = create_app(engine)
     rule_api.routes(app, rules)
+    losses.routes(app, journal)
     cycle_api.routes(app, cycles)
     group_api.routes(app, groups)
     window_api.routes(app, engine, windows)

@@ -36,6 +36,9 @@ _CHECKED = """
 """
 """Changes nothing else: it is written when there is time, and steps are noted meanwhile."""
 
+LOST = ("lost", "group")
+"""What is noted of a promise of which a damaged journal has lost something, for ever."""
+
 _HOLDS_THE_GUEST = {"job-finalize", "thaw", "cont", "unthrottle"}
 """Steps that let a guest go on: they never wait for room in the journal."""
 
@@ -130,9 +133,10 @@ class Promise:
         """The row of a new one."""
         return Statement(
             "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage,"
-            " in_group) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " in_group, noted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
-             self.request.model_dump_json(), self.storage, self.group),
+             self.request.model_dump_json(), self.storage, self.group,
+             _json(self.noted or None)),
         )  # fmt: skip
 
     @classmethod
@@ -212,9 +216,9 @@ class Promise:
 
     def forgetting(self) -> Statement:
         """What was begun is forgotten with this statement."""
-        self.noted, self.plan = {}, None
-        sql = "UPDATE commits SET noted = NULL, plan = NULL WHERE id = ?"
-        return Statement(sql, (self.id,))
+        self.noted, self.plan = {n: self.noted[n] for n in LOST if n in self.noted}, None
+        sql = "UPDATE commits SET noted = ?, plan = NULL WHERE id = ?"
+        return Statement(sql, (_json(self.noted or None), self.id))
 
     async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""
@@ -286,6 +290,11 @@ class Promise:
         self._journal.write_soon(*statements, events=[self.event()])
 
     # -- back from the journal --------------------------------------------------------------------
+
+    @property
+    def lost(self) -> bool:
+        """Whether the journal has lost some of it: it may have been begun, and is never begun."""
+        return "lost" in self.noted
 
     @property
     def begun(self) -> bool:

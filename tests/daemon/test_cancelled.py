@@ -125,6 +125,7 @@ async def reads(at: Ground) -> None:
         await host.groups()
         await host.cycles()
         await host.rules()
+        await host.losses()
 
 
 async def reads_a_vm(at: Ground) -> None:

@@ -156,12 +156,12 @@ async def test_a_vm_that_is_killed_under_the_daemon(folder: Path) -> None:
     assert_disk(chain.top, chain.pictures[-1])
 
 
-async def test_a_damaged_journal_is_set_aside_and_the_job_that_it_knew_is_reported(
+async def test_a_damaged_journal_is_set_aside_and_the_job_that_it_knew_is_found(
     folder: Path,
 ) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as vm, daemon(folder, config_of(web=vm)) as d:
-        await held(d, "web")
+        commit = await held(d, "web")
         await d.kill()
         journal = folder / "state" / "journal.db"
         for name in ("journal.db-wal", "journal.db-shm"):
@@ -174,9 +174,9 @@ async def test_a_damaged_journal_is_set_aside_and_the_job_that_it_knew_is_report
         assert str(aside) in ready.json["warnings"][0]
         assert aside.read_bytes().startswith(b"not a database")
         metrics = (await d.get("/metrics")).body.decode()
-        assert 'qmpcommit_orphan_jobs{vm="web"} 1.0' in metrics
+        assert 'qmpcommit_orphan_jobs{vm="web"} 0.0' in metrics
         (job,) = (await d.get("/v1/vms/web/jobs")).json
-        assert job["commit"] is None
+        assert job["commit"] == commit
         assert job["status"] == "ready"
 
 

@@ -88,6 +88,7 @@ CLIENT: dict[str, Story] = {
     "Client.open": client.opens,
     "Client.remove_vm": client.adds,
     "Client.rules": client.reads,
+    "Client.losses": client.reads,
     "Client.snapshot": client.opens_a_window_of_two,
     "Client.vms": client.reads,
     "RemoteVM.commit": client._begun,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpcommit.daemon import journal as module
+from qmpcommit.daemon import schema
 from qmpcommit.daemon.journal import Event, Journal, JournalError, JournalFull, Statement, event
 from tests.ground.small_disk import fill, needs_mounts, small_disk
 
@@ -222,9 +222,11 @@ async def test_a_torn_write_loses_only_what_nobody_was_told_of(folder: Path, tai
     async with opened(path) as journal:
         wal = Path(f"{path}-wal")
         begun = wal.stat().st_size
+        rolls = [path.with_suffix(".roll").read_bytes()]
         for number in range(60):
             await journal.write(key(number, chance.randrange(6000)))
             sizes.append(wal.stat().st_size)
+            rolls.append(path.with_suffix(".roll").read_bytes())
         main, log = path.read_bytes(), wal.read_bytes()
     assert sizes[-1] == len(log), "the log was started anew: make the test smaller"
     cuts = {begun, len(log), *sizes[1:], *(size - 1 for size in sizes[1:])}
@@ -236,6 +238,8 @@ async def test_a_torn_write_loses_only_what_nobody_was_told_of(folder: Path, tai
             rest = bytes(length) if tail == "zeros" else chance.randbytes(length)
         copy.write_bytes(main)
         Path(f"{copy}-wal").write_bytes(log[:cut] + rest)
+        # Nothing is in the roll before it is on the disk in the log.
+        copy.with_suffix(".roll").write_bytes(rolls[sum(size <= cut for size in sizes[1:])])
         async with opened(copy) as journal:
             assert journal.set_aside is None
             found = await keys(journal)
@@ -292,13 +296,13 @@ async def test_an_older_schema_is_migrated_whole_or_not_at_all(
     path.touch()  # version 0: empty, as after a crash before the first migration
     async with opened(path) as journal:
         await journal.write(key(1))
-    now = module._SCHEMA
+    now = schema.VERSIONS
     wrong = "ALTER TABLE keys ADD COLUMN more TEXT; ALTER TABLE absent ADD COLUMN x TEXT"
-    monkeypatch.setattr(module, "_SCHEMA", (*now, wrong))
+    monkeypatch.setattr(schema, "VERSIONS", (*now, wrong))
     with pytest.raises(JournalError, match="no such table"):
         await Journal(path).open()
     right = "ALTER TABLE keys ADD COLUMN more TEXT; CREATE TABLE extra (x TEXT)"
-    monkeypatch.setattr(module, "_SCHEMA", (*now, right))
+    monkeypatch.setattr(schema, "VERSIONS", (*now, right))
     for _ in range(2):
         async with opened(path) as journal:
             assert (await journal.read("PRAGMA user_version"))[0]["user_version"] == len(now) + 1
