@@ -40,6 +40,8 @@ _HOMES = {
     ),
     "offline_session": "offline",
     "qmp.events": "Event UnknownEvent",
+    "recovery.doing": "recover",
+    "recovery.findings": "Finding Recovered",
     "session": "Session",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -71,6 +71,9 @@ from qmpcommit.guest.quiesce import thaw as thaw
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent
+from qmpcommit.recovery.doing import recover as recover
+from qmpcommit.recovery.findings import Finding as Finding
+from qmpcommit.recovery.findings import Recovered as Recovered
 from qmpcommit.session import Session as Session
 from qmpcommit.window.group import snapshot as snapshot
 from qmpcommit.window.records import Frozen as Frozen

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmpcommit.cycles.run import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.run import CommitGroupOptions
+    from qmpcommit.recovery.findings import Recovered
     from qmpcommit.window.records import OpenWindow, Window
 
 
@@ -124,6 +125,36 @@ class Session(VM):
 
         return await close_windows(
             self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir, override=override
+        )
+
+    async def recover(
+        self,
+        *,
+        agent: str | os.PathLike[str] | None = None,
+        decide: Literal["pivot", "keep", "abort"] | None = None,
+        look_only: bool = False,
+        folders: Collection[str | os.PathLike[str]] = (),
+        override: Collection[str] = (),
+    ) -> Recovered:
+        """Put right what a death has left on this VM, at whatever step.
+
+        Of a library's process, a command or a daemon: jobs that hold a disk, recycles and discards
+        that were interrupted, guests that stand still, jobs that nobody dismisses, stale nodes,
+        windows, empty files, claims. The rest is as for ``qc.recover([vm1, vm2])``, which resolves
+        a group over several VMs as one; `agent` is the guest agent's socket.
+
+        Raises what `Monitor.execute` raises where the VM is away.
+        """
+        from qmpcommit.recovery.doing import recover
+
+        agents = {} if agent is None else {self: agent}
+        return await recover(
+            [self],
+            agents=agents,
+            decide=decide,
+            look_only=look_only,
+            folders=folders,
+            override=override,
         )
 
     def flatten(

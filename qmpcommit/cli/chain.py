@@ -35,6 +35,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.block.chain import find_disk, read_disks
     from qmpcommit.block.identity import all_told_where
     from qmpcommit.cli.held import tell_of_held, warn_of_held
+    from qmpcommit.cli.left import tell_of_left
     from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.owners import tell, tell_of_owners
     from qmpcommit.cli.show import disks_dot, disks_text
@@ -48,6 +49,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
                 disks = [find_disk(disks, disk, vm=vm.name, cwd=vm.cwd)]
             windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)
             windows["held"] = tell_of_owners(disks, graph)
+            windows["left"] = await tell_of_left(vm, qmp)
         else:
             disks = await vm.disks() if disk is None else [await vm.disk(disk)]
             windows = tell_of_windows(disks, (await vm.info()).qmp)

@@ -12,6 +12,7 @@ COMMANDS = {
     "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
     "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),
+    "recover": ("recover:recover", "Put right what a death has left: says what, then does it."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
 }

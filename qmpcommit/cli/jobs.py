@@ -26,6 +26,7 @@ def jobs(qmp: str, **given: Any) -> Answer:
 
 async def _jobs(running: Run, qmp: str) -> Answer:
     from qmpcommit.block.chain import read_disks
+    from qmpcommit.cli.left import tell_of_left
     from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.owners import tell, tell_of_owners
     from qmpcommit.cli.show import jobs_text
@@ -36,9 +37,10 @@ async def _jobs(running: Run, qmp: str) -> Answer:
         if isinstance(vm, Session):
             entries = await vm.execute("query-block-jobs")
             graph = await vm.graph()
-            disks, recycles = read_disks(graph), interrupted_recycles(graph)
+            disks, recycles = read_disks(graph), interrupted_recycles(graph, qmp)
             windows = tell_of_windows(disks, qmp, cwd=vm.cwd, graph=graph)
             windows["held"] = tell_of_owners(disks, graph)
+            windows["left"] = await tell_of_left(vm, qmp)
         else:
             entries, disks, recycles = await vm.jobs(), await vm.disks(), await vm.recycles()
             qmp = (await vm.info()).qmp
@@ -92,9 +94,17 @@ def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
     if entry["status"] == "concluded":
         return (
             f"has ended: 'qmpcommit chain {shlex.quote(qmp)}' shows what its disk uses;"
-            f" 'qmpcommit abort {shlex.quote(qmp)} {name}' clears it away"
+            f" {_clears(name, qmp)} clears it away"
         )
     return None
+
+
+def _clears(name: str, qmp: str) -> str:
+    from qmpcommit.commit.pending import recovers
+    from qmpcommit.names import JOB_PREFIX
+
+    ours = name.startswith(JOB_PREFIX)
+    return recovers(qmp) if ours else f"'qmpcommit abort {shlex.quote(qmp)} {name}'"
 
 
 def _next_of_ours(job: dict[str, Any], options: Options, vm: str) -> str | None:

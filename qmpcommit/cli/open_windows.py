@@ -27,7 +27,7 @@ def tell_of_windows(
     from qmpcommit.window.remains import remains_of
     from qmpcommit.window.run import windows_of
 
-    close = f"qmpcommit window --close {shlex.quote(qmp)}"
+    close = f"qmpcommit recover {shlex.quote(qmp)}"
     windows = [{**each.model_dump(mode="json"), "next": close} for each in windows_of(disks, cwd)]
     remains = [
         {**each.model_dump(mode="json"), "next": close}

@@ -278,6 +278,7 @@ async def _run(
 
 
 async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
+    from qmpcommit.recovery.doing import clear_overlays
     from qmpcommit.window.remains import unused
 
     async with running.connect(qmp) as vm:
@@ -285,11 +286,13 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
         left = await vm.windows()
         folder = where["overlay_dir"]
         running.so_far = f"what had been begun was brought to its end; {_shown(qmp)}"
+        others_left = await clear_overlays(vm, where["agent"])
         cleared = await unused(vm, () if folder is None else (folder,))
         outcomes = await vm.close_windows(**where)
         there = await unused(vm, () if folder is None else (folder,)) if cleared else ()
         others = [each for each in cleared if each in there]  # who opens a window just now lives
     cleared = [each for each in cleared if each not in others]
+    cleared += [each.what for each in others_left]
     data = {
         "closed": [each.model_dump() for each in left],
         "cleared": cleared,

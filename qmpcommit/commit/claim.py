@@ -100,8 +100,8 @@ class Owner(Record):
     """Who holds a disk: `verb` is what for, `since` since when (seconds since 1970).
 
     `disk` stands for the disk, `node` is what `blockdev-del` closes, `nonce` differs each time,
-    `tag` tells of what it is a part (a window), `layer` stands for what was the active one.
-    Unknown is 0 or "".
+    `tag` tells of what it is a part (a window, or a group that is all on this VM), `layer` stands
+    for what was the active one. Unknown is 0 or "".
     """
 
     disk: str
@@ -475,7 +475,12 @@ async def take_if_free(vm: VM, disk: Disk, verb: Verb, *, tag: str = "") -> Clai
 
 
 async def take_for(
-    vm: VM, job: CommitJob, verb: Verb = "commit", *, override: Collection[str] = ()
+    vm: VM,
+    job: CommitJob,
+    verb: Verb = "commit",
+    *,
+    override: Collection[str] = (),
+    tag: str = "",
 ) -> None:
     """Claim a prepared job's disk, if that was not done; raises what `take` raises.
 
@@ -483,7 +488,7 @@ async def take_for(
     being there. Who does not start the job has to `let_go` its disk.
     """
     if job.claim is None:
-        job.inherit(await take(vm, job.plan.disk, verb, override=override, looked=True))
+        job.inherit(await take(vm, job.plan.disk, verb, tag=tag, override=override, looked=True))
 
 
 async def take_again(vm: VM, job: CommitJob) -> None:

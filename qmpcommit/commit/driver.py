@@ -235,7 +235,9 @@ class Driver:
 
     async def drive(self) -> None:
         """From the first action to the outcome or the error."""
-        hearing = self._hearing
+        hearing, together = self._hearing, self._around.together
+        if together is not None:
+            together.began(self.id)
         try:
             with self._monitor.subscribers.while_in(hearing.message, hearing.link, job=self.id):
                 if not self._monitor.connected:
@@ -246,6 +248,8 @@ class Driver:
             await to_the_end(self._let_go())
             raise
         finally:
+            if together is not None:
+                together.ended(self.id)
             self._care.leave()
             if self._inside and self._around.gate is not None:
                 self._around.gate.release()
@@ -314,6 +318,8 @@ class Driver:
         if bool(self.state.status) is not bool(before.status):
             self._moved()
         checked = self.state.unchecked is not before.unchecked
+        if self._around.together is not None and not self.state.running:
+            self._around.together.ended(self.id)
         if self.state.phase is not before.phase or self.state.finished or checked:
             self._moved()
             if self._ledger is not None:
@@ -395,6 +401,8 @@ class Driver:
                 return
             if command is Command.PIVOT and self.adopted is not None and self._auto_finalize:
                 await self._care.carry_unheld()
+            if command is Command.DISMISS and self._around.together is not None:
+                await self._around.together.all_ended()
             if not await self._is_noted(command):
                 return
             await self._monitor.execute(command.value, arguments)

@@ -16,11 +16,14 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qmpcommit.errors import JobConflict, JobNotFound, QmpCommitError
+from qmpcommit.block.chain import read_disks
+from qmpcommit.commit.recycle import interrupted_recycles
+from qmpcommit.errors import ChainError, JobConflict, JobNotFound, QmpCommitError
 from qmpcommit.guest import marks as freeze_marks
 from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
+    from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.vm import VM
@@ -54,15 +57,15 @@ def what_to_do(job_id: str, qmp: str) -> str:
     text = "holds its disk's I/O until it is ended, and the guest's disk hangs meanwhile"
     if place is not None:
         text += (
-            f". It is {place.number} of {place.members} of group {place.group}: end all of them"
-            " the same way, or their disks part"
+            f". It is {place.number} of {place.members} of group {place.group}, which is ended as"
+            " one: name the VMs of all"
         )
-    qmp = shlex.quote(qmp)
-    return (
-        f"{text}. If whoever started it is gone: 'qmpcommit abort {qmp} {job_id}' undoes its"
-        " decision, and the overlay stays active and whole;"
-        f" 'qmpcommit pivot {qmp} {job_id}' finalizes it as it was decided"
-    )
+    return f"{text}. If whoever started it is gone: {recovers(qmp)} ends it"
+
+
+def recovers(qmp: str) -> str:
+    """What a person types where a death has left something on a VM."""
+    return f"'qmpcommit recover {shlex.quote(qmp)}'"
 
 
 async def resolve_pending(
@@ -136,6 +139,24 @@ async def name_pending(vm: VM, conflict: JobConflict) -> JobConflict:
                 f"{conflict.disk} of {conflict.vm} has a commit that was left PENDING: job {job_id}"
                 f" {what_to_do(job_id, qmp)}. Nothing was sent"
             )
-        for mark in await freeze_marks.marks(vm):
+        graph = await vm.graph()
+        for mark in freeze_marks.marks_among(graph.nodes):
             text += f". And {mark.message}: {freeze_marks.what_to_do(mark, qmp)}"
+        if recovers(qmp) not in text and await _is_left(vm, graph, str(conflict.disk)):
+            text += f". Whoever began that is gone: {recovers(qmp)} says what is left"
     return JobConflict(text, **conflict.facts)
+
+
+async def _is_left(vm: VM, graph: BlockGraph, name: str) -> bool:
+    """Whether whoever held this disk has died."""
+    from qmpcommit.commit.claim import lives, owner_in
+
+    disks = [disk for disk in read_disks(graph) if disk.name == name]
+    owners = [owner_in(graph, disk) for disk in disks]
+    return any(owner is not None and lives(owner) is False for owner in owners)
+
+
+def tell_of_recycles(error: ChainError, graph: BlockGraph, qmp: str) -> ChainError:
+    """The same error, or one that says so where an interrupted recycle may be its cause."""
+    told = "; ".join(each["next"] for each in interrupted_recycles(graph, qmp))
+    return ChainError(f"{error.message}. {told}", **error.facts) if told else error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import NamedTuple
 
 from qmpcommit.block.graph import BlockGraph
@@ -29,7 +30,7 @@ def has_ended(pid: int | None) -> bool:
         return False
 
 
-def interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
+def interrupted_recycles(graph: BlockGraph, qmp: str = "QMP") -> list[dict[str, str]]:
     """Fresh overlays of ours that were opened and never laid: whoever did it was killed."""
     found = []
     for name in graph.nodes:
@@ -40,8 +41,7 @@ def interrupted_recycles(graph: BlockGraph) -> list[dict[str, str]]:
                 continue  # a window's
             text = (
                 f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
-                " perhaps the guest paused: end its job (abort, or pivot), let the guest go on"
-                f" with 'cont', and close the overlay with 'blockdev-del {name}'"
+                f" perhaps the guest paused: 'qmpcommit recover {shlex.quote(qmp)}' puts that right"
             )
             found.append({"node": name, "overlay": str(file), "next": text})
     return found

@@ -32,6 +32,7 @@ from qmpcommit.qmp.monitor import Monitor
 if TYPE_CHECKING:
     from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.together import Together
 
 
 class Stall(NamedTuple):
@@ -86,6 +87,7 @@ class Around(NamedTuple):
     `cwd` is QEMU's working directory; `ledger` is where steps are noted before they are taken;
     `barrier` is awaited last before the job's end is made final; `gate` is passed by what follows
     the end, so that many jobs that end at once don't keep those that become READY waiting;
+    `together` are the jobs of its group, which are dismissed when all have ended;
     with `in_migration` it is sent and ended also while the VM is being migrated.
     """
 
@@ -97,6 +99,7 @@ class Around(NamedTuple):
     converge: Converge | None = None
     ledger: Ledger | None = None
     barrier: Barrier | None = None
+    together: Together | None = None
     gate: asyncio.Semaphore | None = None
     in_migration: bool = False
 

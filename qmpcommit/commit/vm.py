@@ -36,6 +36,7 @@ from qmpcommit.commit.preconditions import (
 from qmpcommit.commit.request import CommitOptions, Request, Stale, what_of_stale
 from qmpcommit.commit.stale_layers import Around, Barrier, Hooks, OnPivot, OnStall
 from qmpcommit.errors import (
+    ChainError,
     CommitFailed,
     JobConflict,
     QmpCommitError,
@@ -245,7 +246,12 @@ class VM(Monitor):
             from qmpcommit.commit.claim import check_free
 
             check_free(self, graph, disk, claim=claim, override=request.override)
-        plan = plan_commit(self.name, disk, request, self.cwd)
+        try:
+            plan = plan_commit(self.name, disk, request, self.cwd)
+        except ChainError as error:
+            from qmpcommit.commit.pending import tell_of_recycles
+
+            raise tell_of_recycles(error, graph, str(self.address or "QMP")) from None
         await check_abilities(self, plan, status, cwd=self.cwd, private=self.private)
         await check_overlays(self, plan, graph)
         return await self._named(plan, graph), graph

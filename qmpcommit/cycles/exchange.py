@@ -25,6 +25,7 @@ from qmpcommit.block.chain import Disk, Image, read_disks
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import FileId, OpenFiles
 from qmpcommit.commit.checks.replaced import check_named, nameless
+from qmpcommit.commit.claim import number_of
 from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.overlay.fresh import FreshOverlay
@@ -43,6 +44,7 @@ from qmpcommit.errors import (
     VMGone,
     VMStateError,
 )
+from qmpcommit.guest.marks import mark_of_discard, set_mark, unmark
 from qmpcommit.guest.run_state import Still, runs
 from qmpcommit.tasks import to_the_end
 
@@ -94,7 +96,7 @@ class Exchange:
         self.over = noted.get("step") == "exchanged"
         self._let_go_before = bool(noted.get("let_go"))
         self.running: bool | None = noted.get("running")
-        self._again = self.running is not None
+        self._again = self._marked = self.running is not None
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd, asked=asked)
         self.still: Still | None = None
         self.claim: Claim | None = None
@@ -117,6 +119,8 @@ class Exchange:
         await self._note("stop", running=self.running)
         await self._fresh.make(again=self._again)
         if await runs(self.vm):
+            self._marked = True
+            await set_mark(self.vm, self._mark, "pause", resets=self._guest == "reset")
             await self.held.stop()
         _, graph = await self.vm.look()  # others may have changed the chain, or migrate it
         await asyncio.to_thread(self._check, graph)
@@ -237,6 +241,17 @@ class Exchange:
         """The guest goes on as before, after `back`."""
         if self.running:
             await self.held.go_on()
+
+    async def unmark(self) -> None:
+        """The guest does not stand still for this any more, or is to."""
+        if self._marked:
+            self._marked = False
+            for resets in (False, True) if self._again else (self._guest == "reset",):
+                await unmark(self.vm, self._mark, "pause", resets=resets)
+
+    @property
+    def _mark(self) -> str:
+        return mark_of_discard(number_of(self.plan.disk))
 
     async def forget(self) -> None:
         """Note that all of it is as before, and nothing is known of the guest any more."""
@@ -424,6 +439,8 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
         try:
             closed = {each: await each.close() for each in mine}
             await mine[-1].let_go()
+            for each in mine:
+                await each.unmark()
             if mine[-1].held.disturbed:
                 for each in mine:
                     closed[each].append(
@@ -473,6 +490,7 @@ async def _put_back(begun: Sequence[Exchange]) -> list[Stuck]:
             stuck[each.vm] = Stuck(text, error)
     for each in begun:
         if each.vm not in stuck:
+            await each.unmark()
             await each.forget()
     return list(stuck.values())
 

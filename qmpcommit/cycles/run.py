@@ -48,6 +48,7 @@ from qmpcommit.commit.overlay.file import is_device
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.like import each_asked, is_encrypted
 from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.pending import tell_of_recycles
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
     Pivot,
@@ -171,7 +172,7 @@ async def discard(
         stem = await _interrupted(found)
         if stem is not None:
             return await _finish(found, stem, guest, delete, claims, asks=asks)
-        plans = _plans(found)
+        plans = await _planned(found)
         guest = await _agreed(found, guest)
         fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
         asked = await check_followed(found, plans, asks)
@@ -212,12 +213,14 @@ async def cycle(
         keep_if = check_command(keep_if, "keep_if")
     if freeze is not None:
         await thaw_all_abandoned({vm for vm, _ in disks}, agents or {})
-    async with _claimed(await _find(disks), "cycle", override) as claims:
+    group = os.urandom(4).hex()
+    tag = group if len({vm for vm, _ in disks}) == 1 else ""
+    async with _claimed(await _find(disks), "cycle", override, tag=tag) as claims:
         found = await _find(disks)
         stem = await _interrupted(found)
         if stem is not None:
             return _discarded(await _finish(found, stem, guest, delete, claims, asks=asks))
-        plans = _plans(found)
+        plans = await _planned(found)
         guest = await _agreed(found, guest)
         await asyncio.to_thread(_overlays, found, plans, overlay)
         await check_followed(found, plans, asks)
@@ -241,7 +244,7 @@ async def cycle(
             )
             for (vm, disk), file, own, claim in zip(disks, fresh, asked, claims, strict=True)
         ]
-        kept = await _keep(recycles, delete, freeze, agents)
+        kept = await _keep(recycles, delete, freeze, agents, group)
         return tuple(
             Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
         )
@@ -249,7 +252,7 @@ async def cycle(
 
 @asynccontextmanager
 async def _claimed(
-    found: Sequence[Found], verb: Verb, override: Collection[str]
+    found: Sequence[Found], verb: Verb, override: Collection[str], *, tag: str = ""
 ) -> AsyncIterator[list[Claim]]:
     """All of these disks are held, or none; raises `JobConflict`."""
     check_override(override)
@@ -257,7 +260,7 @@ async def _claimed(
     try:
         for vm, disk in found:
             state = "Nothing was changed"
-            claims.append(await take(vm, disk, verb, override=override, state=state))
+            claims.append(await take(vm, disk, verb, tag=tag, override=override, state=state))
         yield claims
     finally:
         await release_all(claims)
@@ -268,9 +271,12 @@ async def _keep(
     delete: bool,
     freeze: How | None,
     agents: Sockets[Any] | None,
+    known_as: str,
 ) -> Sequence[CommitOutcome]:
     if len(recycles) > 1 or freeze is not None:
-        group = GroupCommit(recycles, shallow=True, delete=delete, freeze=freeze, agents=agents)
+        group = GroupCommit(
+            recycles, shallow=True, delete=delete, freeze=freeze, agents=agents, known_as=known_as
+        )
         return (await group.run()).outcomes
     ((vm, disk, policy, own),) = recycles
     job = await vm.commit(disk, policy=policy, shallow=True, delete=delete, **own)
@@ -315,6 +321,15 @@ async def _find(disks: Iterable[Place]) -> list[Found]:
     if not found:
         raise InvalidRequest("name the disks of the round, at least one")
     return found
+
+
+async def _planned(found: Sequence[Found]) -> list[Plan]:
+    """`_plans`, whose `ChainError` tells where an interrupted recycle may be its cause."""
+    try:
+        return _plans(found)
+    except ChainError as error:
+        vm = next((vm for vm, _ in found if vm.name == error.vm), found[0][0])
+        raise tell_of_recycles(error, await vm.graph(), str(vm.address or "QMP")) from None
 
 
 def _plans(found: Sequence[Found], stem: str | None = None) -> list[Plan]:

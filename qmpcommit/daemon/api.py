@@ -275,7 +275,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     async def list_recycles(vm: VMPath) -> list[dict[str, str]]:
         """Fresh overlays that an interrupted recycle of somebody else left open, and what to do."""
         async with engine.registry.use(engine.vm(vm), wait=1.0) as session:
-            found = interrupted_recycles(await session.graph())
+            found = interrupted_recycles(await session.graph(), str(session.address or "QMP"))
         owned = {f"{node_stem(p.job_id)}-top" for p in engine.live.values() if p.vm == vm}
         return [each for each in found if each["node"] not in owned]
 

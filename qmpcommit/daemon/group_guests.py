@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from qmpcommit.commit.pending import place_of
 from qmpcommit.daemon.registry import Registry
 from qmpcommit.errors import (
     CommandRefused,
@@ -22,6 +23,7 @@ from qmpcommit.errors import (
     MonitorLost,
     QmpCommitError,
 )
+from qmpcommit.guest.marks import mark_of_group, unmark
 from qmpcommit.guest.run_state import go_on
 from qmpcommit.tasks import to_the_end
 
@@ -49,6 +51,8 @@ async def let_go_on(session: Session, promises: Sequence[Promise]) -> None:
         await go_on(session)
     except CommandRefused as error:
         promises[0].log.warning("guest_stays_paused", why=error.message)
+    for owner in {mark_of_group(place.group) for p in promises if (place := place_of(p.job_id))}:
+        await unmark(session, owner, "pause")
     for promise in promises:
         await promise.note("cont")
 

@@ -14,6 +14,7 @@ from qmpcommit.commit.pending import group_job_id
 from qmpcommit.commit.policy import AnyPolicy, AskedPolicy, PolicyCall, Recycle, parse_policy
 from qmpcommit.commit.request import GroupOptions, Request
 from qmpcommit.commit.stale_layers import Around, Hooks
+from qmpcommit.commit.together import Together
 from qmpcommit.errors import InvalidRequest, PolicyRequired
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ async def prepare_members(
     sessions = list(dict.fromkeys(member.vm for member in members))
     seen = dict(zip(sessions, await asyncio.gather(*(vm.look() for vm in sessions)), strict=True))
     jobs = []
+    together = Together()
     for number, member in enumerate(members):
         job_id = group_job_id(member.disk, group, number + 1, len(members))
         own = {**options, **member.options}
@@ -98,7 +100,7 @@ async def prepare_members(
         request = requested(member.disk, policy=policies[number], job_id=job_id, **own)
         if request.only_if is not None or request.timeout is not None:
             raise InvalidRequest("only_if and timeout are a group's, not one disk's")
-        around["barrier"] = partial(meet, number)
+        around |= {"barrier": partial(meet, number), "together": together}
         job = await member.vm.prepare(
             request, Around(**around), held=True, seen=seen[member.vm], claim=claim
         )

@@ -28,12 +28,10 @@ class Pauses:
 
     In the ledgers of all jobs of a guest ``stop`` is noted before it is sent, and ``cont`` when
     it was: between the two the guest stays paused until the last of them has settled, and whoever
-    takes them up has to do the same. A mark in QEMU tells of it where it has an `owner`.
+    takes them up has to do the same. A mark in QEMU, of the `owner`, tells of it.
     """
 
-    def __init__(
-        self, recycles: Mapping[VM, Sequence[CommitJob]], owner: str | None = None
-    ) -> None:
+    def __init__(self, recycles: Mapping[VM, Sequence[CommitJob]], owner: str) -> None:
         self.seconds: dict[VM, float] = {}
         self.problems: list[str] = []
         self._recycles, self._owner = recycles, owner
@@ -66,12 +64,11 @@ class Pauses:
         for vm in running:
             # It is let go on even if the reply to the command is lost.
             self._thawing[vm] = asyncio.create_task(self._thaw(vm, self._recycles[vm]))
-        if self._owner is not None:
-            await asyncio.gather(*(self._mark(vm, self._owner) for vm in running))
+        await asyncio.gather(*(self._mark(vm) for vm in running))
         await asyncio.gather(*(self._still[vm].stop() for vm in running))
 
-    async def _mark(self, vm: VM, owner: str) -> None:
-        if not await set_mark(vm, owner, "pause"):
+    async def _mark(self, vm: VM) -> None:
+        if not await set_mark(vm, self._owner, "pause"):
             self._unmarked.add(vm)
 
     async def goes_on(self, vm: VM) -> None:
@@ -105,7 +102,7 @@ class Pauses:
             self.seconds[vm] = clock() - since
             self.problems += [remark] if remark else []
             await self._note_that_it_goes_on(jobs)
-            if self._owner is not None and vm not in self._unmarked:
+            if vm not in self._unmarked:
                 await unmark(vm, self._owner, "pause")
 
     def _stays(self, vm: VM, error: QmpCommitError) -> None:

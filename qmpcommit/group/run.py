@@ -294,8 +294,11 @@ class GroupCommit:
 
     async def _claim(self, jobs: Sequence[CommitJob]) -> None:
         """All disks are ours before the first job is sent."""
+        # That all of it is on this VM its claims tell: whoever finds some of it knows the rest.
+        tag = self.id if len({member.vm for member in self.members}) == 1 else ""
         for member, job in zip(self.members, jobs, strict=True):
-            await take_for(member.vm, job, "group", override=override_of(member, self._options))
+            override = override_of(member, self._options)
+            await take_for(member.vm, job, "group", override=override, tag=tag)
 
     async def _launch(self) -> None:
         self._watch_links()
@@ -433,8 +436,7 @@ class GroupCommit:
     def _decide(self) -> None:
         recycles = self._recycles()
         if recycles:
-            owner = mark_of_group(self.id) if self._freeze == "pause" else None
-            self._pauses = Pauses(recycles, owner)
+            self._pauses = Pauses(recycles, mark_of_group(self.id))
             self._pausing = asyncio.ensure_future(self._pause_first(self._pauses))
         else:
             self._send_decisions()

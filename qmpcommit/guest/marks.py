@@ -2,7 +2,9 @@
 
 A process that is killed while it has a guest quiesced can't thaw it, and leaves this mark. Its
 name begins with ``qmpcommit-w`` for a snapshot window and ``qmpcommit-g`` for a group commit, then
-come eight digits of that window or group, and how the guest was quiesced.
+come eight digits of that window or group, and how the guest was quiesced. That of a recycle
+(``qmpcommit-r``) and of a discard (``qmpcommit-d``) has digits of the disk's; "reset" says that a
+guest is to be reset when its overlay was thrown away. They tell that it ran before.
 
 Rests on ``blockdev-add``, ``blockdev-del`` and ``query-named-block-nodes``.
 """
@@ -13,19 +15,22 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
 from qmpcommit.guest.quiesce import LIMIT, How, Sockets, thaw
 from qmpcommit.guest.run_state import runs
-from qmpcommit.names import JOB_PREFIX
+from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 
 if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor
 
-_NAME = re.compile(rf"{JOB_PREFIX}([wg][0-9a-f]{{8}})-(paused|frozen)")
+_NAME = re.compile(rf"{JOB_PREFIX}([wgrd][0-9a-f]{{8}})-(paused|frozen|reset)")
+_FOR = {"w": "a window", "g": "a group commit or cycle", "r": "a recycle", "d": "a discard"}
+_WITH_DISKS = ("r", "d")
+"""Whose guest must not go on before its disk is whole again: whoever sees to that lets it go on."""
 
 GRACE = LIMIT + 1.0
 """Seconds after which a mark is nobody's any more: no freeze lasts for so long."""
@@ -40,13 +45,18 @@ class Mark(NamedTuple):
     node: str
     owner: str
     how: How
+    resets: bool = False
 
     @property
     def message(self) -> str:
         """What a person should know of it."""
         done = "paused" if self.how == "pause" else "frozen through its agent"
-        what = "a window" if self.owner.startswith("w") else "a group commit or cycle"
-        return f"the guest was {done} for {what}, and perhaps still is"
+        return f"the guest was {done} for {_FOR[self.owner[0]]}, and perhaps still is"
+
+    @property
+    def with_disks(self) -> bool:
+        """Whether the guest may have lost its overlay meanwhile, and would write to the base."""
+        return self.owner.startswith(_WITH_DISKS)
 
 
 def mark_of_window(window: str) -> str:
@@ -59,10 +69,20 @@ def mark_of_group(group: str) -> str:
     return f"g{group}"
 
 
+def mark_of_recycle(disk: str) -> str:
+    """The owner that the mark of a recycle has; `disk` are the digits that stand for its disk."""
+    return f"r{disk[:8]}"
+
+
+def mark_of_discard(disk: str) -> str:
+    """The same of a discard."""
+    return f"d{disk[:8]}"
+
+
 def what_to_do(mark: Mark, qmp: str) -> str:
     """What a person should do about a mark whose owner is gone."""
-    socket = " --agent SOCKET" if mark.how == "agent" else ""
-    return f"'qmpcommit window --close{socket} {shlex.quote(qmp)}' lets the guest go on"
+    socket = " (it needs --agent SOCKET)" if mark.how == "agent" else ""
+    return f"'qmpcommit recover {shlex.quote(qmp)}' lets the guest go on{socket}"
 
 
 @asynccontextmanager
@@ -99,9 +119,9 @@ async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None
     await unmark(vm, owner, how)
 
 
-async def set_mark(vm: Monitor, owner: str, how: How) -> bool:
+async def set_mark(vm: Monitor, owner: str, how: How, *, resets: bool = False) -> bool:
     """Set the mark; whether QEMU did. What this raises leaves it open whether it is there."""
-    node = {"driver": "null-co", "node-name": _name(owner, how), "read-only": True}
+    node = {"driver": "null-co", "node-name": _name(owner, how, resets), "read-only": True}
     try:
         await vm.execute("blockdev-add", node)
     except CommandRefused as error:  # a QEMU built without that driver
@@ -110,21 +130,22 @@ async def set_mark(vm: Monitor, owner: str, how: How) -> bool:
     return True
 
 
-async def unmark(vm: Monitor, owner: str, how: How) -> None:
+async def unmark(vm: Monitor, owner: str, how: How, *, resets: bool = False) -> None:
     """Remove the mark, if it is there: the guest goes on."""
     with suppress(QmpCommitError):
-        await vm.execute("blockdev-del", {"node-name": _name(owner, how)})
+        await vm.execute("blockdev-del", {"node-name": _name(owner, how, resets)})
 
 
-def _name(owner: str, how: How) -> str:
-    return f"{JOB_PREFIX}{owner}-{'paused' if how == 'pause' else 'frozen'}"
+def _name(owner: str, how: How, resets: bool = False) -> str:
+    done = "reset" if resets else "paused" if how == "pause" else "frozen"
+    return f"{JOB_PREFIX}{owner}-{done}"
 
 
 def marks_among(nodes: Iterable[str]) -> list[Mark]:
     """The marks among these node-names."""
     found = [(node, _NAME.fullmatch(node)) for node in nodes]
     return [
-        Mark(node, match[1], "pause" if match[2] == "paused" else "agent")
+        Mark(node, match[1], "agent" if match[2] == "frozen" else "pause", match[2] == "reset")
         for node, match in found
         if match is not None
     ]
@@ -132,8 +153,20 @@ def marks_among(nodes: Iterable[str]) -> list[Mark]:
 
 async def marks(vm: Monitor) -> list[Mark]:
     """The marks in this QEMU, of those too that are at it just now."""
-    nodes = await vm.execute("query-named-block-nodes", {"flat": True})
-    return marks_among(str(node.get("node-name") or "") for node in nodes)
+    return _seen(await vm.execute("query-named-block-nodes", {"flat": True}))[0]
+
+
+def _seen(nodes: Iterable[Mapping[str, Any]]) -> tuple[list[Mark], bool]:
+    """The marks, and whether there is a recycle's fresh overlay that does not lie yet."""
+    there = {str(node.get("node-name") or ""): node for node in nodes}
+    unlaid = any(
+        name.startswith(JOB_PREFIX)
+        and name.endswith("-top")
+        and not node.get("backing_file_depth")
+        and WINDOW_MARK not in str(node.get("file"))
+        for name, node in there.items()
+    )
+    return marks_among(there), unlaid
 
 
 async def thaw_marked(
@@ -148,13 +181,15 @@ async def thaw_marked(
     Not where that was for one of the owners `but`.
 
     Returns the marks of what could not be done: one frozen through its agent needs the agent's
-    socket. Raises what `thaw` raises.
+    socket, and a guest whose recycle was killed needs its disk first. Raises what `thaw` raises.
     """
     left = []
-    for mark in await marks(vm):
+    found, unlaid = _seen(await vm.execute("query-named-block-nodes", {"flat": True}))
+    for mark in found:
         if owner not in (None, mark.owner) or mark.owner in but:
             continue
-        if mark.how == "agent" and agent is None:
+        in_need = mark.with_disks or (unlaid and mark.how == "pause" and mark.owner[0] == "g")
+        if in_need or (mark.how == "agent" and agent is None):
             left.append(mark)
             continue
         await thaw(vm, mark.how, agent, ran=True)  # else it had not been marked

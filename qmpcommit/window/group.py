@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.errors import InvalidRequest, WindowError
+from qmpcommit.guest.marks import thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -59,6 +60,7 @@ async def snapshot(
     parse_size(bandwidth or 0, "bandwidth")
     agents = agents or {}
     check_sockets(freeze, wanted, agents)
+    await thaw_all_abandoned(wanted, agents)  # not while others stand still for it
     meet = asyncio.Barrier(len(wanted))
     opening = {
         vm: asyncio.create_task(

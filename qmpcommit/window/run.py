@@ -61,7 +61,14 @@ from qmpcommit.errors import (
     VMGone,
     WindowError,
 )
-from qmpcommit.guest.marks import mark_of_window, marked, thaw_marked
+from qmpcommit.guest.marks import (
+    Mark,
+    mark_of_window,
+    marked,
+    thaw_abandoned,
+    thaw_marked,
+    what_to_do,
+)
 from qmpcommit.guest.quiesce import LIMIT, How, quiesced, thaw
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
@@ -96,6 +103,10 @@ if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
 _SAY_THE_SOCKET = "close the window with the agent's socket (--agent SOCKET)"
+
+
+def _left_still(vm: VM, mark: Mark) -> str:
+    return _SAY_THE_SOCKET if mark.how == "agent" else what_to_do(mark, str(vm.address or "QMP"))
 
 
 def new_window_name() -> str:
@@ -163,6 +174,8 @@ async def open_window(
     check_override(override)
     if not NAME.fullmatch(window):
         raise InvalidRequest(f"'{window}' is no name of a window: new_window_name() makes one")
+    if freeze is not None:
+        await thaw_abandoned(vm, agent)
     _, graph = await vm.look()
     found = {disk: find_disk(read_disks(graph), disk, vm=vm.name, cwd=vm.cwd) for disk in disks}
     if len({disk.root for disk in found.values()}) < len(disks):
@@ -349,8 +362,9 @@ async def close_windows(
     owners = await owners_of(vm)
     held = frozenset() if CLAIM in override else held_windows(owners)
     remains = [
-        Remains(mark.node, f"{mark.message}, so that its writes hang: {_SAY_THE_SOCKET}")
+        Remains(mark.node, f"{mark.message}, so that its writes hang: {_left_still(vm, mark)}")
         for mark in await thaw_marked(vm, agent, but={mark_of_window(tag) for tag in held})
+        if not mark.with_disks  # whoever recycles or discards lets it go on
     ]
     await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]

@@ -90,7 +90,7 @@ async def test_an_interrupted_recycle_is_told(folder: Path) -> None:
         await qemu.execute("blockdev-add", node_name="qmpcommit-x-top", **overlay)
         said = await run("jobs", qemu.qmp)
         assert f"left the empty overlay {fresh} open" in said.out
-        assert "'cont'" in said.out
+        assert f"'qmpcommit recover {qemu.qmp}'" in said.out
         told = (await run("jobs", qemu.qmp, "--json")).json["interrupted_recycles"]
         assert [recycle["node"] for recycle in told] == ["qmpcommit-x-top"]
         await run("pivot", qemu.qmp, "qmpcommit-x")

@@ -430,7 +430,7 @@ async def test_the_command_names_what_was_left_and_ends_it(folder: Path) -> None
         assert len(listed) == 2
         listed.sort(key=lambda job: str(job["id"]))
         for job in listed:
-            assert f"qmpcommit abort {qemu.qmp} {job['id']}" in job["next"]
+            assert f"'qmpcommit recover {qemu.qmp}'" in job["next"]
             assert "of 2 of group" in job["next"]
         chain = await run("chain", qemu.qmp)
         assert listed[0]["id"] in chain.err

@@ -104,7 +104,7 @@ async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(
             place += 1
             _, places = await killed(qemu, "pause", place, folder, fresh)
         assert (await qemu.execute("query-status"))["status"] == "paused"
-        close = f"'qmpcommit window --close {qemu.qmp}' lets the guest go on"
+        close = f"'qmpcommit recover {qemu.qmp}' lets the guest go on"
         for words in (
             ("commit", qemu.qmp, "vda", "vdb", "--pivot"),
             ("cycle", qemu.qmp, "vda", "--keep-if", "true", "--reset"),
@@ -122,7 +122,7 @@ async def test_what_is_left_is_named_by_each_command_and_can_be_let_go_on(
             assert told.status == 0
             (left,) = told.json["window_remains"]
             assert "paused for a group commit or cycle" in left["message"]
-            assert left["next"] == f"qmpcommit window --close {qemu.qmp}"
+            assert left["next"] == f"qmpcommit recover {qemu.qmp}"
         assert (await qemu.execute("query-status"))["status"] == "paused"
         closed = await qmpcommit("window", "--close", qemu.qmp)
         assert closed.status == 0, closed.err

@@ -39,7 +39,7 @@ async def test_a_disk_that_was_left_held_is_told_of_and_ended(finalize: bool, fo
         async with left_pending(qemu) as vm:
             (held,) = await held_jobs(vm, qemu.qmp)
             assert held["id"] == JOB
-            assert f"'qmpcommit abort {qemu.qmp} {JOB}'" in held["next"]
+            assert f"'qmpcommit recover {qemu.qmp}'" in held["next"]
             assert "group" not in held["next"]
             with pytest.raises(qc.JobConflict, match=f"left PENDING: job {JOB} holds"):
                 await vm.commit("vda", policy=qc.Pivot())
@@ -74,7 +74,7 @@ async def test_each_command_on_that_monitor_names_it_and_how_to_resolve_it(folde
             said = await run(*words)
             assert said.status == status, words
             told = said.out + said.err
-            assert told.count(f"'qmpcommit abort {qemu.qmp} {JOB}'") == 1, words
+            assert told.count(f"'qmpcommit recover {qemu.qmp}'") == 1, words
         said = await run("abort", qemu.qmp, JOB)
         assert (said.status, said.err) == (0, "")
         await qemu.quit()

@@ -442,7 +442,7 @@ async def test_an_interrupted_recycle_is_told_of_until_its_overlay_is_laid(folde
         await overlay.open()
         (found,) = interrupted_recycles(await vm.graph())
         assert (found["node"], found["overlay"]) == (overlay.node, str(fresh))
-        assert f"blockdev-del {overlay.node}" in found["next"]
+        assert "'qmpcommit recover QMP' puts that right" in found["next"]
         await vm.execute("blockdev-del", node_name=window.node)
         await (await vm.commit("vda", policy=qc.Pivot())).wait()
         for _ in range(2):  # its reply may have been lost

@@ -138,7 +138,7 @@ async def test_chain_and_jobs_tell_of_windows_that_are_open(folder: Path) -> Non
         for command in ("chain", "jobs"):
             said = await qmpcommit(command, qemu.qmp, "--json")
             (told,) = said.json["windows"]
-            assert told["next"] == f"qmpcommit window --close {qemu.qmp}"
+            assert told["next"] == f"qmpcommit recover {qemu.qmp}"
             for name in ("disk", "overlay", "filename", "window"):
                 assert told[name] == getattr(window, name)
             assert told["age"] >= 0
@@ -172,7 +172,7 @@ async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
             said = await qmpcommit(command, qemu.qmp, "--json")
             whats = {each["what"] for each in said.json["window_remains"]}
             assert whats == {node["node-name"], marker["node-name"]}
-            assert said.err.count("qmpcommit window --close") == 2
+            assert said.err.count(f"'qmpcommit recover {qemu.qmp}'") == 2
             assert said.json.get("interrupted_recycles", []) == []
         said = await qmpcommit("window", "--close", qemu.qmp)
         assert said.status == 1

@@ -59,6 +59,8 @@ ASKING: dict[str, Call] = {
     "query_version": lambda vm, _: vm.query_version(),
     "close_windows": lambda vm, _: vm.close_windows(),
     "prepare": lambda vm, _: vm.prepare(Request("export0", qc.Keep()), Around()),
+    "recover": lambda vm, _: vm.recover(),
+    "recover_several": lambda vm, _: qc.recover([vm]),
     "resolve_pending": lambda vm, _: qc.resolve_pending(vm),
 }
 

@@ -17,7 +17,11 @@ from tests.unit import test_cancellation as unit
 Story = Callable[..., Any]
 
 SESSION: dict[str, Story] = {
-    **{f"Session.{name}": call for name, call in unit.ASKING.items() if name != "resolve_pending"},
+    **{
+        f"Session.{name}": call
+        for name, call in unit.ASKING.items()
+        if name not in ("recover_several", "resolve_pending")
+    },
     "Session.__aenter__": unit._open,
     "Session.__aexit__": unit._open,
     "Session.adopt": unit.test_adopt,
@@ -67,6 +71,7 @@ CALLS: dict[str, Story] = {
     "offline": unit.test_offline,
     "open_window": real._in_pieces,
     "quiesced": real._paused,
+    "recover": unit.ASKING["recover_several"],
     "recover_window": real._recovered,
     "resolve_pending": unit.ASKING["resolve_pending"],
     "snapshot": real._windows_of_two,

@@ -17,6 +17,7 @@ FLOORS = (
     {"commit"},
     {"group", "window"},
     {"cycles"},
+    {"recovery"},
     {"wire", "session"},
     {"client", "offline_session"},
     {"daemon"},

@@ -20,6 +20,9 @@ from qmpcommit.block.identity import FileId
 from qmpcommit.block.qcow2 import LONGEST_NAME, MAGIC, holds_data
 
 _LABELS = ("security.selinux", "system.posix_acl_access")
+_OURS = "user.qmpcommit"
+"""Tells of a file that it was made here, whose maker is killed before QEMU has opened it."""
+
 _ODD = 4096
 """Sizes that a new file is known by are multiples of this many bytes (O_DIRECT's), up to 1 GiB."""
 
@@ -63,10 +66,19 @@ def make_file(path: str, like: str) -> NewFile:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     opened = os.open(path, flags, 0o600)
     made = NewFile(path, FileId.of(os.fstat(opened)), opened)
+    with suppress(OSError):
+        os.setxattr(opened, _OURS, b"fresh")
     if like:
         with suppress(OSError):  # what could not be made alike is looked for afterwards
             _resemble(opened, like)
     return made
+
+
+def is_marked(path: str) -> bool:
+    """Whether a file was made here for a fresh overlay, as far as its file system can tell."""
+    with suppress(OSError):
+        return bool(os.getxattr(path, _OURS, follow_symlinks=False))
+    return False
 
 
 def _resemble(opened: int, like: str) -> None:

@@ -49,6 +49,7 @@ from qmpcommit.commit.overlay.trial import refused_options
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import Left, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
+from qmpcommit.guest.marks import mark_of_recycle, set_mark, unmark
 from qmpcommit.guest.run_state import Still, runs
 from qmpcommit.names import JOB_PREFIX, node_stem
 from qmpcommit.qmp.monitor import Monitor
@@ -109,7 +110,7 @@ class FreshOverlay:
         self._file_node = f"{stem}-file"
         self._stopped_at: float | None = None
         self._begun = self._tried = self._laid = self._restored = self._here = False
-        self._astray = False
+        self._astray = self._marked = False
         self._ledger = ledger
 
     def restore(self, *, stopped: bool, laid: bool = False) -> None:
@@ -120,8 +121,13 @@ class FreshOverlay:
         self._begun = self._tried = self._restored = True
         self._laid = laid
         if stopped:
-            self._stopped_at = asyncio.get_running_loop().time()
-            self._still = Still(self._monitor, paused=True)
+            self._stops()
+
+    def _stops(self) -> None:
+        """A former process has paused the guest, and left a mark of that."""
+        self._stopped_at = asyncio.get_running_loop().time()
+        self._still = Still(self._monitor, paused=True)
+        self._marked = self._alone
 
     async def freeze(self, *, again: bool = False, stopped: bool = False) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
@@ -131,14 +137,16 @@ class FreshOverlay:
         process of ours made and never used: it is made anew. It paused the guest if `stopped`.
         """
         if stopped:  # it goes on, whatever fails from here on
-            self._stopped_at = asyncio.get_running_loop().time()
-            self._still = Still(self._monitor, paused=True)
+            self._stops()
         await self.make(again=again)
         if self._still is None and (self._alone or await runs(self._monitor)):
             self._still = Still(self._monitor)
         if self._still is not None and await self._still.ran():
             if self._ledger is not None:
                 await self._ledger.note("stop")
+            if self._alone:
+                self._marked = True
+                await set_mark(self._monitor, self._mark, "pause")
             self._stopped_at = asyncio.get_running_loop().time()
             await self._still.stop()
         await self.check_named()
@@ -307,6 +315,15 @@ class FreshOverlay:
         if self._stopped_at is not None:
             self.paused = asyncio.get_running_loop().time() - self._stopped_at
             self._stopped_at = None
+        if self._marked:
+            self._marked = False
+            await unmark(self._monitor, self._mark, "pause")
+
+    @property
+    def _mark(self) -> str:
+        from qmpcommit.commit.claim import number_of
+
+        return mark_of_recycle(number_of(self._plan.disk))
 
     def leave(self) -> None:
         """Nobody sees to the guest any more: it is as it is."""

@@ -14,10 +14,12 @@ from qmpcommit.errors import CommandRefused
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.qmp.monitor import Monitor
 
-_NODE = f"{JOB_PREFIX}tried"
+TRIAL = f"{JOB_PREFIX}tried"
+"""The node that is opened to see whether QEMU takes the options, and closed at once."""
+
 _PLAIN: tuple[dict[str, Any], ...] = (
-    {"driver": "qcow2", "node-name": _NODE, "file": {"driver": "null-co", "read-zeroes": True}},
-    {"driver": "file", "node-name": _NODE, "filename": "/proc/self/fdinfo/none", "read-only": True},
+    {"driver": "qcow2", "node-name": TRIAL, "file": {"driver": "null-co", "read-zeroes": True}},
+    {"driver": "file", "node-name": TRIAL, "filename": "/proc/self/fdinfo/none", "read-only": True},
 )
 
 
@@ -42,5 +44,5 @@ async def _answer(monitor: Monitor, node: Mapping[str, Any]) -> str | None:
         await monitor.execute("blockdev-add", node)
     except CommandRefused as error:
         return error.desc
-    await monitor.execute("blockdev-del", {"node-name": _NODE})
+    await monitor.execute("blockdev-del", {"node-name": TRIAL})
     return None
