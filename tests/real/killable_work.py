@@ -1,8 +1,8 @@
 """A piece of work whose process is killed by SIGKILL at its n-th place.
 
-There is a place before and after each QMP command that changes something. Arguments: the monitor,
-which work, the place's number (0: never), the file to which the places are written as they are
-passed, and the folder of fresh overlays.
+There is a place before and after each QMP command that changes something. Arguments: the monitors,
+with commas between; which work; the place's number (0: never); the file to which the places are
+written as they are passed; and the folder of fresh overlays.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import qmpcommit as qc
 from qmpcommit.session import Session
 from tests.ground.killing import places
 
-Work = Callable[[Session, Path], Awaitable[Any]]
+Work = Callable[..., Awaitable[Any]]
 
 
 def _commit(policy: Callable[[Path], Any], **more: Any) -> Work:
-    async def work(vm: Session, folder: Path) -> None:
+    async def work(folder: Path, vm: Session) -> None:
         job = await vm.commit("vda", policy=policy(folder), **more)
         await job.wait()
 
@@ -29,7 +30,7 @@ def _commit(policy: Callable[[Path], Any], **more: Any) -> Work:
 
 
 def _group(policy: Callable[[Path, str], Any], **more: Any) -> Work:
-    async def work(vm: Session, folder: Path) -> None:
+    async def work(folder: Path, vm: Session) -> None:
         await vm.commit_group({d: policy(folder, d) for d in ("vda", "vdb")}, **more)
 
     return work
@@ -39,25 +40,41 @@ def _recycle(folder: Path, disk: str = "vda") -> qc.Recycle:
     return qc.Recycle(str(folder / f"fresh-{disk}.qcow2"))
 
 
-async def _discard(vm: Session, folder: Path) -> None:
+async def _discard(folder: Path, vm: Session) -> None:
     await vm.discard(["vda", "vdb"], guest="reset")
 
 
-async def _discard_one(vm: Session, folder: Path) -> None:
+async def _discard_one(folder: Path, vm: Session) -> None:
     await vm.discard("vda", guest="reset", delete=True)
 
 
-async def _cycle(vm: Session, folder: Path) -> None:
+async def _discard_and_stop(folder: Path, vm: Session) -> None:
+    await vm.discard("vda", guest="stop")
+
+
+async def _cycle(folder: Path, vm: Session) -> None:
     await vm.cycle(["vda", "vdb"], keep_if=["true"], guest="reset")
 
 
-async def _window(vm: Session, folder: Path) -> None:
+async def _window(folder: Path, vm: Session) -> None:
     async with vm.snapshot(["vda", "vdb"], freeze="pause"):
         pass
 
 
-async def _flatten(vm: Session, folder: Path) -> None:
+async def _flatten(folder: Path, vm: Session) -> None:
     await vm.flatten("vda", keep=1)
+
+
+async def _two_pivot(folder: Path, *vms: Session) -> None:
+    await qc.commit_group([(vm, "vda") for vm in vms], policy=qc.Pivot())
+
+
+async def _two_discard(folder: Path, *vms: Session) -> None:
+    await qc.discard([(vm, "vda") for vm in vms], guest="reset")
+
+
+def _recover(decide: Any) -> Work:
+    return lambda folder, *vms: qc.recover(vms, decide=decide)
 
 
 WORK: dict[str, Work] = {
@@ -71,21 +88,25 @@ WORK: dict[str, Work] = {
     "cycle": _cycle,
     "discard": _discard,
     "discard one": _discard_one,
+    "discard and stop": _discard_and_stop,
     "window": _window,
     "flatten": _flatten,
-    "recover": lambda vm, folder: vm.recover(decide="abort"),
-    "recover, pivot": lambda vm, folder: vm.recover(decide="pivot"),
-    "recover, keep": lambda vm, folder: vm.recover(decide="keep"),
+    "two VMs pivot": _two_pivot,
+    "two VMs discard": _two_discard,
+    "recover, abort": _recover("abort"),
+    "recover, pivot": _recover("pivot"),
+    "recover, keep": _recover("keep"),
 }
 
 
-async def main(qmp: str, work: str, folder: str) -> None:
+async def main(qmps: str, work: str, folder: str) -> None:
     """From start to end."""
-    async with Session.connect(qmp) as vm:
-        await WORK[work](vm, Path(folder))
+    async with AsyncExitStack() as stack:
+        vms = [await stack.enter_async_context(Session.connect(qmp)) for qmp in qmps.split(",")]
+        await WORK[work](Path(folder), *vms)
 
 
 if __name__ == "__main__":
-    QMP, NAME, DIE_AT, PLACES, FOLDER = sys.argv[1:]
+    QMPS, NAME, DIE_AT, PLACES, FOLDER = sys.argv[1:]
     places(PLACES, int(DIE_AT))
-    asyncio.run(main(QMP, NAME, FOLDER))
+    asyncio.run(main(QMPS, NAME, FOLDER))

@@ -8,7 +8,10 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,110 +22,157 @@ from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
 from tests.real.killable_work import WORK
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(3600)
 
 KILLABLE = [sys.executable, "-m", "tests.real.killable_work"]
 WORKS = [work for work in WORK if not work.startswith("recover")]
-DECIDE = {"pivot": "pivot", "keep": "keep", "group pivot": "pivot", "group keep": "keep"}
+DECIDE: dict[str, Any] = {
+    "pivot": "pivot",
+    "keep": "keep",
+    "group pivot": "pivot",
+    "group keep": "keep",
+}
+"""What is said of jobs that are READY; where nothing else is, "abort"."""
+
+STOPPED = ("recycle", "discard one", "group recycle")
+"""Works that are tried on a guest as well that does not run."""
+
 KILLED = -signal.SIGKILL
 
 
-async def killed(qemu: Machine, work: str, place: int, folder: Path) -> tuple[int, list[str]]:
+async def killed(
+    qemus: Sequence[Machine], work: str, place: int, folder: Path
+) -> tuple[int, list[str]]:
     """Run the work's process until it dies at that place: its status, the places it passed."""
     places = folder / "places"
     places.unlink(missing_ok=True)
-    words = [qemu.qmp, work, str(place), str(places), str(folder)]
+    qmps = ",".join(qemu.qmp for qemu in qemus)
+    words = [qmps, work, str(place), str(places), str(folder)]
     process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
     status = await asyncio.wait_for(process.wait(), 120)
-    passed = places.read_text().splitlines() if places.exists() else []
-    return status, passed
+    return status, places.read_text().splitlines() if places.exists() else []
 
 
-def chains_in(folder: Path) -> list[Chain]:
-    """Two disks, the first of three layers."""
-    return [
-        make_chain(folder, 3),
-        make_chain(folder, names=("base2", "top2")),
-    ]
+class World:
+    """The VMs of one run, with two disks each, the first of three layers."""
 
+    def __init__(self, folder: Path, work: str, *, running: bool) -> None:
+        self.folder, self.work, self.running = folder, work, running
+        self.qemus: list[Machine] = []
+        self.chains: list[list[Chain]] = []
 
-async def assert_nothing_left(vm: qc.Session, folder: Path, chains: list[Chain]) -> list[Path]:
-    """Of no work anything is left; the files that the disks write to."""
-    assert [job["id"] for job in await vm.execute("query-jobs")] == []
-    disks = await vm.disks()
-    graph = await vm.graph()
-    assert not graph.claims
-    used = {name for disk in disks for image in disk.chain for name in (image.node_name,)}
-    used |= {below for name in used for below in graph.nodes[name].children.values()}
-    assert graph.nodes.keys() - used == set(), "nodes that no disk uses"
-    active = [Path(disk.active.filename) for disk in disks if disk.active is not None]
-    mine = {path for chain in chains for path in chain.files}
-    assert set(folder.glob("*.qcow2")) - mine <= set(active), "files that no disk uses"
-    assert (await vm.execute("query-status"))["status"] == "running"
-    assert (await vm.recover(look_only=True)).findings == ()
-    return active
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[None]:
+        """In the block they run."""
+        async with AsyncExitStack() as stack:
+            for name in ("a", "b") if self.work.startswith("two VMs") else ("a",):
+                at = self.folder / name
+                at.mkdir(parents=True)
+                chains = [make_chain(at, 3), make_chain(at, names=("base2", "top2"))]
+                qemu = await stack.enter_async_context(machine(at, *chains, running=self.running))
+                self.qemus.append(qemu)
+                self.chains.append(chains)
+            yield
 
+    async def recovered(self, decide: Any) -> None:
+        """One call, and nothing is left; the disks show what they have to."""
+        actives = []
+        async with AsyncExitStack() as stack:
+            vms = [
+                await stack.enter_async_context(qc.Session.connect(qemu.qmp)) for qemu in self.qemus
+            ]
+            found = await qc.recover(vms, decide=decide)
+            print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
+            assert found.left == ()
+            for vm, chains in zip(vms, self.chains, strict=True):
+                actives.append(await self._nothing_left(vm, chains))
+            assert (await qc.recover(vms, look_only=True)).findings == ()
+        for qemu in self.qemus:
+            await qemu.quit()
+        self._whole(actives)
 
-def assert_whole(work: str, active: list[Path], chains: list[Chain]) -> None:
-    """Each disk shows what it showed, or, where it was discarded, what its base shows."""
-    for path, chain in zip(active, chains, strict=True):
-        discards = work.startswith("discard") and path not in chain.files
-        if not discards:
-            assert_disk(path, chain.pictures[-1])
+    async def _nothing_left(self, vm: qc.Session, chains: list[Chain]) -> list[Path]:
+        assert [job["id"] for job in await vm.execute("query-jobs")] == []
+        disks = await vm.disks()
+        graph = await vm.graph()
+        assert not graph.claims
+        used = {image.node_name for disk in disks for image in disk.chain}
+        used |= {below for name in used for below in graph.nodes[name].children.values()}
+        assert graph.nodes.keys() - used == set(), "nodes that no disk uses"
+        active = [Path(disk.active.filename) for disk in disks if disk.active is not None]
+        mine = {path for chain in chains for path in chain.files}
+        left = {path for folder in (self.folder, active[0].parent) for path in folder.glob("*.q*")}
+        assert left - mine <= set(active), "files that no disk uses"
+        status = (await vm.execute("query-status"))["status"]
+        stops = self.work == "discard and stop" and active[0] not in mine
+        if not self.running:
+            assert status in ("prelaunch", "paused")
+        elif stops:
+            assert status in ("paused", "running")  # killed before it was stopped, or after
         else:
-            assert read(path) == bytes(chain.pictures[-2].data)
-    if work == "discard":
-        assert len({path in chain.files for path, chain in zip(active, chains, strict=True)}) == 1
+            assert status == "running"
+        return active
+
+    def _whole(self, actives: list[list[Path]]) -> None:
+        """Each disk shows what it showed, or, where it was discarded, what its base shows."""
+        discarded = set()
+        for active, chains in zip(actives, self.chains, strict=True):
+            for number, (path, chain) in enumerate(zip(active, chains, strict=True)):
+                if "discard" in self.work and path not in chain.files:
+                    assert read(path) == bytes(chain.pictures[-2].data)
+                    discarded.add((number, True))
+                else:
+                    assert_disk(path, chain.pictures[-1])
+                    discarded.add((number, False))
+        if self.work == "discard":
+            assert len({done for _, done in discarded}) == 1, "all or none"
+        if self.work.startswith("two VMs"):
+            ends = {active[0].name in ("base.qcow2",) or (0, True) in discarded
+                    for active in actives}  # fmt: skip
+            assert len(ends) == 1, "all or none"
+            assert len({done for number, done in discarded if number == 0}) == 1, "all or none"
+
+
+async def swept(
+    folder: Path, work: str, *, running: bool = True, twice: bool = False
+) -> tuple[int, int]:
+    """Die at each place in turn, or at every so many: how many were tried, and died twice."""
+    decide = DECIDE.get(work, "abort")
+    count = again = 0
+    for place in itertools.count(first(), STRIDE):
+        world = World(folder / f"at-{place}", work, running=running)
+        async with world.begin():
+            status, passed = await killed(world.qemus, work, place, world.folder)
+            print(f"{work}: killed at {place}: {passed[-1:]}, {status}")
+            assert status in (0, KILLED)
+            if twice:
+                died, then = await killed(
+                    world.qemus, f"recover, {decide}", random.randint(1, 6), world.folder
+                )
+                print(f"  the recovery too: {then[-1:]}, {died}")
+                assert died in (0, KILLED)
+                again += died == KILLED
+            await world.recovered(decide)
+        shutil.rmtree(world.folder)
+        if status == 0:
+            break
+        count += 1
+    return count, again
 
 
 @pytest.mark.parametrize("work", WORKS)
 async def test_killed_anywhere_it_is_recovered(folder: Path, work: str) -> None:
-    count = 0
-    decide = DECIDE.get(work, "abort")
-    for place in itertools.count(first(), STRIDE):
-        at = folder / f"at-{place}"
-        at.mkdir()
-        chains = chains_in(at)
-        async with machine(at, *chains, running=True) as qemu:
-            status, passed = await killed(qemu, work, place, at)
-            print(f"{work}: killed at {place}: {passed[-1:]}, {status}")
-            assert status in (0, KILLED)
-            async with qc.Session.connect(qemu.qmp) as vm:
-                found = await vm.recover(decide=decide)  # type: ignore[arg-type]
-                print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
-                assert found.left == (), found.left
-                active = await assert_nothing_left(vm, at, chains)
-            await qemu.quit()
-        assert_whole(work, active, chains)
-        shutil.rmtree(at)
-        if status == 0:
-            break
-        count += 1
-    print(f"{work}: killed at {count} places, or every {STRIDE}., all recovered")
+    count, _ = await swept(folder, work)
+    print(f"{work} x every {STRIDE}. step: {count} run, {count} held")
+
+
+@pytest.mark.parametrize("work", STOPPED)
+async def test_a_guest_that_did_not_run_does_not_run_then(folder: Path, work: str) -> None:
+    count, _ = await swept(folder, work, running=False)
+    print(f"{work}, not running x every {STRIDE}. step: {count} run, {count} held")
 
 
 @pytest.mark.parametrize("work", WORKS)
 async def test_the_recovery_is_killed_too(folder: Path, work: str) -> None:
-    decide = DECIDE.get(work, "abort")
-    recovery = "recover" if decide == "abort" else f"recover, {decide}"
-    count = 0
-    for place in itertools.count(first(), STRIDE):
-        at = folder / f"at-{place}"
-        at.mkdir()
-        chains = chains_in(at)
-        async with machine(at, *chains, running=True) as qemu:
-            status, passed = await killed(qemu, work, place, at)
-            again, then = await killed(qemu, recovery, random.randint(1, 6), at)
-            print(f"{work}: killed at {place}: {passed[-1:]}, {status}; then {then[-1:]}, {again}")
-            async with qc.Session.connect(qemu.qmp) as vm:
-                found = await vm.recover(decide=decide)  # type: ignore[arg-type]
-                print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
-                assert found.left == (), found.left
-                active = await assert_nothing_left(vm, at, chains)
-            await qemu.quit()
-        assert_whole(work, active, chains)
-        shutil.rmtree(at)
-        if status == 0:
-            break
-        count += again == KILLED
-    print(f"{work}: the recovery was killed too {count} times, all recovered")
+    count, again = await swept(folder, work, twice=True)
+    print(f"{work} x every {STRIDE}. step, twice: {count} run ({again} died twice), {count} held")
