@@ -34,7 +34,7 @@ class Round(Undertaking[Cycle]):
         if "overlay" in made.noted:  # from when a round was for one disk
             laid = made.noted.get("step") not in (None, "", "stop")
             part = {**made.noted, "vm": made.vm, "disk": made.disk}
-            made.noted = {"parts": [part], "decided": "exchange" if laid else None}
+            made.noted = {**made.noted, "parts": [part], "decided": "exchange" if laid else None}
         return made
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -217,7 +216,7 @@ class Groups:
                 metrics=engine.metrics, group=group.id,
             )  # fmt: skip
             group.members.append(promise)
-        group.noted = {"commits": [promise.id for promise in group.members]}
+        group.noted = {**group.noted, "commits": [promise.id for promise in group.members]}
         async with AsyncExitStack() as stack:
             sessions = await self._sessions(stack, group, wait=1.0)
             for promise, job in zip(
@@ -336,7 +335,7 @@ class Groups:
         """Wait in the queue; False where it ended there."""
         if group.state == "running":
             return True
-        left = group.left(time.time())
+        left = group.left
         try:
             async with asyncio.timeout(left):
                 await self._first(*(p.may_run.wait() for p in group.members[:1]), of=group)
@@ -366,7 +365,7 @@ class Groups:
             ends = await self._settling.settle(group)
             tries += 1
             clean = all(is_clean(end) for end in ends)
-            left = group.left(time.time())
+            left = group.left
             if group.finalizes or not clean or group.decision == "abort":
                 await self._settling.conclude(group, ends)
                 return
@@ -390,7 +389,7 @@ class Groups:
             again = group.begun
             if again and any(identities[p.vm] != p.identity for p in group.members):
                 group.torn = True
-            left = group.left(time.time())
+            left = group.left
             if left is not None and left <= 0:
                 if not again:
                     raise _late(group)

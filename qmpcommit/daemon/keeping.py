@@ -345,7 +345,7 @@ def seconds_left(promise: Promise) -> float | None:
     """Until its deadline; None where it has none."""
     if promise.request.timeout is None:
         return None
-    return promise.created + promise.request.timeout - time.time()
+    return promise.born + promise.request.timeout - time.monotonic()
 
 
 def _time_left(promise: Promise) -> float | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Self, cast
 
 from qmpcommit.commit.claim import Claim
-from qmpcommit.daemon.journal import Journal
+from qmpcommit.daemon import clock
+from qmpcommit.daemon.journal import Journal, Statement
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.guest.quiesce import How
@@ -23,6 +26,9 @@ from qmpcommit.wire.window import (
     WindowState,
     WindowView,
 )
+
+SET = 1.0
+"""Seconds by which the host's clock differs that was set."""
 
 _HELD = ("freeze", "lay", "thaw")
 _OPEN = ("open", "close", "merge")
@@ -54,10 +60,45 @@ class LeasedWindow(Undertaking[WindowRequest]):
     def new(cls, request: WindowRequest, journal: Journal) -> LeasedWindow:
         """A new one, whose names are chosen."""
         window = cls(",".join(sorted(request.disks)), request, journal)
+        window.noted["lease"] = window._lease(request.lease)
         window.expires = window.created + request.lease
         for part in window.parts:
             part.know(name=new_window_name())
         return window
+
+    @classmethod
+    def load(cls, row: Mapping[str, Any], journal: Journal) -> Self:
+        """One as the journal has it; what is left of its lease is never more than the lease."""
+        window = super().load(row, journal)
+        if window.expires is not None:
+            told, most = window.noted.get("lease"), window.request.lease
+            if told is not None:
+                most = told["seconds"]
+                begun = clock.moment(told["since"], window.expires - most)
+                left = begun + most - time.monotonic()
+            else:
+                left = window.expires - time.time()
+            expires = time.time() + min(left, most)
+            if abs(expires - window.expires) > SET:  # else it is shown as before
+                window.expires = expires
+        return window
+
+    def _lease(self, seconds: float) -> dict[str, Any]:
+        """One that begins now, as it is noted."""
+        return {"since": clock.noted(time.monotonic()), "seconds": seconds}
+
+    async def renew(self, seconds: float) -> None:
+        """Its lease ends so many seconds from now; raises `JournalFull`."""
+        before, expires = self.noted.get("lease"), time.time() + seconds
+        self.noted = {**self.noted, "lease": self._lease(seconds)}
+        sql = "UPDATE undertakings SET expires = ?, noted = ? WHERE id = ?"
+        values = (expires, json.dumps(self.noted), self.id)
+        try:
+            await self._journal.write(Statement(sql, values))
+        except QmpCommitError:
+            self.noted = {**self.noted, "lease": before}
+            raise
+        self.expires = expires
 
     @property
     def is_open(self) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.identity import FileId
@@ -17,6 +17,7 @@ from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
 from qmpcommit.commit.stale_layers import Barrier
+from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.undertaking import write_when_possible
 from qmpcommit.log import Log
@@ -36,8 +37,16 @@ _CHECKED = """
 """
 """Changes nothing else: it is written when there is time, and steps are noted meanwhile."""
 
-LOST = ("lost", "group")
-"""What is noted of a promise of which a damaged journal has lost something, for ever."""
+LASTING = ("lost", "group", "clock")
+"""What is noted of a promise for ever: the last is when it was made and READY, as `clock` has it.
+
+The others are of one of which a damaged journal has lost something.
+"""
+
+_READY = """
+    UPDATE commits SET ready = ?, noted = json_set(coalesce(noted, '{}'), '$.clock.ready', json(?))
+    WHERE id = ?
+"""
 
 _HOLDS_THE_GUEST = {"job-finalize", "thaw", "cont", "unthrottle"}
 """Steps that let a guest go on: they never wait for room in the journal."""
@@ -91,11 +100,13 @@ class Promise:
         self.disk = request.disk
         self.priority = request.priority
         self.created = time.time()
+        self.born = time.monotonic()
+        self._held_since: float | None = None
         self.state = "queued"
         self.phase = ""
         self.storage = ""
         self.plan: dict[str, Any] | None = None
-        self.noted: dict[str, Any] = {}
+        self.noted: dict[str, Any] = {"clock": {"made": clock.noted(self.born)}}
         self.decision: str | None = None
         self.ready: float | None = None
         self.ended: float | None = None
@@ -154,6 +165,10 @@ class Promise:
             setattr(promise, name, json.loads(row[name]) if row[name] else None)
         promise.noted = json.loads(row["noted"]) if row["noted"] else {}
         promise.identity = promise.noted.get("identity", "")
+        told = promise.noted.get("clock") or {}
+        promise.born = clock.moment(told.get("made"), promise.created)
+        if promise.ready is not None:
+            promise._held_since = clock.moment(told.get("ready"), promise.ready)
         if promise.ended is None:
             promise.phase = promise.noted.get("state", {}).get("phase", "")
         if promise.state in ("done", "failed", "cancelled"):
@@ -216,8 +231,9 @@ class Promise:
 
     def forgetting(self) -> Statement:
         """What was begun is forgotten with this statement."""
-        self.noted, self.plan = {n: self.noted[n] for n in LOST if n in self.noted}, None
-        sql = "UPDATE commits SET noted = ?, plan = NULL WHERE id = ?"
+        self.noted, self.plan = {n: self.noted[n] for n in LASTING if n in self.noted}, None
+        self.ready = self._held_since = None
+        sql = "UPDATE commits SET noted = ?, plan = NULL, ready = NULL WHERE id = ?"
         return Statement(sql, (_json(self.noted or None), self.id))
 
     async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
@@ -282,11 +298,15 @@ class Promise:
         self.phase = state.phase.value
         if state.phase is Phase.READY:
             self.decides()
-            self.ready = time.time()
             self._ready_at = asyncio.get_running_loop().time()
-            if isinstance(self.request.policy, Hold):  # whose time goes on over a restart
-                sql = "UPDATE commits SET ready = ? WHERE id = ?"
-                statements.append(Statement(sql, (self.ready, self.id)))
+            if self.ready is None:  # else it is found again, and its time goes on
+                self.ready, self._held_since = time.time(), time.monotonic()
+                since = clock.noted(self._held_since)
+                known = {**self.noted.get("clock", {}), "ready": since}
+                self.noted = {**self.noted, "clock": known}
+                if isinstance(self.request.policy, Hold):  # whose time goes on over a restart
+                    values = (self.ready, json.dumps(since), self.id)
+                    statements.append(Statement(_READY, values))
         self._journal.write_soon(*statements, events=[self.event()])
 
     # -- back from the journal --------------------------------------------------------------------
@@ -311,6 +331,9 @@ class Promise:
         recycle = self.noted.get("overlay")  # the version before noted no more than that
         recycled = self.noted.get("recycle") or {"overlay": recycle}
         outcome = self.noted.get("outcome")
+        times = {name: datetime.fromisoformat(at) for name, at in self.noted["times"].items()}
+        if self.ready is not None and state.phase is Phase.STARTING:  # no step was noted since
+            times.setdefault("ready", datetime.fromtimestamp(self.ready, UTC))
         resumed = Resumed(
             state=state,
             same_vm=before == identity if before and identity else None,
@@ -318,7 +341,7 @@ class Promise:
             # Its group lets the guest go on, when the last of its disks is where it has to be.
             stopped=bool(self.noted.get("stopped")) and not self.group,
             outcome=CommitOutcome.model_validate(outcome) if outcome else None,
-            times={name: datetime.fromisoformat(at) for name, at in self.noted["times"].items()},
+            times=times,
         )
         files = {
             name: FileId(*known) if known else None
@@ -331,8 +354,10 @@ class Promise:
         policy = self.request.policy
         if self.decision is not None:
             return parse_policy({"kind": self.decision})
-        if isinstance(policy, Hold) and policy.timeout is not None and self.ready is not None:
-            left = max(0.0, self.ready + policy.timeout - time.time())
+        if isinstance(policy, Hold) and policy.timeout is not None:
+            if self._held_since is None:
+                return policy
+            left = max(0.0, self._held_since + policy.timeout - time.monotonic())
             return Hold(timeout=left, otherwise=policy.otherwise)
         return policy if policy is not None else Pivot()  # an intermediate layer asks none
 

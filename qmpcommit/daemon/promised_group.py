@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from qmpcommit.commit.facts import Choice
@@ -78,10 +79,11 @@ class Group(Undertaking[GroupRequest]):
         copying = [p for p in self.members if p.begun and p.noted["state"]["phase"] in _COPYING]
         return not self.begun or len(copying) == len(self.members)
 
-    def left(self, now: float) -> float | None:
-        """Seconds until its deadline; None where it has none."""
+    @property
+    def left(self) -> float | None:
+        """Seconds until its deadline, however the clock is set; None where it has none."""
         timeout = self.request.timeout
-        return None if timeout is None else self.created + timeout - now
+        return None if timeout is None else self.born + timeout - time.monotonic()
 
     @property
     def frozen(self) -> dict[str, FrozenGuest]:

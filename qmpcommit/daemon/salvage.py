@@ -401,7 +401,7 @@ def _taken_up(row: dict[str, Any], how: str) -> dict[str, Any]:
     begun = how != "gone" and not row["in_group"] and "state" in noted and row["plan"]
     if not begun:
         row = {**row, "plan": None, "phase": ""}
-        noted = {}
+        noted = {name: noted[name] for name in ("clock",) if name in noted}
     noted["lost"] = how
     if row["in_group"]:
         noted["group"] = row["in_group"]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from pydantic import BaseModel
 
+from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.registry import VM
 from qmpcommit.errors import CommitNotFound, QmpCommitError
@@ -76,8 +77,9 @@ class Undertaking(Generic[R]):
         self.id = known_as or uuid.uuid4().hex
         self.vm, self.request = vm, request
         self.created = time.time()
+        self.born = time.monotonic()
         self.state = "new"
-        self.noted: dict[str, Any] = {}
+        self.noted: dict[str, Any] = {"clock": clock.noted(self.born)}
         self.expires: float | None = None
         self.ended: float | None = None
         self.outcome: dict[str, Any] | None = None
@@ -98,6 +100,7 @@ class Undertaking(Generic[R]):
         for name in ("noted", "outcome", "error"):
             setattr(made, name, json.loads(row[name]) if row[name] else None)
         made.noted = made.noted or {}
+        made.born = clock.moment(made.noted.get("clock"), made.created)
         if made.state in ENDED:
             made.over.set()
         return made
@@ -140,12 +143,6 @@ class Undertaking(Generic[R]):
         """
         self.state, self.noted = state, {**self.noted, **facts}
         await self._save(self.event(), *events, beside=beside)
-
-    async def renew(self, expires: float) -> None:
-        """Its lease ends at `expires` (seconds since 1970); raises `JournalFull`."""
-        sql = "UPDATE undertakings SET expires = ? WHERE id = ?"
-        await self._journal.write(Statement(sql, (expires, self.id)))
-        self.expires = expires
 
     async def end(
         self,

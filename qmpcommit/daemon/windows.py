@@ -7,7 +7,6 @@ before it is taken.
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import suppress
 
 from qmpcommit.commit.claim import Claim
@@ -210,7 +209,7 @@ class Windows:
                     f"the lease of window {window_id} can't be renewed: it is {window.state}",
                     vm=window.vm,
                 )
-            await window.renew(time.time() + (seconds or window.request.lease))
+            await window.renew(seconds or window.request.lease)
             window.changed.set()
         return window
 
@@ -229,7 +228,7 @@ class Windows:
                 return await self._adopt(orphan)
         async with window.lock:
             if window.state == "opening":
-                await window.renew(time.time())
+                await window.renew(0.0)
                 window.changed.set()
             elif window.state == "open":
                 await window.move("closing")
