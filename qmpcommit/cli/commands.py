@@ -18,6 +18,16 @@ COMMANDS = {
 }
 """Name, home in this package, and the line in the list of commands."""
 
+NO_DAEMON = {
+    "daemon": "it is the daemon itself",
+    "demo": "it makes a VM of its own",
+    "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
+    " have the daemon's configuration say it, in a [[flatten]] rule",
+    "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"
+    " what is the daemon's own it recovers when it starts",
+}
+"""Commands that are not done through a daemon, and what to do instead; all others are."""
+
 STATUSES = """\
 Exit status:
   0    done as asked

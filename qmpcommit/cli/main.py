@@ -21,7 +21,7 @@ import click
 
 from qmpcommit import __version__
 from qmpcommit.cli import signals
-from qmpcommit.cli.commands import COMMANDS, STATUSES
+from qmpcommit.cli.commands import COMMANDS, NO_DAEMON, STATUSES
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import (
@@ -129,8 +129,9 @@ def cli(ctx: click.Context, daemon: str | None) -> None:
 
     --json, --quiet, --timeout S and --verbose are for every command, before or after its name.
     """
-    if daemon is not None and ctx.invoked_subcommand in ("daemon", "demo"):
-        raise click.UsageError(f"'{ctx.invoked_subcommand}' is not done through a daemon")
+    asked = ctx.invoked_subcommand or ""
+    if daemon is not None and asked in NO_DAEMON:
+        raise click.UsageError(f"'{asked}' is not done through a daemon: {NO_DAEMON[asked]}")
 
 
 def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:

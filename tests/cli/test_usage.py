@@ -8,11 +8,14 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from qmpcommit.cli.commands import COMMANDS, NO_DAEMON
 from tests.cli.command import COMMAND, ENVIRONMENT, end, qmpcommit, start
 
 WRONG = {
@@ -229,3 +232,52 @@ def test_json_is_one_line_of_ascii() -> None:
     assert said.out.isascii()
     assert json.loads(said.out)["error"]["address"] == "/nowhere/ü\udcff"
     assert "/nowhere/ü" in qmpcommit("chain", "/nowhere/ü\udcff").err
+
+
+THROUGH = {
+    "chain": ["web1"],
+    "commit": ["web1", "vda", "--pivot"],
+    "jobs": ["web1"],
+    "pivot": ["web1", "job"],
+    "keep": ["web1", "job"],
+    "abort": ["web1", "job"],
+    "window": ["web1", "vda", "--", "true"],
+    "cycle": ["web1", "vda"],
+}
+"""The commands that a daemon does, as it is asked for them."""
+
+
+def refuse_all(listener: socket.socket, asked: list[bytes]) -> None:
+    """A daemon that knows nothing, until its socket is shut."""
+    answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    with suppress(OSError):
+        while True:
+            with listener.accept()[0] as client:
+                asked.append(client.recv(1 << 16))
+                client.sendall(answer)
+
+
+def test_each_command_is_done_through_the_daemon_or_refuses_it(folder: Path) -> None:
+    assert THROUGH.keys() == COMMANDS.keys() - NO_DAEMON.keys()
+    asked: list[bytes] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "d.sock"))
+        listener.listen(8)
+        daemon = threading.Thread(target=refuse_all, args=(listener, asked))
+        daemon.start()
+        try:
+            for name, words in THROUGH.items():
+                asked.clear()
+                said = qmpcommit(f"--daemon={folder}/d.sock", name, *words)
+                assert said.status not in (0, 2), name
+                assert asked, f"{name} did not ask the daemon: {said.err}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            daemon.join()
+
+
+@pytest.mark.parametrize("name", sorted(NO_DAEMON.keys() & COMMANDS.keys()))
+def test_what_no_daemon_does_is_refused(name: str) -> None:
+    said = qmpcommit("--daemon=/nowhere/d.sock", name, "web1", "vda", "--keep", "2")
+    assert said.status == 2
+    assert "is not done through a daemon: " in said.err
