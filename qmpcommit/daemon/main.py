@@ -89,6 +89,10 @@ async def _serve(config: Config, seconds: float | None) -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # Of a terminal that closes it is the end; else somebody wants the configuration read.
         loop.add_signal_handler(signal.SIGHUP, ending.set if _on_a_terminal() else _hung_up)
+    # Of a terminal that closes, or to have the configuration read: neither ends a daemon.
+    loop.add_signal_handler(
+        signal.SIGHUP, log.Log().warning, "sighup_ignored: a restart reads the configuration"
+    )
     if seconds is not None:
         loop.call_later(seconds, ending.set)
     with await _lock(Path(config.state), ending):
