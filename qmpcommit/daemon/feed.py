@@ -86,5 +86,12 @@ class Feed:
 
 def render(event: Event) -> bytes:
     """One event of the stream."""
-    data = json.dumps({"at": event.at, **json.loads(event.data)})
+    try:
+        told = dict(json.loads(event.data))
+    except (
+        TypeError,
+        ValueError,
+    ):  # a damaged row of the journal; the others are told all the same
+        told = {"unreadable": event.data}
+    data = json.dumps({"at": event.at, **told})
     return f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()

@@ -19,7 +19,8 @@ from qmpcommit.daemon.access import PeerProtocol
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import parse
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.journal import Event, Journal
+from qmpcommit.daemon.feed import Feed
+from qmpcommit.daemon.journal import Event, Journal, Statement
 from tests.daemon.daemons import Daemon
 
 BATCH = 1000
@@ -131,3 +132,24 @@ async def test_a_journal_that_is_closed_ends_the_stream(folder: Path) -> None:
     assert rest, "a page was read before"
     assert len(rest) < BATCH - 1
     assert engine.followers == set()
+
+
+async def test_a_damaged_event_keeps_no_other_from_being_told(folder: Path) -> None:
+    journal = await Journal(folder / "journal.db").open()
+    raw = f'state = "{folder}"\n[listen]\nsocket = "{folder}/d.sock"\n'
+    engine = Engine(parse(raw.encode(), "c"), journal)
+    try:
+        await happen(engine, BATCH)
+        broken = "UPDATE events SET data = CAST(x'ff7b22' AS TEXT), vm = CAST(x'f0' AS TEXT)"
+        await journal.write(Statement(f"{broken} WHERE id = 2"))
+        feed = Feed(engine, 0, None, None)
+        told = []
+        async for text in feed:
+            told.append(text)
+            if len(told) == 4:  # the first one is no event
+                break
+        feed.close()
+        assert [text.split(b"\n")[0] for text in told[1:]] == [b"id: 1", b"id: 2", b"id: 3"]
+        assert b"unreadable" in told[2]
+    finally:
+        await journal.close()
