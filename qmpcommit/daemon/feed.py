@@ -91,7 +91,7 @@ def render(event: Event) -> bytes:
     except (
         TypeError,
         ValueError,
-    ):  # a damaged row of the journal; the others are told all the same
+    ):  # its row is damaged; the others are told all the same
         told = {"unreadable": event.data}
     data = json.dumps({"at": event.at, **told})
     return f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()

@@ -24,6 +24,9 @@ NOT_THE_JOURNAL = {
 }  # fmt: skip
 """Errors of SQLite that tell nothing of what is in the journal."""
 
+_DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What reading it raises; the latter where SQLite's own message has damaged text in it."""
+
 _SMALLEST = 512
 """Bytes of the smallest database that is not empty."""
 
@@ -82,7 +85,7 @@ def trouble(path: Path, called: Called | None) -> str:
     try:
         with closing(_reading(f"{path.absolute().as_uri()}?mode=ro")) as connection:
             return _trouble_in(connection, called)
-    except sqlite3.DatabaseError as error:
+    except _DAMAGE as error:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_THE_JOURNAL:
             raise
         return str(error)
@@ -171,7 +174,7 @@ def _rows(connection: sqlite3.Connection, table: str, identity: str) -> Iterator
                 named = dict(zip(columns, map(_value, values), strict=True))
                 yield str(named[columns[0]]), _Row(_checked(identity, table, said, text), named)
             return
-        except sqlite3.DatabaseError:
+        except _DAMAGE:
             if order == "DESC":
                 raise
 
@@ -213,13 +216,13 @@ def save(path: Path, beside: Path, why: str, kept: Path, called: Called | None) 
     events: dict[int, Sequence[Any]] = {}
     where = path.absolute().as_uri()
     for uri in (f"{where}?mode=ro", f"{where}?immutable=1"):  # with its log, and without
-        with suppress(sqlite3.DatabaseError), closing(_reading(uri)) as connection:
+        with suppress(*_DAMAGE), closing(_reading(uri)) as connection:
             identity = called.identity if called is not None else ""
             if not identity:
-                with suppress(sqlite3.DatabaseError):
+                with suppress(*_DAMAGE):
                     identity = _text(*connection.execute("SELECT identity FROM whole").fetchone())
             for table, found in rows.items():
-                with suppress(sqlite3.DatabaseError):
+                with suppress(*_DAMAGE):
                     for key, row in _rows(connection, table, identity):
                         if key not in found or row.seq > found[key].seq:
                             found[key] = row
@@ -247,7 +250,7 @@ def save(path: Path, beside: Path, why: str, kept: Path, called: Called | None) 
 def _events(connection: sqlite3.Connection) -> Iterator[tuple[int, Sequence[Any]]]:
     for order in ("ASC", "DESC"):
         sql = f"SELECT id, at, kind, vm, commit_id, data FROM events ORDER BY id {order}"
-        with suppress(sqlite3.DatabaseError):
+        with suppress(*_DAMAGE):
             for row in connection.execute(sql):
                 with suppress(ValueError):
                     number, at, kind, vm, about, data = row
