@@ -589,7 +589,8 @@ class Engine:
         for vm in self.registry.vms.values():
             self.metrics.vms.labels(vm.state).inc()
         self.metrics.orphans.clear()
-        for name, found in self.orphans.items():
+        for name in self.orphans.keys() & self.registry.vms.keys():  # one may be leaving
+            found = self.orphans[name]
             self.metrics.orphans.labels(name).set(len(found))
         for story in self.stories:
             story.gauge()
