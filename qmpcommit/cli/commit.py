@@ -421,6 +421,8 @@ def committed(running: Run, policy: AnyPolicy | None, outcome: CommitOutcome) ->
 
 def exit_status(policy: AnyPolicy | None, outcome: CommitOutcome) -> int:
     """0 for what was asked, 3 for what was decided otherwise, 1 where the hook failed."""
+    from qmpcommit.commit.policy import Decision
+
     if outcome.hook == "failed":
         return 1
     if outcome.action == "none":
@@ -429,6 +431,6 @@ def exit_status(policy: AnyPolicy | None, outcome: CommitOutcome) -> int:
         return 3
     if outcome.decided_by in ("check failed", "hold expired"):
         return 3
-    if policy.kind in ("pivot", "keep", "abort", "recycle"):
+    if isinstance(policy, Decision):
         return 0 if outcome.action == policy.kind else 3
     return 3 if policy.kind == "check" and outcome.decided_by == "another client" else 0

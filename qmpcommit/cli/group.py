@@ -247,12 +247,13 @@ def _interrupt(working: asyncio.Task[GroupOutcome], times: int) -> None:
 
 def status_of(policy: AnyPolicy, outcome: GroupOutcome) -> int:
     """The exit status of a group that ended so."""
+    from qmpcommit.commit.policy import Decision
+
     if any(each.hook == "failed" for each in outcome.outcomes):
         return 1
     if outcome.decided_by in ("check failed", "hold expired"):
         return 3
-    asked = policy.kind
-    return 3 if asked in ("pivot", "keep", "abort", "recycle") and outcome.action != asked else 0
+    return 3 if isinstance(policy, Decision) and outcome.action != policy.kind else 0
 
 
 def group_text(outcome: GroupOutcome) -> str:

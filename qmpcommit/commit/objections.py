@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmpcommit.block.chain import Disk, Image
-from qmpcommit.commit.policy import Abort, AnyPolicy, Check, Keep, Pivot, PolicyCall
+from qmpcommit.commit.policy import Abort, AnyPolicy, Hold, Keep, Pivot, PolicyCall, ends_of
 from qmpcommit.commit.request import Stale
 from qmpcommit.errors import InvalidRequest
 
@@ -65,12 +65,10 @@ def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None)
 
 def may_pivot(policy: Any) -> bool:
     """Whether the policy can come to a pivot; None is an intermediate layer's, which merges."""
-    if isinstance(policy, Check):
-        return may_pivot(policy.passed) or may_pivot(policy.failed)
-    return not isinstance(policy, Keep | Abort)
+    ends = () if isinstance(policy, Hold) else ends_of(policy)  # a hold's caller may say anything
+    return not ends or not all(isinstance(end, Keep | Abort) for end in ends)
 
 
 def _ends(policy: Any) -> str:
-    names = {"keep": "a keep", "abort": "an abort"}
-    decisions = (policy.passed, policy.failed) if isinstance(policy, Check) else (policy,)
-    return " or ".join(dict.fromkeys(names[decision.kind] for decision in decisions))
+    said = ("an abort" if isinstance(end, Abort) else "a keep" for end in ends_of(policy))
+    return " or ".join(dict.fromkeys(said))

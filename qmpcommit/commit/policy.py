@@ -83,6 +83,12 @@ Decision: TypeAlias = Pivot | Keep | Abort | Recycle
 """What a policy comes to in the end."""
 
 
+def ends_of(policy: object) -> tuple[Decision, ...]:
+    """What a policy may come to by itself; nothing is known of a caller's own."""
+    found = [policy, *(getattr(policy, name, None) for name in ("otherwise", "passed", "failed"))]
+    return tuple(each for each in found if isinstance(each, Decision))
+
+
 def _check_decision(value: object, what: str) -> None:
     """Refuse what could not be done at READY: the job would stay there for ever."""
     if not isinstance(value, Decision):

@@ -23,6 +23,7 @@ from qmpcommit.commit.policy import (
     Ready,
     Recycle,
     check_told,
+    ends_of,
     is_answer,
     no_answer,
     run_command,
@@ -73,10 +74,7 @@ async def check_abilities(
 
 
 def _recycles(plan: Plan) -> list[Recycle]:
-    """What a policy may come to of this kind, be it a hold or a check."""
-    policy = plan.policy
-    found = [policy, *(getattr(policy, name, None) for name in ("otherwise", "passed", "failed"))]
-    return [each for each in found if isinstance(each, Recycle)]
+    return [each for each in ends_of(plan.policy) if isinstance(each, Recycle)]
 
 
 async def check_overlays(monitor: Monitor, plan: Plan, graph: BlockGraph) -> None:

@@ -6,18 +6,12 @@ from collections.abc import Sequence
 
 from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.phases import Verdict
+from qmpcommit.commit.report import VERDICTS
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import is_alive
 from qmpcommit.errors import ConnectError, GroupFailed, MonitorLost, QmpCommitError, VMGone
 from qmpcommit.group import outcome as group_outcome
 from qmpcommit.group.outcome import MemberEnd
-
-_VERDICTS = {
-    "pivot": Verdict.PIVOTED,
-    "recycle": Verdict.RECYCLED,
-    "keep": Verdict.KEPT,
-    "abort": Verdict.CANCELLED,
-}
 
 
 def end_of(
@@ -27,7 +21,7 @@ def end_of(
     plan, noted, _ = promise.resumed(promise.identity)
     state = noted.state
     if outcome is not None:
-        state = state._replace(verdict=_VERDICTS.get(outcome.action))
+        state = state._replace(verdict=VERDICTS[outcome.action])
     elif error is not None and error.facts.get("pivoted") is True:  # and what follows failed
         state = state._replace(verdict=Verdict.PIVOTED)
     elif isinstance(error, VMGone):
