@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Response
 
 from qmpcommit.daemon.api import CommitPath, Key, VMPath, fingerprint
 from qmpcommit.daemon.cycles import Cycles
+from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.wire.cycle import CycleView, RoundRequest, RoundView
 
@@ -28,11 +27,9 @@ def routes(app: FastAPI, cycles: Cycles) -> None:
         wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
     ) -> RoundView:
         """One round of a cycle, and its result or error in the end."""
-        found = await cycles.round(round_id)
+        found = await cycles.find(round_id)
         if wait:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await found.over.wait()
+            await for_a_while(found.over.wait(), wait)
         return found.view()
 
     @app.post(

@@ -6,8 +6,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -236,7 +237,6 @@ class Engine:
         owned = {promise.job_id for promise in self.live.values() if promise.vm == vm.name}
         for story in self.stories:
             await story.on_up(vm)
-            owned |= story.owned(vm.name)
         for outcome in await resolve_pending(session, owned=owned):
             self.log.warning(
                 "orphan_held_its_disk", vm=vm.name, job=outcome.job_id, ended=outcome.action
@@ -282,7 +282,8 @@ class Engine:
 
         Raises what `Session.plan` raises, `VMNotFound`, `QueueFull`, `KeyReused`, `JournalFull`.
         """
-        return await self.shielded(self._take(vm_name, request, key, fingerprint))
+        make = partial(self._promise, vm_name, request, key, fingerprint)
+        return await self.once(key, fingerprint, self.commit, make)
 
     async def shielded(self, work: Coroutine[Any, Any, T]) -> T:
         """Promise something, to the end, though its client may go away."""
@@ -297,13 +298,25 @@ class Engine:
         if not taking.cancelled():
             taking.exception()  # its client was told, or has gone
 
-    async def _take(
-        self, vm_name: str, request: CommitRequest, key: str | None, fingerprint: str
-    ) -> tuple[Promise, bool]:
+    async def once(
+        self,
+        key: str | None,
+        fingerprint: str,
+        find: Callable[[str], Awaitable[T]],
+        make: Callable[[], Awaitable[T]],
+    ) -> tuple[T, bool]:
+        """What was promised under that key, or is made now; and whether it was there before."""
+        return await self.shielded(self._once(key, fingerprint, find, make))
+
+    async def _once(
+        self,
+        key: str | None,
+        fingerprint: str,
+        find: Callable[[str], Awaitable[T]],
+        make: Callable[[], Awaitable[T]],
+    ) -> tuple[T, bool]:
         async with self.keyed(key, fingerprint) as known:
-            if known is not None:
-                return await self.commit(known), True
-            return await self._promise(vm_name, request, key, fingerprint), False
+            return (await make(), False) if known is None else (await find(known), True)
 
     @asynccontextmanager
     async def keyed(self, key: str | None, fingerprint: str) -> AsyncIterator[str | None]:
@@ -334,18 +347,11 @@ class Engine:
         async with self.registry.use(vm, wait=1.0) as session:
             await self.keeper.prepare(promise, session)
         self._check_room(request)  # others may have come meanwhile
-        self.vm(vm_name)  # and it may have been removed
         if any(p.vm == vm_name and p.job_id == promise.job_id for p in self.live.values()):
             raise JobConflict(
                 f"a commit with the job id {promise.job_id} has not ended yet", vm=vm_name
             )
-        statements = [promise.insertion(), *key_row(key, fingerprint, promise.id)]
-        self.live[promise.id] = promise
-        try:
-            await self.journal.write(*statements, events=[promise.event()])
-        except BaseException:
-            del self.live[promise.id]
-            raise
+        await self.promised([promise], key_row(key, fingerprint, promise.id), [])
         self.scheduler.add(self.entry(promise))
         self._launch(promise)
         self.schedule()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 
 from qmpcommit.daemon.api import Key, fingerprint
 from qmpcommit.daemon.groups import Groups
+from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.wire.commit import Decision
@@ -60,7 +59,8 @@ def routes(app: FastAPI, groups: Groups) -> None:
     @app.get("/v1/groups", responses=problems(422), tags=["groups"])
     async def list_groups(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[GroupView]:
         """Groups, the newest first: those under way and those that have ended."""
-        return [view(group) for group in await groups.groups(limit)]
+        newest = await groups.newest("true ORDER BY created DESC, rowid DESC LIMIT ?", limit)
+        return [view(group) for group in newest]
 
     @app.get("/v1/groups/{group_id}", responses=problems(404, 422), tags=["groups"])
     async def get_group(
@@ -68,11 +68,9 @@ def routes(app: FastAPI, groups: Groups) -> None:
         wait: Annotated[float, Query(ge=0, le=25, description="Seconds to wait for its end")] = 0,
     ) -> GroupView:
         """One group, and its outcome or error in the end."""
-        group = await groups.group(group_id)
+        group = await groups.find(group_id)
         if wait:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await group.over.wait()
+            await for_a_while(group.over.wait(), wait)
         return view(group)
 
     @app.delete(

@@ -27,13 +27,13 @@ from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_settling import Settling
 from qmpcommit.daemon.keeping import storage_of
+from qmpcommit.daemon.kinds import Kind
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.undertaking import ENDED, readable
+from qmpcommit.daemon.undertaking import ENDED
 from qmpcommit.errors import (
     CommandRefused,
-    CommitNotFound,
     ConnectError,
     DeadlineExceeded,
     InvalidRequest,
@@ -61,29 +61,25 @@ LAST_WORDS = 0.2
 _AWAY = (ConnectError, MonitorLost)
 
 
-class Groups:
-    """The groups of one daemon (a `Story` of its engine)."""
+class Groups(Kind[Group]):
+    """The groups of one daemon."""
+
+    of, called = Group, "group"
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._keeper = engine, engine.keeper
-        self._journal = engine.journal
+        super().__init__(engine)
+        self._keeper = engine.keeper
         self._guests = Guests(engine.registry, engine.keeper)
         self._frozen = Frozen(engine.registry, engine.keeper)
         self._settling = Settling(engine, self._guests, self._frozen, self._ended)
-        self.live: dict[str, Group] = {}
 
     # -- what the engine calls --------------------------------------------------------------------
 
     async def recover(self) -> None:
         """Take up the groups that have not ended, with their members."""
-        sql = "SELECT * FROM undertakings WHERE kind = 'group' AND ended IS NULL ORDER BY created"
-        for row in await self._journal.read(sql):
-            try:
-                group = Group.load(row, self._journal)
-            except ValueError as error:  # written by another version: said, and left as it is
-                self._engine.log.warning("group_unreadable", group=row["id"], why=str(error))
-                continue
-            group.members = await self._members(group)
+        for group in await self._unended():
+            by_id = {p.id: p for p in self._engine.live.values() if p.group == group.id}
+            group.members = _members(group, by_id)
             if len(group.members) != len(group.request.members):
                 group.log.warning("group_unreadable", why="not all of its members can be read")
                 continue
@@ -95,10 +91,6 @@ class Groups:
                     promise.may_run.set()
             else:
                 self._engine.scheduler.add(*entries)
-
-    async def _members(self, group: Group) -> list[Promise]:
-        by_id = {p.id: p for p in self._engine.live.values() if p.group == group.id}
-        return [by_id[name] for name in group.noted.get("commits", ()) if name in by_id]
 
     async def on_up(self, vm: VM) -> None:
         """Guests go on, and what is held on a VM that was away is ended, as it was noted."""
@@ -141,19 +133,6 @@ class Groups:
                 with suppress(CommandRefused):  # somebody else was first
                     await session.execute(order, {"id": job_id})
 
-    def owned(self, vm: str) -> set[str]:
-        """None beside those of its promises, which the engine knows."""
-        return set()
-
-    def busy(self, vm: str) -> list[str]:
-        """None beside its promises."""
-        return []
-
-    def start(self) -> None:
-        """Go on with what was taken up."""
-        for group in self.live.values():
-            self._launch(group)
-
     async def stop(self) -> None:
         """Hold no disk any more; what is not decided stays in QEMU for the next daemon."""
         groups = list(self.live.values())
@@ -191,15 +170,8 @@ class Groups:
         Raises what `Engine.take` raises, and `InvalidRequest` for more members than may ever run
         together.
         """
-        return await self._engine.shielded(self._take(request, key, fingerprint))
-
-    async def _take(
-        self, request: GroupRequest, key: str | None, fingerprint: str
-    ) -> tuple[Group, bool]:
-        async with self._engine.keyed(key, fingerprint) as known:
-            if known is not None:
-                return await self.group(known), True
-            return await self._promise(request, key, fingerprint), False
+        make = partial(self._promise, request, key, fingerprint)
+        return await self._engine.once(key, fingerprint, self.find, make)
 
     async def _promise(self, request: GroupRequest, key: str | None, fingerprint: str) -> Group:
         engine = self._engine
@@ -236,40 +208,15 @@ class Groups:
         await engine.promised(group.members, beside, [group.event()])
         self.live[group.id] = group
         engine.scheduler.add(*entries)
-        self._launch(group)
+        self.launch(group)
         engine.schedule()
         return group
 
-    async def group(self, group_id: str) -> Group:
-        """The group of that id, ended ones included; raises `CommitNotFound`."""
-        if group_id in self.live:
-            return self.live[group_id]
-        sql = "SELECT * FROM undertakings WHERE kind = 'group' AND id = ?"
-        rows = await self._journal.read(sql, group_id)
-        if not rows:
-            raise CommitNotFound(f"there is no group '{group_id}'")
-        with readable(f"group '{group_id}'"):
-            return await self._loaded(rows[0])
-
-    async def groups(self, limit: int) -> list[Group]:
-        """The newest groups, those that have ended included."""
-        sql = (
-            "SELECT * FROM undertakings WHERE kind = 'group' ORDER BY created DESC, rowid DESC"
-            " LIMIT ?"
-        )
-        rows = await self._journal.read(sql, limit)
-        found = []
-        for row in rows:
-            with suppress(ValueError):  # written by another version
-                found.append(self.live.get(row["id"]) or await self._loaded(row))
-        return found
-
-    async def _loaded(self, row: Mapping[str, Any]) -> Group:
-        group = Group.load(row, self._journal)
-        sql = "SELECT * FROM commits WHERE in_group = ?"
-        rows = await self._journal.read(sql, group.id)
+    async def _load(self, row: Mapping[str, Any]) -> Group:
+        group = await super()._load(row)
+        rows = await self._journal.read("SELECT * FROM commits WHERE in_group = ?", group.id)
         known = {r["id"]: Promise.load(r, self._journal, self._engine.metrics) for r in rows}
-        group.members = [known[name] for name in group.noted.get("commits", ()) if name in known]
+        group.members = _members(group, known)
         return group
 
     def phase(self, group: Group) -> str:
@@ -289,7 +236,7 @@ class Groups:
 
         Raises `NotReady`, `JobConflict` or `CommitNotFound`.
         """
-        group = await self.group(group_id)
+        group = await self.find(group_id)
         if group.state in ENDED:
             raise JobConflict(f"the group {group_id} has ended already; its outcome tells how")
         if group.finalizes:
@@ -317,19 +264,12 @@ class Groups:
 
     # -- running ----------------------------------------------------------------------------------
 
-    def _launch(self, group: Group) -> None:
-        group.task = asyncio.create_task(self._run(group), name=f"group {group.id}")
-
     async def _run(self, group: Group) -> None:
-        """One group to its end."""
-        try:
-            if await self._turn(group):
-                await self._keep(group)
-        except QmpCommitError as error:
-            await self._settling.end(group, error=error)
-        except Exception as error:  # a bug of ours must not leave a group without an end
-            group.log.warning("bug", error=repr(error))
-            await self._settling.end(group, error=QmpCommitError(f"internal error: {error!r}"))
+        if await self._turn(group):
+            await self._keep(group)
+
+    async def _fail(self, group: Group, error: QmpCommitError) -> None:
+        await self._settling.end(group, error=error)
 
     async def _turn(self, group: Group) -> bool:
         """Wait in the queue; False where it ended there."""
@@ -531,6 +471,10 @@ class Groups:
     def _ended(self, group: Group) -> None:
         del self.live[group.id]
         self._engine.ended(*group.members)
+
+
+def _members(group: Group, known: Mapping[str, Promise]) -> list[Promise]:
+    return [known[name] for name in group.noted.get("commits", ()) if name in known]
 
 
 def _interrupted(

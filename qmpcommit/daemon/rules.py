@@ -33,6 +33,7 @@ from qmpcommit.daemon.steps import (
     request_of,
     step_of,
 )
+from qmpcommit.daemon.undertaking import Story
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
@@ -103,8 +104,8 @@ class Standing:
         )
 
 
-class Rules:
-    """All rules of the configuration; a `Story` of the engine."""
+class Rules(Story):
+    """All rules of the configuration; what they promise the engine takes up."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -114,20 +115,6 @@ class Rules:
         self._log = Log()
 
     # -- the story --------------------------------------------------------------------------------
-
-    async def recover(self) -> None:
-        """The promises of a former daemon's rules are taken up by the engine."""
-
-    async def on_up(self, vm: VM) -> None:
-        """No rule ever holds a guest."""
-
-    def owned(self, vm: str) -> set[str]:
-        """Their jobs belong to promises."""
-        return set()
-
-    def busy(self, vm: str) -> list[str]:
-        """Their promises count already."""
-        return []
 
     def start(self) -> None:
         """Begin to look."""

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
@@ -26,8 +26,8 @@ ROOM = 1.0
 R = TypeVar("R", bound=BaseModel)
 
 
-class Story(Protocol):
-    """One kind of undertaking, as the engine sees it."""
+class Story:
+    """What the engine does beside single commits; each does some of this."""
 
     async def recover(self) -> None:
         """Take up what the journal holds; no VM is connected yet."""
@@ -35,11 +35,9 @@ class Story(Protocol):
     async def on_up(self, vm: VM) -> None:
         """`vm` was just connected and nobody uses it yet: let its guest go on, where we held it."""
 
-    def owned(self, vm: str) -> set[str]:
-        """The ids of jobs in that VM's QEMU that are this story's, and not orphans."""
-
     def busy(self, vm: str) -> list[str]:
         """The ids of undertakings for which the VM must not be forgotten."""
+        return []
 
     def start(self) -> None:
         """All is recovered and VMs are being connected: go on."""

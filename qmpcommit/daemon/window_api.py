@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 
 from qmpcommit.daemon.api import Key, VMPath, fingerprint
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.windows import Windows
@@ -79,16 +79,12 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
             await windows.watch.look_again(vm)
             orphans = windows.watch.orphans(vm)
             found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
-        sql = (
-            "SELECT * FROM undertakings WHERE kind = 'window'"
-            " AND instr(',' || vm || ',', ',' || ifnull(?, vm) || ',') AND state = ifnull(?, state)"
+        which = (
+            "instr(',' || vm || ',', ',' || ifnull(?, vm) || ',') AND state = ifnull(?, state)"
             " ORDER BY created DESC, rowid DESC LIMIT ?"
         )
-        for row in await engine.journal.read(sql, vm, state, limit - len(found)):
-            with suppress(ValueError):  # written by another version
-                known = windows.live.get(row["id"])
-                window = known or LeasedWindow.load(row, engine.journal)
-                found.append(await asyncio.to_thread(window.view))
+        newest = await windows.newest(which, vm, state, limit - len(found))
+        found += [await asyncio.to_thread(window.view) for window in newest]
         return found
 
     @app.get("/v1/windows/{window_id}", responses=problems(404, 422), tags=["windows"])
@@ -98,16 +94,14 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
     ) -> WindowView:
         """One window: what stands still, when its lease ends, and how it ended."""
         try:
-            window = await windows.get(window_id)
+            window = await windows.find(window_id)
         except WindowNotFound:
             orphan = windows.watch.orphan(window_id)
             if orphan is None:
                 raise
             return await asyncio.to_thread(orphan.view)
         if wait:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await window.over.wait()
+            await for_a_while(window.over.wait(), wait)
         return await asyncio.to_thread(window.view)
 
     @app.post(

@@ -7,16 +7,19 @@ before it is taken.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 from qmpcommit.commit.claim import Claim
 from qmpcommit.daemon.engine import Engine, key_row
 from qmpcommit.daemon.journal import Statement
 from qmpcommit.daemon.keeping import error_dict
+from qmpcommit.daemon.kinds import Kind
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
-from qmpcommit.daemon.undertaking import readable
 from qmpcommit.daemon.window_closing import Closing, release
 from qmpcommit.daemon.window_opening import Opening
 from qmpcommit.daemon.window_watch import Orphan, Watch
@@ -38,12 +41,14 @@ HAND_OVER = 1.0
 """Seconds that a window which is being opened gets when the daemon stops."""
 
 
-class Windows:
-    """All windows of the daemon; a `Story` of the engine."""
+class Windows(Kind[LeasedWindow]):
+    """All windows of the daemon."""
+
+    of, called, missing = LeasedWindow, "window", WindowNotFound
+    hint, bug = "; GET /v1/windows lists them", WindowError
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.live: dict[str, LeasedWindow] = {}
+        super().__init__(engine)
         self.watch = Watch(engine, self.live)
         self._opening = Opening(engine)
         self._closing = Closing(engine, self._opening)
@@ -55,18 +60,9 @@ class Windows:
 
     async def recover(self) -> None:
         """Take up the windows of a former daemon."""
-        sql = (
-            "SELECT * FROM undertakings WHERE kind = 'window'"
-            " AND state IN ('opening', 'open', 'closing') ORDER BY created, rowid"
-        )
-        for row in await self._engine.journal.read(sql):
-            try:
-                window = LeasedWindow.load(row, self._engine.journal)
-            except ValueError as error:  # written by another version: said, and left as it is
-                self._log.warning("window_unreadable", window=row["id"], why=str(error))
-                continue
+        await super().recover()
+        for window in self.live.values():
             window.found_again = True
-            self.live[window.id] = window
 
     async def on_up(self, vm: VM) -> None:
         """Let a guest go on that a former daemon held; then see which windows there are."""
@@ -106,10 +102,6 @@ class Windows:
                         return part.claims.get(asked)
         return None
 
-    def owned(self, vm: str) -> set[str]:
-        """The jobs that close windows belong to promises."""
-        return set()
-
     def busy(self, vm: str) -> list[str]:
         """The windows that are not closed."""
         live = self.live.values()
@@ -117,8 +109,7 @@ class Windows:
 
     def start(self) -> None:
         """Go on with all of them."""
-        for window in self.live.values():
-            self._launch(window)
+        super().start()
         self.watch.start()
 
     async def stop(self) -> None:
@@ -146,7 +137,8 @@ class Windows:
 
         Raises what `open_window` raises, and what `Engine.keyed` and `Engine.check_room` do.
         """
-        window, again = await self._engine.shielded(self._take(request, key, fingerprint))
+        make = partial(self._make, request, key, fingerprint)
+        window, again = await self._engine.once(key, fingerprint, self.find, make)
         await window.opened.wait()
         if window.failure is not None:
             raise window.failure
@@ -156,44 +148,24 @@ class Windows:
             raise QueueFull("the daemon is stopping; ask the next one")
         return window, again
 
-    async def _take(
+    async def _make(
         self, request: WindowRequest, key: str | None, fingerprint: str
-    ) -> tuple[LeasedWindow, bool]:
-        async with self._engine.keyed(key, fingerprint) as known:
-            if known is not None:
-                return await self.get(known), True
-            self._engine.check_room()
-            for vm in request.disks:
-                self._engine.vm(vm)
-            window = LeasedWindow.new(request, self._engine.journal)
-            window.state = "opening"
-            await self._promise(window, *key_row(key, fingerprint, window.id))
-            return window, False
+    ) -> LeasedWindow:
+        self._engine.check_room()
+        for vm in request.disks:
+            self._engine.vm(vm)
+        window = LeasedWindow.new(request, self._journal)
+        window.state = "opening"
+        await self.promise(window, *key_row(key, fingerprint, window.id))
+        return window
 
-    async def _promise(self, window: LeasedWindow, *beside: Statement) -> None:
-        self.live[window.id] = window
-        try:
-            statements = [window.insertion(), *beside]
-            await self._engine.journal.write(*statements, events=[window.event()])
-        except BaseException:
-            del self.live[window.id]
-            raise
-        self._launch(window)
-
-    async def get(self, window_id: str) -> LeasedWindow:
+    async def find(self, known_as: str) -> LeasedWindow:
         """The window with that id, or of that name; raises `WindowNotFound`."""
-        window = self.live.get(window_id)
-        for each in self.live.values():
-            if window is None and window_id in [part.name for part in each.parts]:
-                window = each
-        if window is not None:
-            return window
-        sql = "SELECT * FROM undertakings WHERE kind = 'window' AND id = ?"
-        rows = await self._engine.journal.read(sql, window_id)
-        if not rows:
-            raise WindowNotFound(f"there is no window '{window_id}'; GET /v1/windows lists them")
-        with readable(f"window '{window_id}'", WindowNotFound):
-            window = LeasedWindow.load(rows[0], self._engine.journal)
+        names = {part.name: each.id for each in self.live.values() for part in each.parts}
+        return await super().find(names.get(known_as, known_as))
+
+    async def _load(self, row: Mapping[str, Any]) -> LeasedWindow:
+        window = await super()._load(row)
         window.opened.set()
         return window
 
@@ -202,7 +174,7 @@ class Windows:
         return await self._engine.shielded(self._renew(window_id, seconds))
 
     async def _renew(self, window_id: str, seconds: float | None) -> LeasedWindow:
-        window = await self.get(window_id)
+        window = await self.find(window_id)
         async with window.lock:
             if window.state not in ("opening", "open"):
                 raise JobConflict(
@@ -219,12 +191,12 @@ class Windows:
 
     async def _close(self, window_id: str) -> LeasedWindow:
         try:
-            window = await self.get(window_id)
+            window = await self.find(window_id)
         except WindowNotFound:
             async with self._adopting:
                 orphan = self.watch.orphan(window_id)
                 if orphan is None:
-                    return await self.get(window_id)  # another request took it up, or raises
+                    return await self.find(window_id)  # another request took it up, or raises
                 return await self._adopt(orphan)
         async with window.lock:
             if window.state == "opening":
@@ -247,41 +219,37 @@ class Windows:
             raise conflict
         members = [WindowMember(vm=orphan.vm, disk=disk) for disk in orphan.disks]
         request = WindowRequest(members=members, lease=1.0)
-        window = LeasedWindow.new(request, self._engine.journal)
+        window = LeasedWindow.new(request, self._journal)
         window.state = "closing"
         window.expires = window.created
         noted = NotedWindow(orphan.name, orphan.disks)
         window.parts[0].know(name=orphan.name, window=noted, cwd=orphan.cwd, step="open")
-        await self._promise(window)
+        await self.promise(window)
         return window
 
     # -- the life of one --------------------------------------------------------------------------
 
-    def _launch(self, window: LeasedWindow) -> None:
-        window.task = asyncio.create_task(self._live(window), name=f"window {window.id}")
-
-    async def _live(self, window: LeasedWindow) -> None:
-        """One window to its end."""
+    async def _see_through(self, window: LeasedWindow) -> None:
         try:
-            if window.state == "opening":
-                await self._opening.open(window)
-            if window.undo is None:
-                window.opened.set()
-            if window.state == "open":
-                await self._until_lease_ends(window)
-            outcomes = await self._closing.close(window)
-            if window.undo is not None:
-                raise window.failure or WindowError(window.undo["message"])
-            await window.end("done", outcome={"outcomes": outcomes})
-            window.log.info("window_done")
-        except QmpCommitError as error:
-            await self._fail(window, error)
-        except Exception as error:  # a bug of ours must not leave a window without an end
-            window.log.warning("bug", error=repr(error))
-            await self._fail(window, WindowError(f"internal error: {error!r}", vm=window.vm))
+            await super()._see_through(window)
         finally:
             window.opened.set()
-        self.live.pop(window.id, None)
+
+    async def _run(self, window: LeasedWindow) -> None:
+        if window.state == "opening":
+            await self._opening.open(window)
+        if window.undo is None:
+            window.opened.set()
+        if window.state == "open":
+            await self._until_lease_ends(window)
+        outcomes = await self._closing.close(window)
+        if window.undo is not None:
+            raise window.failure or WindowError(window.undo["message"])
+        await window.end("done", outcome={"outcomes": outcomes})
+        window.log.info("window_done")
+
+    async def _after(self, window: LeasedWindow) -> None:
+        window.opened.set()
         self.watch.forget(window)
         for part in window.parts:
             await release(self._engine, part)
