@@ -292,6 +292,9 @@ class Recovery:
             plan = _plan(vm, disk, top, layer, overlays.job_of(seen, stem))
             fresh = FreshOverlay(vm, plan, file, vm.cwd)
             fresh.restore(stopped=False)
+            await fresh.unlink()
+            if await asyncio.to_thread(os.path.lexists, path) and layer is not None:
+                continue
             await fresh.undo()
             if not await asyncio.to_thread(os.path.lexists, path):
                 return "it was closed, and its file deleted"

@@ -347,6 +347,15 @@ class FreshOverlay:
             names = await self._names(graph)
             await asyncio.to_thread(remove_new, self._path, self._file, names)
 
+    async def unlink(self) -> None:
+        """Unlink its file while QEMU has it open, and nothing uses it; `undo` closes it then.
+
+        Whoever is killed between the two leaves nodes, which can be found, and no file.
+        """
+        if self._is_here():
+            names = await self._names(await read_graph(self._monitor))
+            await asyncio.to_thread(remove_new, self._path, self._file, names)
+
     async def left(self) -> Left | None:
         """What is left of it now that QEMU has ended: unlinked, where it is nobody's but ours."""
         if not self._begun:
