@@ -81,12 +81,12 @@ class World:
             vms = [
                 await stack.enter_async_context(qc.Session.connect(qemu.qmp)) for qemu in self.qemus
             ]
-            found = await qc.recover(vms, decide=decide)
+            found = await qc.recover(vms, decide=decide, folders=[self.folder])
             print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
             assert found.left == ()
             for vm, chains in zip(vms, self.chains, strict=True):
                 actives.append(await self._nothing_left(vm, chains))
-            assert (await qc.recover(vms, look_only=True)).findings == ()
+            assert (await qc.recover(vms, look_only=True, folders=[self.folder])).findings == ()
         for qemu in self.qemus:
             await qemu.quit()
         self._whole(actives)
