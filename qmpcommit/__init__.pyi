@@ -8,7 +8,10 @@ from qmpcommit.client.host import Client as Client
 from qmpcommit.client.job import RemoteJob as RemoteJob
 from qmpcommit.client.vm import RemoteVM as RemoteVM
 from qmpcommit.commit.converge import ConvergeReport as ConvergeReport
+from qmpcommit.commit.file_ledger import FileLedger as FileLedger
 from qmpcommit.commit.job import CommitJob as CommitJob
+from qmpcommit.commit.ledger import Ledger as Ledger
+from qmpcommit.commit.ledger import add_note as add_note
 from qmpcommit.commit.outcome import CommitOutcome as CommitOutcome
 from qmpcommit.commit.outcome import JobProgress as JobProgress
 from qmpcommit.commit.outcome import Timings as Timings

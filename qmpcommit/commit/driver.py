@@ -36,6 +36,7 @@ from qmpcommit.errors import (
     VMGone,
 )
 from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import stop, to_the_end
 
 HEARTBEAT = 10.0
@@ -163,6 +164,7 @@ class Driver:
         self._used_by: UsedBy = ""
         self._refused = 0
         self._missed = False
+        self._identity = process_identity(monitor.peer_pid) if self._follow is not None else ""
         self._pid = None if self._follow is None else monitor.peer_pid  # whose job it is
         if resumed is not None:
             self._take_up(resumed)
@@ -192,9 +194,9 @@ class Driver:
             return
         state = self.state
         held = state.status == "pending" or state.frozen
-        times = dict(self._hearing.times)
+        more |= {"times": dict(self._hearing.times), "identity": self._identity}
         try:
-            await self._ledger.note(step, state, held=held, anyway=anyway, times=times, **more)
+            await self._ledger.note(step, state, held=held, anyway=anyway, **more)
         except CommitFailed as error:
             self._cause = error.__cause__
             raise
@@ -431,7 +433,13 @@ class Driver:
         anyway = anyway or (command is Command.FINALIZE and self.state.meets)
         more: dict[str, Any] = {}
         if command is Command.START:
-            more = {"plan": self.plan, "files": self._around.files}
+            self._identity = process_identity(self._monitor.peer_pid)
+            more = {
+                "plan": self.plan,
+                "files": self._around.files,
+                "timeout": self.timeout,
+                "hooked": self._around.on_pivot is not None,
+            }
         try:
             await self.note(command.value, anyway=anyway, **more)
         except CommitFailed as error:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 GRACE = 10.0
 """Seconds that a job gets to end after it was cancelled for a deadline or a closing session."""
 
+CLAIMING = 2.0
+"""Seconds that a disk which is claimed beside a job gets for it when the job has ended."""
+
 
 class CommitJob:
     """One commit under way.
@@ -248,6 +251,8 @@ class CommitJob:
 
     async def _unclaim(self) -> None:
         if self._claiming is not None:
+            # One that ended at once has the claim of its dead process still to be cleared.
+            await asyncio.wait({self._claiming}, timeout=CLAIMING)
             await stop(self._claiming)
         if self.own_claim is not None:
             await self.own_claim.release()

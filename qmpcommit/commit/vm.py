@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from qmpcommit.commit.claim import Claim, Owner
     from qmpcommit.commit.driver import Resumed
-    from qmpcommit.commit.ledger import Ledger
+    from qmpcommit.commit.ledger import Ledger, Noted
     from qmpcommit.commit.pace import Converge
 
 
@@ -461,9 +461,10 @@ class VM(Monitor):
 
     async def resume(
         self,
-        plan: Plan,
-        noted: Resumed,
+        plan: Plan | Ledger,
+        noted: Resumed | None = None,
         *,
+        policy: AskedPolicy | None = None,
         files: Mapping[str, FileId | None] | None = None,
         on_pivot: OnPivot | None = None,
         on_stall: OnStall | None = None,
@@ -473,19 +474,37 @@ class VM(Monitor):
         barrier: Barrier | None = None,
         claim: Claim | None = None,
     ) -> CommitJob:
-        """Go on with a commit whose process died, from what its `Ledger` holds.
+        """Go on with a commit whose process died: ``await vm.resume(qc.FileLedger(path))``.
 
-        `plan` and `files` are what was noted with ``block-commit``, `noted` is the last state;
-        the rest is as for `commit`. Whatever of it QEMU has done meanwhile is found by asking.
-        `barrier` is awaited while PENDING holds the disk, unless what was noted says that it has
-        been passed: it answers None, and the job is finalized, or why it is cancelled. A member
-        of a group without one is cancelled there, for alone it must not be finalized. The disk is
-        claimed, unless there is a `claim` or somebody else has it by now.
+        With a ledger alone it is gone on with from its last note, whatever QEMU has done meanwhile,
+        also where the commit had ended: then it ends with the same outcome once more. What is no
+        value has to be given again: a `policy` that was a callable, `on_pivot`, `on_stall`. What is
+        left of a `timeout` or of a hold counts, if no `timeout` is given. A job that was to be
+        begun, and that QEMU does not know, is begun. Raises `JobNotFound` for an empty ledger,
+        `InvalidRequest` for one that can't be read, or where something is to be given again.
+
+        Whoever keeps the pieces gives them: `plan` and `files` are what was noted with
+        ``block-commit``, `noted` is the last state; the rest is as for `commit`. Whatever of it
+        QEMU has done meanwhile is found by asking. `barrier` is awaited while PENDING holds the
+        disk, unless what was noted says that it has been passed: it answers None, and the job is
+        finalized, or why it is cancelled. A member of a group without one is cancelled there, for
+        alone it must not be finalized. The disk is claimed, unless there is a `claim` or somebody
+        else has it by now.
         Raises what `Monitor.execute` raises; how the commit itself ends, `CommitJob.wait` tells.
         """
         from qmpcommit.commit.claim import take_again
+        from qmpcommit.commit.ledger import files_of, time_left
+        from qmpcommit.commit.resuming import never_begun, noted_in, repay, taken_up
         from qmpcommit.commit.takeover import resumed
 
+        again: Noted = {}
+        if noted is None:
+            assert not isinstance(plan, Plan)
+            ledger, again = plan, await noted_in(self, plan)
+            plan, noted = taken_up(again, policy, on_pivot, self.peer_pid)
+            files, timeout = files_of(again), time_left(again) if timeout is None else timeout
+            await repay(self, again, ledger)
+        assert isinstance(plan, Plan)
         around = Around(
             on_pivot=on_pivot,
             on_stall=on_stall,
@@ -496,6 +515,8 @@ class VM(Monitor):
             barrier=barrier,
             gate=self.gate,
         )
+        if again and await never_begun(self, again, plan):
+            return await self._begin_again(plan, around, timeout)
         job = await resumed(self, plan, noted, around, timeout=timeout)
         job.claim = claim
         self._jobs.add(job)
@@ -504,6 +525,12 @@ class VM(Monitor):
             lambda: self._jobs.discard(job), claiming=take_again(self, job) if claims else None
         )
         return job
+
+    async def _begin_again(self, plan: Plan, around: Around, timeout: float | None) -> CommitJob:
+        """A commit that was noted and never sent; the disk is looked at once more before."""
+        carrying = carrying_of(await self.graph(), plan) if plan.carry_bitmaps else None
+        job = CommitJob(self, plan, timeout=timeout, around=around._replace(carrying=carrying))
+        return await self.launch(job)
 
     async def _launch(self, job: CommitJob) -> CommitJob:
         self._jobs.add(job)

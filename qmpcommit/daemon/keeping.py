@@ -25,15 +25,15 @@ from qmpcommit.commit.policy import Hold
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.report import error_of
 from qmpcommit.commit.request import what_of_stale
+from qmpcommit.commit.resuming import repay
 from qmpcommit.commit.stale_layers import Around, OnPivot, Stall
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.promise import Prepared, Promise
-from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.steps import STEP_PREFIX, refuse_in_window
 from qmpcommit.errors import (
-    CommandRefused,
     CommitFailed,
     ConnectError,
     DeadlineExceeded,
@@ -43,7 +43,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
-from qmpcommit.guest.run_state import go_on
+from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
 from qmpcommit.wire.commit import CommitRequest
 
@@ -232,14 +232,7 @@ class Keeper:
 
     async def repay(self, promise: Promise, session: Session) -> None:
         """What a former process did to the guest and could not undo any more."""
-        repair = promise.noted.get("repair")
-        with suppress(CommandRefused):
-            if repair:
-                await session.execute(repair["execute"], repair.get("arguments"))
-                await promise.note("unthrottle")
-            if promise.noted.get("stopped") and "overlay" not in promise.noted:
-                await go_on(session)
-                await promise.note("cont")
+        await repay(session, promise.noted, promise)
 
     def _when_possible(self, promise: Promise, job: CommitJob) -> None:
         """A decision that was answered before we restarted, or while the monitor was away."""

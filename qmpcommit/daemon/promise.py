@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.ledger import dump_state, load_state
+from qmpcommit.commit.ledger import add_note, files_of, resumed_of
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Hold, Pivot, Recycle, parse_policy
+from qmpcommit.commit.policy import Hold, Pivot, parse_policy
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
@@ -244,30 +244,12 @@ class Promise:
 
     async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
         """A step that is about to be taken."""
-        noted = {**self.noted, "step": step, "identity": self.identity}
-        if state is not None:
-            noted["state"] = dump_state(state)
-            noted["times"] = {name: at.isoformat() for name, at in facts["times"].items()}
+        noted = {**add_note(self.noted, step, state, **facts), "identity": self.identity}
         statements = []
-        match step:
-            case "block-commit":
-                self.plan = facts["plan"].model_dump(mode="json")
-                noted["files"] = facts["files"]
-                sql = "UPDATE commits SET plan = ? WHERE id = ?"
-                statements.append(Statement(sql, (_json(self.plan), self.id)))
-            case "freeze":
-                noted["overlay"] = facts["overlay"]
-                noted["recycle"] = facts["recycle"].model_dump(mode="json")
-            case "stop":
-                noted["stopped"] = True
-            case "cont":
-                noted["stopped"] = False
-            case "throttle":
-                noted["repair"] = facts["repair"]
-            case "unthrottle":
-                noted.pop("repair", None)
-            case "clear-away":
-                noted["outcome"] = facts["outcome"].model_dump(mode="json")
+        if step == "block-commit":
+            self.plan = noted.pop("plan")
+            sql = "UPDATE commits SET plan = ? WHERE id = ?"
+            statements.append(Statement(sql, (_json(self.plan), self.id)))
         self.noted = noted
         statements.append(Statement(NOTE, (_json(noted), self.id)))
         if step in _HOLDS_THE_GUEST or (state is not None and state.status == "pending"):
@@ -326,28 +308,16 @@ class Promise:
         plan = Plan.model_validate(self.plan)
         policy = self.decided_policy()
         object.__setattr__(plan, "policy", policy)
-        state = load_state(self.noted["state"])
         before = self.identity
-        recycle = self.noted.get("overlay")  # the version before noted no more than that
-        recycled = self.noted.get("recycle") or {"overlay": recycle}
-        outcome = self.noted.get("outcome")
-        times = {name: datetime.fromisoformat(at) for name, at in self.noted["times"].items()}
-        if self.ready is not None and state.phase is Phase.STARTING:  # no step was noted since
-            times.setdefault("ready", datetime.fromtimestamp(self.ready, UTC))
-        resumed = Resumed(
-            state=state,
+        resumed = resumed_of(
+            self.noted,
             same_vm=before == identity if before and identity else None,
-            recycle=Recycle.model_validate(recycled) if recycle else None,
-            # Its group lets the guest go on, when the last of its disks is where it has to be.
-            stopped=bool(self.noted.get("stopped")) and not self.group,
-            outcome=CommitOutcome.model_validate(outcome) if outcome else None,
-            times=times,
+            alone=not self.group,
         )
-        files = {
-            name: FileId(*known) if known else None
-            for name, known in (self.noted.get("files") or {}).items()
-        }
-        return plan, resumed, files
+        if self.ready is not None and resumed.state.phase is Phase.STARTING:  # none was noted since
+            ready = {"ready": datetime.fromtimestamp(self.ready, UTC)}
+            resumed = resumed._replace(times={**ready, **resumed.times})
+        return plan, resumed, files_of(self.noted)
 
     def decided_policy(self) -> Any:
         """The policy that counts now: a decision that was promised, or what is left of a hold."""

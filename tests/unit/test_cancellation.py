@@ -300,7 +300,20 @@ async def _resumed(qemu: Machine) -> None:
         await again.detach()
 
 
-LEAVING = [_detached, _released, _resumed]
+async def _noted(qemu: Machine) -> None:
+    ledger = qc.FileLedger(Path(qemu.qmp).with_name("ledger"))
+    ledger.remove()
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold(), ledger=ledger)
+        await job.ready()
+        await job.detach()
+        again = await vm.resume(ledger)
+        await again.detach()
+        assert await ledger.noted()
+        await ledger.note("cont")
+
+
+LEAVING = [_detached, _released, _resumed, _noted]
 
 
 @pytest.mark.timeout(300)

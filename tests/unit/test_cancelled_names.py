@@ -63,6 +63,9 @@ JOBS: dict[str, Story] = {
     "GroupCommit.wait": unit._group_in_steps,
 }
 CALLS: dict[str, Story] = {
+    "FileLedger.note": unit._noted,
+    "FileLedger.noted": unit._noted,
+    "Ledger.note": unit._noted,
     "close_window": real._in_pieces,
     "commit": unit._one_call,
     "commit_group": real._group_of_two,

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qmpcommit as qc
+from qmpcommit.block.identity import FileId
+from qmpcommit.commit.checks.finding import Finding
 from qmpcommit.commit.facts import Choice, Ended
-from qmpcommit.commit.ledger import dump_state, load_state
+from qmpcommit.commit.ledger import (
+    add_note,
+    dump_state,
+    files_of,
+    load_state,
+    plan_of,
+    resumed_of,
+    time_left,
+)
 from qmpcommit.commit.phases import Phase, State, Verdict
+from qmpcommit.commit.plan import Plan
 
 STATES = [
     State(two_phase=True),
@@ -40,3 +54,106 @@ def test_what_was_written_down_is_read_again(state: State) -> None:
 def test_what_is_no_state_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         load_state({**dump_state(STATES[-1]), **change})
+
+
+# -- what is noted, and what is gone on with -------------------------------------------------------
+
+IMAGE = qc.Image("node", "/file", "qcow2")
+PLAN = Plan(
+    "vm", qc.Disk("vda", (IMAGE, IMAGE)), IMAGE, IMAGE, "job", True,
+    qc.Pivot(), findings=[Finding("free-space", "note", "not checked")],
+)  # fmt: skip
+
+
+def begun(plan: Plan = PLAN, **facts: Any) -> dict[str, Any]:
+    """What was noted of a commit that is about to be sent, as JSON gives it back."""
+    more = {"plan": plan, "files": {"node": FileId(1, 2), "other": None}, "times": {}, **facts}
+    noted: dict[str, Any] = json.loads(json.dumps(add_note({}, "block-commit", STATES[0], **more)))
+    return noted
+
+
+def test_a_plan_is_noted_with_its_policy_and_found_again() -> None:
+    noted = begun(hooked=True)
+    assert plan_of(noted, None) == PLAN
+    assert plan_of(noted, qc.Keep()).policy == qc.Keep()
+    assert files_of(noted) == {"node": FileId(1, 2), "other": None}
+    assert noted["hooked"] is True
+    assert time_left(noted) is None
+    assert noted == {**noted, "step": "block-commit"}
+
+
+async def _policy(ready: qc.Ready) -> qc.Pivot:
+    return qc.Pivot()
+
+
+def test_a_callable_is_not_noted() -> None:
+    plan = replace(PLAN, policy=_policy)
+    assert plan_of(begun(plan), None).policy is None
+    assert plan_of(begun(plan), _policy).policy is _policy
+
+
+def test_what_is_left_of_a_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock was set: it is never longer than it was, nor below nothing."""
+    clock = [1000.0]
+    monkeypatch.setattr("qmpcommit.commit.ledger.time.time", lambda: clock[0])
+    hold = qc.Hold(timeout=10, otherwise=qc.Abort())
+    noted = {**begun(replace(PLAN, policy=hold), timeout=30.0), "ready": 1000.0}
+    for now, left, of_hold in ((1004.0, 26.0, 6.0), (900.0, 30.0, 10.0), (2000.0, 0.0, 0.0)):
+        clock[0] = now
+        assert time_left(noted) == left
+        assert plan_of(noted, None).policy == qc.Hold(timeout=of_hold, otherwise=qc.Abort())
+    forever = begun(replace(PLAN, policy=qc.Hold()))
+    assert plan_of({**forever, "ready": 1.0}, None).policy == qc.Hold()
+
+
+def test_the_steps_add_up() -> None:
+    recycle = qc.Recycle("/new")
+    noted = begun()
+    noted = add_note(noted, "freeze", STATES[2], times={}, overlay="/new", recycle=recycle)
+    noted = add_note(noted, "stop")
+    noted = add_note(noted, "throttle", repair={"execute": "x"})
+    resumed = resumed_of(noted, same_vm=True)
+    assert (resumed.recycle, resumed.stopped, resumed.state) == (recycle, True, STATES[2])
+    assert resumed_of(noted, same_vm=True, alone=False).stopped is False
+    assert noted["repair"] == {"execute": "x"}
+    noted = add_note(add_note(noted, "cont"), "unthrottle")
+    assert "repair" not in noted
+    assert resumed_of(noted, same_vm=False).stopped is False
+
+
+async def test_a_file_is_replaced_as_a_whole_and_for_its_owner_only(tmp_path: Path) -> None:
+    file = tmp_path / "ledger"
+    file.write_text('{"qmpcommit": 1, "commit": {"over": true, "step": "job-dismiss"}}')
+    file.chmod(0o644)
+    facts: dict[str, Any] = {"plan": PLAN, "files": {}, "times": {}}
+    written = qc.FileLedger(file)
+    await written.note("block-commit", STATES[0], **facts)
+    assert file.stat().st_mode & 0o777 == 0o600
+    await written.note("job-complete", STATES[2], times={})
+    assert (await qc.FileLedger(file).noted())["step"] == "job-complete"
+    with pytest.raises(qc.JobConflict, match="has not ended"):
+        await qc.FileLedger(file).note("block-commit", STATES[0], **facts)
+    written.moved(STATES[0]._replace(phase=Phase.FINISHED))
+    await qc.FileLedger(file).note("block-commit", STATES[0], **facts)
+    assert [each.name for each in tmp_path.iterdir()] == ["ledger"]
+
+
+async def test_an_older_note_that_is_late_replaces_no_newer_one(tmp_path: Path) -> None:
+    written = qc.FileLedger(tmp_path / "ledger")
+    written._write((2, "new"))
+    written._write((1, "old"))
+    assert (tmp_path / "ledger").read_text() == "new"
+
+
+async def test_a_note_that_can_not_be_written_leaves_the_former(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    written = qc.FileLedger(folder / "ledger")
+    with pytest.raises(FileNotFoundError):
+        await written.note("block-commit", STATES[0], plan=PLAN, files={}, times={})
+    written.moved(STATES[0]._replace(phase=Phase.FINISHED))  # it is only told
+    assert await written.noted() == {}
+    folder.mkdir()
+    (folder / "ledger").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        written._write((9, "text"))
+    assert [each.name for each in folder.iterdir()] == ["ledger"]

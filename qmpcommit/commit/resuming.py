@@ -1,0 +1,101 @@
+"""A commit that goes on from what its ledger holds."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from qmpcommit.block.chain import read_disks
+from qmpcommit.callback import Failed, Noting, ask
+from qmpcommit.commit.driver import Resumed
+from qmpcommit.commit.ledger import Noted, plan_of, resumed_of
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall, parse_policy
+from qmpcommit.errors import CommandRefused, InvalidRequest, JobNotFound, QmpCommitError
+from qmpcommit.guest.run_state import go_on
+from qmpcommit.qmp.process import process_identity
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.stale_layers import OnPivot
+    from qmpcommit.commit.vm import VM
+
+
+async def noted_in(vm: VM, ledger: Any) -> Noted:
+    """All that a ledger holds; raises `JobNotFound` where that is nothing, `InvalidRequest`."""
+    if not callable(getattr(ledger, "noted", None)):
+        raise InvalidRequest(
+            f"{ledger!r} is no ledger to resume from: it has no noted(), which gives back what"
+            " add_note made of the notes"
+        )
+    try:
+        noted = await ask(ledger.noted)
+    except Failed as failed:
+        if isinstance(failed.cause, QmpCommitError):
+            raise failed.cause from None
+        raise InvalidRequest(f"the ledger can't be read: {failed}") from failed.cause
+    if not noted or "state" not in noted or "plan" not in noted:
+        raise JobNotFound(
+            f"the ledger holds no commit of {vm.name}: none was begun, or its notes were removed",
+            vm=vm.name,
+        )
+    return dict(noted)
+
+
+def taken_up(
+    noted: Noted,
+    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None,
+    on_pivot: OnPivot | None,
+    pid: int | None,
+) -> tuple[Plan, Resumed]:
+    """What to go on with, now that this QEMU answers; raises `InvalidRequest`."""
+    before, now = noted.get("identity", ""), process_identity(pid)
+    try:
+        plan = plan_of(noted, None if policy is None else parse_policy(policy))
+        resumed = resumed_of(noted, same_vm=before == now if before and now else None)
+    except QmpCommitError:
+        raise
+    except Exception as error:  # whatever has become of it on its way
+        raise InvalidRequest(f"what the ledger holds can't be understood: {error!r}") from error
+    where = {"disk": plan.disk.name, "job_id": plan.job_id}
+    undecided = resumed.state.running and resumed.state.decision is None
+    if plan.policy is None and plan.two_phase and undecided:
+        raise InvalidRequest(
+            f"the policy of job {plan.job_id} was a callable, which no ledger holds: give it again,"
+            " as in resume(ledger, policy=...). Nothing was done",
+            **where,
+        )
+    if noted.get("hooked") and on_pivot is None and resumed.outcome is None:
+        raise InvalidRequest(
+            f"job {plan.job_id} was begun with an on_pivot, which no ledger holds: give it again,"
+            " as in resume(ledger, on_pivot=...). Nothing was done",
+            **where,
+        )
+    return plan, resumed
+
+
+async def never_begun(vm: VM, noted: Noted, plan: Plan) -> bool:
+    """Whether a job that was to be sent never was: QEMU has none, and the disk is as it was."""
+    if noted.get("step") != "block-commit" or not vm.connected:
+        return False
+    if any(job.id == plan.job_id for job in await vm.query_jobs()):
+        return False
+    disks = read_disks(await vm.graph())
+    layers = [image.node_name for image in (plan.top, *plan.between, plan.base)]
+    chains = ([image.node_name for image in disk.chain] for disk in disks)
+    return any(set(layers) <= set(chain) for chain in chains)
+
+
+async def repay(vm: VM, noted: Noted, ledger: Any) -> None:
+    """What a former process did to the guest and could not undo any more."""
+    before, now = noted.get("identity", ""), process_identity(vm.peer_pid)
+    if before and now and before != now:
+        return
+    noting = Noting(ledger, vm.log)
+    repair = noted.get("repair")
+    with suppress(CommandRefused):
+        if repair:
+            await vm.execute(repair["execute"], repair.get("arguments"))
+            await noting.note("unthrottle", anyway=True)
+        if noted.get("stopped") and "overlay" not in noted:
+            await go_on(vm)
+            await noting.note("cont", anyway=True)
