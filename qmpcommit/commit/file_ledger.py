@@ -23,7 +23,8 @@ class FileLedger:
     Each note replaces the file as a whole, for its owner only (mode 0600), and is on the disk
     before the step is taken. The file stays when the commit has ended, for a program that was
     killed before it had noted the outcome itself; remove it then (`remove`). A commit does not
-    begin over the notes of one that has not ended.
+    begin over the notes of one that has not ended; the disks of a group, and windows, can't be
+    noted in one.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -37,14 +38,19 @@ class FileLedger:
         noted = self._noted
         if step == "block-commit":
             noted = await asyncio.to_thread(self._read)
-            if noted and not noted.get("over") and noted.get("step") != step:
+            other = noted.get("plan", {}).get("job_id", "")
+            if other != facts["plan"].job_id and not noted.get("over", not noted):
                 raise JobConflict(
-                    f"{self.path} holds a commit that has not ended, with job"
-                    f" {noted['plan']['job_id']}: resume it, or remove the file"
+                    f"{self.path} holds a commit that has not ended, with job {other}: resume it,"
+                    " or remove the file"
                 )
             noted = {}
         elif noted is None:
             noted = await asyncio.to_thread(self._read)
+        if step != "block-commit" and not (noted and "plan" in noted):
+            raise InvalidRequest(
+                f"{self.path} can't note {step}: it is for one commit, and none has begun"
+            )
         self._noted = add_note(noted or {}, step, state, **facts)
         self._noted["over"] = False
         await asyncio.to_thread(self._write, self._next())

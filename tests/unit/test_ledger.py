@@ -126,15 +126,16 @@ async def test_a_file_is_replaced_as_a_whole_and_for_its_owner_only(tmp_path: Pa
     file.write_text('{"qmpcommit": 1, "commit": {"over": true, "step": "job-dismiss"}}')
     file.chmod(0o644)
     facts: dict[str, Any] = {"plan": PLAN, "files": {}, "times": {}}
+    other = {**facts, "plan": replace(PLAN, job_id="other")}
     written = qc.FileLedger(file)
     await written.note("block-commit", STATES[0], **facts)
     assert file.stat().st_mode & 0o777 == 0o600
     await written.note("job-complete", STATES[2], times={})
     assert (await qc.FileLedger(file).noted())["step"] == "job-complete"
     with pytest.raises(qc.JobConflict, match="has not ended"):
-        await qc.FileLedger(file).note("block-commit", STATES[0], **facts)
+        await qc.FileLedger(file).note("block-commit", STATES[0], **other)
     written.moved(STATES[0]._replace(phase=Phase.FINISHED))
-    await qc.FileLedger(file).note("block-commit", STATES[0], **facts)
+    await qc.FileLedger(file).note("block-commit", STATES[0], **other)
     assert [each.name for each in tmp_path.iterdir()] == ["ledger"]
 
 
@@ -157,3 +158,9 @@ async def test_a_note_that_can_not_be_written_leaves_the_former(tmp_path: Path) 
     with pytest.raises(OSError, match="directory"):
         written._write((9, "text"))
     assert [each.name for each in folder.iterdir()] == ["ledger"]
+
+
+async def test_what_is_no_commit_is_not_noted(tmp_path: Path) -> None:
+    with pytest.raises(qc.InvalidRequest, match="can't note create: it is for one commit"):
+        await qc.FileLedger(tmp_path / "ledger").note("create", window=None)
+    assert not list(tmp_path.iterdir())
