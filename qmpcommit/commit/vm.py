@@ -38,6 +38,7 @@ from qmpcommit.commit.stale_layers import Around, Barrier, Hooks, OnPivot, OnSta
 from qmpcommit.errors import (
     ChainError,
     CommitFailed,
+    InvalidRequest,
     JobConflict,
     QmpCommitError,
 )
@@ -110,16 +111,25 @@ class VM(Monitor):
         name: str | None = None,
         command_timeout: float = 30.0,
         patience: float = 10.0,
+        pid: int | None = None,
     ) -> Self:
         """A session over a connected client that the embedder owns, and that stays connected.
 
         If its connection is lost, running commits wait `patience` seconds for the embedder to
-        connect it again.
+        connect it again. `pid` is QEMU's process, where it runs on this host and the client's
+        socket does not tell (it is no Unix socket, or somebody else's is between): without it no
+        file is deleted, for nobody can see which files QEMU has open.
         """
-        session = cls(
-            None, name=name, client=client, command_timeout=command_timeout, patience=patience
+        if pid is not None and (isinstance(pid, bool) or not isinstance(pid, int) or pid < 1):
+            raise InvalidRequest(f"pid is the id of QEMU's process, a whole number, not {pid!r}")
+        return cls(
+            None,
+            name=name,
+            client=client,
+            command_timeout=command_timeout,
+            patience=patience,
+            pid=pid,
         )
-        return session
 
     async def __aexit__(
         self,

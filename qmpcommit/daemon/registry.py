@@ -21,6 +21,7 @@ from qmpcommit.daemon.clearing import Clearing
 from qmpcommit.daemon.config import Config, Discover
 from qmpcommit.errors import ConnectError, QmpCommitError
 from qmpcommit.log import Log
+from qmpcommit.qmp.address import process_identity as process_identity  # noqa: PLC0414
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.wire.values import Connect, check_address, check_name
@@ -79,18 +80,6 @@ class VM:
             self.state = "away"
             self.up.clear()
             self.lost.set()
-
-
-def process_identity(pid: int | None) -> str:
-    """A process that can't be mistaken for a later one with its number."""
-    if not pid:
-        return ""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            began = file.read().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
-        return ""
-    return f"{pid}.{began}"
 
 
 def is_alive(identity: str) -> bool:

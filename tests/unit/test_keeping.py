@@ -11,9 +11,9 @@ import pytest
 
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.keeping import Keeper
-from qmpcommit.daemon.registry import process_identity
 from qmpcommit.errors import VMGone
 from qmpcommit.log import Log
+from qmpcommit.qmp.address import process_identity
 
 OURS = process_identity(os.getpid())
 """The identity of a QEMU that is alive."""
