@@ -426,7 +426,7 @@ class VM(Monitor):
         job_id: str,
         *,
         policy: AskedPolicy = Hold(),  # noqa: B008  (frozen)
-        pending: Literal["finalize", "cancel"] = "finalize",
+        pending: Literal["finalize", "cancel", "leave"] = "finalize",
         delete: bool = False,
         stale: Stale | None = None,
         on_pivot: OnPivot | None = None,
@@ -438,7 +438,8 @@ class VM(Monitor):
 
         With `Hold`, the default, it is only followed until something is decided. One that is
         PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
-        decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
+        decided it, or cancelled, which undoes that; "leave" leaves that to an owner who lives. If
+        this is cancelled, the job stays as it is.
 
         `delete`, `stale`, `on_pivot`, `carry_bitmaps` and `timeout` are as for `commit`. Without
         the first three, what is stale is closed where the job was ended here, or is ours and its
@@ -453,7 +454,7 @@ class VM(Monitor):
 
         asked = Asked(
             parse_policy(policy),
-            undoes=pending == "cancel",
+            pending=pending,
             stale=what_of_stale(delete, stale),
             on_pivot=on_pivot,
             carry_bitmaps=carry_bitmaps,

@@ -81,7 +81,7 @@ class Monitor(Queries):
         self.peer_pid: int | None = pid
         self.shutting_down = False
         self.awaits: Literal["", "answer", "room", "greeting"] = ""
-        self._shared, self._told = client, (pid, process_identity(pid))
+        self._shared, self._told_peer = client, (pid, process_identity(pid))
         self._client: QMPClient | None = None
         self._sock: socket.socket | None = None
         self._tap = Tap(self._dispatch)
@@ -187,7 +187,7 @@ class Monitor(Queries):
 
     def _see_peer(self, client: QMPClient) -> None:
         """Which process answers; where the socket does not tell, the one that we were told of."""
-        told, identity = self._told
+        told, identity = self._told_peer
         if told and process_identity(told) != identity:
             told = None  # it has ended: another one has taken its place
         pid = told or client_pid(client)
