@@ -137,6 +137,8 @@ class Driver:
         self._care = Care(monitor, plan, around, adopted=adopted is not None)
         self._check = PlanCheck(monitor, plan, in_migration=around.in_migration)
         prepares = around.prepares(plan)
+        if adopted is not None and not auto_finalize and plan.closed_by_qemu:
+            prepares = True  # somebody may use bitmaps by now that nobody may use then
         self._hearing = Hearing(plan.job_id, self._hear)
         self._frozen_before = self._stopped_before = self._inside = self._finalized = False
         self._left: Left | None = None

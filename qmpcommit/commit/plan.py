@@ -58,6 +58,12 @@ class Plan(Record):
         return self.arguments.get("on-error") in ("stop", "enospc")
 
     @property
+    def closed_by_qemu(self) -> list[str]:
+        """The layers that QEMU may close by itself at the end: a drive's, and unnamed ones."""
+        names = [image.node_name for image in (self.top, *self.between) if image.node_name]
+        return [name for name in names if self.disk.device or name.startswith("#")]
+
+    @property
     def invalidated(self) -> list[str]:
         """The files that a successful pivot or merge leaves invalid, top first."""
         return [image.filename for image in (self.top, *self.between)]

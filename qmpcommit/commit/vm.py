@@ -27,6 +27,7 @@ from qmpcommit.commit.preconditions import (
     ask_whether,
     carrying_of,
     check_abilities,
+    check_bitmaps,
     check_commands,
     check_free,
     check_job_id,
@@ -373,6 +374,7 @@ class VM(Monitor):
         self._refuse(plan, findings, request.override)
         plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)
         check_commands(plan, around.on_pivot)
+        check_bitmaps(graph, plan)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
         if not plan.two_phase:
             from qmpcommit.commit.overlays_above import check_writable

@@ -119,7 +119,7 @@ async def test_bitmaps_that_others_use_keep_it_as_it_is(folder: Path) -> None:
         assert await marked(vm, "base") == {}
         # QEMU would die of it: what used them is the base's by now, and they are not.
         assert any(
-            "node top stays open: others use its bitmaps daily" in w for w in outcome.warnings
+            "node top stays open: bitmap 'daily' of top is used" in w for w in outcome.warnings
         )
         await vm.execute("block-export-del", {"id": "reader", "mode": "hard"})
         await vm.close()
