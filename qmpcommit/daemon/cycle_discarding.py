@@ -22,7 +22,7 @@ from qmpcommit.cycles.exchange import Exchange, complete, exchange_all, put_back
 from qmpcommit.daemon.cycle_asking import sessions
 from qmpcommit.daemon.cycle_round import Decided, Round
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.registry import VM, is_alive
+from qmpcommit.daemon.registry import VM
 from qmpcommit.errors import (
     CommitFailed,
     ConnectError,
@@ -31,6 +31,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
+from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
 
 AGAIN = 0.5

@@ -8,10 +8,10 @@ from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.phases import Verdict
 from qmpcommit.commit.report import VERDICTS
 from qmpcommit.daemon.promise import Promise
-from qmpcommit.daemon.registry import is_alive
 from qmpcommit.errors import ConnectError, GroupFailed, MonitorLost, QmpCommitError, VMGone
 from qmpcommit.group import outcome as group_outcome
 from qmpcommit.group.outcome import MemberEnd
+from qmpcommit.qmp.process import is_alive
 
 
 def end_of(

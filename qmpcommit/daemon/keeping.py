@@ -30,7 +30,7 @@ from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.promise import Prepared, Promise
-from qmpcommit.daemon.registry import VM, Registry, is_alive
+from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.steps import STEP_PREFIX, refuse_in_window
 from qmpcommit.errors import (
     CommandRefused,
@@ -44,6 +44,7 @@ from qmpcommit.errors import (
     VMGone,
 )
 from qmpcommit.guest.run_state import go_on
+from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
 from qmpcommit.wire.commit import CommitRequest
 

@@ -21,7 +21,7 @@ from qmpcommit.daemon.clearing import Clearing
 from qmpcommit.daemon.config import Config, Discover
 from qmpcommit.errors import ConnectError, QmpCommitError
 from qmpcommit.log import Log
-from qmpcommit.qmp.address import process_identity as process_identity  # noqa: PLC0414
+from qmpcommit.qmp.process import process_identity
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.wire.values import Connect, check_address, check_name
@@ -80,12 +80,6 @@ class VM:
             self.state = "away"
             self.up.clear()
             self.lost.set()
-
-
-def is_alive(identity: str) -> bool:
-    """Whether that very process still runs."""
-    pid = identity.partition(".")[0]
-    return bool(identity) and process_identity(int(pid)) == identity
 
 
 class Registry:

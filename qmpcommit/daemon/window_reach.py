@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import Part
-from qmpcommit.daemon.registry import is_alive
 from qmpcommit.errors import ConnectError, MonitorLost, VMGone
+from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
 
 T = TypeVar("T")

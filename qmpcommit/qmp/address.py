@@ -108,15 +108,3 @@ def peer_pid(sock: socket.socket) -> int | None:
     size = struct.calcsize("3i")
     pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
     return int(pid) or None
-
-
-def process_identity(pid: int | None) -> str:
-    """A process that can't be mistaken for a later one with its number."""
-    if not pid:
-        return ""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            began = file.read().rpartition(b")")[2].split()[19].decode()
-    except (OSError, IndexError):
-        return ""
-    return f"{pid}.{began}"

@@ -33,8 +33,9 @@ from qmpcommit.errors import (
     VMGone,
 )
 from qmpcommit.log import Log
-from qmpcommit.qmp.address import Address, is_socket, peer_pid, process_identity
+from qmpcommit.qmp.address import Address, is_socket, peer_pid
 from qmpcommit.qmp.client import Tap, client_pid, dispose, hang_up, new_client
+from qmpcommit.qmp.process import process_identity
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end

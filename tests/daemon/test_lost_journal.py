@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.daemon.registry import process_identity
+from qmpcommit.qmp.process import process_identity
 from tests.daemon.daemons import Daemon, daemon
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, storage_daemon

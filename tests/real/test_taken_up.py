@@ -12,7 +12,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.claim import layer_number, lives, owners_of
-from qmpcommit.qmp.address import process_identity
+from qmpcommit.qmp.process import process_identity
 from tests.ground.images import MIB, Chain, assert_disk, create, make_chain, read
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer

@@ -13,7 +13,7 @@ from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.keeping import Keeper
 from qmpcommit.errors import VMGone
 from qmpcommit.log import Log
-from qmpcommit.qmp.address import process_identity
+from qmpcommit.qmp.process import process_identity
 
 OURS = process_identity(os.getpid())
 """The identity of a QEMU that is alive."""

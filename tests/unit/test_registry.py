@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from qmpcommit.daemon.config import Config
-from qmpcommit.daemon.registry import VM, Registry, is_alive, name_of
+from qmpcommit.daemon.registry import VM, Registry, name_of
 from qmpcommit.errors import ConnectError, MonitorLost
-from qmpcommit.qmp.address import process_identity
+from qmpcommit.qmp.process import is_alive, process_identity
 from tests.ground.fake_monitor import fake_monitor
 
 

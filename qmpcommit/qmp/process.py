@@ -1,0 +1,21 @@
+"""Which process answers at a monitor: one that can't be mistaken for a later one."""
+
+from __future__ import annotations
+
+
+def process_identity(pid: int | None) -> str:
+    """Its id and when it began; empty where nobody can tell."""
+    if not pid:
+        return ""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            began = file.read().rpartition(b")")[2].split()[19].decode()
+    except (OSError, IndexError):
+        return ""
+    return f"{pid}.{began}"
+
+
+def is_alive(identity: str) -> bool:
+    """Whether that very process still runs."""
+    pid = identity.partition(".")[0]
+    return bool(identity) and process_identity(int(pid)) == identity
