@@ -20,7 +20,7 @@ from tests.cli.test_commit import (
 )
 from tests.ground.images import make_chain
 from tests.ground.machines import machine
-from tests.ground.proxy import proxy
+from tests.ground.proxy import Proxy, proxy
 
 
 @pytest.mark.parametrize("then", ["pivot", "keep"])
@@ -130,9 +130,16 @@ async def test_a_job_that_concluded_without_its_command_is_told_of(
     (assert_pivoted if order == "pivot" else assert_kept)(chain)
 
 
+async def asks_for_its_job(between: Proxy) -> None:
+    """Wait until a command has adopted a job."""
+    async with asyncio.timeout(20):
+        while "query-jobs" not in " ".join(between.sent).partition("query-block-jobs")[2].split():
+            await asyncio.sleep(0.01)
+
+
 async def test_waiting_ends_as_the_job_does(folder: Path) -> None:
     chain = make_chain(folder)
-    async with machine(folder, chain) as qemu:
+    async with machine(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
         gone = await run("wait", qemu.qmp, "nothing")
         assert gone.status == 4
         wrong = await run("wait", qemu.qmp, "nothing", "--delete")
@@ -140,8 +147,9 @@ async def test_waiting_ends_as_the_job_does(folder: Path) -> None:
         wrong = await run("wait", qemu.qmp, "nothing", "--then", "keep", "--delete")
         assert (wrong.status, "nothing is stale after a keep" in wrong.err) == (2, True)
         said = await run("commit", qemu.qmp, "vda", "--detach", "--json")
-        waiting = await start("wait", qemu.qmp, said.json["job_id"])
         await job_of(qemu, "ready")
+        waiting = await start("wait", between.path, said.json["job_id"])
+        await asks_for_its_job(between)
         aborted = await run("abort", qemu.qmp2, said.json["job_id"])
         assert aborted.status == 0
         ended = await end(waiting)
@@ -159,11 +167,7 @@ async def test_ctrl_c_while_waiting_leaves_the_job(folder: Path) -> None:
         said = await run("commit", qemu.qmp, "vda", "--detach", "--json")
         job = await job_of(qemu, "ready")
         waiting = await start("wait", between.path, said.json["job_id"])
-        async with asyncio.timeout(20):
-            while (
-                "query-jobs" not in " ".join(between.sent).partition("query-block-jobs")[2].split()
-            ):
-                await asyncio.sleep(0.01)
+        await asks_for_its_job(between)
         waiting.send_signal(signal.SIGINT)
         ended = await end(waiting)
         assert (ended.status, "nothing was sent" in ended.err) == (130, True)
