@@ -12,7 +12,7 @@ Rests on ``block-dirty-bitmap-add``, ``-merge``, ``-enable`` and ``-disable``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qmpcommit.block.graph import BlockGraph, Raw
@@ -113,6 +113,41 @@ def _plan(nodes: Mapping[str, Raw], layers: Sequence[str], base: str) -> Carryin
     unusable = {name for name, there in below.items() if there.inconsistent}
     carried = {name: tuple(found) for name, found in names.items() if name not in unusable}
     return Carrying(base, carried, tuple(problems), tuple(busy), keeps, tuple(layers))
+
+
+def busy_bitmaps(nodes: Iterable[Raw], layers: Collection[str]) -> list[str]:
+    """The bitmaps of these layers that an export or a job uses, in words."""
+    return [
+        f"bitmap '{bitmap.name}' of {bitmap.node}"
+        for node in nodes
+        if node.get("node-name") in layers
+        for bitmap in _read(node)
+        if bitmap.busy
+    ]
+
+
+async def lethal_bitmaps(monitor: Monitor, layers: Collection[str]) -> str:
+    """Why `layers`, which QEMU closes by itself at the end, must not be closed now; or "".
+
+    Whoever uses a layer goes over to the base with a pivot, and the bitmap that it uses does not:
+    QEMU (5.2 to 11.1) fails an assertion of its own where it closes such a layer, and ends with its
+    guest. Raises what `Monitor.execute` raises.
+    """
+    if not layers:
+        return ""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return lethal(busy_bitmaps(nodes, layers))
+
+
+def lethal(busy: Sequence[str]) -> str:
+    """The same in words, for bitmaps that were seen to be busy."""
+    if not busy:
+        return ""
+    return (
+        f"{', '.join(busy)} is used by an export or a job, and QEMU closes that layer at the end of"
+        " the commit: it would fail an assertion over it, and end with its guest. End that export"
+        " first"
+    )
 
 
 def _keeps_bitmaps(raw: Raw) -> bool:

@@ -9,6 +9,7 @@ COMMANDS = {
     "pivot": ("decide:pivot", "End a READY job: the base becomes the active image."),
     "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
     "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
+    "wait": ("decide:wait", "Wait for a commit that is there already, and decide at READY."),
     "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
     "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli import detaching
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.options import (
@@ -150,6 +151,12 @@ class CommitCommand(click.Command):
     help="The VM is off: give its IMAGE in the place of QMP and DISK, and a private"
     " qemu-storage-daemon does the work.",
 )
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Start it and leave it: print its job id and how to go on. Nobody decides at READY before"
+    " 'qmpcommit wait QMP JOB --then pivot' (or pivot, keep, abort) does.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be checked and sent; send nothing.")
 @common
 def commit(
@@ -169,6 +176,7 @@ def commit(
     converge: str | None,
     no_bitmaps: bool,
     dry_run: bool,
+    detach: bool,
     offline: bool,
     as_json: bool,
     quiet: bool,
@@ -213,7 +221,7 @@ def commit(
     hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
     policy = _policy(
         {name: given.pop(name) for name in _DECISIONS},
-        needed=given["top"] is None or given["top"].strip() == "0",
+        needed=(given["top"] is None or given["top"].strip() == "0") and not detach,
         overlay=asked_of_overlay(overlay_options, overlay_secret),
     )
     stale: Stale = "delete" if given.pop("delete") else "rename" if rename else "leave"
@@ -226,11 +234,12 @@ def commit(
         "stale": stale,
         "converge": None if converge is None else _converge(converge),
         "carry_bitmaps": not no_bitmaps,
-        "on_pivot": None if hook is None else _persisting(hook),
+        "on_pivot": None if hook is None else persisting(hook),
         "on_stall": partial(_wait_for_room, quiet or as_json),
     }
     from qmpcommit.cli.running import run
 
+    detaching.check(detach, request, options.daemon, several=bool(more or others), offline=offline)
     if more or others:
         from qmpcommit.cli import group
         from qmpcommit.group.run import HOLD_LIMIT
@@ -264,10 +273,11 @@ def commit(
 
         request["on_pivot"] = hook
         del request["on_stall"]
-        return run(options, lambda running: remote.commit(running, qmp, request))
+        return run(options, lambda running: remote.commit(running, qmp, request, detach=detach))
     if dry_run:
         return run(options, lambda running: _plan(running, qmp, request, offline))
-    return run(options, lambda running: _commit(running, qmp, request, offline))
+    send = detaching.detach if detach else partial(_commit, offline=offline)
+    return run(options, lambda running: send(running, qmp, request))
 
 
 def _converge(text: str) -> Converge:
@@ -330,7 +340,8 @@ def _refuse_unheard(
         check_override(override)
 
 
-def _persisting(hook: list[str]) -> OnPivot:
+def persisting(hook: list[str]) -> OnPivot:
+    """An `OnPivot` that runs this command."""
     from qmpcommit.commit.hook import PivotCommand
 
     return PivotCommand(hook, HOOK_TIMEOUT)
@@ -391,7 +402,7 @@ def refused(plan: Plan, request: Mapping[str, Any]) -> bool:
     return any(f.level == "refuse" and f.name not in overridden for f in plan.findings)
 
 
-async def _commit(running: Run, qmp: str, request: dict[str, Any], offline: bool) -> Answer:
+async def _commit(running: Run, qmp: str, request: dict[str, Any], *, offline: bool) -> Answer:
     from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
     from qmpcommit.cli.held import tell_of_held

@@ -1,29 +1,52 @@
-"""``qmpcommit pivot``, ``keep`` and ``abort``: the second phase of a job that is there already."""
+"""``pivot``, ``keep``, ``abort`` and ``wait``: a commit that is there already."""
 
 from __future__ import annotations
 
-import shlex
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.options import Answer, Options, common, shell
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import CommitOutcome
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_WAITS = click.option("--wait", "waits", is_flag=True, help="Before READY, wait for it.")
+_AFTER = (
+    click.option("--delete", is_flag=True, help="Delete the files that the pivot made stale."),
+    click.option("--rename", is_flag=True, help="Rename them to NAME.stale-JOB instead."),
+    click.option(
+        "--on-pivot",
+        metavar="CMD",
+        help="Run CMD by /bin/sh -c between the pivot and the deletion, as 'commit' does.",
+    ),
+    click.option("--no-bitmaps", is_flag=True, help="Don't carry dirty bitmaps into the base."),
+)
+
+
+def _after_pivot(command: F) -> F:
+    for option in reversed(_AFTER):
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("qmp")
 @click.argument("job")
+@_WAITS
+@_after_pivot
 @common
 def pivot(qmp: str, job: str, **given: Any) -> Answer:
     """End a READY commit: its base becomes the active image, and the overlay is invalid.
 
     JOB is an id that 'qmpcommit jobs' shows. Before READY nothing is done, with status 5, and
-    the job goes on.
+    the job goes on, unless --wait is given. Dirty bitmaps and stale layers are seen to as by
+    'commit'; of a job that has ended already it is told how.
     """
     return _command("pivot", qmp, job, given)
 
@@ -31,12 +54,13 @@ def pivot(qmp: str, job: str, **given: Any) -> Answer:
 @click.command()
 @click.argument("qmp")
 @click.argument("job")
+@_WAITS
 @common
 def keep(qmp: str, job: str, **given: Any) -> Answer:
     """End a READY commit: the overlay stays active, and the base holds everything until now.
 
     JOB is an id that 'qmpcommit jobs' shows. Before READY nothing is done, with status 5, and
-    the job goes on.
+    the job goes on, unless --wait is given.
     """
     return _command("keep", qmp, job, given)
 
@@ -54,54 +78,156 @@ def abort(qmp: str, job: str, **given: Any) -> Answer:
     return _command("abort", qmp, job, given)
 
 
+@click.command()
+@click.argument("qmp")
+@click.argument("job")
+@click.option(
+    "--until",
+    type=click.Choice(["ready", "end"]),
+    default="end",
+    help="Wait for READY, or for the end, which others have to decide (the default).",
+)
+@click.option(
+    "--then",
+    "choice",
+    type=click.Choice(["pivot", "keep"]),
+    help="At READY, pivot or keep the overlay, and wait for the end.",
+)
+@_after_pivot
+@common
+def wait(qmp: str, job: str, *, until: str, choice: str | None, **given: Any) -> Answer:
+    """Wait for a commit that is there already, as 'commit --detach' leaves one.
+
+    JOB is an id that 'qmpcommit jobs' shows. Without --then nothing is decided, and Ctrl-C or
+    the deadline leave the job as it is. The options of 'pivot' are for --then pivot.
+    """
+    if choice is not None:
+        return _command(choice, qmp, job, {**given, "waits": True})
+    if any(given[name] for name in ("delete", "rename", "on_pivot", "no_bitmaps")):
+        raise click.UsageError("--delete, --rename, --on-pivot and --no-bitmaps need --then pivot")
+    return _command("", qmp, job, {**given, "until": until})
+
+
 def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
+    after = {name: given.pop(name, None) for name in ("delete", "rename", "on_pivot", "no_bitmaps")}
+    waits, until = given.pop("waits", False), given.pop("until", "end")
     options = Options.of(**given)
+    if after["delete"] and after["rename"]:
+        raise click.UsageError("Give --delete or --rename, not both")
+    stale = "delete" if after["delete"] else "rename" if after["rename"] else "leave"
+    asked: dict[str, Any] = {"stale": stale}
+    if after["on_pivot"] is not None:
+        from qmpcommit.cli.commit import persisting
+
+        asked["on_pivot"] = persisting(shell(after["on_pivot"], "--on-pivot"))
+    if choice == "keep":
+        from qmpcommit.commit.objections import refuse_idle
+        from qmpcommit.commit.policy import Keep
+
+        refuse_idle(Keep(), stale=stale, on_pivot=after["on_pivot"])  # type: ignore[arg-type]
+    asked["carry_bitmaps"] = choice != "abort" and not after["no_bitmaps"]
     from qmpcommit.cli.running import run
 
     if options.daemon is not None:
+        if any(after.values()):
+            raise click.UsageError(
+                "--delete, --rename, --on-pivot and --no-bitmaps are asked for with the daemon's"
+                " commit itself, and done by it"
+            )
         from qmpcommit.cli import remote
 
-        return run(options, lambda running: remote.decide(running, choice, qmp, job))
-    return run(options, lambda running: _decide(running, choice, qmp, job))
+        if not choice:
+            return run(options, lambda running: remote.wait(running, qmp, job, until))
+        return run(options, lambda running: remote.decide(running, choice, qmp, job, waits=waits))
+    if not choice:
+        return run(options, lambda running: _wait(running, qmp, job, until))
+    return run(
+        options, lambda running: _decide(running, choice, qmp, job, asked=asked, waits=waits)
+    )
 
 
-async def _decide(running: Run, choice: str, qmp: str, job_id: str) -> Answer:
+async def _decide(
+    running: Run, choice: str, qmp: str, job_id: str, *, asked: dict[str, Any], waits: bool
+) -> Answer:
+    from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
     from qmpcommit.cli.held import tell_of_held
-    from qmpcommit.errors import CommitFailed, JobConflict
+    from qmpcommit.errors import JobConflict
 
+    bar = Bar(running.options, qmp) if waits else None
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp, but=job_id)
         foreground = Foreground(running, vm, qmp, adopted=True)
-        job = await vm.adopt(
-            job_id,
-            pending="cancel" if choice == "abort" else "finalize",
-            carry_bitmaps=choice != "abort",
-        )
+        pending = "cancel" if choice == "abort" else "finalize"
+        job = await vm.adopt(job_id, pending=pending, **asked)  # type: ignore[arg-type]
+        if bar is not None:
+            async with bar.of(job, job.plan.disk.name):
+                await job.ready()
         try:
             if job.state.status != "pending":  # such a one is being ended already
                 {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()
-        except JobConflict as conflict:
+        except JobConflict:
             if job.state.running:
-                raise
-            with suppress(CommitFailed):  # how it ended can't be told any more
-                await foreground.end(job)  # dismisses it
-            raise JobConflict(
-                f"job {job_id} had ended already, and was cleared away;"
-                f" 'qmpcommit chain {shlex.quote(qmp)}' shows what its disk uses now",
-                **conflict.facts,
-            ) from None
+                raise  # else it had ended before, and its outcome tells how
         outcome = await foreground.end(job)
     return decided(running, choice, outcome)
 
 
 def decided(running: Run, choice: str, outcome: CommitOutcome) -> Answer:
-    """What is said of the end."""
+    """What is said of the end: status 0 where it is what was chosen."""
     from qmpcommit.cli.show import outcome_text
 
+    merged = outcome.action == "none" and choice == "pivot"  # an intermediate layer's one end
+    status = 0 if outcome.action == choice or merged else 3
+    if outcome.hook == "failed":
+        status = 1
     return Answer(
         outcome.model_dump(mode="json"),
         outcome_text(outcome),
-        status=0 if outcome.action == choice else 3,
+        status=status,
+        quiet=running.options.quiet,
+    )
+
+
+async def _wait(running: Run, qmp: str, job_id: str, until: str) -> Answer:
+    from qmpcommit.cli.bar import Bar
+    from qmpcommit.cli.following import Foreground
+    from qmpcommit.cli.held import tell_of_held
+
+    bar = Bar(running.options, qmp)
+    async with running.connect(qmp) as vm:
+        await tell_of_held(vm, qmp, but=job_id)
+        foreground = Foreground(running, vm, qmp, adopted=True)
+        job = await vm.adopt(job_id, pending="leave")
+        async with bar.of(job, job.plan.disk.name):
+            await job.ready()
+            if until == "ready" and not job.done:
+                return is_ready(running, qmp, job)
+            outcome = await foreground.end(job)
+    return waited(running, outcome)
+
+
+def waited(running: Run, outcome: CommitOutcome) -> Answer:
+    """What is said of an end that others have decided: status 3 where they have aborted it."""
+    return decided(running, outcome.action if outcome.status == "completed" else "", outcome)
+
+
+def is_ready(running: Run, qmp: str, job: CommitJob) -> Answer:
+    """What is said of a job that is READY, and left so."""
+    from qmpcommit.cli.following import take_up
+
+    state, plan = job.state, job.plan
+    on = take_up(running.options, qmp, job.id)
+    return Answer(
+        {
+            "vm": plan.vm,
+            "disk": plan.disk.name,
+            "job_id": job.id,
+            "phase": state.phase.value,
+            "current": state.done,
+            "total": state.total,
+            "next": on,
+        },
+        f"job {job.id} on {plan.disk.name} is READY, and stays so until it is decided: '{on}'",
         quiet=running.options.quiet,
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from qmpcommit.cli.bar import Bar
 from qmpcommit.cli.commit import committed, tell_of_stall
-from qmpcommit.cli.decide import decided
+from qmpcommit.cli.decide import decided, waited
 from qmpcommit.cli.following import Following, take_up
 from qmpcommit.cli.options import Answer, Interrupted, Options
 from qmpcommit.cli.running import Run
@@ -53,24 +53,68 @@ def _token() -> str | None:
         raise InvalidRequest(f"the token file {path} can't be read: {error}") from None
 
 
-async def commit(running: Run, name: str, request: dict[str, Any]) -> Answer:
+async def commit(
+    running: Run, name: str, request: dict[str, Any], *, detach: bool = False
+) -> Answer:
     """``qmpcommit --daemon commit``."""
     bar = Bar(running.options, name)
     async with reach(running.options, name) as vm:
         foreground = RemoteForeground(running, vm)
         job = await foreground.begin(request)
+        if detach:
+            return _left(running, name, job)
         async with bar.of(job, job.disk):
             outcome = await foreground.finish(job)
     return committed(running, request["policy"], outcome)
 
 
-async def decide(running: Run, choice: str, name: str, job_id: str) -> Answer:
+def _left(running: Run, name: str, job: RemoteJob) -> Answer:
+    """What is said of a commit that is left with the daemon, which does all that was asked."""
+    on = f"{running.options.program} wait {shlex.quote(name)} {job.id}"
+    data = {"vm": job.vm, "disk": job.disk, "job_id": job.job_id, "id": job.id, "next": on}
+    return Answer(
+        {**data, "phase": job.phase},
+        f"commit {job.id} of {job.disk} is with the daemon, which does all that was asked of it."
+        f" '{on}' waits for its end",
+        quiet=running.options.quiet,
+    )
+
+
+async def decide(
+    running: Run, choice: str, name: str, job_id: str, *, waits: bool = False
+) -> Answer:
     """``qmpcommit --daemon pivot|keep|abort``."""
     async with reach(running.options, name) as vm:
         foreground = RemoteForeground(running, vm, adopted=True)
         job = await vm.job(job_id)
+        if waits:
+            await job.ready()
         outcome = await foreground.finish(job, choice)
     return decided(running, choice, outcome)
+
+
+async def wait(running: Run, name: str, job_id: str, until: str) -> Answer:
+    """``qmpcommit --daemon wait``."""
+    async with reach(running.options, name) as vm:
+        foreground = RemoteForeground(running, vm, adopted=True)
+        job = await vm.job(job_id)
+        if until == "ready":
+            await job.ready()
+            if not job.done:
+                return left_at_ready(running, name, job)
+        outcome = await foreground.finish(job)
+    return waited(running, outcome)
+
+
+def left_at_ready(running: Run, name: str, job: RemoteJob) -> Answer:
+    """What is said of a commit that is READY, and left so."""
+    on = take_up(running.options, name, job.id)
+    data = {"vm": job.vm, "disk": job.disk, "job_id": job.job_id, "id": job.id, "next": on}
+    return Answer(
+        {**data, "phase": job.phase},
+        f"commit {job.id} of {job.disk} is READY, and stays so until it is decided: '{on}'",
+        quiet=running.options.quiet,
+    )
 
 
 class RemoteForeground(Following):

@@ -21,7 +21,7 @@ def outcome_text(outcome: CommitOutcome) -> str:
     who = {"guest": "The guest", "export": "The export"}.get(outcome.used_by)
     base, top = outcome.base.filename, outcome.top.filename
     if not outcome.top.node_name:  # the job had ended when it was taken up
-        base, top = "its base", "its overlay"
+        base, top = base if outcome.base.node_name else "its base", "its overlay"
         active = outcome.active or "the image that 'qmpcommit chain' shows"
     now, goes_on = f"{who} now writes to", f"{who} goes on writing to"
     if who is None:

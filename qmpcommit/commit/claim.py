@@ -22,6 +22,7 @@ import os
 import re
 from collections.abc import Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from time import time
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qmpcommit.block.chain import Disk
     from qmpcommit.block.graph import BlockGraph
     from qmpcommit.commit.job import CommitJob
+    from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.vm import VM
 
 Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc"]
@@ -75,6 +77,8 @@ _WHO = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})p{_NUMBER}\.{_NUMBER}")
 _WHERE = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})w([0-9a-f]{{6}})\.{_NUMBER}")
 _FOR = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})f([0-9a-f]{{8}})")
 _LAYER = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})b([0-9a-f]{{10}})")
+_JOB = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})j([0-9a-f]{{10}})")
+_SPAN = re.compile(rf"{CLAIMER}([0-9a-f]{{10}})c([0-9a-f]{{7}})([0-9a-f]{{7}})")
 _AGREED = re.compile(rf"{CLAIMED}([0-9a-f]{{10}})")
 
 _held: set[str] = set()
@@ -101,7 +105,8 @@ class Owner(Record):
 
     `disk` stands for the disk, `node` is what `blockdev-del` closes, `nonce` differs each time,
     `tag` tells of what it is a part (a window, or a group that is all on this VM), `layer` stands
-    for what was the active one. Unknown is 0 or "".
+    for what was the active one. `job` stands for a commit's job, `top` and `base` for what it
+    commits. Unknown is 0 or "".
     """
 
     disk: str
@@ -114,6 +119,9 @@ class Owner(Record):
     since: int = 0
     tag: str = ""
     layer: str = ""
+    job: str = ""
+    top: str = ""
+    base: str = ""
 
 
 # -- names: pure ----------------------------------------------------------------------------------
@@ -125,15 +133,25 @@ def number_of(disk: Disk) -> str:
     That is its device's, its drive's or its export's name. One that nothing uses has only its
     active layer's node: it may share all below with others.
     """
-    return _numbers_of(disk)[0]
+    return numbers_of(disk)[0]
 
 
 def layers_of(disk: Disk) -> list[str]:
     """What stands for a disk's layers, the active one first."""
-    return [_number(f"layer {image.node_name}") for image in disk.chain]
+    return [layer_number(image.node_name) for image in disk.chain]
 
 
-def _numbers_of(disk: Disk) -> list[str]:
+def layer_number(node: str) -> str:
+    """What stands for the layer of that node-name."""
+    return _number(f"layer {node}")
+
+
+def job_number(job_id: str) -> str:
+    """What stands for a job."""
+    return _number(f"job {job_id}")
+
+
+def numbers_of(disk: Disk) -> list[str]:
     """By what this disk may have been claimed, while it has these users."""
     names = [f"device {disk.qdev or disk.device}"] if disk.qdev or disk.device else []
     names += [f"export {each}" for each in sorted(disk.exports)]
@@ -157,6 +175,8 @@ def node_of(owner: Owner) -> dict[str, Any]:
         names.insert(0, f"{disk}f{owner.tag}")
     if owner.layer:
         names.insert(0, f"{disk}b{owner.layer}")
+    if owner.job:
+        names[:0] = [f"{disk}j{owner.job}", f"{disk}c{owner.top}{owner.base}"]
     node: dict[str, Any] = {
         "driver": "null-co",
         "node-name": f"{CLAIMED}{owner.disk}",
@@ -188,6 +208,10 @@ def owners_among(names: Iterable[str]) -> dict[str, Owner]:
             known.setdefault(match[1], {})["tag"] = match[2]
         elif match := _LAYER.fullmatch(name):
             known.setdefault(match[1], {})["layer"] = match[2]
+        elif match := _JOB.fullmatch(name):
+            known.setdefault(match[1], {})["job"] = match[2]
+        elif match := _SPAN.fullmatch(name):
+            known.setdefault(match[1], {}).update(top=match[2], base=match[3])
     return {disk: Owner(**facts, **known.get(disk, {})) for disk, facts in found.items()}
 
 
@@ -321,13 +345,13 @@ def owner_in(graph: BlockGraph, disk: Disk) -> Owner | None:
     if not graph.claims:
         return None
     owners = owners_among(graph.claims)
-    for number in _numbers_of(disk):
+    for number in numbers_of(disk):
         if number in owners:
             return owners[number]
     there = {
         (number, layer)
         for each in read_disks(graph)
-        for number in _numbers_of(each)
+        for number in numbers_of(each)
         for layer in layers_of(each)
     }
     mine = layers_of(disk)
@@ -422,12 +446,14 @@ async def take(
     override: Collection[str] = (),
     state: str = "Nothing was sent",
     looked: bool = False,
+    plan: Plan | None = None,
 ) -> Claim:
     """Claim a disk, or raise `JobConflict` that names who holds it.
 
     A claim whose owner is seen to have ended is taken over, and so is any with "claim" in
     `override`. `tag` (eight hexadecimal digits) tells of what it is a part, `looked` that
-    `check_free` has just been asked. If its reply is lost QEMU is asked; if this is cancelled
+    `check_free` has just been asked; of a commit's `plan` it tells, for whoever finds its job ended
+    without its owner. If its reply is lost QEMU is asked; if this is cancelled
     nothing stays claimed. Raises what `Monitor.execute` raises.
     """
     now = here()
@@ -444,6 +470,9 @@ async def take(
         tag=tag,
         layer=next(iter(layers_of(disk)), ""),
     )
+    if plan is not None:
+        top, base = (layer_number(image.node_name)[:7] for image in (plan.top, plan.base))
+        owner = replace(owner, job=job_number(plan.job_id), top=top, base=base)
     if vm.private:
         return Claim(vm, owner, held=False)
     await clear_left(vm)
@@ -464,10 +493,12 @@ async def take(
             _held.discard(nonce)
 
 
-async def take_if_free(vm: VM, disk: Disk, verb: Verb, *, tag: str = "") -> Claim:
+async def take_if_free(
+    vm: VM, disk: Disk, verb: Verb, *, tag: str = "", plan: Plan | None = None
+) -> Claim:
     """As `take`, for a recovery: where somebody else holds the disk by now, it goes on without."""
     try:
-        return await take(vm, disk, verb, tag=tag)
+        return await take(vm, disk, verb, tag=tag, plan=plan)
     except JobConflict as error:
         vm.log.warning("disk_is_held", disk=disk.name, why=error.message)
         owner = Owner(number_of(disk), verb=verb, tag=tag)
@@ -488,13 +519,16 @@ async def take_for(
     being there. Who does not start the job has to `let_go` its disk.
     """
     if job.claim is None:
-        job.inherit(await take(vm, job.plan.disk, verb, tag=tag, override=override, looked=True))
+        plan = job.plan
+        job.inherit(
+            await take(vm, plan.disk, verb, tag=tag, override=override, looked=True, plan=plan)
+        )
 
 
 async def take_again(vm: VM, job: CommitJob) -> None:
     """Claim the disk of a job anew that is taken up and followed, if nobody else has it by now."""
     with suppress(QmpCommitError):  # the monitor is away: the job keeps others off
-        job.inherit(await take_if_free(vm, job.plan.disk, "commit"))
+        job.inherit(await take_if_free(vm, job.plan.disk, "commit", plan=job.plan))
 
 
 async def let_go(*jobs: CommitJob) -> None:

@@ -45,6 +45,9 @@ HEARTBEAT = 10.0
 RETRY = 0.25
 """The same, after QEMU has refused what it was asked."""
 
+OWNERS = 3.0
+"""Seconds that the owner of a job gets to finalize it, while its disk is held in PENDING."""
+
 WAITING = 100
 """Events of one job that wait to be taken; of more, none is kept, and QEMU is asked instead."""
 
@@ -81,7 +84,9 @@ class Adopted(NamedTuple):
 
     `stale` and `undoes` are as for `phases.adopt`. `owned` tells that whoever began it follows it
     still, or may: what comes after its end is for them, unless more was `asked`. `ours` tells that
-    it was begun by this package.
+    it was begun by this package, `spares` that it is not dismissed, `remark` what else is to be
+    known of how it was found: then nothing of it is certain enough to clear anything away.
+    `unheld` tells that QEMU ends it by itself, `followed` that its owner lives, who finalizes it.
     """
 
     undoes: bool = False
@@ -89,9 +94,15 @@ class Adopted(NamedTuple):
     owned: bool = False
     ours: bool = False
     asked: bool = False
+    spares: bool = False
+    remark: str = ""
+    unheld: bool = False
+    followed: bool = False
 
     def clears(self, ended_here: bool) -> bool:
         """Whether what it has left stale is cleared away here."""
+        if self.remark:
+            return False
         return self.asked or (not self.owned and (ended_here or self.ours))
 
 
@@ -127,6 +138,8 @@ class Driver:
         self._care = Care(monitor, plan, around, adopted=adopted is not None)
         self._check = PlanCheck(monitor, plan, in_migration=around.in_migration)
         prepares = around.prepares(plan)
+        if adopted is not None and not auto_finalize and plan.closed_by_qemu:
+            prepares = True  # somebody may use bitmaps by now that nobody may use then
         self._hearing = Hearing(plan.job_id, self._hear)
         self._frozen_before = self._stopped_before = self._inside = self._finalized = False
         self._left: Left | None = None
@@ -141,6 +154,7 @@ class Driver:
                 prepares=prepares,
                 undoes=adopted.undoes,
                 stale=adopted.stale,
+                spares=adopted.spares,
             )
         if self._follow is not None:
             self.state, self._owed = self._follow()
@@ -163,6 +177,7 @@ class Driver:
         self._disk_now: Disk | None = None
         self._used_by: UsedBy = ""
         self._refused = 0
+        self._pending_since: float | None = None
         self._missed = False
         self._identity = process_identity(monitor.peer_pid) if self._follow is not None else ""
         self._pid = None if self._follow is None else monitor.peer_pid  # whose job it is
@@ -309,7 +324,9 @@ class Driver:
             self._missed = False
             return facts.News.TICK
         try:
-            async with asyncio.timeout(min(RETRY, HEARTBEAT) if self._refused else HEARTBEAT):
+            followed = self.adopted is not None and self.adopted.followed
+            hurries = self._refused or (followed and self.state.status == "pending")
+            async with asyncio.timeout(min(RETRY, HEARTBEAT) if hurries else HEARTBEAT):
                 return await self._facts.get()
         except TimeoutError:
             return facts.News.TICK
@@ -401,7 +418,7 @@ class Driver:
             if why is not None:
                 self.tell(facts.Looked(why))
                 return
-            if command is Command.PIVOT and self.adopted is not None and self._auto_finalize:
+            if command is Command.PIVOT and self.adopted is not None and self.adopted.unheld:
                 await self._care.carry_unheld()
             if command is Command.DISMISS and self._around.together is not None:
                 await self._around.together.all_ended()
@@ -489,9 +506,19 @@ class Driver:
                     done=int(job.get("current-progress", 0)),
                     total=int(job.get("total-progress", 0)),
                     error=job.get("error"),
-                    auto_finalize=self._auto_finalize,
+                    auto_finalize=self._is_finalized_by_others(str(job.get("status"))),
                 )
         return None
+
+    def _is_finalized_by_others(self, status: str) -> bool:
+        """Whether a PENDING job goes on without us: QEMU ends it, or its owner, who may hang."""
+        if self.adopted is None or not self.adopted.followed:
+            return self._auto_finalize
+        now = asyncio.get_running_loop().time()
+        if status != "pending" or self._pending_since is None:
+            self._pending_since = now if status == "pending" else None
+            return True
+        return now - self._pending_since < OWNERS
 
     async def _ask_with_io_status(self) -> facts.JobSeen | None:
         for job in await self._monitor.execute("query-block-jobs"):
@@ -501,7 +528,7 @@ class Driver:
                     done=int(job.get("offset", 0)),
                     total=int(job.get("len", 0)),
                     error=job.get("error"),
-                    auto_finalize=self._auto_finalize,
+                    auto_finalize=self._is_finalized_by_others(str(job.get("status"))),
                     io_status=str(job.get("io-status", "ok")),
                 )
         return None
@@ -522,7 +549,7 @@ class Driver:
     def _locate(self, base: str) -> Where:
         """Where the disk stands now, compared with the plan."""
         now = self._disk_now
-        if now is None or now.active is None:
+        if now is None or now.active is None or not base:
             return Where.UNUSED
         layers = [image.node_name for image in now.chain]
         if not self.plan.two_phase:
@@ -671,6 +698,7 @@ class Driver:
             outcome.warnings.extend(self._around.carrying.problems)
         if self.adopted is not None and outcome.invalidated:
             outcome.warnings.extend(self._care.bitmaps_left())
+            outcome.warnings.extend(filter(None, [self.adopted.remark]))
         outcome.warnings.extend(self._care.remarks)
         outcome.warnings.extend(filter(None, [self._check.lost_base]))
         if self._care.unflushed is not None:

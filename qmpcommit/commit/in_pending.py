@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
 
-from qmpcommit.block.bitmaps import carry
+from qmpcommit.block.bitmaps import carry, lethal_bitmaps
 from qmpcommit.block.chain import Image, absolute
 from qmpcommit.block.flush import flush, sync_file
 from qmpcommit.callback import Failed, ask
@@ -85,6 +85,10 @@ class Care:
             why = await self._above.open()
             if why is not None:
                 return facts.Prepared(f"{why}. So it was cancelled before: no header was rewritten")
+        if self._adopted and not keeps:
+            why = await lethal_bitmaps(self._monitor, self._plan.closed_by_qemu)
+            if why:
+                return facts.Prepared(why)
         prepared = facts.Prepared() if keeps else await self._carry()
         barrier = self._around.barrier
         if barrier is None or prepared.error is not None:

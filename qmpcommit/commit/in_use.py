@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterable
 
+from qmpcommit.block.bitmaps import lethal_bitmaps
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import FileId, OpenFiles, file_id
@@ -200,6 +201,9 @@ class PlanCheck:
                 await self._look_at_owner()
             except VMStateError as error:
                 return error.message.removesuffix(". Nothing was sent")
+            why = await lethal_bitmaps(self._monitor, self._plan.closed_by_qemu)
+            if why:
+                return why
         return self.lost_base or None
 
     async def _look_at_owner(self) -> None:

@@ -255,6 +255,8 @@ class CommitJob:
             await asyncio.wait({self._claiming}, timeout=CLAIMING)
             await stop(self._claiming)
         if self.own_claim is not None:
+            if self.adopted and not self.state.finished:
+                self.own_claim.abandon()  # it tells the next one of the job that goes on
             await self.own_claim.release()
 
     def start(
@@ -295,8 +297,14 @@ class CommitJob:
         await asyncio.wait({self._task}, timeout=GRACE)
         await self.detach()
 
-    async def detach(self) -> None:
-        """Stop following the job and leave it as it is in QEMU; `Session.adopt` takes it up."""
+    async def detach(self, *, claimed: bool = False) -> None:
+        """Stop following the job and leave it as it is in QEMU; `Session.adopt` takes it up.
+
+        With `claimed` what it claimed stays in QEMU as well, and tells whoever takes it up what it
+        works on, even where it has ended by then; the claim is anybody's once this process ends.
+        """
+        if claimed and self.own_claim is not None:
+            self.own_claim.abandon()
         if self._task is not None:
             await stop(self._task)
             await self._unclaim()  # it may have been stopped before its first step

@@ -128,7 +128,8 @@ class State(NamedTuple):
     an adopted job that is PENDING already is cancelled, and not finalized. `meets` tells that
     others are waited for in PENDING, whatever was decided. `refusals` counts refused dismissals.
     `unsent` tells that ``block-commit`` was not sent yet, `unchecked` that it is not known yet
-    whether the job copies what the disk uses, `stale` that it does not.
+    whether the job copies what the disk uses, `stale` that it does not. `spares` tells that the
+    concluded job is left for somebody else to dismiss.
     """
 
     two_phase: bool
@@ -169,6 +170,7 @@ class State(NamedTuple):
     unsent: bool = False
     unchecked: bool = False
     stale: bool = False
+    spares: bool = False
 
     @property
     def ordered(self) -> Choice | None:
@@ -217,14 +219,15 @@ def adopt(
     prepares: bool = False,
     undoes: bool = False,
     stale: str = "",
+    spares: bool = False,
     linked: bool = True,
 ) -> Step:
     """A job that exists already: QEMU has to be asked where it is.
 
     One that is PENDING was decided before: it is finalized, or cancelled with `undoes`. The end of
     an intermediate layer's is prepared before, for QEMU may crash over it, and so is one that
-    `prepares`. One that was found to be `stale`, which says how, is cancelled wherever it is.
-    `linked` is as for `resume`.
+    `prepares`. One that `spares` is not dismissed when it has concluded. One that was found to be
+    `stale`, which says how, is cancelled wherever it is. `linked` is as for `resume`.
     """
     state = State(
         two_phase=two_phase,
@@ -232,6 +235,7 @@ def adopt(
         began=True,
         prepares=prepares or not two_phase,
         undoes=undoes,
+        spares=spares,
         linked=linked,
     )
     if stale:
@@ -677,7 +681,7 @@ def _close(state: State) -> Step:
         return state, [Duty.OVERLAY]
     if state.frozen:
         return state, [Duty.THAW]
-    if state.listed:
+    if state.listed and not state.spares:
         return state, [Command.DISMISS]
     return _finish(state)
 

@@ -23,6 +23,11 @@ from qmpcommit.names import JOB_PREFIX
 from qmpcommit.units import parse_size
 from qmpcommit.values import Record, record
 
+UNKNOWN = Image(node_name="", filename="(unknown)", driver="")
+"""A layer of which nothing is known."""
+
+_OURS = re.compile(rf"{JOB_PREFIX}(.+)-[0-9a-f]{{8}}(?:\.\d+of\d+)?")
+
 
 @record
 class Plan(Record):
@@ -51,6 +56,12 @@ class Plan(Record):
     def stalls(self) -> bool:
         """Whether a storage error makes the job wait instead of fail."""
         return self.arguments.get("on-error") in ("stop", "enospc")
+
+    @property
+    def closed_by_qemu(self) -> list[str]:
+        """The layers that QEMU may close by itself at the end: a drive's, and unnamed ones."""
+        names = [image.node_name for image in (self.top, *self.between) if image.node_name]
+        return [name for name in names if self.disk.device or name.startswith("#")]
 
     @property
     def invalidated(self) -> list[str]:
@@ -154,8 +165,17 @@ def _no_job(disk: Disk) -> None:
 
 def new_job_id(disk: str) -> str:
     """A job id of ours, telling the disk and differing each time."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "", disk)[-32:] or "disk"
-    return f"{JOB_PREFIX}{name}-{os.urandom(4).hex()}"
+    return f"{JOB_PREFIX}{_spelt(disk) or 'disk'}-{os.urandom(4).hex()}"
+
+
+def is_named_in(job_id: str, disk: Disk) -> bool:
+    """Whether a job id of ours tells of this disk; one that a caller gave tells of none."""
+    found = _OURS.fullmatch(job_id)
+    return found is not None and found[1] == _spelt(disk.name)
+
+
+def _spelt(disk: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "", disk)[-32:]
 
 
 def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
@@ -169,9 +189,8 @@ def adopted_plan(vm: str, graph: BlockGraph, job_id: str, policy: Any) -> Plan:
     source, target = graph.below_filters(source), graph.below_filters(target)
     top = read_image(graph, source) if source else None
     base = read_image(graph, target) if target else None
-    nothing = Image(node_name="", filename="(unknown)", driver="")
-    top = top or (layers[0] if layers else disk.active or nothing)
-    base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else nothing)
+    top = top or (layers[0] if layers else disk.active or UNKNOWN)
+    base = base or (layers[-1] if layers else disk.chain[-1] if disk.chain else UNKNOWN)
     names = [image.node_name for image in disk.chain]
     between: tuple[Image, ...] = ()
     if top.node_name in names and base.node_name in names:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from qmpcommit.block.bitmaps import Carrying, plan_carrying
+from qmpcommit.block.bitmaps import Carrying, busy_bitmaps, lethal, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles, told_where
 from qmpcommit.commit.hook import PivotCommand
+from qmpcommit.commit.objections import may_pivot
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.like import unfit
 from qmpcommit.commit.overlay.options import OverlayOptions
@@ -117,6 +118,20 @@ async def check_follows(
     if why is not None:
         raise ChainError(
             f"no fresh overlay can be laid over {plan.disk} of {plan.vm}: {why}. Nothing was sent",
+            vm=plan.vm,
+            disk=plan.disk.name,
+        )
+
+
+def check_bitmaps(graph: BlockGraph, plan: Plan) -> None:
+    """Refuse what QEMU would die of where it closes the stale layers; raises `JobConflict`."""
+    if not may_pivot(plan.policy):
+        return
+    nodes = [node.raw for node in graph.nodes.values()]
+    why = lethal(busy_bitmaps(nodes, plan.closed_by_qemu))
+    if why:
+        raise JobConflict(
+            f"{plan.disk} of {plan.vm} can't be committed now: {why}. Nothing was sent",
             vm=plan.vm,
             disk=plan.disk.name,
         )

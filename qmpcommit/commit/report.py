@@ -59,6 +59,11 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
     known = bool(plan.top.node_name)  # else it was adopted when it had ended
     if action == "abort" or (action == "keep" and plan.between):
         warnings.append(_halfway(plan, action))
+    elif not known and plan.base.node_name and action != "keep":
+        warnings.append(
+            "which file was the overlay, that must never be booted again, is not known: QEMU had"
+            " closed it before the job was taken up"
+        )
     elif not known:
         warnings.append("which images the job worked on is not known; 'qmpcommit chain' shows them")
     if state.doubt:
@@ -196,7 +201,8 @@ def _by_verdict(
             )
         case Verdict.UNCLEAR:
             return CommitFailed(
-                f"{subject}: {state.error}. {_newest_unknown(plan)}", error=state.error
+                f"{subject}: {state.error}. {_newest_unknown(plan)}{_spared(plan, state)}",
+                error=state.error,
             )
         case Verdict.VM_GONE:
             return _gone(plan, state, lost, left)
@@ -348,6 +354,15 @@ def _subject(plan: Plan) -> str:
     if not plan.top.node_name:
         return f"the commit job {plan.job_id} of {plan.vm}"
     return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
+
+
+def _spared(plan: Plan, state: State) -> str:
+    if not state.spares:
+        return ""
+    return (
+        f". QEMU still lists the job {plan.job_id} as concluded, which is all that tells of it:"
+        " dismiss it when that is clear (job-dismiss)"
+    )
 
 
 def _until_it_has_ended(plan: Plan) -> str:

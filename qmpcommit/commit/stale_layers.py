@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 
-from qmpcommit.block.bitmaps import Carrying, bitmaps_of
+from qmpcommit.block.bitmaps import Carrying, busy_bitmaps
 from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import F_OFD_GETLK, FileId, OpenFiles, unnamed
@@ -251,13 +251,12 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
             closed.add(name)  # QEMU's own: it goes with the node that it belongs to
             continue
         keeping = users(graph, name, closed)
-        busy = [bitmap.name for bitmap in bitmaps_of(graph, name) if bitmap.busy]
-        if busy and not keeping:
-            # What used them went over to the base with the pivot, they did not: QEMU would fail
-            # an assertion of its own, and die with its guest.
+        going = [name, *(each for each in stale if each.startswith("#"))]
+        busy = busy_bitmaps((node.raw for node in graph.nodes.values()), going)
+        if busy and not keeping:  # it would be QEMU's end
             warnings.append(
-                f"node {name} stays open: others use its bitmaps {', '.join(busy)}. Close it when"
-                " they have ended (blockdev-del)"
+                f"node {name} stays open: {', '.join(busy)} is used by an export or a job. Close it"
+                " after that (blockdev-del)"
             )
             continue
         if keeping:

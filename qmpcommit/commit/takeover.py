@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qmpcommit.block.bitmaps import plan_carrying
-from qmpcommit.commit.claim import Claim, lives, owner_in
+from qmpcommit.block.bitmaps import bitmaps_of, plan_carrying
+from qmpcommit.commit.claim import Claim, job_number, lives, owner_in
+from qmpcommit.commit.concluded import concluded_plan
 from qmpcommit.commit.driver import Adopted
 from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
@@ -15,7 +16,7 @@ from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.preconditions import check_commands, told
 from qmpcommit.commit.stale_layers import Around, nobody_met
-from qmpcommit.errors import JobConflict, JobNotFound
+from qmpcommit.errors import InvalidRequest, JobConflict, JobNotFound
 from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 class Asked(NamedTuple):
     """What whoever adopts a commit wants of it, as `Session.commit` takes it.
 
-    `undoes` tells that one which is PENDING already is cancelled.
+    `pending` tells what becomes of one that is PENDING already.
     """
 
     policy: AnyPolicy | PolicyCall
-    undoes: bool = False
+    pending: Literal["finalize", "cancel", "leave"] = "finalize"
     stale: Stale = "leave"
     on_pivot: OnPivot | None = None
     carry_bitmaps: bool = True
@@ -45,6 +46,10 @@ class Asked(NamedTuple):
 
     def check(self) -> None:
         """Refuse what could not be done when its time comes; raises `InvalidRequest`."""
+        if self.pending not in ("finalize", "cancel", "leave"):
+            raise InvalidRequest(
+                f"pending is 'finalize', 'cancel' or 'leave', not {self.pending!r}"
+            )
         refuse_idle(self.policy, stale=self.stale, on_pivot=self.on_pivot)
         Around(on_pivot=self.on_pivot).check()
 
@@ -72,48 +77,69 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
             job_id=job_id,
         )
     graph = await vm.graph()
-    plan = adopted_plan(vm.name, graph, job_id, asked.policy)
+    status, spares, remark = str(job.get("status")), False, ""
+    if job_id in graph.jobs:
+        plan = adopted_plan(vm.name, graph, job_id, asked.policy)
+    else:  # it has ended, or this QEMU does not tell what a job holds
+        found = concluded_plan(vm.name, graph, job_id, asked.policy)
+        plan, remark = found.plan, found.remark
+        spares = status == "concluded" and not found.known and not job.get("error")
     plan = replace(plan, stale=asked.stale, carry_bitmaps=asked.carry_bitmaps)
     plan = await asyncio.to_thread(told, plan, graph, vm.peer_pid)
     check_commands(plan, asked.on_pivot)
     around = Around(
         on_pivot=asked.on_pivot,
-        carrying=_carrying(plan, graph, waits=job.get("status") != "pending"),
+        carrying=_carrying(plan, graph, status, refuses=asked.pending != "leave"),
         files=await asyncio.to_thread(vm.files_of, plan) if asked.stale != "leave" else {},
         cwd=vm.cwd,
         gate=vm.gate,
         ledger=asked.ledger,
     )
     owner = owner_in(graph, plan.disk)
+    owned = owner is not None and lives(owner) is not False
+    by_itself = bool(job.get("auto-finalize", True))
+    # Who lives sees to the end; one that is held when it is taken up is to be ended at once.
+    followed = owner is not None and lives(owner) is True and not by_itself
+    followed = followed and (status != "pending" or asked.pending == "leave")
     made = CommitJob(
         vm,
         plan,
         timeout=asked.timeout,
         around=around,
         adopted=Adopted(
-            undoes=asked.undoes,
+            undoes=asked.pending == "cancel",
             stale=use_of(plan, graph)[1],
-            owned=owner is not None and lives(owner) is not False,
-            ours=job_id.startswith(JOB_PREFIX),
+            owned=owned,
+            ours=job_id.startswith(JOB_PREFIX)
+            or (owner is not None and owner.job == job_number(job_id)),
             asked=asked.stale != "leave" or asked.on_pivot is not None,
+            spares=spares or (owned and status == "concluded"),
+            remark=remark,
+            unheld=by_itself,
+            followed=followed,
         ),
-        auto_finalize=bool(job.get("auto-finalize", True)),
+        auto_finalize=by_itself,
     )
     if owner is not None and lives(owner) is False:  # who names the job may end what was left of it
         made.inherit(Claim(vm, owner, held=True))
     return made
 
 
-def _carrying(plan: Plan, graph: BlockGraph, *, waits: bool) -> Carrying | None:
+def _carrying(plan: Plan, graph: BlockGraph, status: str, *, refuses: bool) -> Carrying | None:
     """What has to be carried into the base of an adopted commit; raises `JobConflict`.
 
-    Unless it holds its disk, it `waits` as it is until others need its bitmaps no more.
+    Unless it holds its disk, it waits as it is until others need its bitmaps no more. What the
+    base of one that has concluded has by then was carried by its owner.
     """
     layers = [image.node_name for image in (plan.top, *plan.between)]
     if not plan.carry_bitmaps or not {*layers, plan.base.node_name} <= graph.nodes.keys():
         return None
     carrying = plan_carrying(graph, layers, plan.base.node_name)
-    if carrying.busy and waits:
+    if status == "concluded":
+        there = {bitmap.name for bitmap in bitmaps_of(graph, plan.base.node_name)}
+        left = {name: found for name, found in carrying.names.items() if name not in there}
+        return carrying._replace(names=left)
+    if carrying.busy and status != "pending" and refuses:
         raise JobConflict(
             f"job {plan.job_id} on {plan.disk} of {plan.vm} can't be taken up with the disk's"
             f" bitmaps now: {', '.join(carrying.busy)} is busy with another job (a backup?). It"

@@ -27,6 +27,7 @@ from qmpcommit.commit.preconditions import (
     ask_whether,
     carrying_of,
     check_abilities,
+    check_bitmaps,
     check_commands,
     check_free,
     check_job_id,
@@ -38,6 +39,7 @@ from qmpcommit.commit.stale_layers import Around, Barrier, Hooks, OnPivot, OnSta
 from qmpcommit.errors import (
     ChainError,
     CommitFailed,
+    InvalidRequest,
     JobConflict,
     QmpCommitError,
 )
@@ -110,16 +112,25 @@ class VM(Monitor):
         name: str | None = None,
         command_timeout: float = 30.0,
         patience: float = 10.0,
+        pid: int | None = None,
     ) -> Self:
         """A session over a connected client that the embedder owns, and that stays connected.
 
         If its connection is lost, running commits wait `patience` seconds for the embedder to
-        connect it again.
+        connect it again. `pid` is QEMU's process, where it runs on this host and the client's
+        socket does not tell (it is no Unix socket, or somebody else's is between): without it no
+        file is deleted, for nobody can see which files QEMU has open.
         """
-        session = cls(
-            None, name=name, client=client, command_timeout=command_timeout, patience=patience
+        if pid is not None and (isinstance(pid, bool) or not isinstance(pid, int) or pid < 1):
+            raise InvalidRequest(f"pid is the id of QEMU's process, a whole number, not {pid!r}")
+        return cls(
+            None,
+            name=name,
+            client=client,
+            command_timeout=command_timeout,
+            patience=patience,
+            pid=pid,
         )
-        return session
 
     async def __aexit__(
         self,
@@ -363,6 +374,7 @@ class VM(Monitor):
         self._refuse(plan, findings, request.override)
         plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)
         check_commands(plan, around.on_pivot)
+        check_bitmaps(graph, plan)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)
         if not plan.two_phase:
             from qmpcommit.commit.overlays_above import check_writable
@@ -416,7 +428,7 @@ class VM(Monitor):
         job_id: str,
         *,
         policy: AskedPolicy = Hold(),  # noqa: B008  (frozen)
-        pending: Literal["finalize", "cancel"] = "finalize",
+        pending: Literal["finalize", "cancel", "leave"] = "finalize",
         delete: bool = False,
         stale: Stale | None = None,
         on_pivot: OnPivot | None = None,
@@ -428,7 +440,8 @@ class VM(Monitor):
 
         With `Hold`, the default, it is only followed until something is decided. One that is
         PENDING already holds its disk's I/O, so it is ended at once: finalized, as somebody had
-        decided it, or cancelled, which undoes that. If this is cancelled, the job stays as it is.
+        decided it, or cancelled, which undoes that; "leave" leaves that to an owner who lives. If
+        this is cancelled, the job stays as it is.
 
         `delete`, `stale`, `on_pivot`, `carry_bitmaps` and `timeout` are as for `commit`. Without
         the first three, what is stale is closed where the job was ended here, or is ours and its
@@ -443,7 +456,7 @@ class VM(Monitor):
 
         asked = Asked(
             parse_policy(policy),
-            undoes=pending == "cancel",
+            pending=pending,
             stale=what_of_stale(delete, stale),
             on_pivot=on_pivot,
             carry_bitmaps=carry_bitmaps,

@@ -11,6 +11,8 @@ from contextlib import suppress
 from qemu.qmp import EventListener, QMPClient
 from qemu.qmp.message import Message
 
+from qmpcommit.qmp.address import peer_pid
+
 READ_LIMIT = 64 * 1024 * 1024
 """Bytes that one QMP message may have; a schema is 0.25 MB, 200 layers with bitmaps a few MB."""
 
@@ -50,6 +52,18 @@ def new_client(name: str, tap: Tap) -> Client:
     client.events.event_filter = lambda message: False  # its history would grow for ever
     client.register_listener(tap)
     return client
+
+
+def client_pid(client: QMPClient) -> int | None:
+    """The process behind a connected client, where it is a Unix socket's and that can be told."""
+    writer = getattr(client, "_writer", None)
+    sock = writer.get_extra_info("socket") if writer is not None else None
+    if sock is None:
+        return None
+    try:
+        return peer_pid(sock)
+    except (OSError, AttributeError, TypeError):  # another transport than asyncio's own
+        return None
 
 
 def hang_up(sock: socket.socket) -> None:

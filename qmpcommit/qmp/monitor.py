@@ -34,7 +34,8 @@ from qmpcommit.errors import (
 )
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, is_socket, peer_pid
-from qmpcommit.qmp.client import Tap, dispose, hang_up, new_client
+from qmpcommit.qmp.client import Tap, client_pid, dispose, hang_up, new_client
+from qmpcommit.qmp.process import process_identity
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end
@@ -55,7 +56,8 @@ class Monitor(Queries):
 
     `timeout` bounds, in seconds, each attempt to connect up to the greeting;
     `command_timeout` each command's reply; `patience` how long a lost monitor may take to
-    come back. `name` is what logs and errors call the VM.
+    come back. `name` is what logs and errors call the VM, `pid` is the process that is known to
+    answer a shared `client`.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Monitor(Queries):
         command_timeout: float = 30.0,
         patience: float = 30.0,
         client: QMPClient | None = None,
+        pid: int | None = None,
     ) -> None:
         self.address = Address.parse(address) if address is not None else None
         self.name = name or (
@@ -76,10 +79,10 @@ class Monitor(Queries):
         self.command_timeout = command_timeout
         self.patience = patience
         self.log = Log(vm=self.name)
-        self.peer_pid: int | None = None
+        self.peer_pid: int | None = pid
         self.shutting_down = False
         self.awaits: Literal["", "answer", "room", "greeting"] = ""
-        self._shared = client
+        self._shared, self._told_peer = client, (pid, process_identity(pid))
         self._client: QMPClient | None = None
         self._sock: socket.socket | None = None
         self._tap = Tap(self._dispatch)
@@ -180,7 +183,18 @@ class Monitor(Queries):
                 vm=self.name,
             )
         self._client = client
+        self._see_peer(client)
         self._start(self._follow(client))
+
+    def _see_peer(self, client: QMPClient) -> None:
+        """Which process answers; where the socket does not tell, the one that we were told of."""
+        told, identity = self._told_peer
+        if told and process_identity(told) != identity:
+            told = None  # it has ended: another one has taken its place
+        pid = told or client_pid(client)
+        if pid != self.peer_pid:
+            self._features = None
+        self.peer_pid = pid
 
     async def _connect_past_events(self) -> None:
         """Connect, once more if the handshake failed.
@@ -304,6 +318,8 @@ class Monitor(Queries):
         while True:
             if up is not (client.runstate is Runstate.RUNNING):
                 up = not up
+                if up:
+                    self._see_peer(client)
                 self._tell(up)
                 if not up and self.subscribers.none:
                     self._client = None  # nobody cares; the next command follows it again

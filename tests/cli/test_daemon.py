@@ -206,6 +206,24 @@ async def test_a_commit_is_decided_from_elsewhere(decision: str, folder: Path) -
         assert_disk(chain.top, chain.pictures[-1])
 
 
+async def test_a_commit_is_left_with_the_daemon_and_waited_for(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, _):
+        said = await run(through(d), "commit", "web1", "top", "--hold", "--detach", "--json")
+        assert said.status == 0, said.err
+        commit = said.json["id"]
+        assert f"wait web1 {commit}" in said.json["next"]
+        ready = await run(through(d), "wait", "web1", commit, "--until", "ready")
+        assert (ready.status, "is READY, and stays so" in ready.out) == (0, True)
+        wrong = await run(through(d), "wait", "web1", commit, "--then", "pivot", "--delete")
+        assert (wrong.status, "done by it" in wrong.err) == (2, True)
+        said = await run(through(d), "wait", "web1", commit, "--then", "pivot", "--json")
+        assert (said.status, said.json["action"]) == (0, "pivot")
+        again = await run(through(d), "wait", "web1", commit, "--json")
+        assert again.json == said.json
+    assert_disk(chain.base, chain.pictures[-1])
+
+
 async def _begun(d: Daemon) -> tuple[str, str]:
     """The one commit of the daemon and its job, once it copies."""
     async with asyncio.timeout(30):

@@ -284,3 +284,61 @@ async def test_bitmaps_are_carried_although_the_first_answer_does_not_come(folde
             assert await marked(vm, "base") == {"a": GRAIN}
         await qemu.quit()
     assert_disk(chain.base, picture)
+
+
+SHARED = ["base-shared"]
+
+
+async def exported(vm: qc.Session, folder: Path, node: str, name: str) -> None:
+    """An NBD export for a backup program, which reads the bitmap with the disk."""
+    address = {"type": "unix", "data": {"path": str(folder / "bitmaps")}}
+    await vm.execute("nbd-server-start", {"addr": address})
+    export = {"id": "reader", "type": "nbd", "node-name": node, "name": "reader"}
+    try:
+        await vm.execute("block-export-add", {**export, "bitmaps": [name]})
+    except qc.CommandRefused as error:
+        if "bitmaps" not in error.desc:
+            raise
+        await vm.execute("block-export-add", {**export, "bitmap": name})  # QEMU 5.2
+
+
+@pytest.mark.parametrize(
+    ("when", "style"),
+    [(when, "drive") for when in ("before", "at READY", "taken up", "pending")]
+    + [("before", "implicit")],
+)
+async def test_a_bitmap_over_which_qemu_would_die_is_found(
+    when: str, style: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where QEMU closes the overlay by itself, or what lies under it, it dies of such a bitmap."""
+    monkeypatch.setattr("qmpcommit.commit.in_use.FRESH", 0.0)
+    chain = make_chain(folder, 3 if style == "implicit" else 2)
+    async with machine(folder, chain, style=style) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        layer = (await vm.disk("vda")).chain[style == "implicit"].node_name
+        bitmap = {"node": layer, "name": "daily", "disabled": True}
+        await vm.execute("block-dirty-bitmap-add", bitmap)
+        if when == "before":
+            await exported(vm, folder, layer, "daily")
+            with pytest.raises(qc.JobConflict, match=r"'daily' of .* fail an assertion.*Nothing"):
+                await vm.commit("vda", policy=qc.Pivot(), carry_bitmaps=False, override=SHARED)
+        else:
+            job = await vm.commit("vda", policy=qc.Hold(), carry_bitmaps=when == "pending")
+            await job.ready()
+            if when != "at READY":
+                await job.detach()
+            await exported(vm, folder, layer, "daily")
+            if when == "pending":
+                with vm.events("BLOCK_JOB_PENDING") as held:
+                    await vm.execute("job-complete", {"id": job.id})
+                    await anext(held)
+            if when != "at READY":
+                job = await vm.adopt(job.id, carry_bitmaps=when == "pending")
+            if when != "pending":
+                job.pivot()
+            with pytest.raises(qc.CommitFailed, match=r"fail an assertion.*still the active"):
+                await job.wait()
+        assert await vm.execute("query-jobs") == []
+        await vm.execute("nbd-server-stop")
+        await vm.close()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])

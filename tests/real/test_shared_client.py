@@ -93,3 +93,39 @@ async def test_what_another_qemu_can_do_is_asked_anew(folder: Path) -> None:
         assert await vm.restore() is False, "another process answers"
         assert await vm.features() is not before
         await vm.close()
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["seen", "told"])
+async def test_stale_files_are_deleted_over_a_client_that_is_not_ours(
+    told: bool, folder: Path
+) -> None:
+    """Behind a proxy the socket tells of another process, so that it has to be told."""
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        pid = qemu.pid if told else None
+        async with connected(between.path if told else qemu.qmp) as client:
+            async with qc.Session.over(client, pid=pid) as vm:
+                job = await vm.commit("export0", policy=qc.Pivot(), delete=True)
+                outcome = await job.wait()
+                assert outcome.deleted == [str(chain.top)], outcome.warnings
+                assert vm.peer_pid == qemu.pid
+            assert client.runstate is Runstate.RUNNING
+        assert not chain.top.exists()
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+
+
+async def test_a_process_that_was_told_of_is_believed_as_long_as_it_lives(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with storage_daemon(folder, chain) as qemu, proxy(folder, qemu.qmp) as between:
+        async with connected(between.path) as client:
+            with pytest.raises(qc.InvalidRequest, match="whole number, not True"):
+                qc.Session.over(client, pid=True)
+            other = await asyncio.create_subprocess_exec("sleep", "100")
+            async with qc.Session.over(client, pid=other.pid) as vm:
+                assert vm.peer_pid == other.pid
+                other.kill()
+                await other.wait()
+                vm._see_peer(client)
+                assert vm.peer_pid != other.pid
+        await qemu.quit()

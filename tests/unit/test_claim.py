@@ -33,7 +33,7 @@ from qmpcommit.names import NODE_NAME_LENGTH
 
 DIGITS = st.text("0123456789abcdef", min_size=8, max_size=8)
 OWNERS = st.builds(
-    lambda nonce, verb, pid, began, place, since, tag, layer: Owner(
+    lambda nonce, verb, pid, began, place, since, tag, layer, commit: Owner(
         "0123456789",
         f"qmpc-0123456789n{nonce}.{verb}",
         nonce,
@@ -44,6 +44,7 @@ OWNERS = st.builds(
         since,
         tag,
         layer,
+        *commit,
     ),
     DIGITS,
     st.sampled_from(sorted(WORK)),
@@ -53,6 +54,7 @@ OWNERS = st.builds(
     st.integers(0, 2**33),
     st.one_of(st.just(""), DIGITS),
     st.sampled_from(["", "0123456789"]),
+    st.sampled_from([("", "", ""), ("abcdef0123", "0123456", "abcdef0")]),
 )
 
 

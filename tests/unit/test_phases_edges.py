@@ -337,6 +337,14 @@ def test_an_adopted_job_that_can_be_held_is_prepared_before_it_is_finalized() ->
     assert after(phases.adopt(two_phase=True, prepares=True), by_itself)[1] == []
 
 
+def test_an_adopted_job_that_others_dismiss_is_left_concluded() -> None:
+    concluded = Answered(JobSeen("concluded", 1, 1))
+    for spares, last in ((True, Duty.FINISH), (False, Command.DISMISS)):
+        start = phases.adopt(two_phase=True, spares=spares)
+        state, actions = after(start, concluded, GraphRead(Where.BASE))
+        assert (state.verdict, actions) == (Verdict.PIVOTED, [last])
+
+
 def test_a_job_adopted_to_be_undone_is_still_ours_to_decide_at_ready() -> None:
     ready = Answered(JobSeen("ready", auto_finalize=False))
     start = after(phases.adopt(two_phase=True, undoes=True), ready)

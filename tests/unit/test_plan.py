@@ -7,7 +7,8 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.block.graph import BlockGraph, build_graph
-from qmpcommit.commit.plan import adopted_plan, new_job_id, plan_commit
+from qmpcommit.commit.pending import group_job_id
+from qmpcommit.commit.plan import adopted_plan, is_named_in, new_job_id, plan_commit
 from qmpcommit.commit.request import Request, check_job_id
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.names import JOB_PREFIX
@@ -267,3 +268,11 @@ def test_an_adopted_job_that_nothing_is_known_of() -> None:
     assert made.two_phase
     nothing = qc.Image(node_name="", filename="(unknown)", driver="")
     assert (made.top, made.base) == (nothing, nothing)
+
+
+def test_what_a_job_id_of_ours_tells_of_its_disk() -> None:
+    disk = qc.Disk(name="/machine/vda 1")
+    assert is_named_in(new_job_id(disk.name), disk)
+    assert is_named_in(group_job_id(disk.name, "0123abcd", 1, 2), disk)
+    assert not is_named_in(new_job_id("vda"), disk)
+    assert not is_named_in("mine", disk)
