@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qmpcommit.block.chain import Disk
-from qmpcommit.commit.claim import owner_in
-from qmpcommit.commit.pending import GroupPlace, place_of
+from qmpcommit.commit.claim import job_number, owner_in
+from qmpcommit.commit.pending import GroupPlace, group_job_id, place_of
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.recovery.findings import Decide, Finding, Kind
 from qmpcommit.recovery.seen import Seen
@@ -60,7 +60,8 @@ class Groups:
 
     def __init__(self, seen: Iterable[Seen]) -> None:
         self._jobs: dict[str, list[tuple[Seen, Mapping[str, Any], GroupPlace]]] = {}
-        for vm in seen:
+        self._vms = list(seen)
+        for vm in self._vms:
             for job_id, job in vm.jobs.items():
                 place = place_of(job_id)
                 if place is not None and is_commit(job):
@@ -93,6 +94,30 @@ class Groups:
     def missing(self, group: str) -> int:
         """How many of them may be on VMs that are not looked at."""
         return 0 if self.whole(group) else self.unseen(group)
+
+    def untold(self, group: str) -> int:
+        """How many of them may be on VMs that are not looked at, and not have ended yet.
+
+        One whose claim was left, with no job, has been dismissed, and that was its last.
+        """
+        jobs = self._jobs.get(group, [])
+        if not jobs or self.whole(group):
+            return 0
+        members = jobs[0][2].members
+        numbers = {*range(1, members + 1)} - {place.number for _, _, place in jobs}
+        left = {
+            (owner.job, disk.name)
+            for vm in self._vms
+            for disk in vm.disks
+            if (owner := owner_in(vm.graph, disk)) is not None and owner in vm.dead and owner.job
+        }
+        ended = {
+            number
+            for number in numbers
+            for job, disk in left
+            if job == job_number(group_job_id(disk, group, number, members))
+        }
+        return len(numbers - ended)
 
     def never_whole(self, job_id: str) -> bool:
         """Whether others of its group were never begun, or have failed: it can't end well."""
@@ -196,10 +221,10 @@ def ended_or_not(seen: Seen, groups: Groups, decide: Decide | None) -> Iterator[
         elif status == "concluded":
             error = f", with '{job['error']}'" if job.get("error") else ""
             message = f"{on} has ended{error}, and waits for its dismissal"
-            if place and groups.missing(place.group) and not job.get("error"):
+            if place and groups.untold(place.group) and not job.get("error"):
                 said = (
                     f"It tells how group {place.group} was decided, of which"
-                    f" {groups.missing(place.group)} of {place.members} are not seen here: name"
+                    f" {groups.untold(place.group)} of {place.members} are not seen here: name"
                     " the VMs of all, or say that it is known (--decide keep or pivot)"
                 )
                 if decide in (None, "abort"):

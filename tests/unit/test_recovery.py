@@ -10,7 +10,7 @@ import pytest
 
 from qmpcommit.block.chain import read_disks
 from qmpcommit.block.graph import build_graph
-from qmpcommit.commit.claim import number_of, owners_among
+from qmpcommit.commit.claim import job_number, number_of, owners_among
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.guest.marks import mark_of_discard, mark_of_recycle
 from qmpcommit.recovery.findings import Decide, Finding
@@ -48,6 +48,7 @@ def show(
     names: Mapping[str, str] | None = None,
     vm: str = "vm1",
     group: str = "",
+    of: str = "",
 ) -> Seen:
     """A VM with the disk vda, on which these nodes are left, and whom its claim names."""
     below = [*chain[1:], None]
@@ -68,6 +69,8 @@ def show(
     claims = {f"qmpcommit-claim-{number}", f"qmpc-{number}n0000000a.{verb}"}
     if tag:
         claims.add(f"qmpc-{number}f{tag}")
+    if of:
+        claims.add(f"qmpc-{number}j{job_number(of)}")
     (held,) = owners_among(claims).values()
     graph = graph._replace(claims=frozenset(claims))
     shown = _seen(vm, status, jobs, graph, names)
@@ -232,6 +235,20 @@ def test_what_tells_of_the_others_is_not_dismissed_before_they_are_known() -> No
     assert kinds(both) == ["pending", "concluded"]
     assert both[0].next == f"It is finalized: group {GROUP} was finalized"
     assert both[1].does
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_member_whose_claim_was_left_with_no_job_had_ended(others: int) -> None:
+    """It was dismissed on another VM: what tells of it alone is not needed any more."""
+    ids = [group_job_id("vda", GROUP, n, 1 + others) for n in (1, 2)]
+    one = show([job("concluded", ids[0])], verb="group")
+    for of, does in (("", False), (ids[0], False), (ids[1], others == 1)):
+        there = show(verb="group", vm="vm2", of=of)
+        (told,) = (each for each in look_up([one, there]) if each.kind == "concluded")
+        assert told.does is does
+    pending = show([job("pending", ids[0])], verb="group")
+    held = show(verb="group", vm="vm2", of=ids[1])
+    assert not look_up([pending, held])[0].does, "that one may have been finalized"
 
 
 def test_a_group_that_never_began_whole_is_not_torn() -> None:
