@@ -19,7 +19,7 @@ import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT
 from tests.ground.images import Chain, assert_disk, make_chain, read
 from tests.ground.machines import Machine, machine
-from tests.ground.places import STRIDE, first
+from tests.ground.places import STRIDE, first, some
 from tests.real.killable_work import WORK
 
 pytestmark = pytest.mark.timeout(3600)
@@ -166,13 +166,13 @@ async def test_killed_anywhere_it_is_recovered(folder: Path, work: str) -> None:
     print(f"{work} x every {STRIDE}. step: {count} run, {count} held")
 
 
-@pytest.mark.parametrize("work", STOPPED)
+@pytest.mark.parametrize("work", some(STOPPED))
 async def test_a_guest_that_did_not_run_does_not_run_then(folder: Path, work: str) -> None:
     count, _ = await swept(folder, work, running=False)
     print(f"{work}, not running x every {STRIDE}. step: {count} run, {count} held")
 
 
-@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("work", some(WORKS))
 async def test_the_recovery_is_killed_too(folder: Path, work: str) -> None:
     count, again = await swept(folder, work, twice=True)
     print(f"{work} x every {STRIDE}. step, twice: {count} run ({again} died twice), {count} held")
