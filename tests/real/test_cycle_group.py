@@ -303,9 +303,8 @@ async def test_what_makes_no_sense_changes_nothing(folder: Path) -> None:
         await g.as_before()
 
 
-async def test_a_guest_that_does_not_go_on_is_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("by_hand", [False, True], ids=["recovered", "continued by hand"])
+async def test_a_guest_that_does_not_go_on_is_named(folder: Path, by_hand: bool) -> None:
     async with ground(folder) as g:
         for vm in g.vms.values():
             vm.refuses = {"two": "blockdev-snapshot", "one": "cont"}
@@ -313,7 +312,10 @@ async def test_a_guest_that_does_not_go_on_is_named(
             await qc.discard(g.disks, guest="reset")
         assert await runs(g.vms["one"]) is False
         g.vms["one"].refuses = {}
-        await g.vms["one"].execute("cont")
+        if by_hand:
+            await g.vms["one"].execute("cont")
+        (mark,) = (await g.vms["one"].recover()).findings  # which stays for whoever comes next
+        assert (mark.kind, mark.done) == ("frozen", True)
         await g.as_before()
 
 
