@@ -13,7 +13,7 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, parse_policy
 from qmpcommit.errors import CommandRefused, InvalidRequest, JobNotFound, QmpCommitError
 from qmpcommit.guest.run_state import go_on
-from qmpcommit.qmp.process import process_identity
+from qmpcommit.qmp.process import is_same, process_identity
 
 if TYPE_CHECKING:
     from qmpcommit.commit.stale_layers import OnPivot
@@ -48,10 +48,9 @@ def taken_up(
     pid: int | None,
 ) -> tuple[Plan, Resumed]:
     """What to go on with, now that this QEMU answers; raises `InvalidRequest`."""
-    before, now = noted.get("identity", ""), process_identity(pid)
     try:
         plan = plan_of(noted, None if policy is None else parse_policy(policy))
-        resumed = resumed_of(noted, same_vm=before == now if before and now else None)
+        resumed = resumed_of(noted, same_vm=_same_qemu(noted, pid))
     except QmpCommitError:
         raise
     except Exception as error:  # whatever has become of it on its way
@@ -73,6 +72,11 @@ def taken_up(
     return plan, resumed
 
 
+def _same_qemu(noted: Noted, pid: int | None) -> bool | None:
+    """Whether this process is the QEMU that the notes are of; None where that can't be told."""
+    return is_same(noted.get("identity", ""), process_identity(pid))
+
+
 async def never_begun(vm: VM, noted: Noted, plan: Plan) -> bool:
     """Whether a job that was to be sent never was: QEMU has none, and the disk is as it was."""
     if noted.get("step") != "block-commit" or not vm.connected:
@@ -87,8 +91,7 @@ async def never_begun(vm: VM, noted: Noted, plan: Plan) -> bool:
 
 async def repay(vm: VM, noted: Noted, ledger: Any) -> None:
     """What a former process did to the guest and could not undo any more."""
-    before, now = noted.get("identity", ""), process_identity(vm.peer_pid)
-    if before and now and before != now:
+    if _same_qemu(noted, vm.peer_pid) is False:
         return
     noting = Noting(ledger, vm.log)
     repair = noted.get("repair")

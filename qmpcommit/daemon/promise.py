@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.ledger import add_note, files_of, resumed_of
+from qmpcommit.commit.ledger import add_note, files_of, plan_of, resumed_of
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
@@ -21,6 +21,7 @@ from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.undertaking import write_when_possible
 from qmpcommit.log import Log
+from qmpcommit.qmp.process import is_same
 from qmpcommit.wire.commit import CommitRequest
 
 if TYPE_CHECKING:
@@ -305,15 +306,9 @@ class Promise:
 
     def resumed(self, identity: str) -> tuple[Plan, Resumed, dict[str, FileId | None]]:
         """What to go on with, now that this QEMU answers; raises ValueError."""
-        plan = Plan.model_validate(self.plan)
-        policy = self.decided_policy()
-        object.__setattr__(plan, "policy", policy)
-        before = self.identity
-        resumed = resumed_of(
-            self.noted,
-            same_vm=before == identity if before and identity else None,
-            alone=not self.group,
-        )
+        plan = plan_of({"plan": self.plan}, self.decided_policy())
+        same_vm = is_same(self.identity, identity)
+        resumed = resumed_of(self.noted, same_vm=same_vm, alone=not self.group)
         if self.ready is not None and resumed.state.phase is Phase.STARTING:  # none was noted since
             ready = {"ready": datetime.fromtimestamp(self.ready, UTC)}
             resumed = resumed._replace(times={**ready, **resumed.times})

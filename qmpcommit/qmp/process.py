@@ -19,3 +19,8 @@ def is_alive(identity: str) -> bool:
     """Whether that very process still runs."""
     pid = identity.partition(".")[0]
     return bool(identity) and process_identity(int(pid)) == identity
+
+
+def is_same(before: str, now: str) -> bool | None:
+    """Whether two identities are of one process; None where one of them can't be told."""
+    return before == now if before and now else None
