@@ -15,7 +15,8 @@ import struct
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict
 
 from qmpcommit.block.bitmaps import Carrying, busy_bitmaps
 from qmpcommit.block.chain import Image
@@ -165,46 +166,50 @@ async def clear_away(
         elif rewritten and astray:
             warnings.append(f"{', '.join(plan.invalidated)} stays, until that header is mended")
         elif plan.stale != "leave" and hook != "failed" and not keep_files:
-            graph = await read_graph(monitor)
-            for image in stale:
-                new = f"{image.filename}.stale-{plan.job_id}" if plan.stale == "rename" else None
-                problem = await asyncio.to_thread(
-                    remove_file,
-                    image,
-                    around.files.get(image.node_name),
-                    graph=graph,
-                    base=plan.base,
-                    cwd=around.cwd,
-                    pid=monitor.peer_pid,
-                    held=around.files.get(plan.base.node_name),
-                    rename_to=new,
-                )
-                if problem is not None:
-                    warnings.append(problem)
-                    continue
-                if new is None:
-                    deleted.append(image.filename)
-                else:
-                    renamed.append(new)
-                if image.data_file:
-                    problem = await asyncio.to_thread(
-                        _remove_data,
-                        image,
-                        around.files.get(image.data_file),
-                        graph=graph,
-                        base=plan.base,
-                        cwd=around.cwd,
-                        pid=monitor.peer_pid,
-                        held=around.files.get(plan.base.node_name),
-                        renamed=new,
-                    )
-                    if problem is not None:
-                        warnings.append(problem)
-                    else:
-                        deleted.append(image.data_file)
+            await _clear_files(
+                monitor, plan, around, warnings=warnings, deleted=deleted, renamed=renamed
+            )
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
     return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
+
+
+async def _clear_files(
+    monitor: Monitor,
+    plan: Plan,
+    around: Around,
+    *,
+    warnings: list[str],
+    deleted: list[str],
+    renamed: list[str],
+) -> None:
+    """The stale layers' files, each with the one that holds its data; what stays is a warning."""
+    unlink = partial(
+        remove_file,
+        graph=await read_graph(monitor),
+        base=plan.base,
+        cwd=around.cwd,
+        pid=monitor.peer_pid,
+        held=around.files.get(plan.base.node_name),
+    )
+    for image in (plan.top, *plan.between):
+        new = f"{image.filename}.stale-{plan.job_id}" if plan.stale == "rename" else None
+        known = around.files.get(image.node_name)
+        problem = await asyncio.to_thread(unlink, image, known, rename_to=new)
+        if problem is not None:
+            warnings.append(problem)
+            continue
+        if new is None:
+            deleted.append(image.filename)
+        else:
+            renamed.append(new)
+        if image.data_file:
+            known = around.files.get(image.data_file)
+            problem = await asyncio.to_thread(_remove_data, unlink, image, known, new)
+            if problem is not None:
+                warnings.append(problem)
+            else:
+                deleted.append(image.data_file)
 
 
 async def _persisted(
@@ -337,12 +342,15 @@ def remove_file(
 
 
 def _remove_data(
-    image: Image, known: FileId | None, *, renamed: str | None, **options: Any
+    unlink: Callable[[Image, FileId | None], str | None],
+    image: Image,
+    known: FileId | None,
+    renamed: str | None,
 ) -> str | None:
     """Unlink the external data file of an overlay that is gone; why it was not done, or None."""
     if renamed is not None:
         return f"{image.data_file} stays: {renamed} names it as the file that holds its data"
-    problem = remove_file(replace(image, filename=image.data_file), known, **options)
+    problem = unlink(replace(image, filename=image.data_file), known)
     if problem is None:
         return None
     return f"{problem}. It held the data of {image.filename}, and nothing names it any more"
