@@ -39,11 +39,6 @@ def opened_for_writing(pid: int, file: FileId) -> bool:
 # -- room ---------------------------------------------------------------------------------------
 
 
-def is_regular(path: str) -> bool:
-    """Whether it is a regular file (links followed)."""
-    return stat.S_ISREG(os.stat(path).st_mode)
-
-
 def is_block_device(path: str) -> bool:
     """Whether it is a block device (links followed)."""
     return stat.S_ISBLK(os.stat(path).st_mode)

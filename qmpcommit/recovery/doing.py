@@ -145,7 +145,7 @@ class Recovery:
 
     async def _do(self, finding: Finding, found: list[Finding]) -> list[Finding]:
         """One finding, and what goes with it; a failure is its result."""
-        vm = next(vm for vm, seen in self._seen.items() if seen.vm == finding.vm)
+        vm = self._vm(finding)
         alike = [finding]
         steps: Mapping[Kind, Callable[[], Awaitable[str]]] = {
             "creation": lambda: self._dismiss_creation(vm, finding),
