@@ -236,6 +236,8 @@ class Exchange:
         with suppress(JobNotFound, CommitFailed):
             job = await self.vm.adopt(job_id, policy=Abort(), pending="cancel")
             await job.wait()
+        with suppress(CommandRefused):  # which of both ends it came to, the graph tells
+            await self.vm.execute("job-dismiss", {"id": job_id})
 
     async def go_on(self) -> None:
         """The guest goes on as before, after `back`."""

@@ -13,6 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import absolute
 from qmpcommit.block.identity import identify
+from qmpcommit.commit.claim import take
 from qmpcommit.commit.plan import Plan
 from qmpcommit.cycles.exchange import Exchange, Guest, complete, put_back
 from qmpcommit.errors import CommandRefused
@@ -406,19 +407,38 @@ async def test_before_the_decision_another_process_puts_it_back(folder: Path, st
             await as_before(session, qemu, chain, fresh)
 
 
-async def test_what_was_being_put_back_is_put_back_by_another_process(folder: Path) -> None:
-    """The former one was killed while it committed the empty overlay."""
+async def until(vm: qc.Session, job: str, status: str) -> None:
+    """Wait until the only job has come so far."""
+    async with asyncio.timeout(20):
+        while [(each["id"], each["status"]) for each in await vm.execute("query-jobs")] != [
+            (job, status)
+        ]:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("ended", [None, "job-complete", "job-cancel"], ids=str)
+async def test_what_was_being_put_back_is_put_back_by_another_process(
+    ended: str | None, folder: Path
+) -> None:
+    """The former one was killed while it committed the empty overlay, or when that had ended."""
     chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
     async with machine(folder, chain, running=True) as qemu:
         plan, noted = await killed_at("reopen", qemu.qmp, fresh)
         async with qc.Session.connect(qemu.qmp) as session:
-            options: Any = {"shallow": True, "override": ["on-disk-backing"]}
-            job = await session.commit(f"{plan.job_id}-top", policy=qc.Hold(),
-                                       job_id=f"{plan.job_id}-back", **options)  # fmt: skip
-            await job.ready()
-            await job.detach()
+            job = f"{plan.job_id}-back"
+            await session.execute(
+                "block-commit",
+                {"job-id": job, "device": f"{plan.job_id}-top", "base-node": plan.top.node_name,
+                 "auto-dismiss": False},
+            )  # fmt: skip
+            await until(session, job, "ready")
+            if ended is not None:
+                await session.execute(ended, id=job)
+                await until(session, job, "concluded")
         async with qc.Session.connect(qemu.qmp) as session:
-            assert await put_back([again(session, plan, fresh, noted)]) == []
+            exchange = again(session, plan, fresh, noted)
+            async with await take(session, await session.disk("vda"), "disc") as exchange.claim:
+                assert await put_back([exchange]) == []
             await as_before(session, qemu, chain, fresh)
 
 
