@@ -406,7 +406,10 @@ class Engine:
 
     def _look_for_room(self) -> None:
         """Whether there is room again is found by trying, not by refusing for ever."""
-        sql = "INSERT OR REPLACE INTO keys VALUES ('', '', '', 0)"
+        sql = (
+            "INSERT OR REPLACE INTO keys (key, fingerprint, commit_id, created)"
+            " VALUES ('', '', '', 0)"
+        )
         # Nothing is written for a statement that changes nothing; no client's key is empty.
         self.journal.write_soon(Statement(sql), Statement("DELETE FROM keys WHERE key = ''"))
 
