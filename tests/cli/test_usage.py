@@ -241,6 +241,7 @@ THROUGH = {
     "pivot": ["web1", "job"],
     "keep": ["web1", "job"],
     "abort": ["web1", "job"],
+    "wait": ["web1", "job"],
     "window": ["web1", "vda", "--", "true"],
     "cycle": ["web1", "vda"],
 }

@@ -124,7 +124,7 @@ async def test_killed_anywhere_it_goes_on_from_the_ledger(kind: str, folder: Pat
         killed = await died(folder / str(place), kind, place, None)
         count += killed
     print(f"{kind}: killed at {count} places")
-    assert count > 12 // STRIDE
+    assert count >= 12 // STRIDE
 
 
 @pytest.mark.parametrize("kind", ["pivot", "recycle"])

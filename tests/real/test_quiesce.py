@@ -203,9 +203,10 @@ async def test_a_note_that_fails_prevents_the_freeze_but_not_the_thaw(folder: Pa
         async with qc.quiesced(vm, "pause", ledger=Full("thaw")):
             assert not await runs(qemu)
         assert await runs(qemu)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(qc.CommitFailed, match="no space") as caught:
             async with qc.quiesced(vm, "pause", ledger=Full("freeze")):
                 raise AssertionError("not frozen, and begun nevertheless")
+        assert isinstance(caught.value.__cause__, OSError)
         assert await runs(qemu)
 
 

@@ -111,13 +111,13 @@ async def test_a_frozen_guest_whose_agent_is_not_known_is_told(folder: Path) -> 
 
 async def test_a_guest_that_can_not_be_marked_is_quiesced_nevertheless(folder: Path) -> None:
     async with running(folder) as (_, vm, _):
-        name = f"qmpcommit-w{NUMBER}-paused"  # somebody has a node of that name: QEMU refuses
-        await vm.execute("blockdev-add", {"driver": "null-co", "node-name": name})
+        name = f"qmpcommit-w{NUMBER}-paused"  # somebody has a drive of that name: QEMU refuses
+        drive = {"command-line": f"drive_add 0 if=none,driver=null-co,id={name}"}
+        assert "OK" in await vm.execute("human-monitor-command", drive)
         window = await qc.open_window(vm, ["vda"], freeze="pause", name=NAME)
         assert window.quiesced is not None
         assert await runs(vm)
-        assert name in await nodes(vm)
-        await vm.execute("blockdev-del", {"node-name": name})
+        assert name not in await nodes(vm)
         await qc.close_window(vm, window)
     assert overlays(folder) == []
 
