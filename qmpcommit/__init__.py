@@ -44,6 +44,7 @@ _HOMES = {
     "qmp.events": "Event UnknownEvent",
     "recovery.doing": "recover",
     "recovery.findings": "Finding Recovered",
+    "recovery.resume": "resume",
     "session": "Session",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

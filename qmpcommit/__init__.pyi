@@ -77,6 +77,7 @@ from qmpcommit.qmp.events import UnknownEvent as UnknownEvent
 from qmpcommit.recovery.doing import recover as recover
 from qmpcommit.recovery.findings import Finding as Finding
 from qmpcommit.recovery.findings import Recovered as Recovered
+from qmpcommit.recovery.resume import resume as resume
 from qmpcommit.session import Session as Session
 from qmpcommit.window.group import snapshot as snapshot
 from qmpcommit.window.records import Frozen as Frozen

@@ -1,4 +1,4 @@
-"""A ledger in a file: a commit that survives the process that began it."""
+"""A ledger in a file: a commit, or a group or the like, that survives the process that began it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from qmpcommit.commit.ledger import add_note
+from qmpcommit.commit.ledger import COMMIT, KINDS, Noted, add_note
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.errors import InvalidRequest, JobConflict
 
@@ -18,41 +18,41 @@ VERSION = 1
 
 
 class FileLedger:
-    """Notes one commit in the file `path`, so that `Session.resume` goes on from there.
+    """Notes one commit, group, window or cycle in the file `path`, so that another goes on from it.
 
-    Each note replaces the file as a whole, for its owner only (mode 0600), and is on the disk
-    before the step is taken. The file stays when the commit has ended, for a program that was
-    killed before it had noted the outcome itself; remove it then (`remove`). A commit does not
-    begin over the notes of one that has not ended; the disks of a group, and windows, can't be
-    noted in one.
+    `Session.resume` does that for a commit, ``qc.resume`` for all of them. Each note replaces the
+    file as a whole, for its owner only (mode 0600), and is on the disk before the step is taken.
+    The file stays when all has ended, for a program that was killed before it had noted the outcome
+    itself; remove it then (`remove`). Nothing begins over the notes of what has not ended.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.path.abspath(os.fspath(path))
         self._noted: dict[str, Any] | None = None
         self._writing = threading.Lock()
-        self._given, self._written = 0, 0
+        self._newest = (0, "")
+        self._given, self._written, self._durable = 0, 0, 0
 
     async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
         """Write a step down (see `Ledger.note`); raises OSError where that can't be done."""
+        kind = facts.get("kind", COMMIT)
+        mine = facts["plan"].job_id if step == "block-commit" else facts.get("known_as", "")
         noted = self._noted
-        if step == "block-commit":
+        if noted is None or step == "block-commit":
             noted = await asyncio.to_thread(self._read)
-            other = noted.get("plan", {}).get("job_id", "")
-            if other != facts["plan"].job_id and not noted.get("over", not noted):
-                raise JobConflict(
-                    f"{self.path} holds a commit that has not ended, with job {other}: resume it,"
-                    " or remove the file"
-                )
-            noted = {}
-        elif noted is None:
-            noted = await asyncio.to_thread(self._read)
-        if step != "block-commit" and not (noted and "plan" in noted):
+        if mine and (kind, mine) != _named(noted) and not noted.get("over", not noted):
+            there, other = _named(noted)
+            what = f"with job {other}" if there == COMMIT else f"of id {other}"
+            raise JobConflict(
+                f"{self.path} holds a {there} that has not ended, {what}: resume it, or remove the"
+                " file"
+            )
+        if not mine and "plan" not in noted:
             raise InvalidRequest(
                 f"{self.path} can't note {step}: it is for one commit, and none has begun"
             )
-        self._noted = add_note(noted or {}, step, state, **facts)
-        self._noted["over"] = False
+        self._noted = add_note({} if step == "block-commit" else noted, step, state, **facts)
+        self._noted.setdefault("over", False)
         await asyncio.to_thread(self._write, self._next())
 
     def moved(self, state: State) -> None:
@@ -86,7 +86,10 @@ class FileLedger:
 
     def _next(self) -> tuple[int, str]:
         self._given += 1
-        return self._given, json.dumps({"qmpcommit": VERSION, "commit": self._noted})
+        noted = dict(self._noted or {})
+        kind = noted.pop("kind", COMMIT)
+        self._newest = self._given, json.dumps({"qmpcommit": VERSION, kind: noted})
+        return self._newest
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -96,20 +99,21 @@ class FileLedger:
             return {}
         try:
             held = json.loads(text)
-            if held["qmpcommit"] == VERSION:
-                return dict(held["commit"])
-        except (ValueError, TypeError, KeyError):
+            (kind,) = held.keys() - {"qmpcommit"}
+            if held["qmpcommit"] == VERSION and kind in KINDS:
+                return {**held[kind], **({} if kind == COMMIT else {"kind": kind})}
+        except (ValueError, TypeError, KeyError, AttributeError):
             pass
         raise InvalidRequest(
             f"{self.path} is no ledger of this version of qmpcommit, and is left as it is"
         )
 
     def _write(self, numbered: tuple[int, str], *, durable: bool = True) -> None:
-        """Replace the file; an older note that comes late replaces no newer one."""
-        number, text = numbered
+        """Replace the file with the newest; what others have written meanwhile is not repeated."""
         with self._writing:
-            if number < self._written:
+            if numbered[0] <= (self._durable if durable else self._written):
                 return
+            number, text = max(numbered, self._newest)
             made = f"{self.path}.{os.getpid()}-{number}.new"
             file = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -133,3 +137,11 @@ class FileLedger:
                     os.fsync(folder)
                 finally:
                     os.close(folder)
+                self._durable = number
+
+
+def _named(noted: Noted) -> tuple[str, str]:
+    """What the notes are of: a commit by its job, all else by its id."""
+    kind = noted.get("kind", COMMIT)
+    name = noted.get("plan", {}).get("job_id", "") if kind == COMMIT else noted.get("known_as", "")
+    return str(kind), str(name)

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from qmpcommit.block.identity import FileId
+from qmpcommit.callback import Failed, ask
 from qmpcommit.commit.checks.finding import Finding
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice, Ended
@@ -20,6 +21,7 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import AnyPolicy, Hold, PolicyCall, Recycle, parse_policy
+from qmpcommit.errors import InvalidRequest, QmpCommitError
 
 
 class Ledger(Protocol):
@@ -36,7 +38,7 @@ class Ledger(Protocol):
             async def noted(self):
                 return self.value
 
-    One ledger is for one commit.
+    One ledger is for one commit, group, window or cycle.
     """
 
     async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
@@ -60,12 +62,19 @@ class Ledger(Protocol):
         """The machine has reached another phase; for whoever watches, so nothing waits for it."""
 
 
+COMMIT = "commit"
+KINDS = (COMMIT, "group", "window", "cycle")
+"""What a ledger may hold one of."""
+
 Noted = Mapping[str, Any]
-"""All that was noted of one commit, in JSON's own types."""
+"""All that was noted, in JSON's own types; of what is no commit its `kind` is there."""
 
 
 def add_note(noted: Noted, step: str, state: State | None = None, **facts: Any) -> dict[str, Any]:
-    """What was noted so far, and this step: all that `Session.resume` has to know."""
+    """What was noted so far, and this step: all that whoever goes on has to know."""
+    if facts.get("kind", COMMIT) != COMMIT:
+        told = {"step": step, "over": bool(facts.get("over"))}
+        return {**facts["value"], "kind": facts["kind"], "known_as": facts["known_as"], **told}
     added = {**noted, "step": step}
     if state is not None:
         added["state"] = dump_state(state)
@@ -95,6 +104,37 @@ def add_note(noted: Noted, step: str, state: State | None = None, **facts: Any) 
         case "clear-away":
             added["outcome"] = facts["outcome"].model_dump(mode="json")
     return added
+
+
+async def read_ledger(ledger: Any) -> Noted:
+    """All that a ledger holds, of whatever kind; nothing where it is empty.
+
+    Raises `InvalidRequest` for one that can't be read.
+    """
+    if not callable(getattr(ledger, "noted", None)):
+        raise InvalidRequest(
+            f"{ledger!r} is no ledger to resume from: it has no noted(), which gives back what"
+            " add_note made of the notes"
+        )
+    try:
+        noted: Noted | None = await ask(ledger.noted)
+    except Failed as failed:
+        if isinstance(failed.cause, QmpCommitError):
+            raise failed.cause from None
+        raise InvalidRequest(f"the ledger can't be read: {failed}") from failed.cause
+    if noted and noted.get("kind", COMMIT) not in KINDS:
+        raise InvalidRequest(
+            f"the ledger holds a '{noted['kind']}', which this version of qmpcommit does not know"
+        )
+    return dict(noted or {})
+
+
+def expect_kind(noted: Noted, kind: str) -> None:
+    """Raises `InvalidRequest` where a ledger holds something else."""
+    held = noted.get("kind", COMMIT)
+    if noted and held != kind:
+        how = "Session.resume(ledger)" if held == COMMIT else "qc.resume(ledger, vms), with all VMs"
+        raise InvalidRequest(f"the ledger holds a {held}, not a {kind}: go on with it by {how}")
 
 
 def resumed_of(noted: Noted, *, same_vm: bool | None, alone: bool = True) -> Resumed:

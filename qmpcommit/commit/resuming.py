@@ -6,9 +6,16 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import read_disks
-from qmpcommit.callback import Failed, Noting, ask
+from qmpcommit.callback import Noting
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.ledger import Noted, plan_of, resumed_of
+from qmpcommit.commit.ledger import (
+    COMMIT,
+    Noted,
+    expect_kind,
+    plan_of,
+    read_ledger,
+    resumed_of,
+)
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall, parse_policy
 from qmpcommit.errors import CommandRefused, InvalidRequest, JobNotFound, QmpCommitError
@@ -22,23 +29,14 @@ if TYPE_CHECKING:
 
 async def noted_in(vm: VM, ledger: Any) -> Noted:
     """All that a ledger holds; raises `JobNotFound` where that is nothing, `InvalidRequest`."""
-    if not callable(getattr(ledger, "noted", None)):
-        raise InvalidRequest(
-            f"{ledger!r} is no ledger to resume from: it has no noted(), which gives back what"
-            " add_note made of the notes"
-        )
-    try:
-        noted = await ask(ledger.noted)
-    except Failed as failed:
-        if isinstance(failed.cause, QmpCommitError):
-            raise failed.cause from None
-        raise InvalidRequest(f"the ledger can't be read: {failed}") from failed.cause
+    noted = await read_ledger(ledger)
+    expect_kind(noted, COMMIT)
     if not noted or "state" not in noted or "plan" not in noted:
         raise JobNotFound(
             f"the ledger holds no commit of {vm.name}: none was begun, or its notes were removed",
             vm=vm.name,
         )
-    return dict(noted)
+    return noted
 
 
 def taken_up(

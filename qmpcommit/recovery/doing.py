@@ -70,22 +70,31 @@ async def recover(
     and goes on. Raises what `Monitor.execute` raises where a VM is away. If it is cancelled, the
     step that is under way ends first.
     """
-    from qmpcommit.commit.vm import VM
-
     if decide not in (None, "pivot", "keep", "abort"):
         raise InvalidRequest(f"a job is decided by 'pivot', 'keep' or 'abort', not {decide!r}")
     async with AsyncExitStack() as stack:
-        named: dict[VM, str | os.PathLike[str] | None] = {}
-        for each in [vms] if isinstance(vms, (str, os.PathLike, VM)) else vms:
-            vm = each
-            if not isinstance(vm, VM):
-                vm = await stack.enter_async_context(VM.connect(vm))
-            named[vm] = (agents or {}).get(each)
+        there = await opened(stack, vms)
+        named = {vm: (agents or {}).get(each) for vm, each in there.items()}
         if not named:
             raise InvalidRequest("name the VMs that are to be recovered, at least one")
         places = [os.fspath(each) for each in folders]
         work = Recovery(named, decide, places, override=CLAIM in override)
         return await (work.look() if look_only else work.run())
+
+
+async def opened(
+    stack: AsyncExitStack, vms: VM | str | os.PathLike[str] | Iterable[VM | str | os.PathLike[str]]
+) -> dict[VM, VM | str | os.PathLike[str]]:
+    """Sessions with these VMs, each with how it was named; what is an address is connected."""
+    from qmpcommit.commit.vm import VM
+
+    named: dict[VM, VM | str | os.PathLike[str]] = {}
+    for each in [vms] if isinstance(vms, (str, os.PathLike, VM)) else vms:
+        vm = each
+        if not isinstance(vm, VM):
+            vm = await stack.enter_async_context(VM.connect(vm))
+        named[vm] = each
+    return named
 
 
 async def clear_overlays(vm: VM, agent: str | os.PathLike[str] | None) -> list[Finding]:

@@ -212,3 +212,26 @@ async def test_a_damaged_ledger_is_told_and_left(text: str, folder: Path) -> Non
         await qemu.quit()
     assert path.read_text() == text
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_what_holds_something_else_is_gone_on_with_elsewhere(folder: Path) -> None:
+    chain = make_chain(folder)
+    group = folder / "group"
+    await qc.FileLedger(group).note("begin", kind="group", known_as="0a", value={})
+    async with machine(folder, chain) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.InvalidRequest, match=r"a group, not a commit: .* qc\.resume"):
+                await vm.resume(qc.FileLedger(group))
+            with pytest.raises(qc.CommitFailed, match="holds a group that has not ended"):
+                await vm.commit("vda", policy=qc.Pivot(), ledger=qc.FileLedger(group))
+            with pytest.raises(qc.JobNotFound, match="the ledger holds nothing"):
+                await qc.resume(qc.FileLedger(folder / "none"), [vm])
+            job = await vm.commit("vda", policy=qc.Hold(), ledger=qc.FileLedger(folder / "ledger"))
+            await job.ready()
+            await vm.release()  # as if killed
+        ledger = qc.FileLedger(folder / "ledger")
+        with pytest.raises(qc.InvalidRequest, match="none of the VMs that were named"):
+            await qc.resume(ledger, [])
+        assert (await qc.resume(ledger, qemu.qmp, policy=qc.Pivot())).action == "pivot"
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])

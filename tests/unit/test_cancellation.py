@@ -313,7 +313,17 @@ async def _noted(qemu: Machine) -> None:
         await ledger.note("cont")
 
 
-LEAVING = [_detached, _released, _resumed, _noted]
+async def _resumed_to_its_end(qemu: Machine) -> None:
+    ledger = qc.FileLedger(Path(qemu.qmp).with_name("ledger"))
+    ledger.remove()
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold(), ledger=ledger)
+        await job.ready()
+        await job.detach()
+    assert (await qc.resume(ledger, qemu.qmp, policy=qc.Keep())).action == "keep"
+
+
+LEAVING = [_detached, _released, _resumed, _noted, _resumed_to_its_end]
 
 
 @pytest.mark.timeout(300)

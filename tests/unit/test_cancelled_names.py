@@ -76,6 +76,7 @@ CALLS: dict[str, Story] = {
     "quiesced": real._paused,
     "recover": unit.ASKING["recover_several"],
     "recover_window": real._recovered,
+    "resume": unit._resumed_to_its_end,
     "resolve_pending": unit.ASKING["resolve_pending"],
     "snapshot": real._windows_of_two,
     "thaw": real._thawed,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.ledger import (
     add_note,
     dump_state,
+    expect_kind,
     files_of,
     load_state,
     plan_of,
+    read_ledger,
     resumed_of,
     time_left,
 )
@@ -164,3 +168,108 @@ async def test_what_is_no_commit_is_not_noted(tmp_path: Path) -> None:
     with pytest.raises(qc.InvalidRequest, match="can't note create: it is for one commit"):
         await qc.FileLedger(tmp_path / "ledger").note("create", window=None)
     assert not list(tmp_path.iterdir())
+
+
+# -- what is no commit -----------------------------------------------------------------------------
+
+
+async def test_a_file_holds_one_of_any_kind(tmp_path: Path) -> None:
+    file = tmp_path / "ledger"
+    ledger = qc.FileLedger(file)
+    group: dict[str, Any] = {"kind": "group", "known_as": "0a"}
+    await ledger.note("begin", **group, value={"a": 1})
+    await ledger.note("finalize", **group, value={"b": [2]})
+    told = {"b": [2], "step": "finalize", "over": False}
+    assert json.loads(file.read_text()) == {"qmpcommit": 1, "group": {"known_as": "0a", **told}}
+    assert await qc.FileLedger(file).noted() == {**group, **told}
+    window: dict[str, Any] = {"kind": "window", "known_as": "0a", "value": {}}
+    commit: dict[str, Any] = {"plan": PLAN, "files": {}, "times": {}}
+    for again in (qc.FileLedger(file), ledger):
+        with pytest.raises(qc.JobConflict, match="holds a group that has not ended, of id 0a"):
+            await again.note("begin", **window)
+        with pytest.raises(qc.JobConflict, match="holds a group that has not ended, of id 0a"):
+            await again.note("block-commit", STATES[0], **commit)
+    await ledger.note("end", **group, value={}, over=True)
+    await qc.FileLedger(file).note("begin", **window)
+    assert json.loads(file.read_text()).keys() == {"qmpcommit", "window"}
+    await qc.FileLedger(file).note("end", **window, over=True)
+    await qc.FileLedger(file).note("block-commit", STATES[0], **commit)
+    assert json.loads(file.read_text()).keys() == {"qmpcommit", "commit"}
+    with pytest.raises(qc.JobConflict, match="holds a commit that has not ended, with job job"):
+        await qc.FileLedger(file).note("begin", **window)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"qmpcommit": 1, "flock": {}}', '{"qmpcommit": 1, "group": {}, "commit": {}}',
+     '{"qmpcommit": 1}', '{"qmpcommit": 1, "group": 3}'],
+)  # fmt: skip
+async def test_a_file_of_an_unknown_kind_is_refused_and_left(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "ledger"
+    file.write_text(text)
+    for call in (
+        read_ledger(qc.FileLedger(file)),
+        qc.FileLedger(file).note("begin", kind="group", known_as="0a", value={}),
+    ):
+        with pytest.raises(qc.InvalidRequest, match="is no ledger of this version"):
+            await call
+    assert file.read_text() == text
+
+
+class Row:
+    """A ledger of a program's own, which holds what is given."""
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        self.value = value
+
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
+        """As is documented."""
+        self.value = qc.add_note(self.value, step, state, **facts)
+
+    async def noted(self) -> dict[str, Any]:
+        """All of it."""
+        return self.value
+
+
+async def test_what_another_kind_holds_is_not_taken_for_it() -> None:
+    row = Row({})
+    assert await read_ledger(row) == {}
+    await row.note("begin", kind="cycle", known_as="0b", value={"a": 1})
+    noted = await read_ledger(row)
+    assert noted == {"kind": "cycle", "known_as": "0b", "a": 1, "step": "begin", "over": False}
+    expect_kind(noted, "cycle")
+    with pytest.raises(qc.InvalidRequest, match=r"holds a cycle, not a commit: .* by qc\.resume"):
+        expect_kind(noted, "commit")
+    with pytest.raises(qc.InvalidRequest, match=r"a commit, not a group: .* by Session\.resume"):
+        expect_kind(begun(), "group")
+    with pytest.raises(qc.InvalidRequest, match="holds a 'flock', which this version"):
+        await read_ledger(Row({"kind": "flock"}))
+
+
+async def test_notes_that_come_at_once_are_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The members of a group that is held don't wait for one file after another."""
+    ledger = qc.FileLedger(tmp_path / "ledger")
+    renames: list[Any] = []
+    rename = os.rename
+
+    def counted(old: Any, new: Any) -> None:
+        renames.append(new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", counted)
+    await ledger.note("begin", kind="group", known_as="0a", value={})
+    with ledger._writing:  # one is under way
+        notes = [
+            asyncio.create_task(ledger.note("n", kind="group", known_as="0a", value={"n": n}))
+            for n in range(50)
+        ]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*notes)
+    assert (await qc.FileLedger(ledger.path).noted())["n"] == 49
+    assert len(renames) == 2
+    ledger._write(ledger._next(), durable=False)
+    ledger._write(ledger._newest)  # what is not durable yet is written once more
+    assert len(renames) == 4
