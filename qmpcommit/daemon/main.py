@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import io
-import logging
 import os
 import signal
 import socket
@@ -15,9 +13,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
-import structlog
 import uvicorn
 
 from qmpcommit import log
@@ -30,6 +27,7 @@ from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.forgetting import forget_old
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
+from qmpcommit.daemon.logs import configure_log, on_a_terminal
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rules import Rules
 from qmpcommit.daemon.windows import Windows
@@ -64,10 +62,6 @@ def serve(config: Config, seconds: float | None = None) -> None:
     asyncio.run(_serve(config, seconds))
 
 
-def _on_a_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
 def _hung_up() -> None:
     log.Log().warning("hang_up_ignored", why="the configuration is read when the daemon starts")
 
@@ -88,7 +82,7 @@ async def _serve(config: Config, seconds: float | None) -> None:
         loop.add_signal_handler(number, ending.set)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # Of a terminal that closes it is the end; else somebody wants the configuration read.
-        loop.add_signal_handler(signal.SIGHUP, ending.set if _on_a_terminal() else _hung_up)
+        loop.add_signal_handler(signal.SIGHUP, ending.set if on_a_terminal() else _hung_up)
     # Of a terminal that closes, or to have the configuration read: neither ends a daemon.
     loop.add_signal_handler(
         signal.SIGHUP, log.Log().warning, "sighup_ignored: a restart reads the configuration"
@@ -294,63 +288,3 @@ def _file_of(path: str) -> tuple[int, int] | None:
         found = os.lstat(path)
         return found.st_dev, found.st_ino
     return None
-
-
-# -- logs -----------------------------------------------------------------------------------------
-
-
-class _Lines(io.TextIOBase):
-    """Standard error; no commit fails, and no guest stays frozen, for a log that can't be written.
-
-    Its disk may be full, and who read it may have gone.
-    """
-
-    def write(self, text: str) -> int:
-        """Write what can be written."""
-        with suppress(OSError, AttributeError):  # or it was closed before Python began
-            sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what can be flushed."""
-        with suppress(OSError, AttributeError):
-            sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        """Whether a person reads it."""
-        return _on_a_terminal()
-
-
-def configure_log(config: Config) -> None:
-    """Logs of the daemon go to standard error, as JSON or for people."""
-    level = getattr(logging, config.log_level.upper())
-    log.threshold = level
-    lines = _Lines()
-    render: structlog.typing.Processor = structlog.processors.JSONRenderer()
-    if config.log == "console":
-        render = structlog.dev.ConsoleRenderer(colors=lines.isatty())
-    structlog.configure(
-        processors=[
-            structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            render,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", lines)),
-        cache_logger_on_first_use=False,
-    )
-    # What libraries say over Python's logging has the same form.
-    before: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
-    ]
-    handler = logging.StreamHandler(lines)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
-            foreign_pre_chain=before,
-        )
-    )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -222,7 +222,8 @@ class Registry:
             pause = min(pause * 2, BACKOFF[1])
 
     def _failed(self, vm: VM, error: QmpCommitError) -> None:
-        if vm.error is None:
+        told = vm.session is not None and vm.session.breach  # once, and by the monitor
+        if vm.error is None and not told:
             self.log.info("vm_away", vm=vm.name, why=error.message)
         vm.state, vm.error = "away", error.again()
 

@@ -12,9 +12,7 @@ from qemu.qmp import EventListener, QMPClient
 from qemu.qmp.message import Message
 
 from qmpcommit.qmp.address import peer_pid
-
-READ_LIMIT = 64 * 1024 * 1024
-"""Bytes that one QMP message may have; a schema is 0.25 MB, 200 layers with bitmaps a few MB."""
+from qmpcommit.qmp.reading import CHUNK, MESSAGE, Breach, Lines, bound_of, check_size, read_message
 
 PATIENCE = 2.0
 """Seconds for which the end of a connection is waited for, and once more when it was hung up."""
@@ -25,7 +23,45 @@ logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 class Client(QMPClient):
-    """`QMPClient` that renders messages for its debug log only where somebody reads it."""
+    """`QMPClient` that reads no more than QEMU would say.
+
+    `breach` is how what answers has broken the bounds, or the protocol; empty while it has not.
+    Messages are rendered for the debug log only where somebody reads it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, readbuflen=CHUNK)
+        self.breach = ""
+        self._bounds: dict[object, int] = {}  # of replies that may come, by their ids
+        self._lines: Lines | None = None
+
+    def _bound(self) -> int:
+        return max(self._bounds.values(), default=MESSAGE)
+
+    async def _do_recv(self) -> Message:
+        """The next message; raises OSError, EOFError or `Breach`."""
+        if self._lines is None:
+            assert self._reader is not None
+            self._lines = Lines(self._reader, self._bound)
+        try:
+            line = await self._lines.next()
+            check_size(len(line), self._bound())
+            message = await read_message(line)
+            answers = "return" in message and "event" not in message
+            known_as = message.get("id") if answers else None
+            known_as = known_as if isinstance(known_as, str) else None
+            check_size(len(line), self._bounds.get(known_as, MESSAGE))
+        except Breach as breach:
+            self.breach, self._lines = str(breach), None  # nor is kept what came behind it
+            raise
+        self._bounds.pop(known_as, None)
+        return message
+
+    async def _issue(self, msg: Message) -> str | None:
+        known_as = await super()._issue(msg)
+        # Of one that nobody waits for any more the reply may come yet.
+        self._bounds[known_as] = bound_of(msg.get("execute"))
+        return known_as
 
     def _cb_inbound(self, msg: Message) -> Message:
         return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
@@ -48,7 +84,7 @@ class Tap(EventListener):
 
 def new_client(name: str, tap: Tap) -> Client:
     """A client whose events go to `tap` alone, from before it is connected."""
-    client = Client(name, readbuflen=READ_LIMIT)
+    client = Client(name)
     client.events.event_filter = lambda message: False  # its history would grow for ever
     client.register_listener(tap)
     return client

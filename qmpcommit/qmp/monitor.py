@@ -34,11 +34,17 @@ from qmpcommit.errors import (
 )
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, is_socket, peer_pid
-from qmpcommit.qmp.client import Tap, client_pid, dispose, hang_up, new_client
+from qmpcommit.qmp.client import Client, Tap, client_pid, dispose, hang_up, new_client
 from qmpcommit.qmp.process import process_identity
 from qmpcommit.qmp.queries import Queries, check_form
+from qmpcommit.qmp.reading import Breach
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 from qmpcommit.tasks import stop, to_the_end
+
+PUT_OFF = (0.5, 60.0)
+"""Seconds for which what breaks QMP's bounds is not asked: the first time, and at most.
+
+What keeps to them for so long as the latter begins anew."""
 
 STEADY = 5.0
 """Seconds after which a connection that came back is not taken for one that breaks at once."""
@@ -93,6 +99,7 @@ class Monitor(Queries):
         self._closed = False
         self._back_at: float | None = None  # since when it is back, and has answered nothing
         self._trying_since = 0.0
+        self._put_off, self._not_before, self.breach = 0.0, 0.0, ""
         self._still = asyncio.Lock()  # no creation begins while QEMU is asked for its nodes
         if client is not None:
             client.register_listener(self._tap)
@@ -112,6 +119,8 @@ class Monitor(Queries):
                 pass
             elif self._shared is not None:
                 await self._attach()
+            elif self._not_before > asyncio.get_running_loop().time():
+                raise self._misbehaved(self._not_before - asyncio.get_running_loop().time())
             else:
                 await self._connect_unless_closed()
         return self
@@ -205,7 +214,7 @@ class Monitor(Queries):
         try:
             await self._connect()
         except ConnectError as error:
-            if not isinstance(error.__cause__, QMPError):
+            if self.breach or not isinstance(error.__cause__, QMPError):
                 raise
             await self._connect()
 
@@ -227,11 +236,12 @@ class Monitor(Queries):
         except OSError as error:
             raise self._unreachable(error.strerror or str(error), error) from error
         except QemuConnectError as error:
-            raise self._no_monitor(error.exc) from error
+            raise self._no_monitor(Breach(client.breach) if client.breach else error.exc) from error
         except (QMPError, ValueError, RecursionError) as error:
             raise self._no_monitor(error) from error
         finally:
             self.awaits = ""
+            self._note(client, 0.0)
             if client.runstate is not Runstate.RUNNING and sock is not None:
                 sock.close()
         if client.runstate is not Runstate.RUNNING:
@@ -280,6 +290,26 @@ class Monitor(Queries):
             address=str(self.address),
         )
 
+    def _note(self, client: Client, lasted: float) -> None:
+        """Remember how what answers has broken the bounds, and for how long it is not asked."""
+        if lasted > PUT_OFF[1]:
+            self._put_off, self.breach = 0.0, ""
+        if client.breach:
+            first = not self._put_off
+            self.breach = client.breach
+            self._put_off = min(2 * self._put_off or PUT_OFF[0], PUT_OFF[1])
+            self._not_before = asyncio.get_running_loop().time() + self._put_off
+            if first:
+                self.log.warning("monitor_put_off", address=str(self.address), why=client.breach)
+
+    def _misbehaved(self, seconds: float) -> ConnectError:
+        return ConnectError(
+            f"what listens at {self.address} is not asked for {seconds:.1f} s more: {self.breach}."
+            " Give the socket of QEMU's -qmp option, and restart QEMU where it is one",
+            vm=self.name,
+            address=str(self.address),
+        )
+
     def _no_monitor(self, cause: BaseException) -> ConnectError:
         what = "it closed the connection" if isinstance(cause, (EOFError, OSError)) else str(cause)
         what = what.splitlines()[0][:200] if what else type(cause).__name__
@@ -302,12 +332,16 @@ class Monitor(Queries):
             self.shutting_down = False
         self.subscribers.link(up)
 
-    async def _watch(self, client: QMPClient, sock: socket.socket) -> None:
+    async def _watch(self, client: Client, sock: socket.socket) -> None:
         """Tell subscribers when a connection of ours ends, and clear it away."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
         while client.runstate is Runstate.RUNNING:
             await client.runstate_changed()
         if self._client is client:
-            self.log.info("monitor_lost", shutting_down=self.shutting_down)
+            self._note(client, clock() - began)
+            if not self.breach:
+                self.log.info("monitor_lost", shutting_down=self.shutting_down)
             self._client = None
             self._tell(False)
             await dispose(client, sock)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import qmpcommit as qc
-from qmpcommit.qmp.client import READ_LIMIT
+from qmpcommit.qmp.reading import REPLY
 from tests.ground.fake_monitor import GREETING
 from tests.unit.test_hostile import anything
 
@@ -206,7 +206,7 @@ async def test_a_line_that_never_ends_ends_and_is_not_kept(greets: bool, folder:
             async with session as vm:
                 await vm.execute("query-status")
     assert sent
-    assert max(sent) <= 2 * READ_LIMIT + (16 << 20)
+    assert max(sent) <= 2 * REPLY + (16 << 20)
 
 
 GARBAGE = st.one_of(
