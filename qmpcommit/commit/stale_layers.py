@@ -53,7 +53,10 @@ OnPivot: TypeAlias = Callable[[CommitOutcome], Awaitable[object]]
 
 
 class BeforeClosing:
-    """An `OnPivot` of our own that is awaited while the stale layers' nodes are open still."""
+    """An `OnPivot` of our own that is awaited while the stale layers' nodes are open still.
+
+    No outcome tells of it, unless it fails.
+    """
 
     def __init__(self, hook: OnPivot) -> None:
         self._hook = hook
@@ -137,7 +140,8 @@ async def clear_away(
     hook: Literal["", "done", "failed"] = ""
     stale = (plan.top, *plan.between)
     unclosed: QmpCommitError | None = None
-    if isinstance(around.on_pivot, BeforeClosing):
+    early = isinstance(around.on_pivot, BeforeClosing)
+    if early and around.on_pivot is not None:
         hook = await _persisted(around.on_pivot, outcome, warnings)
     try:
         if again or outcome.action == "recycle":
@@ -171,6 +175,7 @@ async def clear_away(
             )
     except QmpCommitError as error:
         warnings.append(f"the stale layers were not cleared away: {error.message}")
+    hook = "" if early and hook == "done" else hook
     return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
 
 

@@ -45,6 +45,7 @@ from qmpcommit.errors import (
 )
 from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
+from qmpcommit.window.remains import is_own_job, marking_closed
 from qmpcommit.wire.commit import CommitRequest
 
 HOOK_TIMEOUT = 60.0
@@ -145,7 +146,7 @@ class Keeper:
         policy = None if asked.policy is None else promise.decided_policy()
         job = await session.prepare(
             replace(asked, policy=policy, job_id=promise.job_id or None),
-            Around(**self.around(promise)),
+            Around(**self._hooks(promise, session)),
             claim=self.claim_of(promise),
         )
         return Prepared(job, session, time.monotonic())
@@ -187,7 +188,7 @@ class Keeper:
             timeout=max(0.0, left) if (left := seconds_left(promise)) is not None else None,
             barrier=promise.barrier,
             claim=self.claim_of(promise),
-            **self.around(promise),
+            **self._hooks(promise, session),
         )
 
     async def _adopt(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
@@ -220,6 +221,13 @@ class Keeper:
             ) from None
         promise.log.warning("adopted", policy=getattr(policy, "kind", ""))
         return job
+
+    def _hooks(self, promise: Promise, session: Session) -> dict[str, Any]:
+        """The same; of one that closes a window its overlay itself says that it is stale then."""
+        hooks = self.around(promise)
+        if is_own_job(promise.job_id, promise.disk):
+            hooks["on_pivot"] = marking_closed(session)
+        return hooks
 
     def around(self, promise: Promise) -> dict[str, Any]:
         """What goes around a commit, as `Session.commit` and `Session.resume` take it."""

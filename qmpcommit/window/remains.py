@@ -17,7 +17,6 @@ import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Disk, Image, absolute, read_disks, read_image
@@ -125,12 +124,12 @@ async def merge_back(
                 delete=True,
                 bandwidth=bandwidth,
                 job_id=new_own_job(each.overlay, node),
-                on_pivot=BeforeClosing(partial(_mark_closed, vm, node)),
+                on_pivot=marking_closed(vm),
                 claim=claim,
             )
         outcome = await job.wait()
         if outcome.action == "pivot":
-            return replace(outcome, hook="")
+            return outcome
     raise WindowError(
         f"the commit of {each.overlay} ended {ROUNDS} times without a pivot: another client"
         " decides too. Nothing is lost",
@@ -148,8 +147,12 @@ def new_own_job(overlay: str, node: str) -> str:
 
 def own_jobs(disk: Disk, overlay: str) -> list[str]:
     """The jobs on a disk that were begun to close the window of its overlay, by their ids."""
-    own = re.compile(f"{_own_stem(overlay)}-[0-9a-f]{{8}}")
-    return [job for job in disk.jobs if own.fullmatch(job)]
+    return [job for job in disk.jobs if is_own_job(job, overlay)]
+
+
+def is_own_job(job_id: str, overlay: str) -> bool:
+    """Whether a job of that id commits this overlay of a window back, to close the window."""
+    return re.fullmatch(f"{_own_stem(overlay)}-[0-9a-f]{{8}}", job_id) is not None
 
 
 def _own_stem(overlay: str) -> str:
@@ -172,16 +175,24 @@ async def _take_up(vm: VM, graph: BlockGraph, job_id: str, claim: Claim | None) 
         plan,
         Resumed(state),
         files={plan.top.node_name: known},
-        on_pivot=BeforeClosing(partial(_mark_closed, vm, plan.top.node_name)),
+        on_pivot=marking_closed(vm),
         claim=claim,
     )
 
 
-async def _mark_closed(vm: VM, node: str, outcome: CommitOutcome | None = None) -> None:
-    """Have the stale overlay itself say that it is stale, once QEMU has closed it.
+def marking_closed(vm: VM) -> BeforeClosing:
+    """What has the stale overlay itself say that it is stale, once QEMU has closed it.
 
     So that whoever finds its file may delete it, if this process is killed before it did.
     """
+
+    async def mark(outcome: CommitOutcome) -> None:
+        await _mark_closed(vm, outcome.top.node_name)
+
+    return BeforeClosing(mark)
+
+
+async def _mark_closed(vm: VM, node: str) -> None:
     bitmap = {"node": node, "name": CLOSED, "persistent": True}
     with suppress(QmpCommitError):
         await vm.execute("block-dirty-bitmap-add", bitmap)
@@ -355,9 +366,9 @@ def _clear_file(vm: VM, graph: BlockGraph, path: str) -> list[Remains]:
     """Remove a file that this QEMU has not open, if nothing is lost with it."""
     if not os.path.lexists(path):
         return []
+    found = os.lstat(path)  # before it is read: what comes in its place then is another file
     if not is_void(path):
         return [_unknown(vm, path)]
-    found = os.lstat(path)
     problem = remove_file(
         Image("", path, ""),
         FileId(found.st_dev, found.st_ino),

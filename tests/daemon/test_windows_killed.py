@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import qmpcommit as qc
 from tests.daemon.daemons import Daemon
 from tests.daemon.kill_sweep import killable, killed_everywhere, places_of
 from tests.daemon.test_windows import OTHERS, end_of, overlays
@@ -124,3 +125,43 @@ async def test_killed_at_every_step(
         said = await killed_everywhere(at.d, story, places, partial(at.d.connected, "web1"))
     with capsys.disabled():
         print(f" {freeze}: {said}", end="")
+
+
+@pytest.mark.parametrize("verb", ["recover", "close"])
+async def test_the_overlay_that_it_had_pivoted_away_from_goes_without_it(
+    folder: Path, verb: str
+) -> None:
+    """It is killed before the deletion, and no daemon comes: the file says itself that it may go.
+
+    Somebody's file in its place stays.
+    """
+    async with host(folder, 1) as at:
+        await at.d.kill()
+        at.d.environment["QMPCOMMIT_DIE_IN"] = "before unlink"
+        await at.d.start()
+        await at.d.connected("web1")
+        window = await at.ask(1, {"disks": ["vda"], "lease": 600})
+        await at.writes(1)
+        with suppress(OSError, http.client.HTTPException):
+            await at.d.request("DELETE", f"/v1/windows/{window}")
+        assert at.d.process is not None
+        async with asyncio.timeout(60):
+            await at.d.process.wait()
+        (overlay,) = overlays(folder)
+        await at.writes(2)
+        theirs = overlay.rename(folder / "theirs")
+        overlay.write_bytes(at.chains[0].base.read_bytes())
+        async with qc.Session.connect(at.vm.qmp) as vm:
+            for there in (True, False):
+                if verb == "recover":
+                    left = (await vm.recover()).left
+                    assert [each.what for each in left] == [str(overlay)] * there
+                elif there:
+                    with pytest.raises(qc.WindowError, match="has not open"):
+                        await vm.close_windows()
+                else:
+                    assert await vm.close_windows() == []
+                assert overlays(folder) == [overlay] * there
+                if there:
+                    theirs.rename(overlay)
+        await at.nothing_is_left()
