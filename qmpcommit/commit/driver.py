@@ -550,7 +550,8 @@ class Driver:
         """Where the disk stands now, compared with the plan."""
         now = self._disk_now
         if now is None or now.active is None or not base:
-            return Where.UNUSED
+            idle = _user_of(self.plan.disk, private=False) == "nothing"
+            return Where.IDLE if idle else Where.UNUSED
         layers = [image.node_name for image in now.chain]
         if not self.plan.two_phase:
             if self.plan.top.node_name in layers:

@@ -40,6 +40,7 @@ class Where(StrEnum):
     MERGED = "merged"  # intermediate layer: no longer in the chain, over a base that is
     OTHER = "other"  # neither: somebody changed the chain
     UNUSED = "unused"  # no device or export uses the disk, so nothing can be seen
+    IDLE = "idle"  # the same, and none did when it was planned: nobody writes to it
 
 
 class Use(StrEnum):

@@ -709,7 +709,12 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
     if where is Where.BASE:
         return Verdict.PIVOTED, None, gone if end is None else ()
     # What QEMU was not heard to take may have come second, after another client's decision.
-    taken = state.decision if state.accepted and state.decision is not Choice.ABORT else None
+    taken: Choice | None = None
+    if state.accepted and state.decision is not Choice.ABORT:
+        taken = state.decision
+    if where is Where.IDLE:
+        # Which was first matters to nobody: without a write a pivot and a keep leave the same.
+        where, taken = Where.UNUSED, taken or (state.ordered if state.taken_up else None)
     if where is Where.UNUSED and end is not None and taken in PIVOTS:
         remark = "no device or export uses the disk, so the pivot can't be seen in the block graph"
         return Verdict.PIVOTED, None, (remark,)

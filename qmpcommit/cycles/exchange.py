@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from qmpcommit.block.bitmaps import bitmaps_of
@@ -96,7 +96,8 @@ class Exchange:
         self.over = noted.get("step") == "exchanged"
         self._let_go_before = bool(noted.get("let_go"))
         self.running: bool | None = noted.get("running")
-        self._again = self._marked = self.running is not None
+        self.begun = self.running is not None
+        self._again = self._marked = self.begun
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd, asked=asked)
         self.still: Still | None = None
         self.claim: Claim | None = None
@@ -112,6 +113,7 @@ class Exchange:
 
     async def lay(self) -> None:
         """The fresh overlay over the old one, under a guest that stands still."""
+        self.begun = True
         graph = await self.vm.graph()
         if self._laid(graph):
             return
@@ -192,6 +194,13 @@ class Exchange:
         await self.vm.execute("system_reset")
         if self.running:
             await self.held.go_on()
+
+    async def went_on(self) -> bool:
+        """Whether somebody has let the guest go on since a former process held it for this.
+
+        It writes what it has in memory, which belongs to what was thrown away.
+        """
+        return self._again and not self._let_go_before and await runs(self.vm)
 
     async def tidy(self) -> list[str]:
         """Delete the old one, where that was asked for, and note the end."""
@@ -371,7 +380,7 @@ async def exchange_all(
     left = [each for each in exchanges if not each.over]
     ran = {each.vm: each.running for each in exchanges if each.running is not None}
     begun: list[Exchange] = []
-    with _standing_still(left):
+    async with _standing_still(left):
         for each in left:  # before the first of a guest's disks has it stopped
             each.running = ran[each.vm] = ran[each.vm] if each.vm in ran else await each.held.ran()
             each.held.paused = each.running
@@ -394,9 +403,12 @@ async def exchange_all(
     return [warnings.get(each, []) for each in exchanges]
 
 
-@contextmanager
-def _standing_still(exchanges: Sequence[Exchange]) -> Iterator[None]:
-    """Their guests stand still for all of a guest's disks together, until it is let go on."""
+@asynccontextmanager
+async def _standing_still(exchanges: Sequence[Exchange]) -> AsyncIterator[None]:
+    """Their guests stand still for all of a guest's disks together, until it is let go on.
+
+    One of which nothing was begun goes on for whoever has handed it over meanwhile.
+    """
     missing = [each for each in exchanges if each.still is None]
     held: dict[VM, Still] = {}
     for each in missing:
@@ -406,10 +418,20 @@ def _standing_still(exchanges: Sequence[Exchange]) -> Iterator[None]:
     try:
         yield
     finally:
+        begun = {each.vm for each in exchanges if each.begun}
+        await to_the_end(_let_go({vm: still for vm, still in held.items() if vm not in begun}))
         for still in held.values():
             still.leave()
         for each in missing:
             each.still = None
+
+
+async def _let_go(held: Mapping[VM, Still]) -> None:
+    for vm, still in held.items():
+        with suppress(QmpCommitError):
+            why = await still.give_up()
+            if why:
+                vm.log.warning("not_continued", why=why)
 
 
 async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
@@ -419,7 +441,7 @@ async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
     were, or the message names those that are not. What `Monitor.execute` raises.
     """
     left = [each for each in exchanges if not each.over]
-    with _standing_still(left):
+    async with _standing_still(left):
         try:
             for at in left:
                 await at.swap()
@@ -440,10 +462,11 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
     for mine in by_vm.values():
         try:
             closed = {each: await each.close() for each in mine}
+            went_on = await mine[-1].went_on()
             await mine[-1].let_go()
             for each in mine:
                 await each.unmark()
-            if mine[-1].held.disturbed:
+            if went_on or mine[-1].held.disturbed:
                 for each in mine:
                     closed[each].append(
                         f"somebody let the guest go on before it was reset: {each.filename} may"
@@ -465,7 +488,7 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
 
 async def put_back(begun: Sequence[Exchange]) -> list[Stuck]:
     """What could not be put back, and why; a guest goes on when all its disks are back."""
-    with _standing_still(begun):
+    async with _standing_still(begun):
         return await _put_back(begun)
 
 

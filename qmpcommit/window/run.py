@@ -65,11 +65,13 @@ from qmpcommit.guest.marks import (
     Mark,
     mark_of_window,
     marked,
+    marks_among,
     thaw_abandoned,
     thaw_marked,
     what_to_do,
 )
 from qmpcommit.guest.quiesce import LIMIT, How, quiesced, thaw
+from qmpcommit.guest.run_state import STOPPED_HERE
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -176,7 +178,9 @@ async def open_window(
         raise InvalidRequest(f"'{window}' is no name of a window: new_window_name() makes one")
     if freeze is not None:
         await thaw_abandoned(vm, agent)
-    _, graph = await vm.look()
+    status, graph = await vm.look()
+    if freeze is None and _is_left_still(graph, status):
+        await thaw_abandoned(vm, agent)
     found = {disk: find_disk(read_disks(graph), disk, vm=vm.name, cwd=vm.cwd) for disk in disks}
     if len({disk.root for disk in found.values()}) < len(disks):
         raise WindowError("a disk is named twice", vm=vm.name)
@@ -447,6 +451,12 @@ def age_of(window: str) -> float | None:
     except ValueError:
         return None
     return max(0.0, (datetime.now(UTC) - opened).total_seconds())
+
+
+def _is_left_still(graph: BlockGraph, status: str | None) -> bool:
+    """Whether a guest stands still that somebody, perhaps killed, has quiesced for a while."""
+    marks = marks_among(graph.nodes)
+    return any(mark.how == "agent" or status in STOPPED_HERE for mark in marks)
 
 
 def _active(disk: Disk) -> str:

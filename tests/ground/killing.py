@@ -11,9 +11,10 @@ from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 
 
-def places(write_to: str, die_at: int) -> Callable[[str], None]:
+def places(write_to: str, die_at: int, die_in: str = "") -> Callable[[str], None]:
     """Has `Session` and `Agent` pass places, each named in the file; at the n-th the process dies.
 
+    Or at the first that is called so.
     Answers with what passes one more place.
     """
     passed = 0
@@ -24,7 +25,7 @@ def places(write_to: str, die_at: int) -> Callable[[str], None]:
         passed += 1
         with open(write_to, "a") as file:
             file.write(f"{name}\n")
-        if passed == die_at:
+        if passed == die_at or name == die_in:
             os.kill(os.getpid(), signal.SIGKILL)
 
     async def executing(self: Session, command: str, arguments: Any = None, **more: Any) -> Any:

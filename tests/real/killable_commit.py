@@ -46,7 +46,8 @@ async def main() -> None:
             job = await vm.resume(ledger)
         else:
             delete = not {"keep", "abort"} & {json.loads(POLICY)["kind"]}
-            job = await vm.commit("vda", policy=POLICY, delete=delete, ledger=ledger)
+            (disk,) = await vm.disks()
+            job = await vm.commit(disk.name, policy=POLICY, delete=delete, ledger=ledger)
         outcome = await job.wait()
     Path(PLACES).with_name("outcome").write_text(outcome.model_dump_json())
 

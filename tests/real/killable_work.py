@@ -2,7 +2,7 @@
 
 There is a place before and after each QMP command that changes something. Arguments: the monitors,
 with commas between; which work; the place's number (0: never); the file to which the places are
-written as they are passed; and the folder of fresh overlays.
+written as they are passed; the folder of fresh overlays; and the name of a place to die at.
 """
 
 from __future__ import annotations
@@ -107,6 +107,6 @@ async def main(qmps: str, work: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    QMPS, NAME, DIE_AT, PLACES, FOLDER = sys.argv[1:]
-    places(PLACES, int(DIE_AT))
+    QMPS, NAME, DIE_AT, PLACES, FOLDER, *DIE_IN = sys.argv[1:]
+    places(PLACES, int(DIE_AT), *DIE_IN)
     asyncio.run(main(QMPS, NAME, FOLDER))

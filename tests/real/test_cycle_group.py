@@ -319,6 +319,40 @@ async def test_a_guest_that_does_not_go_on_is_named(folder: Path, by_hand: bool)
         await g.as_before()
 
 
+async def test_a_guest_that_a_recycle_hands_over_goes_on_where_the_discard_fails(
+    folder: Path,
+) -> None:
+    """It stands still for both; what fails has begun nothing on its VM yet."""
+    fresh = folder / "fresh.qcow2"
+    async with ground(folder) as g:
+        one, two = g.vms["one"], g.vms["two"]
+        execute, lays, may_fail = two.execute, asyncio.Event(), asyncio.Event()
+
+        async def failing(command: str, *more: Any, **options: Any) -> Any:
+            if command == "blockdev-snapshot":
+                lays.set()
+                await may_fail.wait()
+                g.qemus["two"].kill()
+            return await execute(command, *more, **options)
+
+        two.execute = failing  # type: ignore[method-assign]
+        discarding = asyncio.ensure_future(qc.discard([(two, "vda"), (one, "vda")], guest="reset"))
+        await lays.wait()
+        job = await one.commit("vdb", policy=qc.Recycle(str(fresh)))
+        assert (await job.wait()).action == "recycle"
+        assert await runs(one) is False  # it was handed over
+        may_fail.set()
+        with pytest.raises((qc.VMGone, qc.MonitorLost)):
+            await discarding
+        assert await runs(one)
+        assert await files(one, "vda") == [g.chains[0].top, g.chains[0].base]
+        assert await files(one, "vdb") == [fresh, g.chains[1].base]
+        await g.qemus["one"].quit()
+    assert_disk(g.chains[0].top, g.chains[0].pictures[-1])
+    assert_disk(fresh, g.chains[1].pictures[-1])
+    assert_disk(g.chains[2].top, g.chains[2].pictures[-1])
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["new", "begun by a killed one"])
 async def test_a_cancelled_one_ends_first(folder: Path, again: bool) -> None:
     async with ground(folder) as g:

@@ -22,6 +22,8 @@ from tests.ground.machines import Machine, Style, machine, storage_daemon
 from tests.ground.proxy import Strike, proxy
 from tests.ground.sessions import files, runs
 
+DEVICE = "/machine/peripheral/vda/virtio-backend"
+
 
 class Notes:
     """What was noted, all facts together; the process "dies" before the step `dies_at`."""
@@ -374,6 +376,33 @@ async def test_after_the_decision_another_process_carries_it_out(folder: Path, s
         await qemu.quit()
     assert_disk(fresh, chain.pictures[0])
     assert_disk(chain.top, chain.pictures[-1])  # nobody has asked to have it deleted
+
+
+@pytest.mark.parametrize("step", ["reopen", "close"])
+async def test_a_guest_that_went_on_over_its_former_memory_is_told_of_by_another_process(
+    folder: Path, step: str
+) -> None:
+    """Somebody let it go on after the former process was killed, and before it was reset."""
+    chain, fresh = make_chain(folder, 2), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        plan, noted = await killed_at(step, qemu.qmp, fresh)
+        if step == "reopen":  # and had done it
+            async with qc.Session.connect(qemu.qmp) as session:
+                await again(session, plan, fresh, noted).swap()
+        await qemu.execute("cont")
+        line = f'qemu-io -d {DEVICE} "write -P 85 0 64k"'
+        assert not await qemu.execute("human-monitor-command", command_line=line)
+        async with qc.Session.connect(qemu.qmp) as session:
+            ((warning,),) = await complete([again(session, plan, fresh, noted)])
+            assert "somebody let the guest go on before it was reset" in warning
+            assert await files(session) == [fresh, chain.base]
+            assert await runs(session)
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[0])
+    assert_disk(chain.top, chain.pictures[-1])
+    written = chain.pictures[0].copy()
+    written.fill(0, 65536, 85)
+    assert_disk(fresh, written)  # which the warning tells
 
 
 async def test_what_qemu_refuses_after_the_decision_is_put_back(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT
 from tests.ground.images import Chain, assert_disk, make_chain
-from tests.ground.machines import Machine, machine
+from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.places import STRIDE, first
 from tests.ground.sessions import runs
 
@@ -55,7 +55,8 @@ def expected(kind: str, folder: Path, chain: Chain) -> Path:
 
 def policy_of(kind: str, folder: Path) -> dict[str, Any]:
     """The policy of that kind."""
-    if kind == "recycle":
+    if kind in ("recycle", "unused"):
+        kind = "recycle"
         return {"kind": kind, "overlay": str(folder / "new")}
     if kind == "hold":
         return {"kind": kind, "timeout": 0.5, "otherwise": policy_of("recycle", folder)}
@@ -74,10 +75,12 @@ async def died(folder: Path, kind: str, place: int, again: int | None) -> bool:
     """Whether it was killed at that place, and once more while it was gone on with."""
     folder.mkdir()
     chain = make_chain(folder)
-    async with machine(folder, chain, running=True) as qemu:
+    unused = kind == "unused"
+    daemon = storage_daemon(folder, chain, export=False)
+    async with daemon if unused else machine(folder, chain, running=True) as qemu:
         process = Killable(folder, qemu, policy_of(kind, folder))
         async with qc.Session.connect(qemu.qmp) as vm:
-            node = (await vm.disk("vda")).chain[0].node_name
+            node = (await vm.disks())[0].chain[0].node_name
             await vm.execute("block-dirty-bitmap-add", {"node": node, "name": "b"})
         status, places = await process.run(place)
         where = places[-1]
@@ -88,7 +91,8 @@ async def died(folder: Path, kind: str, place: int, again: int | None) -> bool:
             assert process.ledger.stat().st_mode & 0o777 == 0o600
             assert (await process.run(0, "resume"))[0] == 0, where
             outcome = process.outcome
-            assert outcome.action == ("recycle" if kind == "hold" else kind), where
+            expects = "recycle" if kind in ("hold", "unused") else kind
+            assert outcome.action == expects, where
             assert outcome.decided_by == ("hold expired" if kind == "hold" else "policy"), where
         else:  # nothing was begun
             assert status
@@ -97,7 +101,7 @@ async def died(folder: Path, kind: str, place: int, again: int | None) -> bool:
                     await vm.resume(qc.FileLedger(process.ledger))
         async with qc.Session.connect(qemu.qmp) as vm:
             assert await vm.execute("query-jobs") == [], where
-            assert await runs(vm), where
+            assert unused or await runs(vm), where
             (disk,) = await vm.disks()
             active = expected(kind, folder, chain) if process.ledger.exists() else chain.top
             assert disk.chain[0].filename == str(active), where
@@ -107,15 +111,15 @@ async def died(folder: Path, kind: str, place: int, again: int | None) -> bool:
                 assert not [name for name in named if "claim" in name], where
         await qemu.quit()
     assert_disk(active, chain.pictures[-1])
-    if kind in ("pivot", "recycle", "hold", "keep") and process.ledger.exists():
+    if kind != "abort" and process.ledger.exists():
         assert_disk(chain.base, chain.pictures[-1])
-    gone = kind in ("pivot", "recycle", "hold") and process.ledger.exists()
+    gone = kind not in ("abort", "keep") and process.ledger.exists()
     assert chain.top.exists() != gone, where
     assert not list(folder.glob("ledger.*")) or status, where
     return status != 0
 
 
-@pytest.mark.parametrize("kind", ["pivot", "keep", "abort", "recycle", "hold"])
+@pytest.mark.parametrize("kind", ["pivot", "keep", "abort", "recycle", "hold", "unused"])
 async def test_killed_anywhere_it_goes_on_from_the_ledger(kind: str, folder: Path) -> None:
     place, killed = first() - STRIDE, True
     count = 0

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qmpcommit as qc
 from qmpcommit.qmp.events import JobStatusChange
+from tests.cli.command import ENVIRONMENT, start
 from tests.cli.command import run as qmpcommit
-from tests.cli.command import start
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read
 from tests.ground.images import run as run_tool
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.nbd import Nbd
 from tests.ground.qemu import QEMU
+from tests.ground.sessions import runs
 
 
 def two_chains(folder: Path) -> tuple[Chain, Chain]:
@@ -360,5 +363,35 @@ async def test_files_of_one_name_have_overlays_of_their_own_in_one_folder(folder
             assert [outcome.action for outcome in window.outcomes] == ["pivot", "pivot"]
             assert list((folder / "overlays").iterdir()) == []
         await vm.quit()
+    for chain in chains:
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("freeze", [None, "pause"])
+@pytest.mark.parametrize("work", ["group keep", "recycle", "discard one"])
+async def test_over_a_guest_that_a_killed_process_left_paused_it_is_not_opened(
+    folder: Path, work: str, freeze: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the guest goes on first; never does it stay paused in silence."""
+    monkeypatch.setattr("qmpcommit.guest.marks.GRACE", 0.3)
+    chains = two_chains(folder)
+    async with machine(folder, *chains, running=True) as qemu:
+        places = folder / "places"
+        words = [qemu.qmp, work, "0", str(places), str(folder), "after stop"]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.real.killable_work", *words, env=ENVIRONMENT
+        )
+        assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+        async with qc.Session.connect(qemu.qmp) as vm:
+            assert not await runs(vm)
+            group = work == "group keep"  # whose guest goes on, and whose jobs are in the way
+            why = "has a block job" if group else "'qmpcommit recover .*Nothing was sent"
+            with pytest.raises(qc.JobConflict if group else qc.QuiesceFailed, match=why):
+                await vm.snapshot(["vdb"], freeze=freeze).__aenter__()
+            assert await runs(vm) is group
+            await vm.recover(decide="abort")
+            assert await runs(vm)
+        await qemu.quit()
+    assert not list(folder.glob("*qmpcommit-window*"))
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])

@@ -198,6 +198,22 @@ def test_a_disk_that_nobody_uses_is_believed_only_by_what_qemu_has_taken(choice:
     assert dismissed[0].verdict is Verdict.UNCLEAR
 
 
+@pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP, Choice.RECYCLE])
+def test_of_a_disk_that_nobody_ever_used_a_killed_process_need_not_know_who_was_first(
+    choice: Choice,
+) -> None:
+    sent = decided(choice)
+    if choice is Choice.RECYCLE:
+        sent = after(sent, Frozen())
+    for where, knows in ((Where.IDLE, True), (Where.UNUSED, False)):
+        resumed = phases.resume(sent[0], same_vm=True)
+        state, _ = after(resumed, concluded(), GraphRead(where))
+        verdict = Verdict.KEPT if choice is Choice.KEEP else Verdict.PIVOTED
+        assert state.verdict is (verdict if knows else Verdict.UNCLEAR)
+    ended = after(sent, concluded(), GraphRead(Where.IDLE))  # of a process that lives
+    assert ended[0].verdict is Verdict.UNCLEAR
+
+
 def test_a_refused_decision_is_sent_again_at_the_next_ready_and_only_once() -> None:
     refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "not now"))
     again = after(refused, StatusChanged("ready"))
