@@ -1,4 +1,4 @@
-"""The block-job tests on QEMUs of several ages, and the README's table of what came of it.
+"""The block-job tests on QEMUs of several ages, and the manual's table of what came of it.
 
 ``python -m tests.all_qemu FOLDER [PYTEST ARGUMENT ...]`` is what ``tests/run.sh --all-qemu`` runs;
 FOLDER keeps the QEMUs that ``tests/other_qemus.sh`` unpacks. With ``--choice`` (``--other-qemu``)
@@ -176,7 +176,7 @@ async def test_all(folder: Path, choice: bool, options: Sequence[str]) -> list[T
 
 
 def table(tested: Sequence[Tested]) -> str:
-    """For the README."""
+    """For the manual."""
     head = "| QEMU | from | the block-job tests | skipped, and why |\n|---|---|---|---|"
     return "\n".join([head, *(made.row() for made in tested)])
 
@@ -188,11 +188,11 @@ def summary(counts: Counter[str], seconds: float) -> str:
 
 
 def write(text: str) -> None:
-    """Put the table between the README's markers."""
-    readme = TOP / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+    """Put the table between the markers of its page."""
+    page = TOP / "qmpcommit" / "manual" / "qemu.md"
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def main() -> int:

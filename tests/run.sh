@@ -13,7 +13,7 @@
 #                                                         --debug-asyncio), shared out among so many
 #                                                         processes, for most of them wait
 #   ./tests/run.sh --all-qemu [PYTEST ARGUMENT ...]       block jobs on QEMU 5.2 to the newest,
-#                                                         and the README's table of them
+#                                                         and the manual's table of them
 #   ./tests/run.sh --other-qemu [PYTEST ARGUMENT ...]     on all but the machine's own, what can
 #                                                         differ there (tests/choice.py)
 #   ./tests/run.sh --debug-asyncio [PYTEST ARGUMENT ...]  all tests in Python's development
@@ -120,7 +120,7 @@ full() {
     say "  the command, the daemon, real guests, the model and hostile input, in debug mode;"
     say "    killed and cut off at every step"
     say "  block jobs on every QEMU from 5.2 to the newest, with a fault at every message;"
-    say "    the README's table of them is written"
+    say "    the manual's table of them is written"
     say "  unit tests on every Python from 3.11 to the newest"
     for part in "--debug-asyncio tests/unit" \
         "--at-once 2 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \

@@ -16,12 +16,14 @@ COMMANDS = {
     "recover": ("recover:recover", "Put right what a death has left: says what, then does it."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
+    "help": ("help:help_", "The manual: its topics, or one of them."),
 }
 """Name, home in this package, and the line in the list of commands."""
 
 NO_DAEMON = {
     "daemon": "it is the daemon itself",
     "demo": "it makes a VM of its own",
+    "help": "it comes with the program",
     "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
     " have the daemon's configuration say it, in a [[flatten]] rule",
     "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"

@@ -302,6 +302,14 @@ def _policy(
         )
     if not given and not needed:
         return None
+    if not given:
+        from qmpcommit.errors import PolicyRequired
+
+        raise PolicyRequired(
+            "nothing says what to do when the copy is READY: give --pivot to make the base the"
+            " active image, --keep-overlay to go on with the overlay, or --recycle, --abort,"
+            " --hold, --check or --policy. Nothing was sent"
+        )
     from qmpcommit.commit import policy as policies
     from qmpcommit.commit.policy import AnyPolicy, parse_policy
     from qmpcommit.units import parse_seconds

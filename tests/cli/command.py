@@ -113,12 +113,12 @@ def _pending(pid: int) -> int:
     return 0
 
 
-async def on_a_terminal(*words: object, columns: int = 120) -> Said:
-    """Run the command with a terminal for both of its outputs."""
+async def on_a_terminal(*words: object, columns: int = 120, **more: str) -> Said:
+    """Run it with a terminal for both of its outputs; `more` are environment variables."""
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *COMMAND, *map(str, words), stdin=theirs, stdout=theirs, stderr=theirs,
-        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": str(columns)},
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": str(columns), **more},
     )  # fmt: skip
     os.close(theirs)
     loop = asyncio.get_running_loop()

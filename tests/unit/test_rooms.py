@@ -9,7 +9,7 @@ from pathlib import Path
 import qmpcommit
 
 FLOORS = (
-    {"errors"},
+    {"errors", "manual"},
     {"log", "tasks", "units", "values", "names"},
     {"callback"},
     {"qmp"},
