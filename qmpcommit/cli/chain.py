@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.block.chain import Disk
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.vm import RemoteVM
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("disk", required=False)
 @click.option("--dot", is_flag=True, help="Print a Graphviz graph (| dot -Tsvg).")

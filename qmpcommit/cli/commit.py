@@ -22,6 +22,7 @@ from qmpcommit.cli.options import (
     overlay_asked,
     shell,
 )
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -42,7 +43,7 @@ _FOREVER = "forever"
 _TIME = re.compile(r"\d[\d.]*[a-z]*", re.IGNORECASE | re.ASCII)
 
 
-class CommitCommand(click.Command):
+class CommitCommand(Command):
     """Gives ``--hold`` its optional value only where the next word is a time.
 
     So ``--hold QMP DISK`` holds for ever, and ``--hold 30 QMP DISK`` for 30 seconds.

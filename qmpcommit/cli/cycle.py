@@ -22,6 +22,7 @@ from qmpcommit.cli.options import (
     override_option,
     shell,
 )
+from qmpcommit.cli.sections import Command
 from qmpcommit.cli.show import remarks, show_seconds
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ OTHERWISE = 3
 """The exit status where the changes were thrown away."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("words", nargs=-1, required=True, metavar="QMP DISK... | QMP:DISK...")
 @click.option(
     "--keep-if",

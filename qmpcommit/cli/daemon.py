@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.sections import Command
 from qmpcommit.errors import InvalidRequest
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--config", metavar="FILE", required=True, help="The configuration, in TOML.")
 @click.option("--check-config", is_flag=True, help="Say whether it is right, and run nothing.")
 @common

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qmpcommit.cli.options import Answer, Options, common, shell
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -35,7 +36,7 @@ def _after_pivot(command: F) -> F:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("job")
 @_WAITS
@@ -51,7 +52,7 @@ def pivot(qmp: str, job: str, **given: Any) -> Answer:
     return _command("pivot", qmp, job, given)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("job")
 @_WAITS
@@ -65,7 +66,7 @@ def keep(qmp: str, job: str, **given: Any) -> Answer:
     return _command("keep", qmp, job, given)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("job")
 @common
@@ -78,7 +79,7 @@ def abort(qmp: str, job: str, **given: Any) -> Answer:
     return _command("abort", qmp, job, given)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("job")
 @click.option(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.options import Answer, Interrupted, Options, common
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.demo_qemu import Chain, Programs
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.outcome import CommitOutcome
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--storage-daemon", is_flag=True, help="Use qemu-storage-daemon.")
 @click.option("--keep-files", is_flag=True, help="Leave the images, and say where.")
 @common

@@ -8,9 +8,10 @@ import click
 
 from qmpcommit.cli.commands import COMMANDS
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.sections import Command
 
 
-@click.command("help")
+@click.command("help", cls=Command)
 @click.argument("topic", required=False)
 @common
 def help_(topic: str | None, **given: Any) -> Answer:

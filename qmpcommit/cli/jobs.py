@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.options import Answer, Options, common
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @common
 def jobs(qmp: str, **given: Any) -> Answer:

@@ -64,21 +64,17 @@ _OF_ALL = re.compile(r"--json|--quiet|--verbose|--timeout(=.*)?|-[qv]+", re.DOTA
 class Commands(click.Group):
     """A group whose commands are imported when they are called.
 
-    ``--daemon`` gets its optional value only where the next word can be an address; what all
-    commands take may stand before a command's name, too.
+    ``--daemon`` gets its optional value only where the next word can be an address; it may stand
+    after a command's name too, and what all commands take before it.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Join ``--daemon`` with its value, and have the command find what is its own."""
+        args = _daemon_first(args)
         place = 0
         own: list[str] = []
         while place < len(args) and args[place].startswith("-") and args[place] != "--":
-            if args[place] == "--daemon":
-                after = args[place + 1] if place + 1 < len(args) else ""
-                given = "/" in after or after.startswith("tcp:")
-                args = [*args[:place], f"--daemon={after if given else ''}",
-                        *args[place + 1 + given :]]  # fmt: skip
-            elif _OF_ALL.fullmatch(args[place]):
+            if _OF_ALL.fullmatch(args[place]):
                 words = 1 + (args[place] == "--timeout")
                 own += args[place : place + words]
                 args = [*args[:place], *args[place + words :]]
@@ -87,6 +83,18 @@ class Commands(click.Group):
         if place < len(args):  # else no command is there, which is what is said
             args = [*args[: place + 1], *own, *args[place + 1 :]]
         return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Say of what is no command what may have been meant."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS)
+            meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            ctx.fail(f"No such command '{args[0]}'.{meant}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Their names, in the order of a commit's life."""
@@ -127,11 +135,30 @@ def cli(ctx: click.Context, daemon: str | None) -> None:
     QMP is the path of a QEMU monitor's socket (-qmp unix:PATH,server=on,wait=off) or
     tcp:HOST:PORT; DISK a qdev id or QOM path, drive alias, node-name or image file.
 
-    --json, --quiet, --timeout S and --verbose are for every command, before or after its name.
+    --json, --quiet, --timeout S, --verbose and --daemon go before or after any command's name.
+    Where $QMPCOMMIT_QMP is set, QMP may be left out. 'qmpcommit help' is the manual.
     """
     asked = ctx.invoked_subcommand or ""
     if daemon is not None and asked in NO_DAEMON:
         raise click.UsageError(f"'{asked}' is not done through a daemon: {NO_DAEMON[asked]}")
+
+
+def _daemon_first(args: list[str]) -> list[str]:
+    """``--daemon`` with its value before the command, wherever before ``--`` it stands."""
+    found: list[str] = []
+    left: list[str] = []
+    words = iter(args[: args.index("--")] if "--" in args else args)
+    word = next(words, None)
+    while word is not None:
+        after = next(words, None)
+        if word == "--daemon":
+            given = after is not None and ("/" in after or after.startswith("tcp:"))
+            found.append(f"--daemon={after if given else ''}")
+            word = next(words, None) if given else after
+            continue
+        (found if word.startswith("--daemon=") else left).append(word)
+        word = after
+    return [*found, *left, *(args[args.index("--") :] if "--" in args else ())]
 
 
 def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> NoReturn:
@@ -153,7 +180,10 @@ def main(arguments: Sequence[str] | None = None, *, name: str | None = None) -> 
     if own:
         signals.keep_stderr()
     try:
-        status = _say(_call(arguments), as_json)
+        if not arguments and sys.stderr is not None and sys.stderr.isatty():
+            status = _tell_of_commands()
+        else:
+            status = _say(_call(arguments), as_json)
     except (KeyboardInterrupt, click.Abort):
         # Where a job could have been started, signals do not come as exceptions.
         status = _complain(Interrupted("interrupted; nothing was sent"), as_json)
@@ -258,11 +288,20 @@ def _has_answered(status: int | None) -> bool:
     return is_answer(status)
 
 
+def _tell_of_commands() -> int:
+    """Who types the bare name on a terminal is helped; elsewhere a line has to do."""
+    assert sys.stderr is not None
+    context = click.Context(cli, info_name="qmpcommit", **cli.context_settings)
+    sys.stderr.write(f"{cli.get_help(context)}\n")
+    return USAGE
+
+
 def _usage_message(error: click.ClickException) -> str:
     message = error.format_message().rstrip(".")
+    message += "" if message.endswith("?") else "."
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "qmpcommit"
-    return f"{message}. See '{where} --help'"
+    return f"{message} See '{where} --help'"
 
 
 def _print_json(value: object) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli.options import Answer, Options, common, here
+from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -18,7 +19,7 @@ LEFT = 3
 """The exit status where something is left to do."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmps", nargs=-1, required=True, metavar="QMP...")
 @click.option(
     "--agent",

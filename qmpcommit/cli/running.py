@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -154,7 +155,9 @@ def _configure_log(verbose: int) -> None:
         processors=[
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+            ),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(log.threshold),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

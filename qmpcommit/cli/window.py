@@ -22,6 +22,7 @@ from qmpcommit.cli.options import (
     overlay_asked,
     override_option,
 )
+from qmpcommit.cli.sections import Command
 from qmpcommit.cli.show import remarks
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qmpcommit.window.records import GroupWindow
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(cls=Command, context_settings={"ignore_unknown_options": False})
 @click.argument("qmp")
 @click.argument("words", nargs=-1, metavar="DISK... -- COMMAND...")
 @click.option(
@@ -305,7 +306,7 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     return Answer(data, "\n".join([*said, *remarks(outcomes)]), quiet=running.options.quiet)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("qmp")
 @click.argument("disk")
 @click.option("--keep", type=int, required=True, help="How many layers are to be left.")

@@ -1,0 +1,99 @@
+"""What helps: sections and examples, suggestions, the bare name, what may stand where."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from qmpcommit.cli.commands import COMMANDS
+from qmpcommit.cli.main import cli
+from qmpcommit.cli.sections import EXAMPLES, SECTIONS, Command
+from tests.cli.command import on_a_terminal, qmpcommit
+from tests.ground.images import make_chain
+from tests.ground.machines import machine
+
+
+async def test_the_usual_monitor_may_be_left_out(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        usual = {"QMPCOMMIT_QMP": qemu.qmp}
+        named = qmpcommit("chain", qemu.qmp, "vda")
+        assert qmpcommit("chain", "vda", **usual) == named
+        assert qmpcommit("chain", qemu.qmp, "vda", QMPCOMMIT_QMP="/nowhere.sock") == named
+        assert qmpcommit("jobs", **usual) == qmpcommit("jobs", qemu.qmp)
+        said = qmpcommit("commit", "vda", "--keep-overlay", "--json", **usual)
+        assert (said.status, said.json["action"]) == (0, "keep")
+        said = qmpcommit("window", "vda", "--", "ls", "{vda}", **usual)
+        assert (said.status, said.out.splitlines()[0]) == (0, str(chain.top))
+        said = qmpcommit("pivot", "nothing", "--json", **usual)
+        assert (said.status, said.error["type"]) == (4, "JobNotFound")
+        await qemu.quit()
+
+
+def test_examples_are_right_usage() -> None:
+    assert EXAMPLES.keys() == COMMANDS.keys()
+    for name, lines in EXAMPLES.items():
+        for line in lines:
+            if name not in ("daemon", "demo", "help"):  # the last two do what they say
+                assert qmpcommit(*shlex.split(line)).status == 4, line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_sections_and_examples(name: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert isinstance(command, Command)
+    text = command.get_help(click.Context(command, info_name=name))
+    for line in EXAMPLES[name]:
+        assert f"\n  qmpcommit {line}\n" in f"{text}\n"
+    known = {option for options in SECTIONS.values() for option in options}
+    for each in command.params:
+        if isinstance(each, click.Option) and each.name not in known:
+            assert (name, each.name) in {("demo", "storage_daemon"), ("daemon", "check_config")}
+        if isinstance(each, click.Option):
+            assert f"{each.opts[0]}" in text
+    for section, options in SECTIONS.items():
+        there = any(each.name in options for each in command.params)
+        assert (f"\n{section}:\n" in text) is (there or section == "Output")
+
+
+def test_what_is_unknown_suggests() -> None:
+    assert "Did you mean 'commit'? See" in qmpcommit("comit").err
+    assert "No such command 'frobnicate'. See" in qmpcommit("frobnicate").err
+    assert "--pivot" in qmpcommit("commit", "/x", "vda", "--pivott").err
+
+
+async def test_the_bare_name_helps_on_a_terminal() -> None:
+    said = await on_a_terminal()
+    assert said.status == 2
+    assert said.out.replace("\r", "") == qmpcommit("--help", COLUMNS="120").out
+    assert qmpcommit().err == "qmpcommit: Missing command. See 'qmpcommit --help'\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--daemon", "/nowhere/d.sock", "jobs", "web1"],
+        ["jobs", "--daemon", "/nowhere/d.sock", "web1"],
+        ["jobs", "web1", "--daemon=/nowhere/d.sock"],
+        ["jobs", "web1", "--json", "--daemon", "/nowhere/d.sock", "--timeout", "9"],
+    ],
+    ids=" ".join,
+)
+def test_the_daemon_may_be_named_anywhere(words: list[str]) -> None:
+    said = qmpcommit(*words, "--json")
+    assert said.error["type"] == "DaemonUnreachable"
+    assert said.error["address"] == "/nowhere/d.sock"
+
+
+def test_what_a_windows_command_takes_is_its_own() -> None:
+    said = qmpcommit("window", "/nowhere", "vda", "--", "echo", "--daemon", "/nowhere/d.sock")
+    assert (said.status, said.err[:24]) == (4, "qmpcommit: can't connect")
+
+
+def test_a_daemon_knows_its_vms_by_their_names() -> None:
+    said = qmpcommit("jobs", "--daemon=/nowhere/d.sock", QMPCOMMIT_QMP="/nowhere.sock")
+    assert said.status == 2
+    assert "Missing argument 'QMP'" in said.err
