@@ -1,8 +1,7 @@
 """Who may use the API, and how much of it: peer credentials, a bearer token, and bounds.
 
-`PeerProtocol` reads ``SO_PEERCRED`` of each connection to the Unix socket; `Gate` is the ASGI
-layer around the API that refuses strangers, large bodies, slow requests and too many at once,
-each with a problem document.
+`Gate` is the ASGI layer around the API that refuses strangers, large bodies, slow requests and too
+many at once, each with a problem document.
 """
 
 from __future__ import annotations
@@ -10,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import grp
 import hmac
-import json
 import pwd
-import socket
-import struct
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-import h11
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.connections import Peer, problem
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.errors import InvalidRequest
 
@@ -32,59 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-FIRST_REQUEST = 10.0
-"""Seconds that a connection gets for the first request's header."""
-
 STREAMS = ("/v1/events",)
-
-
-class Peer(NamedTuple):
-    """Who is at the other end of a Unix socket."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-class PeerProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which tells the application its peer and waits for nobody long."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has connected."""
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "peer": peer_of(transport)}
-        self._first = self.loop.call_later(FIRST_REQUEST, self._too_slow)
-
-    def _too_slow(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.abort()
-
-    def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP; an answer that has begun is broken off."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            headers, body = _problem(400, "Malformed", msg)
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It has hung up."""
-        self._first.cancel()
-        super().connection_lost(exc)
-
-
-def peer_of(transport: asyncio.Transport) -> Peer | None:
-    """The peer's credentials; None for a TCP connection."""
-    sock = transport.get_extra_info("socket")
-    if sock is None or sock.family != socket.AF_UNIX:
-        return None
-    size = struct.calcsize("3i")
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    return Peer(*struct.unpack("3i", raw))
 
 
 def user_id(name: str | int) -> int:
@@ -235,25 +178,9 @@ class _Answer:
         """A problem document, where nothing was answered yet."""
         if self._begun:
             return
-        headers, body = _problem(status, title, detail)
+        headers, body = problem(status, title, detail)
         await self({"type": "http.response.start", "status": status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
-
-
-def _problem(status: int, title: str, detail: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """A problem document, after which the connection is closed: its headers and its body."""
-    kind = f"urn:qmpcommit:http:{status}"
-    body = json.dumps({"type": kind, "title": title, "status": status, "detail": detail}).encode()
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if status == 503:
-        headers.append((b"retry-after", b"2"))
-    return headers, body
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -82,7 +82,9 @@ class Limits(Section):
     `bandwidth` is the budget in bytes per second that running copies share (0: none); `queue`
     how many commits may wait; `gone_after` for how many seconds a VM may be away before its
     commits are given up. A snapshot window that is older than `window_age`, or whose overlay has
-    more than `window_size` bytes (0: any), is warned of.
+    more than `window_size` bytes (0: any), is warned of. `connections` are those to the Unix
+    socket that are open at once, `connections_per_user` those of one user, and `connections_tcp`
+    those to TCP; where they are as many, one that asks for nothing is cut.
     """
 
     commits: Number = 16
@@ -97,6 +99,9 @@ class Limits(Section):
     request_size: Size = Field(default=65536, ge=1024)
     request_time: Seconds = Field(default=30.0, ge=0.1)
     requests: Number = 256
+    connections: Number = 512
+    connections_per_user: Number = 384
+    connections_tcp: Number = 128
     followers: int = Field(default=64, strict=True, ge=0)
 
 

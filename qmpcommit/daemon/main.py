@@ -12,16 +12,18 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import uvicorn
 
 from qmpcommit import log
 from qmpcommit.daemon import cycle_api, group_api, losses, rule_api, systemd, window_api
-from qmpcommit.daemon.access import Allowed, Gate, PeerProtocol, group_id, user_id
+from qmpcommit.daemon.access import Allowed, Gate, group_id, user_id
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
+from qmpcommit.daemon.connections import Doors, PeerProtocol
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.forgetting import forget_old
@@ -41,13 +43,26 @@ GRACE = 0.3
 """Seconds that open requests get when the daemon stops."""
 
 BACKLOG = 1024
-"""Connections that may wait to be accepted."""
+"""Connections that may wait to be accepted; of those to TCP no more than are `AT_ONCE`."""
+
+AT_ONCE = 64
+"""Connections that are accepted before one of them is looked at."""
+
+KEEP_ALIVE = 75
+"""Seconds that a connection is kept which asks for nothing more."""
 
 _TOKEN_BYTES = 4096
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, whose signals are the daemon's own."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        for sock in sockets or ():
+            if sock.family == socket.AF_UNIX:
+                sock.listen(BACKLOG)  # it is accepted few at once, but who comes has its place
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -117,7 +132,7 @@ async def _run(
     window_api.routes(app, engine, windows)
     settings = uvicorn.Config(
         Gate(app, config, allowed, token, metrics),
-        http=PeerProtocol,
+        http=cast("type[asyncio.Protocol]", partial(PeerProtocol, doors=Doors.of(config.limits))),
         ws="none",
         loop="none",
         lifespan="off",
@@ -125,9 +140,9 @@ async def _run(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=1,
-        backlog=BACKLOG,
+        backlog=AT_ONCE,
     )
     server = _Server(settings)
     await engine.start()

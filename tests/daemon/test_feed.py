@@ -9,15 +9,17 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
 
 from qmpcommit.daemon import feed as feed_module
-from qmpcommit.daemon.access import PeerProtocol
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import parse
+from qmpcommit.daemon.connections import Doors, PeerProtocol
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.journal import Event, Journal, Statement
@@ -33,9 +35,11 @@ async def serving(folder: Path) -> AsyncIterator[Engine]:
     """The daemon's API in this process, at `Daemon.socket`."""
     raw = f'state = "{folder}"\n[listen]\nsocket = "{folder}/d.sock"\n'
     journal = await Journal(folder / "journal.db").open()
-    engine = Engine(parse(raw.encode(), "c"), journal)
+    config = parse(raw.encode(), "c")
+    engine = Engine(config, journal)
+    protocol: Any = partial(PeerProtocol, doors=Doors(config.limits, 1024))
     settings = uvicorn.Config(
-        create_app(engine), uds=f"{folder}/d.sock", http=PeerProtocol, ws="none", lifespan="off",
+        create_app(engine), uds=f"{folder}/d.sock", http=protocol, ws="none", lifespan="off",
         log_config=None, access_log=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(settings)
