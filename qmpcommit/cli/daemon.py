@@ -32,10 +32,14 @@ def daemon(config: str, check_config: bool, **given: Any) -> Answer:
             f"the daemon needs the package {error.name}: pip install 'qmpcommit[daemon]'"
         ) from None
     loaded = load(config)
-    check(loaded)
+    found = check(loaded)
     if check_config:
-        return Answer({"config": config, "right": True}, f"{config} is right", quiet=options.quiet)
-    serve(loaded, options.timeout)
+        if found.wrong:
+            raise InvalidRequest(f"the configuration {config} is wrong: {'; '.join(found.wrong)}")
+        told = "\n".join([f"{config} is right", *(f"note: {each}" for each in found.noted)])
+        answer = {"config": config, "right": True, "notes": found.noted}
+        return Answer(answer, told, quiet=options.quiet)
+    serve(loaded, options.timeout, found.wrong)
     return Answer({"config": config, "ended": "in order"}, "", quiet=True)
 
 

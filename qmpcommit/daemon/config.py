@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from qmpcommit.client import DEFAULT_SOCKET
+from qmpcommit.daemon.wrong import in_words
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.wire.cycle import Cycle
 from qmpcommit.wire.rules import Flatten
@@ -189,9 +190,5 @@ def parse(raw: bytes, source: str) -> Config:
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise InvalidRequest(f"the configuration {source} is no TOML: {error}") from None
-        wrong = "; ".join(f"{_path(each['loc'])}: {each['msg']}" for each in error.errors())
+        wrong = in_words(error, Config)
         raise InvalidRequest(f"the configuration {source} is wrong: {wrong}") from None
-
-
-def _path(location: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in location) or "top"

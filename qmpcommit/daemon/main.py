@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.connections import Doors, PeerProtocol
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
+from qmpcommit.daemon.findings import Findings, examine
 from qmpcommit.daemon.forgetting import forget_old
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
@@ -70,9 +71,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(config: Config, seconds: float | None = None) -> None:
-    """Run the daemon until it is told to end, or so many seconds; raises `QmpCommitError`."""
+def serve(config: Config, seconds: float | None = None, wrong: Sequence[str] = ()) -> None:
+    """Run the daemon until it is told to end, or so many seconds; raises `QmpCommitError`.
+
+    What is `wrong` with the configuration, and will fail only when it is needed, is logged.
+    """
     configure_log(config)
+    for what in wrong:
+        log.Log().warning("configuration_wrong", what=what)
     sys.setswitchinterval(0.0005)  # the journal's thread must not wait for a busy loop
     asyncio.run(_serve(config, seconds))
 
@@ -81,12 +87,13 @@ def _hung_up() -> None:
     log.Log().warning("hang_up_ignored", why="the configuration is read when the daemon starts")
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> Findings:
     """What can be known of a configuration without serving; raises `QmpCommitError`."""
     _allowed(config)
     _token(config)
     if config.listen.group is not None:
         group_id(config.listen.group)
+    return examine(config)
 
 
 async def _serve(config: Config, seconds: float | None) -> None:

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qmpcommit.block.chain import Disk, read_disks
-from qmpcommit.commit.claim import Owner, owner_in
+from qmpcommit.commit.claim import owner_in
 from qmpcommit.cycles.flatten import Step
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.journal import event
@@ -187,17 +187,22 @@ class Rules(Story):
             del standing.disks[key]
         for disk in mine:
             held = commits_of(self._engine.live.values(), vm.name, disk, disks)
-            owner = owner_in(graph, disk)
-            step = self._judge(standing, vm.name, disk, held, owner)
+            objection = hands_off(disk, held, owner_in(graph, disk), cycles=self._cycles_of(vm))
+            step = self._judge(standing, vm.name, disk, objection)
             if step is not None:
                 self._at_work.add(vm.name)
                 seen = standing.disks[vm.name, disk.name]
                 self._go(self._step(standing, seen, disk, step), f"flatten {vm.name}")
                 break
 
-    def _judge(
-        self, standing: Standing, vm: str, disk: Disk, held: list[str], owner: Owner | None
-    ) -> Step | None:
+    def _cycles_of(self, vm: VM) -> list[str]:
+        """What cycles call disks of this VM, by whichever name they know it."""
+        places = [place for cycle in self._engine.config.cycle for place in cycle.disks]
+        known = self._engine.registry.vms
+        same = [name for name, other in known.items() if other.last_identity == vm.identity != ""]
+        return [disk for name, disk in places if name in {vm.name, *same}]
+
+    def _judge(self, standing: Standing, vm: str, disk: Disk, objection: str) -> Step | None:
         """What is to be done with this disk now; None for nothing."""
         seen = standing.disks.setdefault((vm, disk.name), Seen(vm, disk.name))
         seen.layers, seen.overlay_size = len(disk.chain), overlay_size(disk)
@@ -211,7 +216,6 @@ class Rules(Story):
         if step is None:
             seen.state, seen.why = "within", f"{why}, but it has no more layers than are kept"
             return None
-        objection = hands_off(disk, held, owner)
         if objection or vm in self._at_work:
             seen.state, seen.why = "left-alone", objection or "another disk of the VM comes first"
             return None

@@ -57,18 +57,33 @@ def step_of(rule: Flatten, disk: Disk) -> Step | None:
     return next_step(len(disk.chain), rule.keep)
 
 
-def hands_off(disk: Disk, held_by: Iterable[str], owner: Owner | None = None) -> str:
+def has_cycle(disk: Disk, names: Iterable[str]) -> bool:
+    """Whether one of `names`, which cycles have for disks of this VM, means this disk."""
+    for name in names:
+        with suppress(DiskNotFound):
+            find_disk([disk], name, vm="")
+            return True
+    return False
+
+
+def hands_off(
+    disk: Disk, held_by: Iterable[str], owner: Owner | None = None, *, cycles: Iterable[str] = ()
+) -> str:
     """Why this disk is left alone, in words; "" where it is not.
 
     `held_by` are the ids of commits that clients have promised for it, `owner` is who has claimed
-    it.
+    it, and `cycles` are the names that cycles have for disks of this VM.
     """
+    if has_cycle(disk, cycles):
+        return "it has a cycle, which says what goes into its base"
     if any(WINDOW_MARK in image.filename for image in disk.chain):
         return "it is in a window"
     if disk.jobs:
         return f"it has a block job ({', '.join(disk.jobs)})"
     if owner is not None and lives(owner) is not False:
         return f"it is held by {told(owner)}"
+    if owner is not None:
+        return f"it was left by {told(owner)}, which has ended: see qmpcommit recover"
     commits = ", ".join(held_by)
     return f"it has a commit that has not ended ({commits})" if commits else ""
 

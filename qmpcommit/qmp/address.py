@@ -15,7 +15,8 @@ from qmpcommit.errors import InvalidRequest
 AGAIN = 0.05
 """Seconds after which a socket is tried again that has others waiting."""
 
-_SUN_PATH = 107  # bytes that Linux's struct sockaddr_un holds, less the closing NUL
+SUN_PATH = 107
+"""Bytes that Linux's struct sockaddr_un holds, less the closing NUL."""
 
 
 class Address(NamedTuple):
@@ -49,10 +50,10 @@ class Address(NamedTuple):
                 if not path
                 else "a monitor's socket path can't contain a NUL byte"
             )
-        if len(os.fsencode(path)) > _SUN_PATH:
+        if len(os.fsencode(path)) > SUN_PATH:
             raise InvalidRequest(
                 f"the socket path '{path}' has {len(os.fsencode(path))} bytes, and a Unix socket's"
-                f" address holds {_SUN_PATH}; use a relative path or a shorter link to it"
+                f" address holds {SUN_PATH}; use a relative path or a shorter link to it"
             )
         return cls(path=path)
 

@@ -161,7 +161,7 @@ def test_a_configuration_is_checked_without_serving(folder: Path) -> None:
     for text, why in (
         ('[listen]\nusers = ["nobody-at-all"]', "no user 'nobody-at-all'"),
         ('[listen]\ngroup = "nobody-at-all"', "no group 'nobody-at-all'"),
-        ("[limits]\ncommit = 3", "limits.commit: Extra inputs"),
+        ("[limits]\ncommit = 3", "limits.commit: is not known here"),
         ("x = ", "is no TOML"),
     ):
         config.write_text(text)
