@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image
@@ -69,6 +70,18 @@ def open_files(pid: int) -> dict[int, FileId]:
     return found
 
 
+def writes(pid: int, file: FileId) -> bool:
+    """Whether a process is seen to have this very file open for writing."""
+    for number, opened in open_files(pid).items():
+        if opened == file:
+            with suppress(OSError, ValueError, LookupError):
+                told = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+                flags = int(told.split("flags:")[1].split()[0], 8)
+                if flags & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    return False
+
+
 def is_locked(path: str) -> bool:
     """Whether anybody, QEMU itself included, holds one of QEMU's image locks on the file.
 
@@ -89,9 +102,10 @@ def is_locked(path: str) -> bool:
     return False
 
 
-def identify(path: str, pid: int | None) -> FileId | None:
+def identify(path: str, pid: int | None, *, written: bool = False) -> FileId | None:
     """The regular file that this path names itself (not through a link); None where none.
 
+    One that is `written` has to be open for that.
     `pid` is QEMU's: the file has to be the one that it has open, not another of that name on
     this host. Where its files can't be looked at, its Unix socket has to do as a proof that it
     runs here, and QEMU's lock on the file that it is no other; without these nothing is known.
@@ -105,7 +119,8 @@ def identify(path: str, pid: int | None) -> FileId | None:
     known = FileId(found.st_dev, found.st_ino)
     opened = open_files(pid)
     if opened:
-        return known if known in opened.values() else None
+        fits = writes(pid, known) if written else known in opened.values()
+        return known if fits else None
     try:
         return known if is_locked(path) else None
     except OSError:

@@ -24,6 +24,7 @@ from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import F_OFD_GETLK, FileId, OpenFiles, unnamed
 from qmpcommit.block.qcow2 import snapshot_count
 from qmpcommit.callback import Failed, ask
+from qmpcommit.commit.deletable import not_theirs
 from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
@@ -306,9 +307,10 @@ def remove_file(
     """Unlink (or rename) one stale file; why it was not done, or None.
 
     Only the very file that the chain had when the commit was planned, only a regular file,
-    never through a link, never the base, never one that QEMU or another process still uses; and
-    only if its data are in a file with a name: that of `base`, which QEMU (process `pid`) has
-    open, and which was `held` when the commit was planned.
+    never through a link, never the base, never one that QEMU or another process still uses, never
+    one that the user whose QEMU it is could not delete; and only if its data are in a file with a
+    name: that of `base`, which QEMU (process `pid`) has open, and which was `held` when the commit
+    was planned.
     """
     path = os.path.join(cwd or os.getcwd(), image.filename)
     if known is None:
@@ -326,6 +328,9 @@ def remove_file(
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if not stat.S_ISREG(found.st_mode) or FileId(found.st_dev, found.st_ino) != known:
             return f"{image.filename} stays: it is not the file that was committed any more"
+        foreign = not_theirs(found, os.fstat(folder), pid)
+        if foreign:
+            return f"{image.filename} stays: {foreign}"
         user = _used_by(graph, known, cwd) or _is_base(base, known, cwd)
         if user:
             return f"{image.filename} stays: {user} uses it"

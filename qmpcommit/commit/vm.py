@@ -13,6 +13,7 @@ from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
 from qmpcommit.block.identity import FileId, all_told_where, identify
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
+from qmpcommit.commit.deletable import is_ours
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.objections import refuse_converge, refuse_idle
@@ -421,7 +422,12 @@ class VM(Monitor):
         paths = {image.node_name: absolute(image, self.cwd) for image in layers}
         stale = (image.data_file for image in layers[:-1] if image.data_file)
         paths |= {name: os.path.join(self.cwd or os.getcwd(), name) for name in stale}
-        return {name: identify(path, self.peer_pid) for name, path in paths.items()}
+        # What another user's monitor says is believed of what it is seen to write to.
+        written = plan.two_phase and not is_ours(self.peer_pid)
+        return {
+            name: identify(path, self.peer_pid, written=written and name == plan.top.node_name)
+            for name, path in paths.items()
+        }
 
     async def adopt(
         self,
