@@ -1,4 +1,4 @@
-"""Who may use the API, and how much of it: peer credentials, a bearer token, and bounds.
+"""Who may use the API, and how much of it: rights, and bounds.
 
 `Gate` is the ASGI layer around the API that refuses strangers, large bodies, slow requests and too
 many at once, each with a problem document.
@@ -7,19 +7,15 @@ many at once, each with a problem document.
 from __future__ import annotations
 
 import asyncio
-import grp
-import hmac
-import pwd
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
 from qmpcommit.daemon.config import Config
-from qmpcommit.daemon.connections import Peer, problem
+from qmpcommit.daemon.connections import problem
 from qmpcommit.daemon.metrics import Metrics
-from qmpcommit.errors import InvalidRequest
+from qmpcommit.daemon.rights import ASKER, Asker, Askers
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -28,46 +24,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 STREAMS = ("/v1/events",)
-
-
-def user_id(name: str | int) -> int:
-    """A user's number; raises `InvalidRequest`."""
-    try:
-        return name if isinstance(name, int) else pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise InvalidRequest(f"there is no user '{name}' on this host") from None
-
-
-def group_id(name: str | int) -> int:
-    """A group's number; raises `InvalidRequest`."""
-    try:
-        return name if isinstance(name, int) else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise InvalidRequest(f"there is no group '{name}' on this host") from None
-
-
-class Allowed:
-    """Who may: users and groups by number, their supplementary groups included."""
-
-    def __init__(self, users: Iterable[int], groups: Iterable[int]) -> None:
-        self.users, self.groups = frozenset(users), frozenset(groups)
-
-    def __call__(self, peer: Peer) -> bool:
-        """Whether this peer may use the API."""
-        if peer.uid in self.users or peer.gid in self.groups:
-            return True
-        if not self.groups:
-            return False
-        with suppress(KeyError):
-            person = pwd.getpwuid(peer.uid)
-            return any(person.pw_name in _members(group) for group in self.groups)
-        return False
-
-
-def _members(group: int) -> list[str]:
-    with suppress(KeyError):
-        return grp.getgrgid(group).gr_mem
-    return []
 
 
 class TooLarge(HTTPException):
@@ -80,11 +36,9 @@ class TooLarge(HTTPException):
 class Gate:
     """What every request passes before it reaches the API."""
 
-    def __init__(
-        self, app: App, config: Config, allowed: Allowed, token: str | None, metrics: Metrics
-    ) -> None:
-        self._app, self._allowed, self._token, self._metrics = app, allowed, token, metrics
-        self._limits = config.limits
+    def __init__(self, app: App, config: Config, askers: Askers, metrics: Metrics) -> None:
+        self._app, self.askers, self._metrics = app, askers, metrics
+        self.limits = config.limits
         self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,23 +47,25 @@ class Gate:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send, scope["method"], self._metrics)
-        refusal = self._refusal(scope)
+        asker = await self._asker(scope)
+        refusal = self._refusal(scope, asker)
         if refusal is not None:
             await answer.problem(*refusal)
             return
+        ASKER.set(asker)  # of this request's task alone, and of what is begun by it
         self._requests += 1
-        body = _Body(receive, self._limits.request_size)
+        body = _Body(receive, self.limits.request_size)
         try:
             if scope["path"] in STREAMS:
                 await self._app(scope, receive, answer)
                 return
-            async with asyncio.timeout(self._limits.request_time):
+            async with asyncio.timeout(self.limits.request_time):
                 await self._app(scope, body, answer)
         except asyncio.CancelledError:
             # The daemon stops, and this request has waited long enough.
             await answer.problem(503, "Stopping", "the daemon is stopping; ask the next one")
         except TimeoutError:
-            seconds = self._limits.request_time
+            seconds = self.limits.request_time
             if body.more:
                 what = f"the request was not sent within {seconds:g} s"
                 await answer.problem(408, "Too slow", what)
@@ -119,24 +75,25 @@ class Gate:
         finally:
             self._requests -= 1
 
-    def _refusal(self, scope: Scope) -> tuple[int, str, str] | None:
+    async def _asker(self, scope: Scope) -> Asker | None:
         peer = scope.get("state", {}).get("peer")
         if peer is not None:
-            if not self._allowed(peer):
-                return 403, "Forbidden", f"user {peer.uid} may not use this daemon"
-        elif not self._has_token(scope):
+            return await self.askers.peer(peer)
+        host, port = scope.get("client") or ("", 0)
+        return self.askers.bearer(_header(scope, b"authorization"), f"{host}:{port}")
+
+    def _refusal(self, scope: Scope, asker: Asker | None) -> tuple[int, str, str] | None:
+        peer = scope.get("state", {}).get("peer")
+        if asker is None and peer is not None:
+            return 403, "Forbidden", f"user {peer.uid} may not use this daemon"
+        if asker is None:
             return 401, "Unauthorized", "give the daemon's token: Authorization: Bearer TOKEN"
         length = _header(scope, b"content-length")
-        if length.isdigit() and int(length) > self._limits.request_size:
-            return 413, "Too large", f"a request has at most {self._limits.request_size} bytes"
-        if self._requests >= self._limits.requests:
-            return 503, "Busy", f"{self._limits.requests} requests are being answered already"
+        if length.isdigit() and int(length) > self.limits.request_size:
+            return 413, "Too large", f"a request has at most {self.limits.request_size} bytes"
+        if self._requests >= self.limits.requests:
+            return 503, "Busy", f"{self.limits.requests} requests are being answered already"
         return None
-
-    def _has_token(self, scope: Scope) -> bool:
-        given = _header(scope, b"authorization")
-        wanted = f"Bearer {self._token}".encode()
-        return self._token is not None and hmac.compare_digest(given, wanted)
 
 
 class _Body:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 import traceback
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Header, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
@@ -29,6 +30,7 @@ from qmpcommit.daemon.losses import told_of
 from qmpcommit.daemon.openapi import PROBLEM_TYPE, TITLES, document, problems
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.rights import require, sees, sees_all
 from qmpcommit.errors import (
     ChainError,
     CommandRefused,
@@ -95,6 +97,9 @@ _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
 )
 RETRY_AFTER = 2
 """Seconds after which what is not available may be asked for again."""
+
+MANY = 10_000
+"""Rows that are looked at for somebody who may see few of them."""
 
 VMPath = Annotated[str, Path(max_length=64, examples=["web1"])]
 CommitPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
@@ -211,6 +216,19 @@ def view_commit(engine: Engine, promise: Promise, progress: Progress | None = No
     )
 
 
+async def authorize(request: Request) -> None:
+    """Refuse what who asks has no right to, by the VMs that the path is about."""
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        role = "read"
+    else:
+        role = "admin" if re.fullmatch("/v1/vms(/[^/]+)?", request.url.path) else "operate"
+    for name, value in request.path_params.items():
+        if name == "vm":
+            require(role, [value])
+        elif name in request.app.state.vms_of:
+            require(role, await request.app.state.vms_of[name](value))
+
+
 def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of routes)
     """The API over an engine."""
     app = FastAPI(
@@ -220,10 +238,16 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(authorize)],
         generate_unique_id_function=lambda route: route.name,
     )
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.state.engine = engine
+
+    async def vms_of_commit(commit_id: str) -> list[str]:
+        return [(await engine.commit(commit_id)).vm]
+
+    app.state.vms_of = {"commit_id": vms_of_commit}
     app.add_exception_handler(Exception, _on_bug)
     app.add_exception_handler(QmpCommitError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
@@ -232,11 +256,14 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.get("/v1/vms", responses=problems(), tags=["vms"])
     async def list_vms() -> list[VMView]:
         """All VMs, by name."""
-        return [view_vm(vm) for _, vm in sorted(engine.registry.vms.items())]
+        known = sorted(engine.registry.vms.items())
+        return [view_vm(vm) for name, vm in known if sees(name)]
 
     @app.post("/v1/vms", status_code=201, responses=problems(409, 422, body=True), tags=["vms"])
     async def add_vm(new: NewVM) -> VMView:
         """Make a VM known; it stays known across restarts."""
+        require("admin", [new.name])
+        engine.places.check("monitors", new.qmp)
         return view_vm(await engine.add_vm(new.name, new.qmp, new.connect))
 
     @app.get("/v1/vms/{vm}", responses=problems(404, 422), tags=["vms"])
@@ -325,9 +352,11 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             "SELECT * FROM commits WHERE vm = ifnull(?, vm) AND state = ifnull(?, state)"
             " ORDER BY created DESC, rowid DESC LIMIT ?"
         )
-        rows = await engine.journal.read(sql, vm, state, limit)
-        found = []
+        rows = await engine.journal.read(sql, vm, state, limit if sees_all() else MANY)
+        found: list[CommitView] = []
         for row in rows:
+            if not sees(row["vm"]) or len(found) == limit:
+                continue
             with suppress(ValueError):  # written by another version
                 known = engine.live.get(row["id"])
                 promise = known or Promise.load(row, engine.journal, engine.metrics)
@@ -395,7 +424,9 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
 
     @app.get("/metrics", responses=problems(), response_class=PlainTextResponse, tags=["watching"])
     async def metrics() -> Response:
-        """Metrics in Prometheus' text format."""
+        """Metrics in Prometheus' text format, of all VMs."""
+        if not sees_all():
+            raise HTTPException(403, "the metrics are of all VMs, and you may not see all")
         engine.gauge()
         return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 

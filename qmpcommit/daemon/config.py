@@ -23,6 +23,7 @@ from qmpcommit.wire.values import (
     Connect,
     FilePath,
     Number,
+    Pattern,
     QMPAddress,
     Seconds,
     Section,
@@ -72,9 +73,47 @@ class Listen(Section):
     def _check(self) -> Listen:
         if self.tcp is not None:
             _check_tcp(self.tcp)
-        if self.tcp is not None and self.token_file is None:
-            raise ValueError("tcp needs a token_file: whoever can reach a port is not known")
         return self
+
+
+class Grant(Section):
+    """What some may do with the VMs whose names match one of `vms`.
+
+    `role` is "read" (see them), "operate" (commit, and decide), or "admin" (also make VMs known
+    and have them forgotten). `users` and `groups` are names or numbers, those of the Unix socket's
+    other end; `tokens` are files, each with a token for TCP, which may be exchanged at any time.
+    """
+
+    role: Literal["read", "operate", "admin"]
+    users: tuple[str | int, ...] = ()
+    groups: tuple[str | int, ...] = ()
+    tokens: tuple[FilePath, ...] = ()
+    vms: Annotated[tuple[Pattern, ...], Field(min_length=1)] = ("*",)
+
+
+def _check_folder(pattern: str) -> str:
+    if not pattern.startswith("/"):
+        raise ValueError("must be an absolute path, or a pattern of one as in /run/vms/*")
+    return check_path(pattern)
+
+
+Folders = tuple[Annotated[FilePath, AfterValidator(_check_folder)], ...]
+
+
+class Access(Section):
+    """Who may do what beside the admins that `[listen]` names, and in which folders.
+
+    What is asked over the API may use `monitors` and `agents` (guest agents' sockets) only in
+    these folders and below them, and have overlays made and files deleted only in those of
+    `overlays` and `deletions`. Where none are given these are the folders of the configured VMs'
+    sockets, and those of the layers of a configured or found VM's own disk.
+    """
+
+    grant: tuple[Grant, ...] = ()
+    monitors: Folders | None = None
+    agents: Folders | None = None
+    overlays: Folders | None = None
+    deletions: Folders | None = None
 
 
 class Limits(Section):
@@ -136,6 +175,7 @@ class Config(Section):
     retain_days: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     discover_every: Seconds = Field(default=2.0, ge=0.05)
     listen: Listen = Listen()
+    access: Access | None = None
     limits: Limits = Limits()
     discover: tuple[Discover, ...] = ()
     vm: tuple[ConfiguredVM, ...] = ()
@@ -144,6 +184,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        grants = self.access.grant if self.access is not None else ()
+        tokens = [self.listen.token_file, *(path for each in grants for path in each.tokens)]
+        if self.listen.tcp is not None and not any(tokens):
+            raise ValueError(
+                "listen: tcp needs a token_file, or a grant with tokens: whoever can reach a port"
+                " is not known"
+            )
         names = [vm.name for vm in self.vm]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -10,16 +10,22 @@ from qmpcommit.daemon.api import CommitPath, Key, VMPath, fingerprint
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
+from qmpcommit.daemon.rights import require, sees
 from qmpcommit.wire.cycle import CycleView, RoundRequest, RoundView
 
 
 def routes(app: FastAPI, cycles: Cycles) -> None:
     """Add them to the app."""
 
+    async def vms_of(round_id: str) -> list[str]:
+        return (await cycles.find(round_id)).vms
+
+    app.state.vms_of["round_id"] = vms_of
+
     @app.get("/v1/cycles", responses=problems(), tags=["cycles"])
     async def list_cycles() -> list[CycleView]:
         """The cycles of the configuration: their next, running and last rounds."""
-        return await cycles.views()
+        return [each for each in await cycles.views() if sees(vm for vm, _ in each.cycle.disks)]
 
     @app.get("/v1/cycles/{round_id}", responses=problems(404, 422), tags=["cycles"])
     async def get_round(
@@ -42,6 +48,7 @@ def routes(app: FastAPI, cycles: Cycles) -> None:
         vm: VMPath, asked: RoundRequest, response: Response, idempotency_key: Key = None
     ) -> RoundView:
         """Run one round of a cycle now; 409 while one is under way."""
+        require("operate", cycles.vms_of(vm, asked.disk))
         made = await cycles.ask(
             vm, asked.disk, idempotency_key, fingerprint(f"cycles of {vm}", asked)
         )

@@ -21,6 +21,7 @@ from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.kinds import Kind
 from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.rights import ASKER
 from qmpcommit.errors import InvalidRequest, JobConflict, QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop
@@ -116,6 +117,11 @@ class Cycles(Kind[Round]):
             last_kept=self._kept.get(key),
         )
 
+    def vms_of(self, vm: str, disk: str) -> list[str]:
+        """All VMs whose disks end as this one does."""
+        cycle = self._of.get((vm, disk))
+        return [vm] if cycle is None else [name for name, _ in cycle.disks]
+
     async def ask(self, vm: str, disk: str, key: str | None, fingerprint: str) -> Round:
         """A round to be run now, durable.
 
@@ -165,6 +171,7 @@ class Cycles(Kind[Round]):
     # -- a round ----------------------------------------------------------------------------------
 
     async def _run(self, found: Round) -> None:
+        ASKER.set(None)  # whoever asked for it now: what it does the configuration says
         if found.state in ("new", "asking"):
             await ask_command(self._engine, found)
         kept = found.state == "keeping"

@@ -25,6 +25,7 @@ from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, eve
 from qmpcommit.daemon.keeping import Keeper, seconds_left
 from qmpcommit.daemon.losses import left_by, unnamed
 from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.places import Places
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.scheduler import Caps, Entry, Scheduler
@@ -43,6 +44,7 @@ from qmpcommit.errors import (
 )
 from qmpcommit.log import Log
 from qmpcommit.names import JOB_PREFIX
+from qmpcommit.session import Session
 from qmpcommit.tasks import stop
 from qmpcommit.wire.commit import CommitRequest
 
@@ -94,6 +96,8 @@ class Engine:
         self.live: dict[str, Promise] = {}
         self.stories: tuple[Story, ...] = ()
         self.keeper = Keeper(config, self.registry, journal, self.metrics)
+        self.places = Places(config)
+        self.keeper.allow = self._allow
         self.keeper.rate = self._rate
         self.keeper.begun = self.schedule
         self.log = Log()
@@ -256,6 +260,10 @@ class Engine:
         self.orphans[vm.name] = orphans
         for name, status in orphans.items():
             self.log.warning("orphan_job", vm=vm.name, job=name, status=status)
+
+    def _allow(self, promise: Promise, session: Session, plan: Plan) -> None:
+        vm = self.vm(promise.vm)
+        self.places.check_commit(vm, session, plan, promise.request)
 
     async def _take_up(self, promise: Promise) -> None:
         """One that a damaged journal has lost, and QEMU shows."""

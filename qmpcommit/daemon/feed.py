@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.journal import Event, JournalError
+from qmpcommit.daemon.rights import ASKER
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment tells that the stream is alive."""
@@ -20,6 +21,7 @@ class Feed:
     """One follower; its place is taken when it is made, so that nothing falls between."""
 
     def __init__(self, engine: Engine, after: int | None, vm: str | None, commit: str | None):
+        self._asker = ASKER.get()
         self._engine, self._after, self._vm, self._commit = engine, after, vm, commit
         self._queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
         self._lost = False
@@ -79,6 +81,8 @@ class Feed:
             after = rows[-1]["id"]
 
     def _wanted(self, event: Event) -> bool:
+        if self._asker is not None and not self._asker.may("read", event.vm.split(",")):
+            return False
         if self._vm is not None and self._vm not in event.vm.split(","):
             return False
         return self._commit is None or event.commit_id == self._commit

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 
-from qmpcommit.daemon.api import Key, fingerprint
+from qmpcommit.daemon.api import MANY, Key, fingerprint
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promised_group import Group
+from qmpcommit.daemon.rights import require, sees, sees_all
 from qmpcommit.wire.commit import Decision
 from qmpcommit.wire.group import GroupRequest, GroupView
 
@@ -19,6 +20,12 @@ GroupPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
 
 def routes(app: FastAPI, groups: Groups) -> None:
     """Add them to the app."""
+
+    async def vms_of(group_id: str) -> list[str]:
+        return [member.vm for member in (await groups.find(group_id)).members]
+
+    app.state.vms_of["group_id"] = vms_of
+    places = app.state.engine.places
 
     def view(group: Group) -> GroupView:
         return GroupView.model_validate(
@@ -50,6 +57,9 @@ def routes(app: FastAPI, groups: Groups) -> None:
         asked: GroupRequest, response: Response, idempotency_key: Key = None
     ) -> GroupView:
         """Promise to commit disks at one instant: all of them or none, whatever happens."""
+        vms = [member.vm for member in asked.members]
+        require("operate", vms)
+        places.check("agents", *asked.sockets(vms).values())
         group, again = await groups.take(asked, idempotency_key, fingerprint("groups", asked))
         response.headers["Location"] = f"/v1/groups/{group.id}"
         if again:
@@ -59,8 +69,9 @@ def routes(app: FastAPI, groups: Groups) -> None:
     @app.get("/v1/groups", responses=problems(422), tags=["groups"])
     async def list_groups(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[GroupView]:
         """Groups, the newest first: those under way and those that have ended."""
-        newest = await groups.newest("true ORDER BY created DESC, rowid DESC LIMIT ?", limit)
-        return [view(group) for group in newest]
+        most = limit if sees_all() else MANY
+        newest = await groups.newest("true ORDER BY created DESC, rowid DESC LIMIT ?", most)
+        return [view(group) for group in newest if sees(group.vms)][:limit]
 
     @app.get("/v1/groups/{group_id}", responses=problems(404, 422), tags=["groups"])
     async def get_group(

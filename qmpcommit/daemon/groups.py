@@ -194,7 +194,9 @@ class Groups(Kind[Group]):
             for promise, job in zip(
                 group.members, await self._made(group, sessions, {}).prepare(), strict=True
             ):
-                cwd = sessions[promise.vm].cwd
+                session = sessions[promise.vm]
+                engine.places.check_commit(vms[promise.vm], session, job.plan, promise.request)
+                cwd = session.cwd
                 promise.storage = await asyncio.to_thread(storage_of, job.plan, cwd)
         entries = [engine.entry(promise) for promise in group.members]
         limit = engine.scheduler.impossible(entries)

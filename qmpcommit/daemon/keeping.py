@@ -63,6 +63,7 @@ class Keeper:
     """Runs promises on the VMs of a registry.
 
     `rate` tells a promise's bytes per second when it begins, `begun` is called when it has;
+    `allow` refuses a plan that who asked may not have;
     `claim_of` tells what holds its disk already, where it is a part of something else.
     """
 
@@ -73,6 +74,7 @@ class Keeper:
         self._journal, self._metrics = journal, metrics
         self.rate: Callable[[Promise], int] = lambda promise: promise.request.bandwidth or 0
         self.begun: Callable[[], object] = lambda: None
+        self.allow: Callable[[Promise, Session, Plan], object] = lambda promise, session, plan: None
         self.claim_of: Callable[[Promise], Claim | None] = lambda promise: None
 
     async def keep(self, promise: Promise) -> None:
@@ -149,6 +151,7 @@ class Keeper:
             Around(**self._hooks(promise, session)),
             claim=self.claim_of(promise),
         )
+        self.allow(promise, session, job.plan)
         return Prepared(job, session, time.monotonic())
 
     async def _begin(self, promise: Promise, vm: VM, session: Session) -> CommitJob:

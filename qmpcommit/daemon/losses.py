@@ -14,6 +14,7 @@ from qmpcommit.commit.policy import Hold
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promise import Promise
+from qmpcommit.daemon.rights import sees
 from qmpcommit.daemon.salvage import Loss
 from qmpcommit.wire.commit import CommitRequest
 from qmpcommit.wire.loss import LossView
@@ -43,10 +44,11 @@ def routes(app: FastAPI, journal: Journal) -> None:
     async def list_losses() -> list[LossView]:
         """Journals that were set aside, newest first, and the promises that may be missing."""
         rows = await journal.read("SELECT * FROM losses ORDER BY id DESC LIMIT 100")
-        return [
-            LossView.model_validate({**row, "promises": json.loads(row["promises"])})
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            promises = [each for each in json.loads(row["promises"]) if sees(each["vm"])]
+            found.append(LossView.model_validate({**row, "promises": promises}))
+        return found
 
 
 async def unnamed(journal: Journal) -> bool:

@@ -20,7 +20,7 @@ import uvicorn
 
 from qmpcommit import log
 from qmpcommit.daemon import cycle_api, group_api, losses, rule_api, systemd, window_api
-from qmpcommit.daemon.access import Allowed, Gate, group_id, user_id
+from qmpcommit.daemon.access import Gate
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.connections import Doors, PeerProtocol
@@ -32,6 +32,7 @@ from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.logs import configure_log, on_a_terminal
 from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.rights import Askers, group_id
 from qmpcommit.daemon.rules import Rules
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import InvalidRequest
@@ -51,8 +52,6 @@ AT_ONCE = 64
 
 KEEP_ALIVE = 75
 """Seconds that a connection is kept which asks for nothing more."""
-
-_TOKEN_BYTES = 4096
 
 
 class _Server(uvicorn.Server):
@@ -89,8 +88,7 @@ def _hung_up() -> None:
 
 def check(config: Config) -> Findings:
     """What can be known of a configuration without serving; raises `QmpCommitError`."""
-    _allowed(config)
-    _token(config)
+    Askers(config)
     if config.listen.group is not None:
         group_id(config.listen.group)
     return examine(config)
@@ -98,7 +96,7 @@ def check(config: Config) -> Findings:
 
 async def _serve(config: Config, seconds: float | None) -> None:
     loop = asyncio.get_running_loop()
-    allowed, token = _allowed(config), _token(config)
+    askers = Askers(config)
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, ending.set)
@@ -114,14 +112,12 @@ async def _serve(config: Config, seconds: float | None) -> None:
     with await _lock(Path(config.state), ending):
         journal = await Journal(Path(config.state, "journal.db")).open()
         try:
-            await _run(config, journal, allowed, token, ending)
+            await _run(config, journal, askers, ending)
         finally:
             await journal.close()  # its thread would keep a process alive that failed
 
 
-async def _run(
-    config: Config, journal: Journal, allowed: Allowed, token: str | None, ending: asyncio.Event
-) -> None:
+async def _run(config: Config, journal: Journal, askers: Askers, ending: asyncio.Event) -> None:
     metrics = Metrics()
     engine = Engine(config, journal, metrics)
     groups, rules = Groups(engine), Rules(engine)
@@ -138,7 +134,7 @@ async def _run(
     group_api.routes(app, groups)
     window_api.routes(app, engine, windows)
     settings = uvicorn.Config(
-        Gate(app, config, allowed, token, metrics),
+        Gate(app, config, askers, metrics),
         http=cast("type[asyncio.Protocol]", partial(PeerProtocol, doors=Doors.of(config.limits))),
         ws="none",
         loop="none",
@@ -193,31 +189,6 @@ async def _measure_lag(metrics: Metrics) -> None:
 
 
 # -- who and where --------------------------------------------------------------------------------
-
-
-def _allowed(config: Config) -> Allowed:
-    listen = config.listen
-    groups = [*listen.groups, *([listen.group] if listen.group is not None else [])]
-    users = [0, os.geteuid(), *map(user_id, listen.users)]
-    return Allowed(users, map(group_id, groups))
-
-
-def _token(config: Config) -> str | None:
-    path = config.listen.token_file
-    if path is None:
-        return None
-    try:
-        with open(path, "rb") as file:
-            token = file.read(_TOKEN_BYTES).decode("ascii").strip()
-            if os.fstat(file.fileno()).st_mode & stat.S_IRWXO:
-                raise InvalidRequest(f"others may read the token file {path}: chmod o= {path}")
-    except OSError as error:
-        raise InvalidRequest(f"the token file {path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InvalidRequest(f"the token file {path} has more than ASCII in it") from None
-    if len(token) < 16:
-        raise InvalidRequest(f"the token in {path} is shorter than 16 characters")
-    return token
 
 
 async def _lock(state: Path, ending: asyncio.Event) -> TextIO:

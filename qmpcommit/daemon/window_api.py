@@ -8,11 +8,12 @@ from typing import Annotated
 
 from fastapi import FastAPI, Path, Query, Response
 
-from qmpcommit.daemon.api import Key, VMPath, fingerprint
+from qmpcommit.daemon.api import MANY, Key, VMPath, fingerprint
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.openapi import problems
+from qmpcommit.daemon.rights import require, sees, sees_all
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import WindowNotFound
 from qmpcommit.wire.window import (
@@ -25,8 +26,27 @@ from qmpcommit.wire.window import (
 WindowPath = Annotated[str, Path(max_length=64, pattern="^[0-9A-Za-z-]+$")]
 
 
-def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
+def routes(  # noqa: PLR0915  (one table of routes)
+    app: FastAPI, engine: Engine, windows: Windows
+) -> None:
     """Add them to the app."""
+
+    async def vms_of(window_id: str) -> list[str]:
+        try:
+            return (await windows.find(window_id)).vms
+        except WindowNotFound:
+            orphan = windows.watch.orphan(window_id)
+            if orphan is None:
+                raise
+            return [orphan.vm]
+
+    app.state.vms_of["window_id"] = vms_of
+
+    async def check(asked: WindowRequest) -> None:
+        vms = [member.vm for member in asked.members]
+        require("operate", vms)
+        engine.places.check("agents", *asked.agents.values())
+        await engine.places.check_overlay_dir(engine.registry, vms, asked.overlay_dir)
 
     async def opened(
         opening: Awaitable[tuple[LeasedWindow, bool]], response: Response
@@ -48,6 +68,7 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
     ) -> WindowView:
         """Open a window: the disks' files stand still until it is closed, or its lease ends."""
         engine.vm(vm)
+        await check(asked.of(vm))
         place = f"windows of {vm}"
         opening = windows.open(asked.of(vm), idempotency_key, fingerprint(place, asked))
         return await opened(opening, response)
@@ -62,6 +83,7 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
         asked: WindowRequest, response: Response, idempotency_key: Key = None
     ) -> WindowView:
         """Open a window over disks of several VMs, which all stand still at one instant."""
+        await check(asked)
         opening = windows.open(asked, idempotency_key, fingerprint("windows", asked))
         return await opened(opening, response)
 
@@ -77,15 +99,16 @@ def routes(app: FastAPI, engine: Engine, windows: Windows) -> None:
         found: list[WindowView] = []
         if state in (None, "orphan"):
             await windows.watch.look_again(vm)
-            orphans = windows.watch.orphans(vm)
+            orphans = [each for each in windows.watch.orphans(vm) if sees(each.vm)]
             found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
         which = (
             "instr(',' || vm || ',', ',' || ifnull(?, vm) || ',') AND state = ifnull(?, state)"
             " ORDER BY created DESC, rowid DESC LIMIT ?"
         )
-        newest = await windows.newest(which, vm, state, limit - len(found))
-        found += [await asyncio.to_thread(window.view) for window in newest]
-        return found
+        left = limit - len(found)
+        newest = await windows.newest(which, vm, state, left if sees_all() else MANY)
+        seen = [window for window in newest if sees(window.vms)][:left]
+        return found + [await asyncio.to_thread(window.view) for window in seen]
 
     @app.get("/v1/windows/{window_id}", responses=problems(404, 422), tags=["windows"])
     async def get_window(
