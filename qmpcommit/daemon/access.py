@@ -16,6 +16,7 @@ from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.connections import problem
 from qmpcommit.daemon.metrics import Metrics
 from qmpcommit.daemon.rights import ASKER, Asker, Askers
+from qmpcommit.log import Log
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,6 +41,7 @@ class Gate:
         self._app, self.askers, self._metrics = app, askers, metrics
         self.limits = config.limits
         self._requests = 0
+        self._log = Log()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI scope."""
@@ -53,6 +55,11 @@ class Gate:
             await answer.problem(*refusal)
             return
         ASKER.set(asker)  # of this request's task alone, and of what is begun by it
+        if scope["method"] == "HEAD":  # what is answered has no body, and HTTP sees to that
+            if scope["path"] in STREAMS:
+                await answer.empty([(b"content-type", b"text/event-stream")])
+                return
+            scope = {**scope, "method": "GET"}
         self._requests += 1
         body = _Body(receive, self.limits.request_size)
         try:
@@ -74,6 +81,9 @@ class Gate:
                 await answer.problem(503, "Too slow", what)
         finally:
             self._requests -= 1
+            if scope["method"] not in ("GET", "OPTIONS") and asker is not None:
+                told = {"method": scope["method"], "path": scope["path"], "status": answer.status}
+                self._log.info("asked", **told, **asker.told())
 
     async def _asker(self, scope: Scope) -> Asker | None:
         peer = scope.get("state", {}).get("peer")
@@ -122,14 +132,20 @@ class _Answer:
     def __init__(self, send: Send, method: str, metrics: Metrics) -> None:
         self._send, self._method, self._metrics = send, method, metrics
         self._begun = False
+        self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._begun = True
-            status = str(message["status"])
+            self.status = message["status"]
             method = self._method if self._method in ("GET", "POST", "DELETE") else "other"
-            self._metrics.requests.labels(method, status).inc()
+            self._metrics.requests.labels(method, str(self.status)).inc()
         await self._send(message)
+
+    async def empty(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """An answer without a body."""
+        await self({"type": "http.response.start", "status": 200, "headers": headers})
+        await self({"type": "http.response.body", "body": b""})
 
     async def problem(self, status: int, title: str, detail: str) -> None:
         """A problem document, where nothing was answered yet."""

@@ -162,12 +162,16 @@ async def _on_http(request: Request, error: Exception) -> Response:
     answer = _problem(error.status_code, f"http:{error.status_code}", title, str(error.detail))
     answer.headers.update(error.headers or {})
     if error.status_code == 405:  # each route knows but its own method
-        methods = [
-            getattr(route, "methods", None) or ()
+        found = {
+            name
             for route in request.app.routes
             if route.matches(request.scope)[0] is not Match.NONE
-        ]
-        answer.headers["Allow"] = ", ".join(sorted({name for each in methods for name in each}))
+            for name in getattr(route, "methods", None) or ()
+        }
+        allowed = ", ".join(sorted(found | {"OPTIONS"} | ({"HEAD"} if "GET" in found else set())))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers={"Allow": allowed})
+        answer.headers["Allow"] = allowed
     return answer
 
 
@@ -208,6 +212,8 @@ def view_commit(engine: Engine, promise: Promise, progress: Progress | None = No
             "ready": promise.ready,
             "ended": promise.ended,
             "decision": promise.decision,
+            "asked_by": promise.noted.get("asked"),
+            "decided_by": promise.noted.get("decided"),
             "progress": progress,
             "request": promise.request.model_dump(mode="json", exclude_unset=True),
             "outcome": promise.outcome,

@@ -92,6 +92,7 @@ class Round(Undertaking[Cycle]):
                 "group": told.get("group"),
                 "result": told.get("result"),
                 "warnings": told.get("warnings") or [],
+                "asked_by": self.noted.get("asked"),
                 "error": self.error,
             }
         )

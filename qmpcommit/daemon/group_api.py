@@ -41,6 +41,7 @@ def routes(app: FastAPI, groups: Groups) -> None:
                 "position": groups.position(group),
                 "ended": group.ended,
                 "decision": group.decision,
+                "asked_by": group.noted.get("asked"),
                 "request": group.request.model_dump(mode="json", exclude_unset=True),
                 "outcome": group.outcome,
                 "error": group.error,

@@ -196,6 +196,7 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._examine()
+            self._keep_private()
             writer = self._connect()
             try:
                 self._reader = self._connection()
@@ -234,6 +235,13 @@ class Journal:
             perhaps_lost=[lost._asdict() for lost in self.loss.promises],
             all_are_named=self.loss.all_named,
         )
+
+    def _keep_private(self) -> None:
+        """Nobody else reads who asked for what; SQLite's other files are as this one."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for each in self.path.parent.glob(f"{self.path.name}*"):
+            with suppress(OSError):  # another user's
+                each.chmod(0o600)
 
     def _connection(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)

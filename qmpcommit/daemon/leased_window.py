@@ -150,6 +150,7 @@ class LeasedWindow(Undertaking[WindowRequest]):
             ended=self.ended,
             commits=[commit for each in views for commit in each.commits],
             outcomes=[outcome for each in views for outcome in each.outcomes],
+            asked_by=self.noted.get("asked"),
             problem="; ".join(problems) or None,
             error=self.error,
         )

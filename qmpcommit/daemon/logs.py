@@ -87,7 +87,7 @@ class _NotTooMany:
             self._minute = minute
             self._left = self._told - Counter(dict.fromkeys(self._told, ALIKE))
             self._told.clear()
-        alike = tuple(str(facts.get(name)) for name in ("event", "vm", "commit", "job"))
+        alike = tuple(str(facts.get(name)) for name in ("event", "vm", "commit", "job", "path"))
         self._told[alike] += 1
         if self._told[alike] > ALIKE and method != "debug":
             raise structlog.DropEvent

@@ -212,8 +212,11 @@ async def _lock(state: Path, ending: asyncio.Event) -> TextIO:
 
 
 def _open_lock(state: Path) -> TextIO:
-    state.mkdir(parents=True, exist_ok=True)
-    return (state / "lock").open("a+")
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = os.listdir(state)
+    if state.stat().st_uid == os.geteuid() and (not held or "journal.db" in held):
+        state.chmod(0o700)  # made by another version, or by hand, for a journal alone
+    return open(state / "lock", "a+", opener=partial(os.open, mode=0o600))
 
 
 def _listen(config: Config, given: list[socket.socket]) -> list[socket.socket]:

@@ -19,6 +19,7 @@ from qmpcommit.commit.policy import Hold, Pivot, parse_policy
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
+from qmpcommit.daemon.rights import asked_by
 from qmpcommit.daemon.undertaking import write_when_possible
 from qmpcommit.log import Log
 from qmpcommit.qmp.process import is_same
@@ -38,7 +39,7 @@ _CHECKED = """
 """
 """Changes nothing else: it is written when there is time, and steps are noted meanwhile."""
 
-LASTING = ("lost", "group", "clock")
+LASTING = ("lost", "group", "clock", "asked", "decided")
 """What is noted of a promise for ever: the last is when it was made and READY, as `clock` has it.
 
 The others are of one of which a damaged journal has lost something.
@@ -107,7 +108,7 @@ class Promise:
         self.phase = ""
         self.storage = ""
         self.plan: dict[str, Any] | None = None
-        self.noted: dict[str, Any] = {"clock": {"made": clock.noted(self.born)}}
+        self.noted: dict[str, Any] = {"clock": {"made": clock.noted(self.born)}, **asked_by()}
         self.decision: str | None = None
         self.ready: float | None = None
         self.ended: float | None = None
@@ -222,8 +223,13 @@ class Promise:
 
     async def decide(self, action: str) -> None:
         """A decision that was answered is not forgotten; raises `JournalFull`."""
-        sql = "UPDATE commits SET decision = ? WHERE id = ?"
-        await self._journal.write(Statement(sql, (action, self.id)))
+        by = asked_by("decided")
+        self.noted = {**self.noted, **by}
+        sql = (
+            "UPDATE commits SET decision = ?, noted = json_patch(ifnull(noted, '{}'), ?)"
+            " WHERE id = ?"
+        )
+        await self._journal.write(Statement(sql, (action, json.dumps(by), self.id)))
         self.decision = action
 
     async def forget_begin(self) -> None:

@@ -78,6 +78,12 @@ ASKER: ContextVar[Asker | None] = ContextVar("ASKER", default=None)
 """Who asked for what is being done; None where the daemon does it by itself."""
 
 
+def asked_by(name: str = "asked") -> dict[str, dict[str, str | int | None]]:
+    """What is noted of something new: who asks for it, where that is not the daemon."""
+    asker = ASKER.get()
+    return {} if asker is None else {name: asker.told()}
+
+
 def sees(vms: str | Iterable[str]) -> bool:
     """Whether who asks may see these VMs (names, or one text with commas between them)."""
     asker = ASKER.get()

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.rights import asked_by
 from qmpcommit.errors import CommitNotFound, QmpCommitError
 from qmpcommit.log import Log
 
@@ -77,7 +78,7 @@ class Undertaking(Generic[R]):
         self.created = time.time()
         self.born = time.monotonic()
         self.state = "new"
-        self.noted: dict[str, Any] = {"clock": clock.noted(self.born)}
+        self.noted: dict[str, Any] = {"clock": clock.noted(self.born), **asked_by()}
         self.expires: float | None = None
         self.ended: float | None = None
         self.outcome: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Policy
 from qmpcommit.commit.request import OnError, Request, Stale, check_job_id
 from qmpcommit.units import parse_size
-from qmpcommit.wire.values import Connect, QMPAddress, Seconds, VMName
+from qmpcommit.wire.values import AskedBy, Connect, QMPAddress, Seconds, VMName
 
 
 def _no_nul(text: str) -> str:
@@ -238,6 +238,8 @@ class CommitView(_Model):
     ended: float | None = None
     decision: str | None = None
     progress: Progress | None = None
+    asked_by: AskedBy | None = None
+    decided_by: AskedBy | None = None
     request: dict[str, Any]
     outcome: CommitOutcome | None = None
     error: dict[str, Any] | None = None

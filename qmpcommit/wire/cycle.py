@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.wire.commit import Name
 from qmpcommit.wire.values import (
+    AskedBy,
     CommandWord,
     FilePath,
     Pattern,
@@ -161,6 +162,7 @@ class RoundView(BaseModel):
     group: str | None = None
     result: Literal["kept", "discarded"] | None = None
     warnings: list[str] = []
+    asked_by: AskedBy | None = None
     error: dict[str, Any] | None = None
 
 

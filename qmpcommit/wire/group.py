@@ -12,7 +12,7 @@ from qmpcommit.group.members import ONE_OVERLAY
 from qmpcommit.group.outcome import GroupOutcome
 from qmpcommit.group.run import HOLD_LIMIT
 from qmpcommit.wire.commit import Asked, CommitRequest, CommitState, Name
-from qmpcommit.wire.values import Quiescing, Seconds, VMName
+from qmpcommit.wire.values import AskedBy, Quiescing, Seconds, VMName
 
 GROUP_EXAMPLE: dict[str, Any] = {
     "members": [{"vm": "db1", "disk": "vda"}, {"vm": "db2", "disk": "vda"}],
@@ -134,6 +134,7 @@ class GroupView(_Model):
     position: int | None = None
     ended: float | None = None
     decision: Literal["pivot", "keep", "abort"] | None = None
+    asked_by: AskedBy | None = None
     request: dict[str, Any]
     outcome: GroupOutcome | None = None
     error: dict[str, Any] | None = None

@@ -62,6 +62,21 @@ CommandWord = Annotated[str, Field(max_length=4096), AfterValidator(check_path)]
 Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+class AskedBy(BaseModel):
+    """Who asked for something: in words and as a number, with which role, and from where.
+
+    A user of the Unix socket has a `uid`, and its process as `address`; the bearer of a token the
+    address of its end.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    who: str = Field(examples=["user 1000"])
+    uid: int | None = None
+    role: str = Field(examples=["operate"])
+    address: str = Field(examples=["process 4711"])
+
+
 class Section(BaseModel):
     """A part of a configuration or request; what it does not know is refused."""
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.wire.commit import Name, Rate
-from qmpcommit.wire.values import FilePath, Seconds, VMName, check_overlay, check_sockets
+from qmpcommit.wire.values import AskedBy, FilePath, Seconds, VMName, check_overlay, check_sockets
 
 LONGEST_LEASE = 86400.0
 """Seconds."""
@@ -214,5 +214,6 @@ class WindowView(_Model):
     ended: float | None = None
     commits: list[str] = []
     outcomes: list[CommitOutcome] = []
+    asked_by: AskedBy | None = None
     problem: str | None = None
     error: dict[str, Any] | None = None

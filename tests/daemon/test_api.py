@@ -90,9 +90,11 @@ async def test_what_is_not_there(folder: Path) -> None:
             assert_problem(await d.post(f"/v1/windows/{name}/lease", {}), 404, "WindowNotFound")
             assert_problem(await d.request("DELETE", f"/v1/windows/{name}"), 404)
         for method, path, allow in (
-            ("PUT", "/v1/vms", "GET, POST"), ("DELETE", "/v1/commits", "GET"),
-            ("PATCH", "/healthz", "GET"), ("POST", "/v1/vms/web9", "DELETE, GET"),
-            ("PUT", "/v1/windows/zz", "DELETE, GET"),
+            ("PUT", "/v1/vms", "GET, HEAD, OPTIONS, POST"),
+            ("DELETE", "/v1/commits", "GET, HEAD, OPTIONS"),
+            ("PATCH", "/healthz", "GET, HEAD, OPTIONS"),
+            ("POST", "/v1/vms/web9", "DELETE, GET, HEAD, OPTIONS"),
+            ("PUT", "/v1/windows/zz", "DELETE, GET, HEAD, OPTIONS"),
         ):  # fmt: skip
             answer = await d.request(method, path)
             assert_problem(answer, 405)
