@@ -21,7 +21,7 @@ def daemon(config: str, check_config: bool, **given: Any) -> Answer:
 
     It needs more packages than the command: pip install 'qmpcommit[daemon]'. It runs until
     SIGTERM, or for --timeout S, and then hands over: jobs stay in QEMU, and the next daemon
-    takes them up.
+    takes them up. SIGHUP has it read the configuration again.
     """
     options = Options.of(**given)
     try:
@@ -39,7 +39,7 @@ def daemon(config: str, check_config: bool, **given: Any) -> Answer:
         told = "\n".join([f"{config} is right", *(f"note: {each}" for each in found.noted)])
         answer = {"config": config, "right": True, "notes": found.noted}
         return Answer(answer, told, quiet=options.quiet)
-    serve(loaded, options.timeout, found.wrong)
+    serve(loaded, config, options.timeout, found.wrong)
     return Answer({"config": config, "ended": "in order"}, "", quiet=True)
 
 

@@ -50,15 +50,16 @@ class Door:
     """
 
     def __init__(self, room: int, each: int) -> None:
-        self._room, self._each = room, each
+        self.bounds = (room, each)
         self._open: dict[Connection, int | None] = {}
         self._of: Counter[int | None] = Counter()
 
     def enter(self, one: Connection, user: int | None) -> bool:
         """Whether there is room for one more of that user."""
-        if self._of[user] >= self._each and not self._make_room([user]):
+        room, most = self.bounds
+        if self._of[user] >= most and not self._make_room([user]):
             return False
-        if len(self._open) >= self._room and not self._make_room(list(self._of)):
+        if len(self._open) >= room and not self._make_room(list(self._of)):
             return False
         self._open[one] = user
         self._of[user] += 1
@@ -89,6 +90,12 @@ class Doors:
         self.unix = Door(room, max(1, min(limits.connections_per_user, room * 3 // 4)))
         tcp = min(limits.connections_tcp, files // 8)
         self.tcp = Door(tcp, tcp)
+
+    def exchange(self, limits: Limits) -> None:
+        """Go on by other limits; who is in stays."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        new = Doors(limits, files if files > 0 else limits.connections * 8)
+        self.unix.bounds, self.tcp.bounds = new.unix.bounds, new.tcp.bounds
 
     @classmethod
     def of(cls, limits: Limits) -> Self:

@@ -39,12 +39,13 @@ class Cycles(Kind[Round]):
     def __init__(self, engine: Engine, groups: Groups) -> None:
         super().__init__(engine)
         self._keeping, self._discarding = Keeping(engine, groups), Discarding(engine)
-        self._cycles = {(cycle.vm, cycle.disk): cycle for cycle in engine.config.cycle}
-        self._of = {place: cycle for cycle in engine.config.cycle for place in cycle.disks}
+        self._cycles: dict[tuple[str, str], Cycle] = {}
+        self._of: dict[tuple[str, str], Cycle] = {}
         self._next: dict[tuple[str, str], float] = {}
         self._kept: dict[tuple[str, str], float] = {}
-        self._clocks: set[asyncio.Task[None]] = set()
+        self._clocks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._log = Log()
+        self._read()
 
     # -- the story --------------------------------------------------------------------------------
 
@@ -73,13 +74,33 @@ class Cycles(Kind[Round]):
     def start(self) -> None:
         """Go on with what was begun, and keep to the schedule."""
         super().start()
-        for key, cycle in self._cycles.items():
-            clock = asyncio.create_task(self._keep_time(cycle), name=f"cycle of {key}")
-            self._clocks.add(clock)
+        for key in self._cycles:
+            self._set_clock(key)
+
+    def exchange(self) -> None:
+        """Keep to the cycles that there are now; a round under way ends as it began."""
+        old = dict(self._cycles)
+        self._read()
+        for key in old.keys() | self._cycles.keys():
+            if old.get(key) != self._cycles.get(key):
+                if key in self._clocks:
+                    self._clocks.pop(key).cancel()
+                self._next.pop(key, None)
+                if key in self._cycles:
+                    self._set_clock(key)
+
+    def _read(self) -> None:
+        cycles = self._engine.config.cycle
+        self._cycles = {(cycle.vm, cycle.disk): cycle for cycle in cycles}
+        self._of = {place: cycle for cycle in cycles for place in cycle.disks}
+
+    def _set_clock(self, key: tuple[str, str]) -> None:
+        clock = self._keep_time(self._cycles[key])
+        self._clocks[key] = asyncio.create_task(clock, name=f"cycle of {key}")
 
     async def stop(self) -> None:
         """Hand over: an exchange gets a moment to end, all else goes on with the next daemon."""
-        for clock in self._clocks:
+        for clock in self._clocks.values():
             await stop(clock)
         busy = [found.task for found in self.live.values() if found.exchanging and found.task]
         if busy:
@@ -164,7 +185,7 @@ class Cycles(Kind[Round]):
             due = self._next[cycle.vm, cycle.disk] = now + until_next(cycle, now)
             await reached(cycle, due)
             try:
-                await self.begin(cycle)
+                await self._engine.shielded(self.begin(cycle))  # the cycle may go meanwhile
             except QmpCommitError as error:
                 self._log.info("cycle_skipped", vm=cycle.vm, disk=cycle.disk, why=error.message)
 

@@ -204,6 +204,11 @@ class Engine:
             await self.journal.write(Statement(sql, (name, spec)))
             return self.registry.vms.get(name) or self.registry.add(name, qmp, connect, "api")
 
+    def busy(self, name: str) -> list[str]:
+        """What has not ended of a VM."""
+        busy = [promise.id for promise in self.live.values() if promise.vm == name]
+        return busy + [known_as for story in self.stories for known_as in story.busy(name)]
+
     async def remove_vm(self, name: str) -> None:
         """Forget a VM; raises `VMNotFound`, or `JobConflict` while it has commits."""
         await self.shielded(self._remove_vm(name))
@@ -211,9 +216,7 @@ class Engine:
     async def _remove_vm(self, name: str) -> None:
         async with self._naming:
             vm = self.vm(name)
-            busy = [promise.id for promise in self.live.values() if promise.vm == name]
-            for story in self.stories:
-                busy += story.busy(name)
+            busy = self.busy(name)
             if busy:
                 raise JobConflict(
                     f"{name} has commits that have not ended ({', '.join(busy)}); wait for them, or"
@@ -280,6 +283,42 @@ class Engine:
         self.log.info(f"vm_{what}", vm=vm.name)
         data = {"vm": vm.name, "state": vm.state, "change": what}
         self.journal.write_soon(events=[event("vm", vm.name, None, json.dumps(data))])
+
+    # -- another configuration --------------------------------------------------------------------
+
+    def check_exchange(self, config: Config) -> None:
+        """Raise `JobConflict` for VMs that can't go, or be called as they are to be called."""
+        wanted = {vm.name: vm for vm in config.vm}
+        for name, known in self.registry.vms.items():
+            new = wanted.get(name)
+            same = new is not None and (new.qmp, new.connect) == (known.qmp, known.connect)
+            if new is not None and known.origin == "api" and not same:
+                raise JobConflict(
+                    f"a VM called '{name}' was made known over the API, at {known.qmp}; remove it"
+                    " first",
+                    vm=name,
+                )
+            if (known.origin == "config" or new is not None) and not same and self.busy(name):
+                raise JobConflict(
+                    f"{name} has commits that have not ended ({', '.join(self.busy(name))}); wait"
+                    " for them, or abort them",
+                    vm=name,
+                )
+
+    async def exchange(self, config: Config) -> None:
+        """Go on by another configuration, which was checked."""
+        async with self._naming:
+            self.check_exchange(config)
+            self.config = self.keeper.config = config
+            limits = config.limits
+            self.scheduler.caps = Caps(
+                limits.commits, limits.per_vm, limits.per_storage, limits.bandwidth
+            )
+            self.places = Places(config)
+            for story in self.stories:
+                story.exchange()
+            await self.registry.exchange(config)
+        self.schedule()
 
     # -- taking promises --------------------------------------------------------------------------
 

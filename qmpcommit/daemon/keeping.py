@@ -70,7 +70,7 @@ class Keeper:
     def __init__(
         self, config: Config, registry: Registry, journal: Journal, metrics: Metrics
     ) -> None:
-        self._config, self._registry = config, registry
+        self.config, self._registry = config, registry
         self._journal, self._metrics = journal, metrics
         self.rate: Callable[[Promise], int] = lambda promise: promise.request.bandwidth or 0
         self.begun: Callable[[], object] = lambda: None
@@ -254,7 +254,7 @@ class Keeper:
     async def wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
         """Until the VM answers again; raises the promise's end where it is gone for good."""
         promise.log.info("vm_away", why=error.message)
-        limit = self._config.limits.gone_after
+        limit = self.config.limits.gone_after
         begun = time.monotonic()
         while True:
             vm = self._registry.vms.get(promise.vm)

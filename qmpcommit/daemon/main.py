@@ -32,6 +32,7 @@ from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.logs import configure_log, on_a_terminal
 from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.reload import Reloading
 from qmpcommit.daemon.rights import Askers, group_id
 from qmpcommit.daemon.rules import Rules
 from qmpcommit.daemon.windows import Windows
@@ -70,20 +71,19 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(config: Config, seconds: float | None = None, wrong: Sequence[str] = ()) -> None:
+def serve(
+    config: Config, source: str, seconds: float | None = None, wrong: Sequence[str] = ()
+) -> None:
     """Run the daemon until it is told to end, or so many seconds; raises `QmpCommitError`.
 
-    What is `wrong` with the configuration, and will fail only when it is needed, is logged.
+    The configuration is read from `source` again when SIGHUP comes. What is `wrong` with it, and
+    will fail only when it is needed, is logged.
     """
     configure_log(config)
     for what in wrong:
         log.Log().warning("configuration_wrong", what=what)
     sys.setswitchinterval(0.0005)  # the journal's thread must not wait for a busy loop
-    asyncio.run(_serve(config, seconds))
-
-
-def _hung_up() -> None:
-    log.Log().warning("hang_up_ignored", why="the configuration is read when the daemon starts")
+    asyncio.run(_serve(config, source, seconds))
 
 
 def check(config: Config) -> Findings:
@@ -94,30 +94,31 @@ def check(config: Config) -> Findings:
     return examine(config)
 
 
-async def _serve(config: Config, seconds: float | None) -> None:
+async def _serve(config: Config, source: str, seconds: float | None) -> None:
     loop = asyncio.get_running_loop()
-    askers = Askers(config)
-    ending = asyncio.Event()
+    ending, reading = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         loop.add_signal_handler(number, ending.set)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         # Of a terminal that closes it is the end; else somebody wants the configuration read.
-        loop.add_signal_handler(signal.SIGHUP, ending.set if on_a_terminal() else _hung_up)
-    # Of a terminal that closes, or to have the configuration read: neither ends a daemon.
-    loop.add_signal_handler(
-        signal.SIGHUP, log.Log().warning, "sighup_ignored: a restart reads the configuration"
-    )
+        loop.add_signal_handler(signal.SIGHUP, (ending if on_a_terminal() else reading).set)
     if seconds is not None:
         loop.call_later(seconds, ending.set)
     with await _lock(Path(config.state), ending):
         journal = await Journal(Path(config.state, "journal.db")).open()
         try:
-            await _run(config, journal, askers, ending)
+            await _run(config, source, journal, ending, reading)
         finally:
             await journal.close()  # its thread would keep a process alive that failed
 
 
-async def _run(config: Config, journal: Journal, askers: Askers, ending: asyncio.Event) -> None:
+async def _run(
+    config: Config,
+    source: str,
+    journal: Journal,
+    ending: asyncio.Event,
+    reading: asyncio.Event,
+) -> None:
     metrics = Metrics()
     engine = Engine(config, journal, metrics)
     groups, rules = Groups(engine), Rules(engine)
@@ -133,9 +134,10 @@ async def _run(config: Config, journal: Journal, askers: Askers, ending: asyncio
     cycle_api.routes(app, cycles)
     group_api.routes(app, groups)
     window_api.routes(app, engine, windows)
+    gate, doors = Gate(app, config, Askers(config), metrics), Doors.of(config.limits)
     settings = uvicorn.Config(
-        Gate(app, config, askers, metrics),
-        http=cast("type[asyncio.Protocol]", partial(PeerProtocol, doors=Doors.of(config.limits))),
+        gate,
+        http=cast("type[asyncio.Protocol]", partial(PeerProtocol, doors=doors)),
         ws="none",
         loop="none",
         lifespan="off",
@@ -148,12 +150,22 @@ async def _run(config: Config, journal: Journal, askers: Askers, ending: asyncio
         backlog=AT_ONCE,
     )
     server = _Server(settings)
+
+    forgetting = asyncio.create_task(forget_old(config, journal), name="forgetting")
+
+    def take(new: Config, askers: Askers) -> None:
+        nonlocal forgetting
+        gate.askers, gate.limits = askers, new.limits
+        doors.exchange(new.limits)
+        forgetting.cancel()
+        forgetting = asyncio.create_task(forget_old(new, journal), name="forgetting")
+
     await engine.start()
     serving = asyncio.create_task(server.serve(sockets=sockets), name="http")
     others = [
         asyncio.create_task(systemd.watch(), name="watchdog"),
         asyncio.create_task(_measure_lag(metrics), name="lag"),
-        asyncio.create_task(forget_old(config, journal), name="forgetting"),
+        asyncio.create_task(Reloading(source, engine, take, reading).run(), name="reloading"),
     ]
     serving.add_done_callback(lambda task: ending.set())
     log.Log().info("serving", sockets=[str(sock.getsockname()) for sock in sockets])
@@ -162,7 +174,7 @@ async def _run(config: Config, journal: Journal, askers: Askers, ending: asyncio
     systemd.notify("STOPPING=1")
     log.Log().info("stopping", commits=len(engine.live))
     await _stop(engine, server, serving)
-    for task in others:
+    for task in (*others, forgetting):
         await stop(task)
     if not given and ours is not None and _file_of(config.listen.socket) == ours:
         os.unlink(config.listen.socket)

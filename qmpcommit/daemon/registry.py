@@ -115,6 +115,24 @@ class Registry:
             self.discover()
             self._finder = asyncio.create_task(self._find(), name="discovery")
 
+    async def exchange(self, config: Config) -> None:
+        """Go on by another configuration: VMs come and go, and are met elsewhere."""
+        self._config = config
+        self._quick = asyncio.Semaphore(config.limits.connects)
+        self._hung = asyncio.Semaphore(max(1, config.limits.connects // 4))
+        wanted = {vm.name: vm for vm in config.vm}
+        for known in list(self.vms.values()):
+            new = wanted.get(known.name)
+            if new is not None and (new.qmp, new.connect) == (known.qmp, known.connect):
+                known.origin = "config"
+            elif new is not None or known.origin == "config":
+                await self.remove(known.name)
+        for vm in config.vm:
+            if vm.name not in self.vms:
+                self.add(vm.name, vm.qmp, vm.connect, "config")
+        if config.discover and self._finder is None:
+            self._finder = asyncio.create_task(self._find(), name="discovery")
+
     async def close(self) -> None:
         """Let go of all VMs; jobs stay in QEMU as they are."""
         if self._finder is not None:

@@ -83,6 +83,7 @@ class Standing:
         self.next_look: float | None = None
         self.disks: dict[tuple[str, str], Seen] = {}
         self.away: dict[str, str] = {}
+        self.watching: asyncio.Task[None] | None = None
 
     def view(self) -> RuleView:
         """As the API shows it."""
@@ -122,7 +123,28 @@ class Rules(Story):
             if promise.job_id.startswith(STEP_PREFIX):
                 self._go(self._take_up(promise), f"step {promise.id}")
         for standing in self.standing:
-            self._go(self._watch(standing), f"flatten rule {standing.number}")
+            self._begin(standing)
+
+    def exchange(self) -> None:
+        """Look by the rules that there are now; those that were there before know what they saw."""
+        left = list(self.standing)
+        self.standing = []
+        for number, rule in enumerate(self._engine.config.flatten):
+            standing = next((each for each in left if each.rule == rule), None)
+            if standing is None:
+                standing = Standing(number, rule)
+                self._begin(standing)
+            else:
+                left.remove(standing)
+                standing.number = number
+            self.standing.append(standing)
+        for gone in left:
+            if gone.watching is not None:
+                gone.watching.cancel()  # what it has promised goes on
+        self._engine.metrics.flatten_failing.clear()
+
+    def _begin(self, standing: Standing) -> None:
+        standing.watching = self._go(self._watch(standing), f"flatten rule {standing.number}")
 
     async def stop(self) -> None:
         """Look no more; what was promised is the engine's."""
@@ -135,10 +157,11 @@ class Rules(Story):
             failing = sum(seen.failures > 0 for seen in standing.disks.values())
             self._engine.metrics.flatten_failing.labels(str(standing.number)).set(failing)
 
-    def _go(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _go(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # -- looking ----------------------------------------------------------------------------------
 

@@ -43,6 +43,9 @@ class Story:
     def start(self) -> None:
         """All is recovered and VMs are being connected: go on."""
 
+    def exchange(self) -> None:
+        """The engine has another configuration: go on by that."""
+
     async def stop(self) -> None:
         """Hand over, within a second: end no undertaking, leave no task.
 

@@ -243,14 +243,14 @@ async def test_a_deadline_that_comes_in_the_queue_ends_the_commit(folder: Path) 
     assert_disk(chains[1].top, chains[1].pictures[-1])
 
 
-async def test_sighup_changes_nothing(folder: Path) -> None:
+async def test_sighup_ends_nothing(folder: Path) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as vm, daemon(folder, config_of(web=vm)) as d:
         await d.connected("web")
         assert d.process is not None
         d.process.send_signal(signal.SIGHUP)
         async with asyncio.timeout(30):
-            while "sighup_ignored" not in d.log:
+            while "reloaded" not in d.log:
                 await asyncio.sleep(0.01)
         assert (await d.get("/v1/vms/web/disks")).status == 200
         assert await d.stop() == 0
