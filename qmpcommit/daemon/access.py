@@ -7,6 +7,7 @@ many at once, each with a problem document.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -81,6 +82,8 @@ class Gate:
                 await answer.problem(503, "Too slow", what)
         finally:
             self._requests -= 1
+            if scope["path"] not in STREAMS:
+                answer.took()
             if scope["method"] not in ("GET", "OPTIONS") and asker is not None:
                 told = {"method": scope["method"], "path": scope["path"], "status": answer.status}
                 self._log.info("asked", **told, **asker.told())
@@ -132,15 +135,24 @@ class _Answer:
     def __init__(self, send: Send, method: str, metrics: Metrics) -> None:
         self._send, self._method, self._metrics = send, method, metrics
         self._begun = False
+        self._since = time.monotonic()
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._begun = True
             self.status = message["status"]
-            method = self._method if self._method in ("GET", "POST", "DELETE") else "other"
-            self._metrics.requests.labels(method, str(self.status)).inc()
+            self._metrics.requests.labels(self._called, str(self.status)).inc()
         await self._send(message)
+
+    @property
+    def _called(self) -> str:
+        return self._method if self._method in ("GET", "POST", "DELETE") else "other"
+
+    def took(self) -> None:
+        """It is answered."""
+        seconds = time.monotonic() - self._since
+        self._metrics.request_seconds.labels(self._called).observe(seconds)
 
     async def empty(self, headers: list[tuple[bytes, bytes]]) -> None:
         """An answer without a body."""

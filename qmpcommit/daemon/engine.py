@@ -642,8 +642,18 @@ class Engine:
         self.metrics.vms.clear()
         for promise in self.live.values():
             self.metrics.jobs.labels(promise.phase or promise.state).inc()
+        self.metrics.vm_up.clear()
+        self.metrics.ready_age.clear()
         for vm in self.registry.vms.values():
             self.metrics.vms.labels(vm.state).inc()
+            self.metrics.vm_up.labels(vm.name).set(vm.up.is_set())
+        now, since = time.time(), dict[str, float]()
+        for promise in self.live.values():
+            if promise.ready is not None and promise.phase == Phase.READY.value:
+                since[promise.vm] = min(promise.ready, since.get(promise.vm, now))
+        for name, ready in since.items():
+            self.metrics.ready_age.labels(name).set(max(0.0, now - ready))
+        self.metrics.journal_bytes.set(self.journal.size)
         self.metrics.orphans.clear()
         for name in self.orphans.keys() & self.registry.vms.keys():  # one may be leaving
             found = self.orphans[name]

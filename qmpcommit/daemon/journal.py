@@ -145,6 +145,15 @@ class Journal:
         # Of its own: the loop's threads may all wait for a file on a storage that hangs.
         self._readers = ThreadPoolExecutor(1, "journal reads")
 
+    @property
+    def size(self) -> int:
+        """The bytes that it has on its disk."""
+        found = 0
+        for path in (self.path, f"{self.path}-wal", roll.path_of(self.path)):
+            with suppress(OSError):
+                found += os.stat(path).st_size
+        return found
+
     # -- life -------------------------------------------------------------------------------------
 
     async def open(self) -> Self:

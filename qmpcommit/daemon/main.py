@@ -197,7 +197,9 @@ async def _measure_lag(metrics: Metrics) -> None:
     while True:
         before = loop.time()
         await asyncio.sleep(1.0)
-        metrics.loop_lag.set(max(0.0, loop.time() - before - 1.0))
+        late = max(0.0, loop.time() - before - 1.0)
+        metrics.loop_lag.set(late)
+        metrics.loop_lags.observe(late)
 
 
 # -- who and where --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from prometheus_client import (
@@ -9,11 +10,15 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
 )
 from prometheus_client.exposition import generate_latest
 
+import qmpcommit
+
 _QUICK = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
+_HTTP = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
 _LONG = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200, 36000)
 
 
@@ -83,6 +88,26 @@ class Metrics:
         self.journal_units = Counter("journal_records", "Records written", **made)
         self.journal_full = Gauge("journal_full", "Whether the journal finds no room", **made)
         self.loop_lag = Gauge("event_loop_lag_seconds", "How late a timer of the loop was", **made)
+        self.loop_lags = Histogram(
+            "event_loop_lags_seconds", "How late timers of the loop were", buckets=_QUICK, **made
+        )
+        self.vm_up = Gauge("vm_up", "Whether a VM's monitor is connected", ("vm",), **made)
+        self.ready_age = Gauge(
+            "oldest_ready_job_seconds", "Since when the first of a VM's READY jobs is so", ("vm",),
+            **made,
+        )  # fmt: skip
+        self.open_age = Gauge(
+            "oldest_open_window_seconds", "Since when the first of a VM's windows is open", ("vm",),
+            **made,
+        )  # fmt: skip
+        self.journal_bytes = Gauge("journal_bytes", "What the journal takes on its disk", **made)
+        build = Gauge("build_info", "What runs: 1, and its versions", ("version", "python"), **made)
+        build.labels(qmpcommit.__version__, platform.python_version()).set(1)
+        ProcessCollector(registry=self.registry)
+        self.request_seconds = Histogram(
+            "http_request_seconds", "From a request's header to the end of its answer", ("method",),
+            buckets=_HTTP, **made,
+        )  # fmt: skip
         self.requests = Counter(
             "http_requests", "Requests, by method and status", ("method", "status"), **made
         )

@@ -7,6 +7,7 @@ before it is taken.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
@@ -127,6 +128,14 @@ class Windows(Kind[LeasedWindow]):
     def gauge(self) -> None:
         """Bring the gauges up to date."""
         self.watch.gauge()
+        metrics, now = self._engine.metrics, time.time()
+        metrics.open_age.clear()
+        opened: dict[str, float] = {}
+        for window in self.live.values():
+            for vm in window.vms if window.state == "open" else ():
+                opened[vm] = min(window.created, opened.get(vm, now))
+        for vm, since in opened.items():
+            metrics.open_age.labels(vm).set(max(0.0, now - since))
 
     # -- what clients ask for ---------------------------------------------------------------------
 
