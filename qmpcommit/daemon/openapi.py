@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from qmpcommit.commit.phases import Phase
 from qmpcommit.wire.commit import Problem
 
 PROBLEM_TYPE = "application/problem+json"
@@ -32,6 +34,13 @@ _DETAILS = {
     503: ("JournalFull", "the disk under the journal is full: no new commit can be promised"),
     504: ("DeadlineExceeded", "QEMU of web1 did not answer query-block within 30 s"),
     507: ("NoSpace", "the base needs 3 GiB more, and its file system has 1 GiB left"),
+}
+_MADE = {
+    "Location": {"schema": {"type": "string"}, "description": "Where it is"},
+    "Idempotent-Replay": {
+        "schema": {"type": "string", "const": "true"},
+        "description": "The Idempotency-Key was given before, and this was made then",
+    },
 }
 _EVERYWHERE = (401, 403, 500, 503)
 _WITH_BODY = (400, 408, 413)
@@ -58,12 +67,18 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             for parameter in operation.get("parameters", ()):
                 _parameter(parameter)
+            if any(each["name"] == "idempotency-key" for each in operation.get("parameters", ())):
+                made = next(each for code, each in operation["responses"].items() if code < "3")
+                made["headers"] = copy.deepcopy(_MADE)
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     _problem(int(status), response)
     schemas = found["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    for schema in schemas.values():
+        _for_generators(schema, schemas)
+    schemas["CommitView"]["properties"]["phase"]["enum"] = ["", *(phase.value for phase in Phase)]
     found["components"]["securitySchemes"] = {
         "token": {
             "type": "http",
@@ -73,6 +88,35 @@ def _document(app: FastAPI) -> dict[str, Any]:
     }
     found["security"] = [{}, {"token": []}]
     return found
+
+
+def _for_generators(schema: Any, schemas: dict[str, Any]) -> None:
+    """Say it in the words that generators of clients understand.
+
+    A kind is required, for it is what tells one from another; a default that is an object is said
+    in the description; and each choice between objects has its discriminator.
+    """
+    if isinstance(schema, list):
+        for each in schema:
+            _for_generators(each, schemas)
+    if not isinstance(schema, dict):
+        return
+    for name, each in schema.items():
+        if name not in ("example", "examples", "default"):
+            _for_generators(each, schemas)
+    kind = schema.get("properties", {}).get("kind", {})
+    if "const" in kind and kind.pop("default", None) is not None:
+        schema["required"] = ["kind", *schema.get("required", ())]
+    if isinstance(schema.get("default"), dict) and "properties" not in schema:
+        told = f"By default {json.dumps(schema.pop('default'))}."
+        schema["description"] = f"{schema.get('description', '')} {told}".strip()
+    names = [str(each.get("$ref", "")).rpartition("/")[2] for each in schema.get("anyOf", ())]
+    kinds = [schemas.get(n, {}).get("properties", {}).get("kind", {}).get("const") for n in names]
+    if kinds and all(kinds):
+        schema["oneOf"] = schema.pop("anyOf")
+        places = (each["$ref"] for each in schema["oneOf"])
+        mapping = dict(zip(kinds, places, strict=True))
+        schema["discriminator"] = {"propertyName": "kind", "mapping": mapping}
 
 
 def _parameter(parameter: dict[str, Any]) -> None:
