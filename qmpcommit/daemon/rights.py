@@ -91,10 +91,17 @@ def sees(vms: str | Iterable[str]) -> bool:
     return asker is None or asker.may("read", names)
 
 
+def has_everywhere(role: str) -> bool:
+    """Whether who asks has at least this role on every VM that there ever is."""
+    asker, rank = ASKER.get(), ROLES.index(role)
+    return asker is None or any(
+        "*" in grant.vms and ROLES.index(grant.role) >= rank for grant in asker.grants
+    )
+
+
 def sees_all() -> bool:
     """Whether who asks may see every VM that there ever is."""
-    asker = ASKER.get()
-    return asker is None or any("*" in grant.vms for grant in asker.grants)
+    return has_everywhere("read")
 
 
 def require(role: str, vms: Sequence[str]) -> None:
