@@ -7,6 +7,7 @@ facts are attributes, for programs. `to_dict` is what ``--json`` and the daemon 
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar, Self
 
 
@@ -47,6 +48,11 @@ class QmpCommitError(Exception):
     def to_dict(self) -> dict[str, object]:
         """The error as JSON-ready members: ``type``, ``message`` and the known facts."""
         return {"type": type(self).__name__, "message": self.message, **self.facts}
+
+    def as_json(self) -> dict[str, object]:
+        """The same of JSON's own types only."""
+        described: dict[str, object] = json.loads(json.dumps(self.to_dict(), default=str))
+        return described
 
 
 class ConnectError(QmpCommitError):

@@ -61,7 +61,8 @@ class Resumed(NamedTuple):
 
     `same_vm` is False when another QEMU answers now, `recycle` the recycle that was decided,
     `stopped` whether the guest was paused for it, `outcome` the outcome where all but the
-    clearing away was done, `times` when what happened.
+    clearing away was done, `times` when what happened. `undoes` and `finalizes` are as for
+    `phases.resume`.
     """
 
     state: phases.State
@@ -70,6 +71,8 @@ class Resumed(NamedTuple):
     stopped: bool = False
     outcome: CommitOutcome | None = None
     times: Mapping[str, datetime] = {}
+    undoes: bool = False
+    finalizes: bool = False
 
     @property
     def left(self) -> Left | None:
@@ -146,7 +149,13 @@ class Driver:
         self._follow: Callable[..., phases.Step] | None = None
         if resumed is not None:
             prepares = resumed.state.prepares
-            self._follow = partial(phases.resume, resumed.state, same_vm=resumed.same_vm)
+            self._follow = partial(
+                phases.resume,
+                resumed.state,
+                same_vm=resumed.same_vm,
+                undoes=resumed.undoes,
+                finalizes=resumed.finalizes,
+            )
         elif adopted is not None:
             self._follow = partial(
                 phases.adopt,

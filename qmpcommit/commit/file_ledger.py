@@ -36,9 +36,10 @@ class FileLedger:
     async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
         """Write a step down (see `Ledger.note`); raises OSError where that can't be done."""
         kind = facts.get("kind", COMMIT)
-        mine = facts["plan"].job_id if step == "block-commit" else facts.get("known_as", "")
+        begins = kind == COMMIT and step == "block-commit"
+        mine = facts["plan"].job_id if begins else facts.get("known_as", "")
         noted = self._noted
-        if noted is None or step == "block-commit":
+        if noted is None or begins:
             noted = await asyncio.to_thread(self._read)
         if mine and (kind, mine) != _named(noted) and not noted.get("over", not noted):
             there, other = _named(noted)
@@ -51,7 +52,7 @@ class FileLedger:
             raise InvalidRequest(
                 f"{self.path} can't note {step}: it is for one commit, and none has begun"
             )
-        self._noted = add_note({} if step == "block-commit" else noted, step, state, **facts)
+        self._noted = add_note({} if begins else noted, step, state, **facts)
         self._noted.setdefault("over", False)
         await asyncio.to_thread(self._write, self._next())
 

@@ -97,6 +97,8 @@ def add_note(noted: Noted, step: str, state: State | None = None, **facts: Any) 
             added["stopped"] = True
         case "cont":
             added["stopped"] = False
+        case "job-finalize":
+            added["finalized"] = True
         case "throttle":
             added["repair"] = facts["repair"]
         case "unthrottle":
@@ -170,12 +172,13 @@ def plan_of(noted: Noted, policy: AnyPolicy | PolicyCall | None) -> Plan:
     left = policy
     if left is None and plan.policy is not None:
         asked = parse_policy(plan.policy)
-        left = _rest_of_hold(asked, noted) if isinstance(asked, Hold) else asked
+        left = rest_of_hold(asked, noted) if isinstance(asked, Hold) else asked
     object.__setattr__(plan, "policy", left)
     return plan
 
 
-def _rest_of_hold(hold: Hold, noted: Noted) -> Hold:
+def rest_of_hold(hold: Hold, noted: Noted) -> Hold:
+    """What is left of a hold that was READY when that was noted."""
     since = noted.get("ready")
     if hold.timeout is None or since is None:
         return hold

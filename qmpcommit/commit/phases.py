@@ -243,14 +243,28 @@ def adopt(
     return state, [Duty.ASK if linked else Duty.RELINK]
 
 
-def resume(state: State, *, same_vm: bool | None, linked: bool = True) -> Step:
+def resume(
+    state: State,
+    *,
+    same_vm: bool | None,
+    linked: bool = True,
+    undoes: bool = False,
+    finalizes: bool = False,
+) -> Step:
     """A commit whose follower died: go on from what it wrote down last.
 
     What was noted may have been done or not, so QEMU is asked first, or it is done again where
     that does no harm. `same_vm` is False when another process answers at the monitor now. While
     the monitor is away (`linked` is False) nothing is asked or done: when it is back, another
-    process may answer.
+    process may answer. Of a group it is known how all have to end: with `undoes` the job is
+    cancelled wherever it is, with `finalizes` what was to be done in PENDING has been done.
     """
+    if undoes and state.running and state.decision is not Choice.ABORT:
+        former, by = (state.decision, state.by) if state.tries else (None, "")
+        state = state._replace(former=former, former_by=by, decision=Choice.ABORT, by="group")
+        state = state._replace(phase=Phase.COPYING, tries=0, accepted=False, refusal=None)
+    if finalizes and state.two_phase and state.running:
+        state = state._replace(prepared=True)
     state = state._replace(
         linked=linked,
         in_flight=False,
@@ -692,6 +706,8 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
     if state.stale:
         return Verdict.STALE, None, ()
     if not state.began and end is None and where not in (Where.BASE, Where.MERGED):
+        if state.taken_up and where is Where.UNUSED:
+            return Verdict.UNCLEAR, "QEMU has no such job, and whether it had can't be seen", ()
         return Verdict.NEVER_BEGAN, None, ()
     gone = ("the job was dismissed by another client; its end was read from the block graph",)
     if end is not None and end.cancelled:

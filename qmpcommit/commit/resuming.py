@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -100,3 +101,22 @@ async def repay(vm: VM, noted: Noted, ledger: Any) -> None:
         if noted.get("stopped") and "overlay" not in noted:
             await go_on(vm)
             await noting.note("cont", anyway=True)
+
+
+def vm_of(vms: Sequence[VM], name: str, identity: str, *, alone: bool = True) -> VM:
+    """The VM that notes are of: the process that they tell of, or the one of that name.
+
+    If it is all that was named, and the only one that the notes are of (`alone`), it is that one.
+    Raises `InvalidRequest` where none is.
+    """
+    same: list[VM] = [vm for vm in vms if identity and process_identity(vm.peer_pid) == identity]
+    for vm in (
+        *same,
+        *(vm for vm in vms if vm.name == name),
+        *(vms if alone and len(vms) == 1 else ()),
+    ):
+        return vm
+    raise InvalidRequest(
+        f"the ledger tells of {name}, which is none of the VMs that were named"
+        f" ({', '.join(vm.name for vm in vms) or 'none'}): name all of them. Nothing was done"
+    )

@@ -76,7 +76,9 @@ class MemberEnd(NamedTuple):
                 if state.end is not None:
                     return not state.end.cancelled and state.end.error is None
                 return None if state.prepared else False
-        return None if state.verdict in (Verdict.VANISHED, Verdict.UNCLEAR) else False
+        if state.verdict is Verdict.VANISHED:  # its overlay is active: it has not pivoted
+            return None if self.keeps else False
+        return None if state.verdict is Verdict.UNCLEAR else False
 
     def dump(self) -> dict[str, Any]:
         """For an error's facts: the outcome, or the error with what is known beside it."""
@@ -90,6 +92,14 @@ class MemberEnd(NamedTuple):
         )
         where = {"vm": self.plan.vm, "disk": self.plan.disk.name, "job_id": self.plan.job_id}
         return {**where, "held": self.held, "error": said}
+
+
+def is_clean(end: MemberEnd) -> bool:
+    """Whether nothing is left of it, and nothing was done by it."""
+    if end.outcome is not None:
+        return end.outcome.action == "abort"
+    facts = end.error.facts if isinstance(end.error, QmpCommitError) else {}
+    return facts.get("begun") is False or bool(facts.get("vanished"))
 
 
 def outcome_of(group: str, ends: Sequence[MemberEnd], *, by: str) -> GroupOutcome:

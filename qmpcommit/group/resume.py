@@ -10,6 +10,7 @@ from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.group import machine
 from qmpcommit.group.machine import Stage
+from qmpcommit.group.outcome import GroupOutcome
 from qmpcommit.group.run import GroupCommit
 from qmpcommit.tasks import stop, to_the_end
 
@@ -67,6 +68,11 @@ class ResumableGroup(GroupCommit):
         self._follow_all()
         if self.state.stage is Stage.CANCELLING:
             self._cancel(self.state.why)  # those too that were not there before
+
+    async def go_on(self, members: Sequence[Resume]) -> GroupOutcome:
+        """As `run`, for jobs that a former process sent."""
+        await self.take_up(members)
+        return await self._see_through()
 
     async def hand_over(self) -> None:
         """Within a second: no disk is held, so that all jobs can be left in QEMU as they are.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -22,8 +23,10 @@ from qmpcommit.commit.claim import let_go, take_for
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import may_pivot, refuse_idle
+from qmpcommit.commit.phases import Verdict
 from qmpcommit.commit.policy import (
     Abort,
+    AnyPolicy,
     AskedPolicy,
     Decision,
     Keep,
@@ -34,8 +37,16 @@ from qmpcommit.commit.policy import (
 )
 from qmpcommit.commit.preconditions import ask_whether
 from qmpcommit.commit.request import what_of_stale
-from qmpcommit.errors import DeadlineExceeded, InvalidRequest, JobConflict, NotReady, QmpCommitError
+from qmpcommit.errors import (
+    CommitFailed,
+    DeadlineExceeded,
+    InvalidRequest,
+    JobConflict,
+    NotReady,
+    QmpCommitError,
+)
 from qmpcommit.group import machine
+from qmpcommit.group.book import GroupBook, options_noted, policy_noted
 from qmpcommit.group.freezes import Freezes
 from qmpcommit.group.machine import GroupAction, GroupFact, Stage
 from qmpcommit.group.members import (
@@ -57,6 +68,7 @@ from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.vm import VM
 
 HOLD_LIMIT = 2.0
@@ -90,8 +102,10 @@ class GroupCommit:
     stand still before the first disk is held; if one can't be quiesced all are cancelled.
     `freeze_notes` are told of a VM's freeze and thaw before they are sent.
     `on_decision` is awaited while all disks are held, before the first job is finalized: what
-    it writes down tells a recovery that they all have to be. Whatever this or a policy ends with,
-    or if it takes longer than `hold_limit`, all are cancelled, and it is the ``__cause__`` of the
+    it writes down tells a recovery that they all have to be. With a `ledger` each step of all
+    disks is noted in that one before it is taken, and ``qc.resume(ledger, vms)`` goes on where this
+    was killed. Whatever these or a policy end with,
+    or if one takes longer than `hold_limit`, all are cancelled, and it is the ``__cause__`` of the
     `GroupFailed` (`qmpcommit.callback` has the rule). `known_as` is the group's id (eight
     hexadecimal digits), by default a random one. `options` are those of `Session.commit`, for
     all members.
@@ -122,14 +136,17 @@ class GroupCommit:
             "", only_if=options.pop("only_if", None), timeout=options.pop("timeout", None)
         )
         self._only_if, self._timeout = once.only_if, once.timeout
+        ledger = options.pop("ledger", None)
         self._options: dict[str, Any] = {**options}
         self._on_decision = on_decision
+        self._check_members(agents or {}, freeze)
+        self.book = None if ledger is None else self._noted_in(ledger)
         hold_limit = parse_seconds(hold_limit, "hold limit")
         self.state = machine.begin(
             len(self.members),
             hold_limit,
             freezes=freeze is not None,
-            records=on_decision is not None,
+            records=on_decision is not None or ledger is not None,
         )
         self._freeze, self._agents = freeze, dict(agents or {})
         self._freezes = Freezes(
@@ -138,7 +155,7 @@ class GroupCommit:
             self._agents,
             on_quiet=self._is_quiet,
             on_failure=self._is_not_quiet,
-            notes=freeze_notes,
+            notes=self.book.freezes() if self.book is not None else freeze_notes,
         )
         self._decisions: dict[int, Settled] = {}
         self._asking: asyncio.Task[None] | None = None
@@ -154,15 +171,54 @@ class GroupCommit:
         self._late = False
         self._cause: BaseException | None = None
         self._by = ""
-        self._check_members()
 
-    def _check_members(self) -> None:
+    def _check_members(self, agents: Sockets[Any], freeze: How | None) -> None:
         if not self.members:
             raise InvalidRequest("a group commit needs at least one disk")
-        check_sockets(self._freeze, (member.vm for member in self.members), self._agents)
+        check_sockets(freeze, (member.vm for member in self.members), dict(agents))
         if isinstance(self._policy, Recycle) and len(self.members) > 1:
             raise InvalidRequest(ONE_OVERLAY)
         self._check_options()
+
+    def _noted_in(self, ledger: Ledger) -> GroupBook:
+        """Have each member's steps noted in the one ledger of the group."""
+        if any(member.options.get("ledger") is not None for member in self.members):
+            raise InvalidRequest("give the group a ledger, or each of its disks its own, not both")
+        book = GroupBook(ledger, self.members, self.id)
+        self.members = [
+            member._replace(options={**member.options, "ledger": book.of(number)})
+            for number, member in enumerate(self.members)
+        ]
+        return book
+
+    async def _begin_notes(self) -> None:
+        """What is asked is noted before anything is sent; raises `CommitFailed`."""
+        if self.book is None:
+            return
+        asked = {
+            "policy": policy_noted(self._policy),
+            "asks": self._policy is not None and not isinstance(self._policy, AnyPolicy),
+            "policies": None if self._policy else [policy_noted(each) for each in self._policies],
+            "options": [options_noted(member, self._options) for member in self.members],
+            "hold_limit": self.state.hold_limit,
+            "freeze": self._freeze,
+            "agents": {
+                self.book.keys[vm]: os.fspath(agent)
+                for vm, agent in self._agents.items()
+                if vm in self.book.keys
+            },
+            "timeout": self._timeout,
+            "only_if": None if self._only_if is None else list(self._only_if),
+            "since": time.time(),
+        }
+        try:
+            await self.book.begin(self.members, asked)
+        except CommitFailed as error:
+            vms = ", ".join(self.book.keys.values())
+            raise CommitFailed(
+                f"the group commit over {vms} did not begin: {error.message}. Nothing was sent",
+                error=error.error,
+            ) from error.__cause__
 
     def _check_options(self) -> None:
         """Refuse what would have no effect: on a member, or on any where it is asked of all."""
@@ -184,6 +240,9 @@ class GroupCommit:
         `at_ready` is called when all are READY.
         """
         await self.start()
+        return await self._see_through(at_ready)
+
+    async def _see_through(self, at_ready: Callable[[], object] | None = None) -> GroupOutcome:
         try:
             if at_ready is not None:
                 await self.ready()
@@ -213,6 +272,7 @@ class GroupCommit:
                 await ask_whether(self._only_if, jobs[0].plan)
             if self._late:
                 raise DeadlineExceeded(f"{self.state.why}, so nothing was sent")
+            await self._begin_notes()
             self.jobs = jobs
             await self._launch()
         except BaseException:
@@ -255,8 +315,19 @@ class GroupCommit:
                 error.__cause__ = self._cause
             if self._stood_still:
                 error.add(quiesced=max(self._stood_still.values()))
+            await self._note_end(error=error.as_json())
             raise error
-        return self._outcome(ends)
+        outcome = self._outcome(ends)
+        await self._note_end(outcome=outcome.model_dump(mode="json"))
+        return outcome
+
+    async def _note_end(self, **how: Any) -> None:
+        """It is over, unless somebody has to look at a job whose monitor was lost."""
+        lost = (Verdict.MONITOR_LOST, None)
+        if self.book is not None and all(job.state.verdict not in lost for job in self.jobs):
+            for vm, seconds in self._stood_still.items():
+                self.book.goes_on_again(self.book.keys[vm], seconds)
+            await self.book.end(**how)
 
     def pivot(self) -> None:
         """Decide for the bases, at once; raises `NotReady` or `JobConflict`, as a job does."""
@@ -278,6 +349,7 @@ class GroupCommit:
         if self._following:
             await asyncio.wait(self._following)
         await self._clear()
+        await self._note_end()
 
     # -- start ------------------------------------------------------------------------------------
 
@@ -458,15 +530,18 @@ class GroupCommit:
             job.decide(*self._decisions[number])
 
     def _record(self) -> None:
-        assert self._on_decision is not None
-        self._recording = asyncio.ensure_future(self._written_down(self._on_decision))
+        self._recording = asyncio.ensure_future(self._written_down())
 
-    async def _written_down(self, on_decision: OnDecision) -> None:
+    async def _written_down(self) -> None:
         """Have the decision written down before the first job is finalized; or cancel all."""
+        jobs = [job.id for job in self.jobs]
         try:
-            await ask(on_decision, [job.id for job in self.jobs], limit=self.state.hold_limit)
-        except Failed as failed:
-            self._cause = failed.cause
+            if self._on_decision is not None:
+                await ask(self._on_decision, jobs, limit=self.state.hold_limit)
+            if self.book is not None:
+                await self.book.finalize(self._by)
+        except (Failed, CommitFailed) as failed:
+            self._cause = failed.cause if isinstance(failed, Failed) else failed.__cause__
             self._tell(machine.Recorded(str(failed)))
         else:
             await self._tell_ended_meanwhile()
@@ -544,7 +619,8 @@ class GroupCommit:
         ]
         outcome = outcome_of(self.id, ends, by=self._by)
         problems = self._pauses.problems if self._pauses is not None else ()
-        warnings = [*problems, *self._freezes.problems, *outcome.warnings]
+        noted = self.book.problems if self.book is not None else ()
+        warnings = [*problems, *self._freezes.problems, *noted, *outcome.warnings]
         return replace(outcome, warnings=warnings)
 
     @property

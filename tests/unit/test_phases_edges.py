@@ -790,3 +790,48 @@ def test_a_pivot_is_not_sent_into_a_migration(choice: Choice) -> None:
     else:
         assert (state, actions) == (start[0], [])
     assert after(start, Looked()) == (start[0], [])
+
+
+@pytest.mark.parametrize("status", ["created", "running", "paused", "ready", "standby", "pending"])
+@pytest.mark.parametrize("choice", [None, Choice.PIVOT, Choice.KEEP, Choice.RECYCLE])
+def test_a_member_whose_group_is_undone_is_cancelled_wherever_it_is(
+    status: str, choice: Choice | None
+) -> None:
+    """And what it was to be is known still, where QEMU may have done that by now."""
+    start = after(MEETS, *CREATED) if choice is None else decided(choice, MEETS)
+    if choice is Choice.RECYCLE:
+        start = after(start, Frozen())
+    noted = start[0]
+    step = phases.resume(noted, same_vm=True, undoes=True)
+    assert step[1] == [Duty.ASK]
+    assert (step[0].ordered, step[0].decision) == (choice, Choice.ABORT)
+    state, actions = after(step, Answered(JobSeen(status, auto_finalize=False)))
+    assert actions == [Command.ABORT]
+    assert (state.former, state.by) == (choice, "group")
+    ended = after(step, Answered(None), GraphRead(Where.BASE))[0]
+    assert ended.verdict is Verdict.PIVOTED
+
+
+def test_a_member_that_was_cancelled_before_is_not_undone_once_more() -> None:
+    noted = taken(Choice.ABORT, MEETS)[0]
+    plain = phases.resume(noted, same_vm=True)
+    assert phases.resume(noted, same_vm=True, undoes=True) == plain
+    finished = noted._replace(phase=Phase.FINISHED, verdict=Verdict.PIVOTED)
+    assert phases.resume(finished, same_vm=True, undoes=True)[1] == [Duty.FINISH]
+
+
+@pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP])
+def test_a_member_whose_group_is_finalized_meets_nobody_any_more(choice: Choice) -> None:
+    noted = decided(choice, MEETS)[0]
+    held = Answered(JobSeen("pending", auto_finalize=False))
+    assert after(phases.resume(noted, same_vm=True), held)[1] == [Duty.PREPARE]
+    step = phases.resume(noted, same_vm=True, finalizes=True)
+    assert after(step, held)[1] == [Command.FINALIZE]
+
+
+def test_a_job_that_a_former_process_may_have_begun_is_not_begun_again_unseen() -> None:
+    """Its disk may have pivoted, and nothing use it any more: what it was would be committed."""
+    noted = phases.begin(two_phase=True)[0]._replace(unsent=False)
+    gone = after(phases.resume(noted, same_vm=True), Answered(None))
+    assert after(gone, GraphRead(Where.UNUSED))[0].verdict is Verdict.UNCLEAR
+    assert after(gone, GraphRead(Where.TOP))[0].verdict is Verdict.NEVER_BEGAN
