@@ -19,25 +19,17 @@ def end_of(
 ) -> MemberEnd:
     """The end of one that was begun, from its promise."""
     plan, noted, _ = promise.resumed(promise.identity)
-    state = noted.state
+    state = promise.last or noted.state
     if outcome is not None:
         state = state._replace(verdict=VERDICTS[outcome.action])
     elif error is not None and error.facts.get("pivoted") is True:  # and what follows failed
         state = state._replace(verdict=Verdict.PIVOTED)
     elif isinstance(error, VMGone):
         state = state._replace(verdict=Verdict.VM_GONE)
-    else:
+    elif state.verdict is None:
         state = state._replace(verdict=Verdict.FAILED)
     timings = outcome.timings if outcome is not None else Timings(**noted.times)
     return MemberEnd(plan, state, timings, outcome, error, state.ordered)
-
-
-def is_clean(end: MemberEnd) -> bool:
-    """Whether nothing is left of it, and nothing was done by it."""
-    if end.outcome is not None:
-        return end.outcome.action == "abort"
-    facts = end.error.facts if isinstance(end.error, QmpCommitError) else {}
-    return facts.get("begun") is False or bool(facts.get("vanished"))
 
 
 def is_unsure(end: MemberEnd, promise: Promise) -> bool:

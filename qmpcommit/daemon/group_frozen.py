@@ -17,9 +17,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.daemon.promised_group import FrozenGuest, Group
+from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.errors import ConnectError, MonitorLost, QmpCommitError, VMGone
+from qmpcommit.group.noted import FrozenGuest
 from qmpcommit.guest.marks import mark_of_group, marks
 from qmpcommit.guest.quiesce import thaw
 

@@ -16,7 +16,9 @@ from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.promise import Promise, is_settled
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.group.noted import Way
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, outcome_of
+from qmpcommit.group.resuming import stood_still
 from qmpcommit.tasks import stop
 
 
@@ -63,30 +65,22 @@ class Settling:
                 group.goes_on_again(vm, paused)
         stood = group.quiesced
         return [
-            _stood_still(end, seconds.get(p.vm), stood.get(p.vm))
+            stood_still(end, seconds.get(p.vm), stood.get(p.vm))
             for p, end in zip(begun, ends, strict=True)
         ]
 
     async def _settle_one(self, group: Group, promise: Promise) -> MemberEnd:
         outcome, error = None, None
-        before = promise.decision
-        noted = promise.noted["state"]
-        if group.finalizes:
-            promise.barrier = _pass
-            noted["prepared"] = True
-            if is_settled(load_state(noted)):
-                promise.settled.set()
-        else:
-            promise.barrier = _refuse
-            promise.decision = "abort"
-            noted["tries"] = noted["tries"] or 1  # so that no overlay is made, and no guest paused
+        promise.way = Way.FINALIZE if group.finalizes else Way.CANCEL
+        if promise.way is Way.FINALIZE and is_settled(load_state(promise.noted["state"])):
+            promise.settled.set()
         try:
             outcome = await self._keeper.outcome_of(promise)
         except QmpCommitError as failed:
             error = failed
         finally:
             promise.settled.set()
-        promise.decision = before
+            promise.way = None
         return end_of(promise, outcome, error)
 
     async def conclude(self, group: Group, ends: Sequence[MemberEnd]) -> None:
@@ -148,21 +142,3 @@ class Settling:
         for promise, ending in zip(group.members, endings, strict=True):
             promise.ended_as(ending)
         self._ended(group)
-
-
-def _stood_still(end: MemberEnd, paused: float | None, quiesced: float | None) -> MemberEnd:
-    """The end of one, with for how long its guest was seen to wait."""
-    outcome = end.outcome
-    if outcome is None:
-        return end
-    if outcome.action == "recycle" and paused is not None:
-        outcome = replace(outcome, guest_paused=paused)
-    return end._replace(outcome=replace(outcome, quiesced=quiesced))
-
-
-async def _pass() -> str | None:
-    return None
-
-
-async def _refuse() -> str | None:
-    return "its group was not decided when the daemon that held its disk ended"

@@ -22,7 +22,7 @@ from qmpcommit.commit.request import DiskOptions
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon.asked import check_asked
 from qmpcommit.daemon.engine import Engine, key_row
-from qmpcommit.daemon.group_ends import is_clean, is_unsure
+from qmpcommit.daemon.group_ends import is_unsure
 from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
 from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
 from qmpcommit.daemon.group_settling import Settling
@@ -43,7 +43,8 @@ from qmpcommit.errors import (
     QmpCommitError,
 )
 from qmpcommit.group.members import GroupMember
-from qmpcommit.group.outcome import GroupOutcome
+from qmpcommit.group.noted import Shown, Way, resume, shown_of
+from qmpcommit.group.outcome import GroupOutcome, is_clean
 from qmpcommit.group.resume import HAND_OVER, ResumableGroup
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
@@ -54,6 +55,9 @@ MAX_TRIES = 3
 
 HEAD_START = 0.2
 """Seconds that a guest's thaw gets before the jobs are ended that hold its disks."""
+
+MEETING = 1.0
+"""Seconds that a VM gets to be connected too, before others of its group are finalized."""
 
 LAST_WORDS = 0.2
 """Seconds that a group which has just ended gets to say so before the daemon stops."""
@@ -105,6 +109,7 @@ class Groups(Kind[Group]):
         ]
         here = (vm.name, vm.identity)
         for group in waiting:
+            await self._look_at(group)
             if not group.finalizes:  # else it would write to its bases before all are laid over
                 for paused in paused_for(p for p in group.members if (p.vm, p.identity) == here):
                     await let_go_on(session, paused)
@@ -120,6 +125,33 @@ class Groups(Kind[Group]):
             await asyncio.gather(*thawing)
         finally:
             await asyncio.gather(*map(stop, thawing))
+
+    async def _look_at(self, group: Group) -> None:
+        """Whether all of it can be finalized, where it is not known that any may have been.
+
+        The VMs that are not connected get a moment for that.
+        """
+        if not group.in_doubt:
+            return
+        shown = await asyncio.gather(*(self._shown(promise) for promise in group.members))
+        if group.in_doubt and resume(group.as_noted, shown) is Way.CANCEL:
+            group.log.warning("cancelled_before", shown=[each.name for each in shown])
+            group.undone = True
+
+    async def _shown(self, promise: Promise) -> Shown:
+        vm = self._engine.registry.vms.get(promise.vm)
+        try:
+            async with asyncio.timeout(MEETING):
+                if vm is None or (vm.connect != "keep" and not vm.up.is_set()):
+                    return Shown.AWAY
+                await vm.up.wait()
+                assert vm.session is not None
+                jobs = await vm.session.execute("query-jobs")
+        except (QmpCommitError, TimeoutError):
+            return Shown.AWAY
+        if vm.identity != promise.identity:
+            return Shown.GONE
+        return shown_of(next((job for job in jobs if job.get("id") == promise.job_id), None))
 
     async def _end_held(self, groups: Iterable[Group], vm: VM, session: Session) -> None:
         jobs = await session.execute("query-jobs")
@@ -304,11 +336,12 @@ class Groups(Kind[Group]):
                 if group.goes_on and await self._drive(group):
                     return
                 continue
+            await self._look_at(group)
             ends = await self._settling.settle(group)
             tries += 1
             clean = all(is_clean(end) for end in ends)
             left = group.left
-            if group.finalizes or not clean or group.decision == "abort":
+            if group.finalizes or group.undone or not clean or group.decision == "abort":
                 await self._settling.conclude(group, ends)
                 return
             if tries >= MAX_TRIES or (left is not None and left <= 0):

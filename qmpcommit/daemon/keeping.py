@@ -129,10 +129,12 @@ class Keeper:
                 promise.job = job
                 promise.found.set()
                 self.begun()
-                if promise.decision is not None:
-                    self._when_possible(promise, job)
+                if promise.undone:
+                    with suppress(JobConflict):
+                        job.abort()
                 return await job.wait()
             finally:
+                promise.last = promise.job.state if promise.job is not None else promise.last
                 promise.job = None
                 promise.found.clear()
 
@@ -189,7 +191,6 @@ class Keeper:
             noted,
             files=files,
             timeout=max(0.0, left) if (left := seconds_left(promise)) is not None else None,
-            barrier=promise.barrier,
             claim=self.claim_of(promise),
             **self._hooks(promise, session),
         )
@@ -244,12 +245,6 @@ class Keeper:
     async def repay(self, promise: Promise, session: Session) -> None:
         """What a former process did to the guest and could not undo any more."""
         await repay(session, promise.noted, promise)
-
-    def _when_possible(self, promise: Promise, job: CommitJob) -> None:
-        """A decision that was answered before we restarted, or while the monitor was away."""
-        if promise.decision == "abort":
-            with suppress(JobConflict):
-                job.abort()
 
     async def wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
         """Until the VM answers again; raises the promise's end where it is gone for good."""

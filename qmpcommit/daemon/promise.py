@@ -16,11 +16,11 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, parse_policy
-from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.rights import asked_by
 from qmpcommit.daemon.undertaking import write_when_possible
+from qmpcommit.group.noted import Way
 from qmpcommit.log import Log
 from qmpcommit.qmp.process import is_same
 from qmpcommit.wire.commit import CommitRequest
@@ -82,9 +82,9 @@ class Promise:
 
     It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
     last one, from which another process goes on. `group` is the id of the group that it is a
-    member of, and `barrier` what is then awaited while its disk is held; `settled` is set when
-    QEMU has done its part, after which no guest has to wait for it. `deciding` is held by the
-    request whose decision is being written down.
+    member of, `way` how that is ended after a restart, and `last` the last state of its job that
+    was seen then; `settled` is set when QEMU has done its part, after which no guest has to wait
+    for it. `deciding` is held by the request whose decision is being written down.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Promise:
         self.task: asyncio.Task[None] | None = None
         self.prepared: Prepared | None = None
         self.decides: Callable[[], object] = lambda: None
-        self.barrier: Barrier | None = None
+        self.way: Way | None = None
+        self.last: State | None = None
         self.may_run = asyncio.Event()
         self.found = asyncio.Event()
         self.settled = asyncio.Event()
@@ -315,10 +316,18 @@ class Promise:
         plan = plan_of({"plan": self.plan}, self.decided_policy())
         same_vm = is_same(self.identity, identity)
         resumed = resumed_of(self.noted, same_vm=same_vm, alone=not self.group)
+        resumed = resumed._replace(
+            undoes=self.way is Way.CANCEL, finalizes=self.way is Way.FINALIZE
+        )
         if self.ready is not None and resumed.state.phase is Phase.STARTING:  # none was noted since
             ready = {"ready": datetime.fromtimestamp(self.ready, UTC)}
             resumed = resumed._replace(times={**ready, **resumed.times})
         return plan, resumed, files_of(self.noted)
+
+    @property
+    def undone(self) -> bool:
+        """Whether its job is to be cancelled: somebody has decided that, or its group is."""
+        return self.decision == "abort" or self.way is Way.CANCEL
 
     def decided_policy(self) -> Any:
         """The policy that counts now: a decision that was promised, or what is left of a hold."""

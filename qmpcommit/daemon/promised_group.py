@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-from qmpcommit.commit.facts import Choice
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.undertaking import Undertaking
 from qmpcommit.errors import QmpCommitError
+from qmpcommit.group.noted import FrozenGuest, NotedGroup, NotedMember, Shown, Way, resume
 from qmpcommit.group.resume import ResumableGroup
-from qmpcommit.guest.quiesce import How
 from qmpcommit.wire.group import GroupRequest
-
-_COPYING = ("starting", "copying", "ready")
-
-
-class FrozenGuest(NamedTuple):
-    """The guest of a VM that is quiesced, or may be: how, in which QEMU, and since when (1970)."""
-
-    vm: str
-    how: How
-    agent: str | None
-    identity: str
-    since: float
 
 
 class Group(Undertaking[GroupRequest]):
     """A group that was answered with 202; `members` are its promises, in their order.
 
     `commit` is there while it is driven from here. `torn` tells that it can't go on as it is: its
-    jobs are cancelled, and it begins again. `problems` are for people to read, beside its end.
-    `deciding` is held by the request whose decision is being written down.
+    jobs are cancelled, and it begins again; `undone` that they are although all were to be
+    finalized: one had been cancelled by somebody before the first was. `problems` are for people
+    to read, beside its end. `deciding` is held by the request whose decision is being written down.
     """
 
     kind: ClassVar[str] = "group"
@@ -45,21 +33,28 @@ class Group(Undertaking[GroupRequest]):
         super().__init__(vm, request, journal, known_as=known_as)
         self.members: list[Promise] = []
         self.commit: ResumableGroup | None = None
-        self.torn = False
+        self.torn = self.undone = False
         self.handed_over = False
         self.problems: list[str] = []
         self.changed = asyncio.Event()
         self.deciding = asyncio.Lock()
 
     @property
-    def finalizes(self) -> bool:
-        """Whether it was noted that all jobs are to be finalized.
+    def as_noted(self) -> NotedGroup:
+        """It and its members as the journal has them."""
+        members = (NotedMember(p.vm, p.noted if p.begun else {}) for p in self.members)
+        return NotedGroup(tuple(members), finalize=bool(self.noted.get("finalize")))
 
-        And nothing else since: where one ends before that is noted, the others are cancelled.
-        """
-        states = [promise.noted.get("state") or {} for promise in self.members]
-        undone = any(state.get("decision") == Choice.ABORT for state in states)
-        return bool(self.noted.get("finalize")) and not undone
+    @property
+    def finalizes(self) -> bool:
+        """Whether it was noted that all jobs are to be finalized, and they can be."""
+        return self.as_noted.finalizes and not self.undone
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether all are to be finalized, and none may have been: somebody may have cancelled."""
+        lost = [Shown.NOTHING] * len(self.members)
+        return self.finalizes and resume(self.as_noted, lost) is Way.CANCEL
 
     @property
     def decision(self) -> Literal["pivot", "keep", "abort"] | None:
@@ -74,10 +69,10 @@ class Group(Undertaking[GroupRequest]):
     @property
     def goes_on(self) -> bool:
         """Whether what the journal holds can be driven: nothing sent, or all and none decided."""
-        if self.finalizes or self.torn or self.decision == "abort":
+        if self.undone or self.torn or self.decision == "abort":
             return False
-        copying = [p for p in self.members if p.begun and p.noted["state"]["phase"] in _COPYING]
-        return not self.begun or len(copying) == len(self.members)
+        unseen = [Shown.AWAY] * len(self.members)
+        return resume(self.as_noted, unseen) in (Way.BEGIN, Way.FOLLOW)
 
     @property
     def left(self) -> float | None:

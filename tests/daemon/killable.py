@@ -24,6 +24,7 @@ from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
+from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import CommandRefused
@@ -123,6 +124,7 @@ counted_from(Groups, "take")
 counted_from(Cycles, "begin")
 counted_from(Windows, "open")
 around(Journal, "write", lambda self, *statements: f"journal {statements[0].sql[:32]}")
+around(Group, "finalize", lambda self, by: "finalize")
 around(Agent, "freeze", lambda self: "guest-fsfreeze-freeze")
 around(Agent, "thaw", lambda self: "guest-fsfreeze-thaw")
 Session.execute = execute  # type: ignore[method-assign, assignment]

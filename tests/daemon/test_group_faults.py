@@ -31,6 +31,15 @@ async def status_of(vm: Machine) -> str:
     return str(jobs[0]["status"]) if jobs else "none"
 
 
+async def shows(vm: Machine, job: str, status: str) -> None:
+    """Wait until the job of that id is in that state."""
+    async with asyncio.timeout(30):
+        while True:
+            if (job, status) in [(j["id"], j["status"]) for j in await vm.execute("query-jobs")]:
+                return
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["in time", "not before it has stopped"])
 async def test_sigterm_while_one_disk_is_held_leaves_none_pending(
     folder: Path, answers: bool
@@ -107,6 +116,62 @@ async def test_a_qemu_that_dies_after_the_decision_splits_the_group(folder: Path
     finally:
         if d.process is not None:
             await d.kill()
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+@pytest.mark.parametrize("dismissed", [False, True])
+async def test_one_that_is_cancelled_when_the_decision_is_durable_cancels_all(
+    folder: Path, cancelled: int, dismissed: bool
+) -> None:
+    """The daemon is killed before it can note that: none was finalized, and none is then."""
+    d = killable(folder)
+    d.environment["QMPCOMMIT_DIE_IN"] = "after finalize"
+    await d.start()
+    try:
+        async with hosted(folder, 1, 1) as host:
+            for number, vm in enumerate(host.vms):
+                await d.post("/v1/vms", {"name": f"vm{number}", "qmp": vm.qmp})
+                await d.connected(f"vm{number}")
+            group = await ask(d, host, policy=PIVOT)
+            assert d.process is not None
+            async with asyncio.timeout(30):
+                await d.process.wait()
+            assert [await status_of(vm) for vm in host.vms] == ["pending", "pending"]
+            other = host.vms[cancelled]
+            ((job,),) = [await other.execute("query-jobs")]
+            await other.execute("job-cancel", id=job["id"])
+            await shows(other, job["id"], "concluded")
+            if dismissed:
+                await other.execute("job-dismiss", id=job["id"])
+            del d.environment["QMPCOMMIT_DIE_IN"]
+            await d.start()
+            ended = await end_of(d, group["id"])
+            assert ended["error"]["type"] == "GroupFailed", ended
+            assert await host.jobs() == []
+            await host.ends_as("abort")
+    finally:
+        if d.process is not None:
+            await d.kill()
+
+
+async def test_an_end_that_can_not_be_seen_is_not_called_unpivoted(folder: Path) -> None:
+    """Nothing uses the disk any more whose job another client has ended meanwhile."""
+    async with served(folder, 2) as (d, host):
+        group = (await ask(d, host, policy=HOLD))["id"]
+        await until(d, group, "ready")
+        await d.kill()
+        (vm,) = host.vms
+        job, _ = sorted(each["id"] for each in await vm.execute("query-jobs"))
+        await vm.execute("job-complete", id=job)
+        await shows(vm, job, "pending")
+        await vm.execute("block-export-del", id="export0")  # of v0d0
+        await vm.execute("job-finalize", id=job)
+        await shows(vm, job, "concluded")
+        await vm.execute("job-dismiss", id=job)
+        await d.start()
+        error = (await end_of(d, group))["error"]
+        assert error["type"] == "GroupSplit", error
+        assert (len(error["unknown"]), len(error["not_pivoted"])) == (1, 1), error
 
 
 async def test_a_hold_that_is_too_long_cancels_all(folder: Path) -> None:
