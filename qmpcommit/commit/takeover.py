@@ -14,6 +14,7 @@ from qmpcommit.commit.in_use import use_of
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.plan import Plan, adopted_plan
+from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_commands, told
 from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.errors import InvalidRequest, JobConflict, JobNotFound
@@ -89,7 +90,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     check_commands(plan, asked.on_pivot)
     around = Around(
         on_pivot=asked.on_pivot,
-        carrying=_carrying(plan, graph, status, refuses=asked.pending != "leave"),
+        carrying=carrying_of_job(plan, graph, status, refuses=asked.pending != "leave"),
         files=await asyncio.to_thread(vm.files_of, plan) if asked.stale != "leave" else {},
         cwd=vm.cwd,
         gate=vm.gate,
@@ -125,7 +126,9 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     return made
 
 
-def _carrying(plan: Plan, graph: BlockGraph, status: str, *, refuses: bool) -> Carrying | None:
+def carrying_of_job(
+    plan: Plan, graph: BlockGraph, status: str, *, refuses: bool
+) -> Carrying | None:
     """What has to be carried into the base of an adopted commit; raises `JobConflict`.
 
     Unless it holds its disk, it waits as it is until others need its bitmaps no more. What the
@@ -150,6 +153,19 @@ def _carrying(plan: Plan, graph: BlockGraph, status: str, *, refuses: bool) -> C
             job_id=plan.job_id,
         )
     return carrying
+
+
+async def bitmaps_to_carry(vm: VM, job_id: str) -> Carrying | None:
+    """The same of a job of that id that is to be pivoted; raises what `adopted` raises for them."""
+    graph = await vm.graph()
+    status = next((job.status for job in await vm.query_jobs() if job.id == job_id), "")
+    known = job_id in graph.jobs  # else it has ended, or this QEMU does not tell what a job holds
+    plan = (
+        adopted_plan(vm.name, graph, job_id, Pivot())
+        if known
+        else (concluded_plan(vm.name, graph, job_id, Pivot()).plan)
+    )
+    return carrying_of_job(plan, graph, status, refuses=True)
 
 
 async def resumed(

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import read_image
 from qmpcommit.commit.checks import CLAIM
 from qmpcommit.commit.claim import clear_dead, number_of, owners_of
@@ -22,6 +23,7 @@ from qmpcommit.commit.pending import place_of
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Pivot, parse_policy
 from qmpcommit.commit.stale_layers import close_layers, close_nodes
+from qmpcommit.commit.takeover import bitmaps_to_carry
 from qmpcommit.cycles.exchange import Exchange, complete, put_back
 from qmpcommit.errors import CommandRefused, CommitFailed, InvalidRequest, QmpCommitError
 from qmpcommit.guest.marks import mark_of_discard, marks_among
@@ -32,6 +34,7 @@ from qmpcommit.recovery.seen import Seen, see
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
+    from qmpcommit.block.bitmaps import Carrying
     from qmpcommit.block.chain import Disk, Image
     from qmpcommit.commit.vm import VM
 
@@ -214,9 +217,28 @@ class Recovery:
         groups = jobs.Groups(self._seen.values())
         order = jobs.pending_order(alike[0].what, groups, self._decide)
         assert order is not None
+        told = ""
+        if order == "job-finalize" and self._decide == "pivot":
+            told = await self._carry(alike, await self._to_carry(alike))
         await self._order(alike, order)
         await self._until(alike, ("concluded",))
-        return "it was finalized" if order == "job-finalize" else "its decision was undone"
+        return f"it was finalized{told}" if order == "job-finalize" else "its decision was undone"
+
+    async def _to_carry(self, alike: list[Finding]) -> list[Carrying | None]:
+        """The dirty bitmaps of the layers that a pivot closes; raises `JobConflict` as `adopt`."""
+        return [await bitmaps_to_carry(self._vm(each), each.what) for each in alike]
+
+    async def _carry(self, alike: list[Finding], carrying: list[Carrying | None]) -> str:
+        """Carry them into the bases, while all disks are held; what could not be, in words."""
+        problems = []
+        for each, bitmaps in zip(alike, carrying, strict=True):
+            if bitmaps is not None and bitmaps.names:
+                try:
+                    await carry(self._vm(each), bitmaps)
+                except CommandRefused as error:  # it has been decided for all of them
+                    names = ", ".join(bitmaps.names)
+                    problems.append(f"dirty bitmaps {names} were not carried ({error.desc})")
+        return "".join(f"; {problem}" for problem in problems)
 
     async def _order(self, alike: list[Finding], order: str, **more: Any) -> None:
         member = "device" if order == "block-job-cancel" else "id"
@@ -263,19 +285,21 @@ class Recovery:
             active = outcome.active.filename if outcome.active is not None else "nothing"
             return f"it ended by '{outcome.action}'; {finding.disk} writes to {active}"
         await self._until(alike, (*jobs.READY, "pending"), seconds=float("inf"))
+        carrying = await self._to_carry(alike) if decide == "pivot" else []
         if decide == "pivot":
             await self._order(alike, "job-complete")
         else:
             await self._order(alike, "block-job-cancel", force=False)
         try:
             await self._until(alike, ("pending",), READY)
+            told = await self._carry(alike, carrying) if carrying else ""
         except CommitFailed:
             await self._order(alike, "job-cancel")
             await self._until(alike, ("concluded",))
             raise
         await self._order(alike, "job-finalize")
         await self._until(alike, ("concluded",))
-        return f"all of its group ended by '{decide}'"
+        return f"all of its group ended by '{decide}'{told}"
 
     async def _dismiss(self, vm: VM, finding: Finding) -> str:
         with suppress(CommandRefused):  # somebody was first
