@@ -73,7 +73,8 @@ class Session(VM):
         guest agent's socket `agent`, or its vCPUs. On leaving, however the body ends, each overlay
         is committed back with at most `bandwidth` bytes per second, pivoted away and deleted.
         `ledger` is told of each step before it is
-        taken; `open_window`, `close_window` and `recover_window` do the same in pieces, which may
+        taken, and ``qc.resume(ledger, vm)`` closes the window of a process that was killed;
+        `open_window`, `close_window` and `recover_window` do the same in pieces, which may
         be done by different processes. The disks are claimed until it is closed; with "claim" in
         `override` they are taken over from whoever holds them.
 

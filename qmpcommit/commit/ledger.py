@@ -51,6 +51,9 @@ class Ledger(Protocol):
         it back) and ``unthrottle``. ``block-commit``, the first, has the facts `plan`, `files`,
         `timeout` and `hooked`; each note with a `state` has `times` and `identity`, QEMU's process.
 
+        Of what is no commit each note has `kind`, its id `known_as`, its whole `value`, which takes
+        the place of the former, and whether it is `over`.
+
         One that raises, ends in ``CancelledError``, or takes too long while a disk is held or the
         guest stands still (two seconds) fails: before the job's end a step that can't be noted is
         not taken, and the job is cancelled (`CommitFailed`, its ``__cause__`` what this ended

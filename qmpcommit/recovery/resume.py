@@ -15,12 +15,10 @@ from qmpcommit.recovery.doing import opened
 
 if TYPE_CHECKING:
     from qmpcommit.commit.ledger import Ledger
-    from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.policy import AskedPolicy
     from qmpcommit.commit.stale_layers import Hooks, OnPivot, OnStall
     from qmpcommit.commit.vm import VM
-    from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.guest.quiesce import Sockets
 
 
@@ -33,13 +31,14 @@ async def resume(
     on_pivot: OnPivot | None = None,
     on_stall: OnStall | None = None,
     converge: Converge | None = None,
-) -> CommitOutcome | GroupOutcome:
+) -> Any:
     """Go on with what a ledger holds, to its end: ``await qc.resume(ledger, [vm1, vm2])``.
 
     `vms` are all VMs that it is over, as sessions or monitors' addresses, which are connected for
     it. What is no value is to be given again: a `policy` that was a callable, `on_pivot`,
-    `on_stall` and `converge`; `agents` are guest agents' sockets, by the VMs as named. It gives the
-    outcome, and raises the errors, of what is gone on with; if it had ended, the same once
+    `on_stall` and `converge`; `agents` are guest agents' sockets, by the VMs as named. A window
+    is closed, for whoever read in it is gone: it gives its commits' outcomes. Else it gives
+    the outcome, and raises the errors, of what is gone on with; if it had ended, the same once
     more. Raises `JobNotFound` for an empty ledger, `InvalidRequest` where one can't be read, or
     where a VM of it is not among `vms`. A cancellation is as for what is gone on with.
     """
@@ -58,6 +57,10 @@ async def resume(
             return await resume_group(
                 ledger, noted, list(there), agents=sockets, policy=policy, hooks=hooks
             )
+        if kind == "window":
+            from qmpcommit.window.book import resume_window
+
+            return await resume_window(ledger, noted, list(there))
         if kind != COMMIT:
             raise InvalidRequest(f"a {kind} is not gone on with from a ledger by this version")
         vm = vm_of(list(there), noted.get("plan", {}).get("vm", ""), noted.get("identity", ""))

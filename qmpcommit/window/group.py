@@ -19,10 +19,13 @@ from qmpcommit.guest.marks import thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
+from qmpcommit.window.book import PartNotes, WindowBook
 from qmpcommit.window.records import GroupWindow, Window
-from qmpcommit.window.run import close_window, open_window
+from qmpcommit.window.run import close_window, new_window_name, open_window
 
 if TYPE_CHECKING:
+    from qmpcommit.callback import Notes
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.vm import VM
 
 
@@ -36,6 +39,7 @@ async def snapshot(
     overlay_options: Mapping[str, Any] | None = None,
     overlay_secret: str | None = None,
     bandwidth: int | str | None = None,
+    ledger: Ledger | None = None,
     override: Collection[str] = (),
 ) -> AsyncIterator[GroupWindow[VM]]:
     """One instant of several VMs: ``async with qc.snapshot([(vm1, "vda"), (vm2, "vda")])``.
@@ -43,6 +47,8 @@ async def snapshot(
     As `Session.snapshot`, for all or none. Every guest is quiesced while the overlays of all are
     laid, for ten seconds at most: its vCPUs are paused, or its file systems frozen through its
     agent's socket in `agents`. Who writes over a storage daemon's exports is not held still.
+    `ledger` is told of each step before it is taken; ``qc.resume(ledger, vms)`` closes the window
+    of a process that was killed.
 
     Raises what `Session.snapshot` raises, with nothing left of it on any VM; where a VM's window
     can't be closed, the others are, and `WindowError` names the overlays that stay.
@@ -62,12 +68,13 @@ async def snapshot(
     check_sockets(freeze, wanted, agents)
     await thaw_all_abandoned(wanted, agents)  # not while others stand still for it
     meet = asyncio.Barrier(len(wanted))
+    notes = _notes(ledger, wanted, bandwidth)
     opening = {
         vm: asyncio.create_task(
             open_window(
                 vm, names, overlay_dir=overlay_dir, overlay_options=overlay_options,
                 overlay_secret=overlay_secret, freeze=freeze, agent=agents.get(vm),
-                meet=meet.wait, override=override,
+                ledger=notes.get(vm), meet=meet.wait, override=override,
             ),
             name=f"window of {vm.name}",
         )
@@ -76,16 +83,26 @@ async def snapshot(
     try:
         await asyncio.gather(*opening.values())
     except BaseException:
-        await to_the_end(_give_up(opening))
+        await to_the_end(_give_up(opening, notes))
         raise
     window = GroupWindow({vm: task.result() for vm, task in opening.items()})
     try:
         yield window
     finally:
-        await to_the_end(_close(window.of, bandwidth))
+        await to_the_end(_close(window.of, bandwidth, notes))
 
 
-async def _give_up(opening: Mapping[VM, asyncio.Task[Window]]) -> None:
+def _notes(ledger: Any, vms: Iterable[VM], bandwidth: int | str | None) -> dict[VM, Notes]:
+    """Where each VM's window is noted: in one book."""
+    if ledger is None:
+        return {}
+    if not callable(getattr(ledger, "noted", None)):
+        raise InvalidRequest(f"{ledger!r} is no ledger of a window over VMs: it has no noted()")
+    book = WindowBook(ledger, new_window_name(), {"bandwidth": bandwidth})
+    return {vm: PartNotes(book, str(number), vm) for number, vm in enumerate(vms, 1)}
+
+
+async def _give_up(opening: Mapping[VM, asyncio.Task[Window]], notes: Mapping[VM, Notes]) -> None:
     """All or none: end what is being opened, close what is open."""
     for task in opening.values():
         task.cancel()
@@ -95,11 +112,16 @@ async def _give_up(opening: Mapping[VM, asyncio.Task[Window]]) -> None:
         for vm, task in opening.items()
         if not task.cancelled() and task.exception() is None
     }
-    await _close(opened, None)
+    await _close(opened, None, notes)
 
 
-async def _close(windows: Mapping[VM, Window], bandwidth: int | str | None) -> None:
-    closing = (close_window(vm, window, bandwidth=bandwidth) for vm, window in windows.items())
+async def _close(
+    windows: Mapping[VM, Window], bandwidth: int | str | None, notes: Mapping[VM, Notes]
+) -> None:
+    closing = (
+        close_window(vm, window, bandwidth=bandwidth, ledger=notes.get(vm))
+        for vm, window in windows.items()
+    )
     failed: list[WindowError] = []
     for end in await asyncio.gather(*closing, return_exceptions=True):
         if isinstance(end, WindowError):

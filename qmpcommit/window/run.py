@@ -75,6 +75,7 @@ from qmpcommit.guest.run_state import STOPPED_HERE
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
+from qmpcommit.window.book import end, notes_again, notes_of
 from qmpcommit.window.claims import (
     claim_again,
     claim_disks,
@@ -132,9 +133,11 @@ async def snapshot(
 ) -> AsyncIterator[Window]:
     """A window over these disks for the length of the block; see `Session.snapshot`."""
     parse_size(bandwidth or 0, "bandwidth")  # now, not when the window has to be closed
+    name = new_window_name()
+    ledger = notes_of(ledger, vm, name, bandwidth=bandwidth)
     window = await open_window(
         vm, disks, overlay_dir=overlay_dir, overlay_options=overlay_options,
-        overlay_secret=overlay_secret, freeze=freeze, agent=agent, ledger=ledger,
+        overlay_secret=overlay_secret, freeze=freeze, agent=agent, name=name, ledger=ledger,
         override=override,
     )  # fmt: skip
     try:
@@ -161,7 +164,8 @@ async def open_window(
 
     `name` is one that `new_window_name` made. `ledger` is told of each step before it is taken:
     ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at last
-    ``open``. From ``create`` on `recover_window` can go on in another process. `meet` is awaited
+    ``open``. From ``create`` on `recover_window` can go on in another process; a `Ledger` keeps
+    what ``qc.resume`` has to know, which closes it. `meet` is awaited
     when the guest stands still, and again when the overlays are laid and it does so yet: windows
     of several VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``). With
     "claim" in `override` disks are taken over from whoever holds them.
@@ -185,13 +189,17 @@ async def open_window(
     if len({disk.root for disk in found.values()}) < len(disks):
         raise WindowError("a disk is named twice", vm=vm.name)
     claims = await claim_disks(vm, found, window, override)
+    notes = notes_of(ledger, vm, window)
+    noting = Noting.of(notes, vm.log)
     try:
         made = await _open(
             vm, graph, found, window, asks, overlay_dir=overlay_dir, freeze=freeze, agent=agent,
-            ledger=ledger, meet=meet, claims=claims,
+            ledger=noting, meet=meet, claims=claims,
         )  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         await release_all(claims.values())
+        if not isinstance(error, WindowError) or error.overlays is None:  # nothing is left of it
+            await to_the_end(end(noting, notes, outcomes=[]))
         raise
     vm.log.info("window_open", window=window, disks=list(disks))
     return made
@@ -207,12 +215,11 @@ async def _open(
     overlay_dir: str | os.PathLike[str] | None,
     freeze: How | None,
     agent: str | os.PathLike[str] | None,
-    ledger: Notes | Noting | None,
+    ledger: Noting | None,
     meet: Callable[[], Awaitable[object]] | None,
     claims: dict[str, Claim],
 ) -> Window:
     """The window over disks that are claimed."""
-    ledger = Noting.of(ledger, vm.log)
     overlays: dict[str, FreshOverlay] = {}
     layers = [disk.chain[0].node_name for disk in found.values() if disk.chain]
     encrypted = any(is_encrypted(graph, name) for name in layers)
@@ -288,12 +295,26 @@ async def close_window(
     was read of a `Window` is no instant's image, for somebody else has worked on its disks.
     """
     disks = list(window.values() if isinstance(window, Window) else window)
-    noting = Noting.of(ledger, vm.log)
+    notes = await notes_again(ledger, vm, window if isinstance(window, Window) else disks)
+    noting = Noting.of(notes, vm.log)
     if noting is not None:  # nobody wants it to stay open for that
         await noting.note("close", overlays=[each.overlay for each in disks], anyway=True)
-    if not isinstance(window, Window):
-        return await to_the_end(_close_named(vm, disks, bandwidth, {}))
-    return await to_the_end(_close_own(vm, window, bandwidth))
+
+    async def close() -> list[CommitOutcome]:
+        try:
+            if isinstance(window, Window):
+                outcomes = await _close_own(vm, window, bandwidth)
+            else:
+                outcomes = await _close_named(vm, disks, bandwidth, {})
+        except WindowError as error:
+            if error.overlays is None:  # it is closed
+                told = {"message": error.message, "facts": error.facts}
+                await end(noting, notes, error=told)
+            raise
+        await end(noting, notes, outcomes=outcomes)
+        return outcomes
+
+    return await to_the_end(close())
 
 
 async def _close_own(vm: VM, window: Window, bandwidth: int | str | None) -> list[CommitOutcome]:
