@@ -130,16 +130,18 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
     from qmpcommit.cli.running import run
 
     if options.daemon is not None:
-        if any(after.values()):
-            raise click.UsageError(
-                "--delete, --rename, --on-pivot and --no-bitmaps are asked for with the daemon's"
-                " commit itself, and done by it"
-            )
         from qmpcommit.cli import remote
+
+        if after["on_pivot"] is not None:
+            asked["on_pivot"] = shell(after["on_pivot"], "--on-pivot")  # which the daemon runs
 
         if not choice:
             return run(options, lambda running: remote.wait(running, qmp, job, until))
-        return run(options, lambda running: remote.decide(running, choice, qmp, job, waits=waits))
+        more = asked if any(after.values()) else {}
+        return run(
+            options,
+            lambda running: remote.decide(running, choice, qmp, job, asked=more, waits=waits),
+        )
     if not choice:
         return run(options, lambda running: _wait(running, qmp, job, until))
     return run(

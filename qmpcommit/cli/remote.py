@@ -25,6 +25,7 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.errors import (
     DaemonLost,
     InvalidRequest,
+    JobNotFound,
     QmpCommitError,
 )
 from qmpcommit.tasks import stop
@@ -81,15 +82,37 @@ def _left(running: Run, name: str, job: RemoteJob) -> Answer:
 
 
 async def decide(
-    running: Run, choice: str, name: str, job_id: str, *, waits: bool = False
+    running: Run,
+    choice: str,
+    name: str,
+    job_id: str,
+    *,
+    asked: dict[str, Any] | None = None,
+    waits: bool = False,
 ) -> Answer:
-    """``qmpcommit --daemon pivot|keep|abort``."""
+    """``qmpcommit --daemon pivot|keep|abort``: a commit of the daemon's, or one to be adopted.
+
+    `asked` is what goes around the pivot of one to be adopted; it is refused for the daemon's.
+    """
+    kind = cast(Literal["pivot", "keep", "abort"], choice)
     async with reach(running.options, name) as vm:
         foreground = RemoteForeground(running, vm, adopted=True)
-        job = await vm.job(job_id)
-        if waits:
-            await job.ready()
-        outcome = await foreground.finish(job, choice)
+        try:
+            job = await vm.job(job_id)
+        except JobNotFound:
+            job = await vm.adopt(job_id, kind, wait=waits, **(asked or {}))
+            outcome = await foreground.finish(job)
+        else:
+            if asked:
+                raise InvalidRequest(
+                    "--delete, --rename, --on-pivot and --no-bitmaps are asked for with the"
+                    " daemon's commit itself, and done by it. Nothing was decided",
+                    vm=name,
+                    job_id=job_id,
+                )
+            if waits:
+                await job.ready()
+            outcome = await foreground.finish(job, choice)
     return decided(running, choice, outcome)
 
 

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+from urllib.parse import quote
 
 from qmpcommit.block.chain import Disk, find_disk
 from qmpcommit.client.job import RemoteJob
@@ -27,6 +28,7 @@ from qmpcommit.units import parse_seconds
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.request import Stale
     from qmpcommit.guest.quiesce import How
     from qmpcommit.window.records import Window
     from qmpcommit.wire.commit import VMView
@@ -106,10 +108,41 @@ class RemoteVM:
                     return found
         raise JobNotFound(
             f"the daemon has no commit '{name}' of {self.name} that has not ended; a block job that"
-            " is not its own is ended over the VM's monitor",
+            " is not its own becomes so when it is decided (pivot, keep or abort)",
             vm=self.name,
             job_id=name,
         )
+
+    async def adopt(
+        self,
+        job_id: str,
+        action: Literal["pivot", "keep", "abort"],
+        *,
+        wait: bool = False,
+        delete: bool = False,
+        stale: Stale | None = None,
+        on_pivot: Sequence[str] | None = None,
+        carry_bitmaps: bool = True,
+        timeout: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> RemoteJob:
+        """Decide a commit job that is not the daemon's: it becomes a commit of its own.
+
+        Before READY that is refused (`NotReady`), unless it is to `wait` for it, for `timeout`
+        seconds at most, or is aborted. The rest is as for `Session.adopt`; `on_pivot` is a command
+        that the daemon runs. Raises `JobNotFound`, `JobConflict` where it is no commit or one that
+        the daemon has promised, `InvalidRequest`, and what `commit` raises of the daemon's.
+        """
+        from qmpcommit.client.host import commit_view
+
+        body: dict[str, Any] = {"action": action, "wait": wait, "delete": delete, "stale": stale}
+        body |= {"carry_bitmaps": carry_bitmaps, "timeout": timeout}
+        if on_pivot is not None:
+            body["on_pivot"] = list(check_command(on_pivot, "on_pivot, asked of the daemon,"))
+        path = f"{self.path}/jobs/{quote(job_id, safe='')}/decision"
+        headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
+        reply = await self.client.ask("POST", path, body, headers=headers)
+        return RemoteJob(self.client, commit_view(self._parse(reply)))
 
     async def plan(self, disk: str, **options: Unpack[RemoteOptions]) -> Plan:
         """What a commit would send and what its checks find; as `Session.plan`, nothing is sent."""

@@ -258,7 +258,7 @@ class Engine:
         }
         if self._unnamed and orphans:
             for found in await left_by(self, vm, session, list(orphans)):
-                await self._take_up(found)
+                await self.take_up(found)
                 del orphans[found.job_id]
         self.orphans[vm.name] = orphans
         for name, status in orphans.items():
@@ -268,9 +268,9 @@ class Engine:
         vm = self.vm(promise.vm)
         self.places.check_commit(vm, session, plan, promise.request)
 
-    async def _take_up(self, promise: Promise) -> None:
-        """One that a damaged journal has lost, and QEMU shows."""
-        await self.promised([promise], [], [])
+    async def take_up(self, promise: Promise, *beside: Statement) -> None:
+        """One that QEMU shows, and that is not promised: it is from now on."""
+        await self.promised([promise], beside, [])
         self.scheduler.resume(self.entry(promise))
         promise.may_run.set()
         self._launch(promise)
@@ -512,10 +512,11 @@ class Engine:
             objection = phases.objection(job.state, Choice(action))
             if objection is not None:
                 self._orders(job)[action]()  # which says why not
-        await self.shielded(self._carry_out(promise, action))
+        await self.shielded(self.carry_out(promise, action))
         return promise
 
-    async def _carry_out(self, promise: Promise, action: str) -> None:
+    async def carry_out(self, promise: Promise, action: str) -> None:
+        """Have a decision written down, and given to its job; raises `JobConflict`."""
         async with promise.deciding:
             if action != "abort" and promise.decision not in (None, action):
                 raise JobConflict(

@@ -43,7 +43,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
-from qmpcommit.qmp.process import is_alive
+from qmpcommit.qmp.process import is_alive, is_same
 from qmpcommit.session import Session
 from qmpcommit.window.remains import is_own_job, marking_closed
 from qmpcommit.wire.commit import CommitRequest
@@ -107,7 +107,8 @@ class Keeper:
                 await self.wait_for_vm(promise, error)
             except CommitFailed as error:
                 begins += 1
-                begun = error.facts.get("begun") is not False or promise.lost
+                found = promise.lost or promise.adopted
+                begun = error.facts.get("begun") is not False or found
                 if begun or begins >= MAX_BEGINS or promise.group:
                     raise
                 promise.log.warning("begin_again", why=error.message)
@@ -120,9 +121,9 @@ class Keeper:
             raise ConnectError(f"no VM is called '{promise.vm}' at the moment", vm=promise.vm)
         async with self._registry.use(vm) as session:
             try:
-                if promise.begun:
+                if promise.begun and not await _is_there(promise, vm, session):
                     job = await self._resume(promise, vm, session)
-                elif promise.lost:
+                elif promise.lost or promise.adopted:
                     job = await self._adopt(promise, vm, session)
                 else:
                     job = await self._begin(promise, vm, session)
@@ -196,17 +197,20 @@ class Keeper:
         )
 
     async def _adopt(self, promise: Promise, vm: VM, session: Session) -> CommitJob:
-        """What QEMU shows of one that a damaged journal has lost, by the name of its job."""
+        """What QEMU shows of one that it has, by the name of its job, whoever began that."""
+        if promise.adopted and is_same(promise.identity, vm.identity) is False:
+            raise self._gone(promise, "another process answers now")
         promise.identity = vm.identity
         alone = "group" not in promise.noted  # a member is not decided without the others
         policy = promise.decided_policy() if alone else Hold()
         left = seconds_left(promise)
         pivots = may_pivot(policy)
+        undoes = promise.lost or getattr(policy, "kind", "") == "abort"
         try:
             job = await session.adopt(
                 promise.job_id,
                 policy=policy,
-                pending="cancel",
+                pending="cancel" if undoes else "finalize",
                 stale=what_of_stale(promise.request.delete, promise.request.stale)
                 if pivots
                 else None,
@@ -216,6 +220,8 @@ class Keeper:
                 ledger=promise,
             )
         except JobNotFound:
+            if promise.adopted:
+                raise
             raise CommitFailed(
                 f"the daemon's journal was damaged, and what became of the commit of {promise.disk}"
                 f" of {promise.vm} is lost with it: QEMU has no job {promise.job_id}. It was never"
@@ -321,6 +327,15 @@ class Keeper:
         if times.ready and times.ended:
             seconds = (times.ended - times.ready).total_seconds()
             self._metrics.phase_seconds.labels("ready").observe(max(0.0, seconds))
+
+
+async def _is_there(promise: Promise, vm: VM, session: Session) -> bool:
+    """Whether the job that one was adopted as has not ended: it is adopted again then."""
+    if not promise.adopted or is_same(promise.identity, vm.identity) is False:
+        return False
+    listed = await session.execute("query-jobs")
+    ended = ("concluded", "null")
+    return any(job["id"] == promise.job_id and job["status"] not in ended for job in listed)
 
 
 def is_another(vm: VM, promise: Promise) -> bool:

@@ -19,7 +19,7 @@ from typing import TextIO, cast
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import cycle_api, group_api, losses, rule_api, systemd, window_api
+from qmpcommit.daemon import adopting, cycle_api, group_api, losses, rule_api, systemd, window_api
 from qmpcommit.daemon.access import Gate
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
@@ -129,6 +129,7 @@ async def _run(
     sockets = _listen(config, given)
     ours = _file_of(config.listen.socket)
     app = create_app(engine)
+    adopting.routes(app, engine)
     rule_api.routes(app, rules)
     losses.routes(app, journal)
     cycle_api.routes(app, cycles)

@@ -147,10 +147,10 @@ class Promise:
         """The row of a new one."""
         return Statement(
             "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage,"
-            " in_group, noted) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " in_group, noted, plan) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
              self.request.model_dump_json(), self.storage, self.group,
-             _json(self.noted or None)),
+             _json(self.noted or None), _json(self.plan)),
         )  # fmt: skip
 
     @classmethod
@@ -305,6 +305,11 @@ class Promise:
     def lost(self) -> bool:
         """Whether the journal has lost some of it: it may have been begun, and is never begun."""
         return "lost" in self.noted
+
+    @property
+    def adopted(self) -> bool:
+        """Whether somebody else has begun its job, which became the daemon's by a decision."""
+        return "adopted" in self.noted
 
     @property
     def begun(self) -> bool:

@@ -198,6 +198,20 @@ class Decision(_Model):
     action: Literal["pivot", "keep", "abort"]
 
 
+class JobDecision(Decision):
+    """What to do with a commit job that the daemon has not begun, and what follows its pivot.
+
+    With `wait` it need not be READY yet. The rest is as for a commit that is asked for.
+    """
+
+    wait: bool = False
+    delete: bool = False
+    stale: Stale | None = None
+    on_pivot: Command | None = None
+    carry_bitmaps: bool = True
+    timeout: Seconds | None = None
+
+
 class Progress(_Model):
     """How far a copy is: bytes done and to do, and bytes per second."""
 

@@ -1,8 +1,8 @@
 """The daemon, killed by SIGKILL at its n-th step.
 
-Steps count from when the first commit, group, round or window is asked for. A step is what the
-journal or QEMU is told, and each file that goes: there is a place to die before it and one after
-it. ``QMPCOMMIT_DIE_AT`` is the place's number (0: never), all places passed are written to the
+Steps count from when the first commit, group, round, window or adoption is asked for. A step is
+what the journal or QEMU is told, and each file that goes: there is a place to die before it and one
+after it. ``QMPCOMMIT_DIE_AT`` is the number of the place (0: never), all passed are written to the
 file ``QMPCOMMIT_PLACES``. ``QMPCOMMIT_DIE_IN`` is a place's name. With ``QMPCOMMIT_RECOVERS`` steps
 count from the start: those of a recovery, before anything is asked for. ``QMPCOMMIT_REFUSES`` is a
 VM and a QMP command that it refuses, as QEMU does what it can't do; ``QMPCOMMIT_SLOW`` one that
@@ -120,6 +120,7 @@ UNLINK, EXECUTE, NEW_SESSION = os.unlink, Session.execute, VM.new_session
 VM.new_session = new_session  # type: ignore[method-assign]
 os.unlink = unlink
 counted_from(Engine, "take")
+counted_from(Engine, "take_up")
 counted_from(Groups, "take")
 counted_from(Cycles, "begin")
 counted_from(Windows, "open")
