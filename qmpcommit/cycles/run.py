@@ -24,7 +24,8 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from qmpcommit.block.chain import (
     Disk,
@@ -61,8 +62,18 @@ from qmpcommit.commit.policy import (
 )
 from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.commit.stale_layers import users
+from qmpcommit.cycles.book import RoundBook
 from qmpcommit.cycles.exchange import Exchange, Guest, exchange_all
-from qmpcommit.errors import ChainError, CommitFailed, InvalidRequest, JobConflict, VMStateError
+from qmpcommit.errors import (
+    ChainError,
+    CommitFailed,
+    InvalidRequest,
+    JobConflict,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+    VMStateError,
+)
 from qmpcommit.group.members import GroupMember
 from qmpcommit.group.policy import group_ready
 from qmpcommit.group.run import GroupCommit
@@ -70,11 +81,13 @@ from qmpcommit.guest.marks import thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.guest.run_state import runs
 from qmpcommit.names import JOB_PREFIX
+from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.vm import VM
 
 Place = tuple["VM", str]
@@ -129,7 +142,8 @@ class Round(Record):
 class DiscardOptions(TypedDict, total=False):
     """Of `discard`: what becomes of the guest, where the next overlay is, whether the old goes.
 
-    With "claim" in `override` the disks are taken over from whoever holds them.
+    With "claim" in `override` the disks are taken over from whoever holds them. `ledger` is told of
+    each step before it is taken; ``qc.resume(ledger, vms)`` goes on from there.
     """
 
     guest: Guest | None
@@ -137,6 +151,7 @@ class DiscardOptions(TypedDict, total=False):
     overlay_options: Mapping[str, Any] | None
     overlay_secret: str | None
     delete: bool
+    ledger: Ledger | None
     override: Collection[str]
 
 
@@ -158,6 +173,7 @@ async def discard(
     overlay_options: Mapping[str, Any] | None = None,
     overlay_secret: str | None = None,
     delete: bool = False,
+    ledger: Ledger | None = None,
     override: Collection[str] = (),
 ) -> tuple[Discarded, ...]:
     """Throw the active overlays of disks of one or several VMs away: of all of them or of none.
@@ -169,15 +185,16 @@ async def discard(
     disks = tuple(disks)
     async with _claimed(await _find(disks), "disc", override) as claims:
         found = await _find(disks)
+        book = _book(ledger, found, "discard")
         stem = await _interrupted(found)
         if stem is not None:
-            return await _finish(found, stem, guest, delete, claims, asks=asks)
+            return await _finish(found, stem, guest, delete, claims, asks=asks, book=book)
         plans = await _planned(found)
         guest = await _agreed(found, guest)
         fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
         asked = await check_followed(found, plans, asks)
         discarding = _discard(
-            found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked
+            found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked, book=book
         )
         return await to_the_end(discarding)
 
@@ -194,6 +211,7 @@ async def cycle(
     timeout: float = TIMEOUT,
     freeze: How | None = None,
     agents: Sockets[Any] | None = None,
+    ledger: Ledger | None = None,
     override: Collection[str] = (),
 ) -> tuple[Round, ...]:
     """One round for disks of one or several VMs, which all end the same way.
@@ -217,9 +235,11 @@ async def cycle(
     tag = group if len({vm for vm, _ in disks}) == 1 else ""
     async with _claimed(await _find(disks), "cycle", override, tag=tag) as claims:
         found = await _find(disks)
+        book = _book(ledger, found, "cycle", known_as=group)
         stem = await _interrupted(found)
         if stem is not None:
-            return _discarded(await _finish(found, stem, guest, delete, claims, asks=asks))
+            finishing = _finish(found, stem, guest, delete, claims, asks=asks, book=book)
+            return _discarded(await finishing)
         plans = await _planned(found)
         guest = await _agreed(found, guest)
         await asyncio.to_thread(_overlays, found, plans, overlay)
@@ -232,22 +252,97 @@ async def cycle(
         asked = await check_followed(found, plans, asks)
         if not keep:
             discarding = _discard(
-                found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked
-            )
+                found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked,
+                book=book,
+            )  # fmt: skip
             return _discarded(await to_the_end(discarding))
+        keeping = Keeping(tuple(fresh), tuple(asked), delete, freeze, group)
+        if book is not None:
+            await book.note("begin", **keeping.dump(found))
+        own = [{"claim": claim, "override": override} for claim in claims]
+        return await keeping.run(disks, own, agents or {}, book)
+
+
+class Keeping(NamedTuple):
+    """How a round is kept: the next overlays, and what is asked of them, by the disks' places."""
+
+    fresh: tuple[str, ...]
+    asked: tuple[OverlayOptions, ...]
+    delete: bool
+    freeze: How | None
+    known_as: str
+
+    async def run(
+        self,
+        disks: Sequence[Place],
+        own: Sequence[dict[str, Any]],
+        agents: Sockets[Any],
+        book: RoundBook | None,
+    ) -> tuple[Round, ...]:
+        """Carry them into the bases; with a book it is noted how that ended."""
         recycles = [
-            GroupMember(
-                vm,
-                disk,
-                Recycle(file, own.options or None, own.secret),
-                {"claim": claim, "override": override},
+            GroupMember(vm, disk, Recycle(file, asks.options or None, asks.secret), options)
+            for (vm, disk), file, asks, options in zip(
+                disks, self.fresh, self.asked, own, strict=True
             )
-            for (vm, disk), file, own, claim in zip(disks, fresh, asked, claims, strict=True)
         ]
-        kept = await _keep(recycles, delete, freeze, agents, group)
-        return tuple(
-            Round("kept", end.disk, file, kept=end) for end, file in zip(kept, fresh, strict=True)
+        ledger = None if book is None else book.child
+        try:
+            ends = await _keep(recycles, self.delete, self.freeze, agents, self.known_as, ledger)
+        except QmpCommitError as error:
+            await end_noted(book, error=error)
+            raise
+        return await self.ended(ends, book)
+
+    async def ended(
+        self, ends: Sequence[CommitOutcome], book: RoundBook | None
+    ) -> tuple[Round, ...]:
+        """The round, as it is noted as well."""
+        rounds = tuple(
+            Round("kept", end.disk, file, kept=end)
+            for end, file in zip(ends, self.fresh, strict=True)
         )
+        await end_noted(book, outcome=[each.model_dump(mode="json") for each in rounds])
+        return rounds
+
+    def dump(self, found: Sequence[Found]) -> dict[str, Any]:
+        """What has to be known to go on with it, in JSON's own types."""
+        parts = [
+            {**_where(vm, disk), "overlay": file, **_asked_noted(asks)}
+            for (vm, disk), file, asks in zip(found, self.fresh, self.asked, strict=True)
+        ]
+        known = {"delete": self.delete, "freeze": self.freeze, "known_as": self.known_as}
+        return {"result": "kept", "parts": parts, **known}
+
+
+def _book(
+    ledger: Ledger | None, found: Sequence[Found], work: str, *, known_as: str = ""
+) -> RoundBook | None:
+    if ledger is None:
+        return None
+    known_as = known_as or os.urandom(4).hex()
+    return RoundBook(ledger, found[0][0].log, known_as, {"work": work})
+
+
+def _where(vm: VM, disk: Disk) -> dict[str, Any]:
+    """Whose disk a part is of."""
+    return {"vm": vm.name, "identity": process_identity(vm.peer_pid), "disk": disk.name}
+
+
+def _asked_noted(asked: OverlayOptions) -> dict[str, Any]:
+    return {"options": dict(asked.options), "secret": asked.secret}
+
+
+async def end_noted(book: RoundBook | None, **how: Any) -> None:
+    """Note that a round is over, if it is: with an `error` nothing of it may be left half done."""
+    if book is None or "result" not in book.value:
+        return
+    error = how.get("error")
+    if error is not None:
+        how = {"error": {"type": type(error).__name__, "message": error.message}}
+        if book.begun or isinstance(error, (MonitorLost, VMGone)):
+            return
+    await book.note("end", anyway=True, over=True, **how)
 
 
 @asynccontextmanager
@@ -266,20 +361,22 @@ async def _claimed(
         await release_all(claims)
 
 
-async def _keep(
+async def _keep(  # noqa: PLR0917
     recycles: Sequence[GroupMember],
     delete: bool,
     freeze: How | None,
-    agents: Sockets[Any] | None,
+    agents: Sockets[Any],
     known_as: str,
+    ledger: Any,
 ) -> Sequence[CommitOutcome]:
     if len(recycles) > 1 or freeze is not None:
         group = GroupCommit(
-            recycles, shallow=True, delete=delete, freeze=freeze, agents=agents, known_as=known_as
-        )
+            recycles, shallow=True, delete=delete, freeze=freeze, agents=agents, known_as=known_as,
+            ledger=ledger,
+        )  # fmt: skip
         return (await group.run()).outcomes
     ((vm, disk, policy, own),) = recycles
-    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete, **own)
+    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete, ledger=ledger, **own)
     return [await see_through(job)]
 
 
@@ -513,32 +610,57 @@ async def _discard(
     claims: Sequence[Claim],
     asked: Sequence[OverlayOptions],
     noted: Mapping[int, Mapping[str, Any]] | None = None,
+    book: RoundBook | None = None,
 ) -> tuple[Discarded, ...]:
     """Exchange them; `noted` tells what was done for some, by their place."""
     vms = [vm for vm, _ in found]
     stopped = {vm for vm, plan in zip(vms, plans, strict=True) if await _clear(vm, plan)}
     paths = [absolute(plan.top, vm.cwd) for vm, plan in zip(vms, plans, strict=True)]
-    exchanges, unseen = [], []
+    exchanges, parts = [], []
     for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
         file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
         known = (noted or {}).get(place)
-        unseen.append(delete and file is None and known is None)
         made = Exchange(
-            vm, plan, fresh[place], guest=guest, note=_no_note, file=file, noted=known,
-            asked=asked[place],
+            vm, plan, fresh[place], guest=guest, file=file, noted=known, asked=asked[place],
+            note=_no_note if book is None else partial(book.note_of, place),
         )  # fmt: skip
         made.claim = claims[place]
         if vm in stopped:
             made.running = True
         exchanges.append(made)
-    warnings = await exchange_all(exchanges)
+        parts.append({
+            **_where(vm, plan.disk), **_asked_noted(asked[place]), "overlay": fresh[place],
+            "plan": plan.model_dump(mode="json"), "file": file, **(known or {}),
+            "unseen": delete and file is None and known is None,
+        })  # fmt: skip
+    if book is not None:
+        await book.note("begin", result="discarded", parts=parts, guest=guest, delete=delete)
+    decide = None if book is None else book.decide
+    try:
+        warnings = await exchange_all(exchanges, on_decision=decide)
+    except QmpCommitError as error:
+        await end_noted(book, error=error)
+        raise
+    return await ended(exchanges, parts, warnings, guest, delete, book)
+
+
+async def ended(  # noqa: PLR0917
+    exchanges: Sequence[Exchange],
+    parts: Sequence[Mapping[str, Any]],
+    warnings: Sequence[Sequence[str]],
+    guest: Guest,
+    delete: bool,
+    book: RoundBook | None,
+) -> tuple[Discarded, ...]:
+    """What became of them, as it is noted as well."""
     ends = []
-    for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
-        overlay, said = fresh[place], warnings[place]
+    for each, part, text in zip(exchanges, parts, warnings, strict=True):
+        vm, plan, overlay, said = each.vm, each.plan, each.filename, list(text)
+        path = absolute(plan.top, vm.cwd)
         deleted = delete and not await asyncio.to_thread(os.path.lexists, path)
-        if unseen[place]:  # it is not gone because nothing is there to be seen
+        if part["unseen"]:  # it is not gone because nothing is there to be seen
             deleted = False
-            said = [*said, f"{plan.top.filename} was not deleted: it is not seen here as QEMU's"]
+            said.append(f"{plan.top.filename} was not deleted: it is not seen here as QEMU's")
         vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=overlay)
         ends.append(
             Discarded(
@@ -552,6 +674,7 @@ async def _discard(
                 warnings=tuple(said),
             )
         )
+    await end_noted(book, outcome=[each.model_dump(mode="json") for each in ends])
     return tuple(ends)
 
 
@@ -603,6 +726,7 @@ async def _finish(
     claims: Sequence[Claim],
     *,
     asks: OverlayOptions,
+    book: RoundBook | None,
 ) -> tuple[Discarded, ...]:
     """Go on with a discard that was killed: its guests stand still since then.
 
@@ -640,6 +764,7 @@ async def _finish(
         claims=claims,
         asked=asked,
         noted=noted,
+        book=book,
     )
     return await to_the_end(exchanging)
 

@@ -12,7 +12,7 @@ from qmpcommit.callback import Notes, Noting
 from qmpcommit.commit.ledger import Noted, add_note
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall
-from qmpcommit.errors import CommitFailed, InvalidRequest
+from qmpcommit.errors import CommitFailed
 from qmpcommit.group.members import GroupMember, requested
 from qmpcommit.group.noted import FrozenGuest, NotedGroup
 from qmpcommit.qmp.process import process_identity
@@ -193,6 +193,5 @@ def options_noted(member: GroupMember, options: Mapping[str, Any]) -> dict[str, 
     """What is asked of one disk, in JSON's own types; raises `InvalidRequest`."""
     asked = {**options, **member.options}
     values = {name: value for name, value in asked.items() if name not in (*_HOOKS, "ledger")}
-    if "claim" in values:
-        raise InvalidRequest("a disk that is claimed for more than a group has no ledger of it")
+    values.pop("claim", None)  # of a round; who goes on claims the disk anew
     return requested(member.disk, **values).body()

@@ -37,7 +37,8 @@ async def resume(
     `vms` are all VMs that it is over, as sessions or monitors' addresses, which are connected for
     it. What is no value is to be given again: a `policy` that was a callable, `on_pivot`,
     `on_stall` and `converge`; `agents` are guest agents' sockets, by the VMs as named. A window
-    is closed, for whoever read in it is gone: it gives its commits' outcomes. Else it gives
+    is closed, for whoever read in it is gone: it gives its commits' outcomes. A round or a discard
+    goes on in the direction that was decided, and gives what `cycle` or `discard` gives. It gives
     the outcome, and raises the errors, of what is gone on with; if it had ended, the same once
     more. Raises `JobNotFound` for an empty ledger, `InvalidRequest` where one can't be read, or
     where a VM of it is not among `vms`. A cancellation is as for what is gone on with.
@@ -49,11 +50,11 @@ async def resume(
     hooks: Hooks = {"on_pivot": on_pivot, "on_stall": on_stall, "converge": converge}
     async with AsyncExitStack() as stack:
         there = await opened(stack, vms)
+        sockets = {vm: socket for vm, named in there.items()
+                   if (socket := (agents or {}).get(named)) is not None}  # fmt: skip
         if kind == "group":
             from qmpcommit.group.resuming import resume_group
 
-            sockets = {vm: socket for vm, named in there.items()
-                       if (socket := (agents or {}).get(named)) is not None}  # fmt: skip
             return await resume_group(
                 ledger, noted, list(there), agents=sockets, policy=policy, hooks=hooks
             )
@@ -61,6 +62,10 @@ async def resume(
             from qmpcommit.window.book import resume_window
 
             return await resume_window(ledger, noted, list(there))
+        if kind == "cycle":
+            from qmpcommit.cycles.resuming import resume_round
+
+            return await resume_round(ledger, noted, list(there), sockets)
         if kind != COMMIT:
             raise InvalidRequest(f"a {kind} is not gone on with from a ledger by this version")
         vm = vm_of(list(there), noted.get("plan", {}).get("vm", ""), noted.get("identity", ""))

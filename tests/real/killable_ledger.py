@@ -50,7 +50,29 @@ async def windows(ledger: qc.FileLedger, *vms: Session) -> list[qc.CommitOutcome
     return [outcome for each in made.of.values() for outcome in each.outcomes]
 
 
-WORK: dict[str, Any] = {"window": window, "windows": windows}
+def round_of(answer: str) -> Any:
+    """Of a disk of each VM, of which the command says whether it is kept."""
+
+    async def work(ledger: qc.FileLedger, *vms: Session) -> Sequence[Any]:
+        disks = [(vm, "vda") for vm in vms]
+        return await qc.cycle(disks, keep_if=[answer], guest="reset", delete=True, ledger=ledger)
+
+    return work
+
+
+async def discard(ledger: qc.FileLedger, *vms: Session) -> Sequence[Any]:
+    """Of both disks of the first VM."""
+    return await vms[0].discard(["vda", "vdb"], guest="reset", ledger=ledger)
+
+
+WORK: dict[str, Any] = {
+    "window": window,
+    "windows": windows,
+    "keep one": round_of("true"),
+    "keep": round_of("true"),
+    "discard": round_of("false"),
+    "discard two": discard,
+}
 
 
 async def main(qmps: str, work: str, ledger: qc.FileLedger) -> Sequence[Any]:

@@ -40,7 +40,7 @@ class World:
 
     async def begin(self, stack: AsyncExitStack) -> None:
         """They run from now on."""
-        for name in ("a", "b") if self.work != "window" else ("a",):
+        for name in ("a",) if self.work in ALONE else ("a", "b"):
             at = self.folder / name
             at.mkdir(parents=True)
             chains = [make_chain(at, 3), make_chain(at, names=("base2", "top2"))]
@@ -126,7 +126,33 @@ def _window_is_closed(world: World, active: list[list[Path]]) -> None:
         assert outcome["action"] == "pivot"
 
 
-CHECKS: dict[str, Any] = {"window": _window_is_closed, "windows": _window_is_closed}
+def _round_has_ended(world: World, active: list[list[Path]]) -> None:
+    """All disks of it have begun anew, or none where nothing was noted."""
+    for files, chains in zip(active, world.chains, strict=True):
+        for number, (active_now, chain) in enumerate(zip(files, chains, strict=True)):
+            begun = world.ledger.exists() and (number == 0 or world.work == "discard two")
+            assert (active_now == chain.top) is not begun
+            kept = not begun or world.work.startswith("keep")
+            assert_disk(active_now, chain.pictures[-1 if kept else -2])
+            assert chain.top.exists() is not (begun and world.work != "discard two")
+    ends = world.outcome if world.ledger.exists() else []
+    assert {end.get("result", "discarded") for end in ends} <= {
+        "kept" if world.work.startswith("keep") else "discarded"
+    }
+    overlays = sorted(str(files[0]) for files in active)
+    if ends and world.work != "discard two":
+        assert sorted(end["overlay"] for end in ends) == overlays
+
+
+ALONE = ("window", "keep one", "discard two")
+CHECKS: dict[str, Any] = {
+    "window": _window_is_closed,
+    "windows": _window_is_closed,
+    "keep one": _round_has_ended,
+    "keep": _round_has_ended,
+    "discard": _round_has_ended,
+    "discard two": _round_has_ended,
+}
 
 
 @pytest.mark.parametrize("work", CHECKS)

@@ -1,0 +1,198 @@
+"""A round, or a discard, whose process died goes on from its ledger: ``qc.resume(ledger, vms)``.
+
+What was to be kept is carried into the bases by the commit, or the group, that was begun for it.
+What was to be discarded is, where that was decided when all empty overlays lay; else all is put
+back first, the guests go on, and it begins again. So no guest waits for another VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qmpcommit import errors
+from qmpcommit.block.identity import FileId
+from qmpcommit.commit.claim import Claim, clear_dead, owners_of, release_all, take_if_free
+from qmpcommit.commit.job import see_through
+from qmpcommit.commit.ledger import COMMIT, Noted
+from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.resuming import vm_of
+from qmpcommit.cycles.book import RoundBook
+from qmpcommit.cycles.exchange import Exchange, complete, exchange_all, put_back
+from qmpcommit.cycles.run import Discarded, Keeping, Round, end_noted, ended
+from qmpcommit.errors import CommitFailed, InvalidRequest, QmpCommitError, VMGone
+from qmpcommit.qmp.process import is_same, process_identity
+from qmpcommit.tasks import to_the_end
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.outcome import CommitOutcome
+    from qmpcommit.commit.vm import VM
+    from qmpcommit.guest.quiesce import Sockets
+
+
+async def resume_round(
+    ledger: Any, noted: Noted, vms: Sequence[VM], agents: Sockets[Any]
+) -> tuple[Round, ...] | tuple[Discarded, ...]:
+    """Go on with it, to its end; what `cycle` or `discard` had given, and raises what they raise.
+
+    And `VMGone` where a QEMU has ended in which an overlay was being discarded.
+    """
+    try:
+        rounds = _Resumption(ledger, noted, vms, agents)
+    except QmpCommitError:
+        raise
+    except Exception as error:  # whatever has become of it on its way
+        raise InvalidRequest(f"what the ledger holds can't be understood: {error!r}") from error
+    return await rounds.run()
+
+
+class _Resumption:
+    """One round on its way from its notes to its end."""
+
+    def __init__(self, ledger: Any, noted: Noted, vms: Sequence[VM], agents: Sockets[Any]) -> None:
+        self._value, self._agents = dict(noted), agents
+        self._vms = [vm_of(vms, part["vm"], part["identity"]) for part in noted["parts"]]
+        known = {name: value for name, value in noted.items() if name not in ("kind", "step")}
+        self._book = RoundBook(ledger, self._vms[0].log, noted["known_as"], known)
+
+    async def run(self) -> tuple[Round, ...] | tuple[Discarded, ...]:
+        """Also where it had ended, the claims of the process that was killed are cleared."""
+        ends = await self._run()
+        for vm in dict.fromkeys(self._vms):
+            owners = [each for each in await owners_of(vm) if each.verb in ("cycle", "disc")]
+            await clear_dead(vm, owners)
+        return ends
+
+    async def _run(self) -> tuple[Round, ...] | tuple[Discarded, ...]:
+        if self._value["over"]:
+            return self._ended_before()
+        if self._value["result"] == "kept":
+            return await self._keep()
+        ends = await to_the_end(self._discard())
+        return ends if self._value["work"] == "discard" else _rounds(ends)
+
+    def _ended_before(self) -> tuple[Round, ...] | tuple[Discarded, ...]:
+        error = self._value.get("error")
+        if error is not None:
+            raise getattr(errors, error["type"], CommitFailed)(error["message"])
+        if self._value["result"] == "kept":
+            return tuple(Round.model_validate(each) for each in self._value["outcome"])
+        ends = tuple(Discarded.model_validate(each) for each in self._value["outcome"])
+        return ends if self._value["work"] == "discard" else _rounds(ends)
+
+    # -- what is kept -----------------------------------------------------------------------------
+
+    async def _keep(self) -> tuple[Round, ...]:
+        parts, child = self._value["parts"], self._value["child"]
+        keeping = Keeping(
+            tuple(part["overlay"] for part in parts),
+            tuple(OverlayOptions.of(part["options"], part["secret"]) for part in parts),
+            self._value["delete"],
+            self._value["freeze"],
+            self._value["known_as"],
+        )
+        if not child:
+            disks = [(vm, part["disk"]) for vm, part in zip(self._vms, parts, strict=True)]
+            return await keeping.run(disks, [{} for _ in disks], self._agents, self._book)
+        try:
+            ends = await self._child(child)
+        except QmpCommitError as error:
+            await end_noted(self._book, error=error)
+            raise
+        return await keeping.ended(ends, self._book)
+
+    async def _child(self, child: Noted) -> Sequence[CommitOutcome]:
+        if child.get("kind", COMMIT) == COMMIT:
+            return [await see_through(await self._vms[0].resume(self._book.child))]
+        from qmpcommit.group.resuming import resume_group
+
+        group = await resume_group(
+            self._book.child, child, list(dict.fromkeys(self._vms)), agents=self._agents,
+            policy=None, hooks={},
+        )  # fmt: skip
+        return group.outcomes
+
+    # -- what is discarded ------------------------------------------------------------------------
+
+    async def _discard(self) -> tuple[Discarded, ...]:
+        self._check_there()
+        try:
+            if self._value["decided"] == "exchange":
+                exchanges, claims = await self._exchanges()
+                try:
+                    warnings = await complete(exchanges)
+                finally:
+                    await release_all(claims)
+            else:
+                await self._put_back()
+                exchanges, claims = await self._exchanges()
+                try:
+                    warnings = await exchange_all(exchanges, on_decision=self._book.decide)
+                finally:
+                    await release_all(claims)
+        except QmpCommitError as error:
+            await end_noted(self._book, error=error)
+            raise
+        parts, value = self._book.value["parts"], self._value
+        return await ended(exchanges, parts, warnings, value["guest"], value["delete"], self._book)
+
+    async def _put_back(self) -> None:
+        exchanges, claims = await self._exchanges()
+        try:
+            stuck = await put_back([each for each in exchanges if each.begun])
+        finally:
+            await release_all(claims)
+        if stuck:
+            raise CommitFailed(". ".join(each.text for each in stuck))
+
+    def _check_there(self) -> None:
+        """Raise `VMGone` where another QEMU answers for one in which it was begun."""
+        for vm, part in zip(self._vms, self._value["parts"], strict=True):
+            if is_same(part["identity"], process_identity(vm.peer_pid)) is not False:
+                continue
+            former = part["plan"]["top"]["filename"]
+            text = f"nothing was discarded: boot {former}"
+            if self._value["decided"] == "exchange":
+                text = (
+                    f"its changes were to be discarded: boot {part['overlay']}, which is empty and"
+                    f" starts from the base; {former} is whole still where it was not deleted"
+                )
+            raise VMGone(
+                f"the QEMU of {vm.name} has ended in the middle of a discard of {part['disk']};"
+                f" {text}",
+                vm=vm.name,
+                disk=part["disk"],
+            )
+
+    async def _exchanges(self) -> tuple[list[Exchange], list[Claim]]:
+        """From where they are, with their disks claimed."""
+        exchanges: list[Exchange] = []
+        claims: list[Claim] = []
+        try:
+            for number, (vm, part) in enumerate(
+                zip(self._vms, self._book.value["parts"], strict=True)
+            ):
+                made = Exchange(
+                    vm,
+                    Plan.model_validate(part["plan"]),
+                    part["overlay"],
+                    guest=self._value["guest"],
+                    note=partial(self._book.note_of, number),
+                    file=FileId(*part["file"]) if part["file"] else None,
+                    noted=part,
+                    asked=OverlayOptions.of(part["options"], part["secret"]),
+                )
+                if not made.over:
+                    made.claim = await take_if_free(vm, made.plan.disk, "disc")
+                    claims.append(made.claim)
+                exchanges.append(made)
+        except BaseException:
+            await release_all(claims)
+            raise
+        return exchanges, claims
+
+
+def _rounds(ends: Sequence[Discarded]) -> tuple[Round, ...]:
+    return tuple(Round("discarded", end.disk, end.overlay, discarded=end) for end in ends)
