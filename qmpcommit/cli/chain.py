@@ -10,7 +10,6 @@ from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
-    from qmpcommit.block.chain import Disk
     from qmpcommit.cli.running import Run
     from qmpcommit.client.vm import RemoteVM
 
@@ -40,6 +39,7 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     from qmpcommit.cli.open_windows import tell_of_windows
     from qmpcommit.cli.owners import tell, tell_of_owners
     from qmpcommit.cli.show import disks_dot, disks_text
+    from qmpcommit.cli.tables import draw
     from qmpcommit.session import Session
 
     async with running.vm(qmp) as vm:
@@ -65,7 +65,10 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
     if dot:
         return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
     return Answer(
-        data, disks_text(disks), quiet=running.options.quiet, draw=lambda: _draw(vm.name, disks)
+        data,
+        disks_text(disks),
+        quiet=running.options.quiet,
+        draw=lambda: draw(lambda width: disks_text(disks, width)),
     )
 
 
@@ -82,26 +85,3 @@ async def _held_jobs(vm: RemoteVM) -> list[dict[str, str]]:
     ours = sorted(name for name in names if name.startswith(JOB_PREFIX))
     qmp = (await vm.info()).qmp if ours else ""
     return [{"id": name, "next": what_to_do(name, qmp)} for name in ours]
-
-
-def _draw(vm: str, disks: list[Disk]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-    from rich.tree import Tree
-
-    from qmpcommit.cli.show import disk_title, image_facts
-
-    tree = Tree(Text(vm, style="bold"))
-    for disk in disks:
-        title = Text(disk.name, style="bold cyan")
-        title.append(f"  {disk_title(disk)}", style="not bold dim")
-        branch = tree.add(title)
-        if not disk.chain:
-            branch.add(Text("empty", style="dim"))
-        for place, image in enumerate(disk.chain):
-            line = Text(image.filename, style="green" if place == 0 else "")
-            line.append(f"  {image_facts(image, place, image is disk.chain[-1])}", style="dim")
-            branch = branch.add(line)
-    if not disks:
-        tree.add(Text("no disks", style="dim"))
-    Console(highlight=False).print(tree, soft_wrap=True)

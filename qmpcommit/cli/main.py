@@ -228,7 +228,7 @@ def _say(answer: object, as_json: bool) -> int:
             if answer.draw is not None and sys.stdout is not None and sys.stdout.isatty():
                 answer.draw()
             else:
-                _print(answer.text)
+                _print(answer.text, told=True)
     except OSError as error:
         return _unheard(error, answer.status)
     return answer.status
@@ -310,10 +310,14 @@ def _print_json(value: object) -> None:
     _print(json.dumps(value))
 
 
-def _print(text: str) -> None:
-    """To standard output; raises OSError where it can't be written."""
+def _print(text: str, *, told: bool = False) -> None:
+    """To standard output, `told` to a person; raises OSError where it can't be written."""
     if sys.stdout is None:
         raise OSError(errno.EBADF, "it is closed")
+    if told and sys.stdout.isatty():
+        from qmpcommit.cli.tables import coloured
+
+        text = coloured(text)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

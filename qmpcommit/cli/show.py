@@ -137,21 +137,44 @@ def image_facts(image: Image, place: int, last: bool) -> str:
     return ", ".join(facts)
 
 
-def disks_text(disks: list[Disk]) -> str:
-    """The disks as indented lines, each layer under the one that backs on it."""
+def disks_text(disks: list[Disk], width: int | None = None) -> str:
+    """The disks as tables, a row a layer, its file drawn under the one that backs on it.
+
+    In `width` columns lines are wrapped, and nothing is cut.
+    """
     if not disks:
         return "no disks"
-    return "\n".join(line for disk in disks for line in _disk_lines(disk))
+    return "\n".join(line for disk in disks for line in _disk_lines(disk, width))
 
 
-def _disk_lines(disk: Disk) -> Iterator[str]:
+def _disk_lines(disk: Disk, width: int | None) -> Iterator[str]:
+    from qmpcommit.cli.tables import table, wrapped
+
     about = disk_title(disk)
-    yield f"{disk.name}" + (f"  ({about})" if about else "")
+    yield from wrapped(f"{disk.name}" + (f"  ({about})" if about else ""), width, 2)
     if not disk.chain:
         yield "  empty"
+        return
+    rows = []
     for place, image in enumerate(disk.chain):
-        facts = image_facts(image, place, image is disk.chain[-1])
-        yield f"{'  ' * (place + 1)}{image.filename}  ({facts})"
+        file = f"{'    ' * (place - 1)}└── {image.filename}" if place else image.filename
+        sizes = [show_size(image.virtual_size), show_size(image.allocated_size)]
+        cells = [str(place), image.driver, image.node_name, *sizes, file]
+        rows.append((cells, _remarks_of(image, place, image is disk.chain[-1])))
+    yield from table(("LAYER", "FORMAT", "NODE", "SIZE", "ON HOST", "FILE"), rows, width)
+
+
+def _remarks_of(image: Image, place: int, last: bool) -> list[str]:
+    """What stands under a layer's row."""
+    state = ["active"] if place == 0 else []
+    if image.read_only:
+        state.append("read-only")
+    if not last:
+        state.append(f"a commit copies at most {show_size(image.allocated_size)}")
+    lines = [", ".join(state)] if state else []
+    if image.bitmaps:
+        lines.append(f"bitmaps {' '.join(image.bitmaps)}")
+    return [*lines, *(f"WARNING: {warning}" for warning in image.warnings)]
 
 
 def disks_dot(vm: str, disks: list[Disk]) -> str:

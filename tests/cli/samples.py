@@ -39,6 +39,7 @@ VARIES = (
     (r"\d[\d.]* (B|[KMGT]iB)\b", "SIZE"),
     (r"\d[\d.:]* (ms|s|min|h)\b", "TIME"),
     (r"#block\d+", "#block"),
+    (r"  +(?=\S)", "  "),  # tables are as wide as what is in them
     (r"(qmpcommit-[a-z]+)-[0-9a-f]{8}", r"\1-ID"),
     (r"\b(process|pid) \d+", r"\1 N"),
     (r"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|\+00:00)?", "WHEN"),

@@ -97,3 +97,34 @@ def test_a_daemon_knows_its_vms_by_their_names() -> None:
     said = qmpcommit("jobs", "--daemon=/nowhere/d.sock", QMPCOMMIT_QMP="/nowhere.sock")
     assert said.status == 2
     assert "Missing argument 'QMP'" in said.err
+
+
+async def test_a_narrow_terminal_is_shown_all(folder: Path) -> None:
+    place = folder / "a-folder-of-images-with-quite-a-long-name"
+    place.mkdir()
+    chain = make_chain(place, 3)
+    async with machine(folder, chain) as qemu:
+        mark = {"node": "top", "name": "backup-of-every-night"}
+        await qemu.execute("block-dirty-bitmap-add", **mark)
+        wide = qmpcommit("chain", qemu.qmp)
+        narrow = await on_a_terminal("chain", qemu.qmp, columns=60)
+        assert (narrow.status, narrow.out.split()) == (0, wide.out.split())
+        lines = narrow.out.splitlines()
+        for file in chain.files:
+            assert any(line.endswith(str(file)) for line in lines)  # so it can be copied
+        assert all(len(line) <= 60 for line in lines if str(folder) not in line)
+        wider = await on_a_terminal("chain", qemu.qmp, columns=200)
+        assert wider.out.replace("\r", "") == wide.out
+        await qemu.quit()
+
+
+async def test_what_is_wrong_has_a_colour_unless_it_is_not_wanted(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        chain.base.rename(folder / "elsewhere")
+        for colour, unwanted in ((True, ""), (False, "1")):
+            said = await on_a_terminal("chain", qemu.qmp, columns=200, NO_COLOR=unwanted)
+            assert "WARNING: " in said.out
+            assert ("\x1b[" in said.out) is colour
+        assert "\x1b[" not in qmpcommit("chain", qemu.qmp).out
+        await qemu.quit()
