@@ -44,7 +44,11 @@ class Failed(Exception):
 
 def said_of(error: BaseException) -> str:
     """An error in words, for the middle of a sentence."""
-    return error.message if isinstance(error, QmpCommitError) else repr(error)
+    if isinstance(error, QmpCommitError):
+        return error.message
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return repr(error)  # of the program's own, which knows it
 
 
 async def ask(

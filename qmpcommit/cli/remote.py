@@ -51,7 +51,8 @@ def _token() -> str | None:
     try:
         return Path(path).read_text("ascii").strip()
     except (OSError, ValueError) as error:
-        raise InvalidRequest(f"the token file {path} can't be read: {error}") from None
+        why = getattr(error, "strerror", None) or "it is no ASCII text"
+        raise InvalidRequest(f"the token file {path} can't be read: {why}") from None
 
 
 async def commit(

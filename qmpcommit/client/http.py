@@ -29,7 +29,8 @@ class Lost(Exception):
     """A connection failed; `connected` tells whether the request may have arrived."""
 
     def __init__(self, why: object, *, connected: bool) -> None:
-        super().__init__(str(why) or type(why).__name__)
+        said = why.strerror if isinstance(why, OSError) else None
+        super().__init__(said or str(why) or type(why).__name__)
         self.connected = connected
         self.denied = isinstance(why, PermissionError)
 

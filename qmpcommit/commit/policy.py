@@ -72,7 +72,7 @@ class Recycle(Record):
 
     def __post_init__(self) -> None:
         if not isinstance(self.overlay, (str, os.PathLike)) or not os.fspath(self.overlay):
-            raise InvalidRequest(f"Recycle needs the new overlay's file name, not {self.overlay!r}")
+            raise InvalidRequest(f"a recycle needs its overlay's file name, not {self.overlay!r}")
         object.__setattr__(self, "overlay", os.fspath(self.overlay))
         if "\0" in self.overlay:
             raise InvalidRequest("a file name can't contain a NUL byte")
@@ -250,6 +250,10 @@ def parse_policy(value: object) -> AnyPolicy | PolicyCall:
             raise InvalidRequest(
                 f"""the policy is no JSON ({error}); write for example {{"kind": "pivot"}}"""
             ) from None
+        if not isinstance(value, Mapping):
+            raise InvalidRequest(
+                """the policy is no object of JSON; write for example {"kind": "pivot"}"""
+            )
     if isinstance(value, Mapping):
         return _from_mapping(value)
     if isinstance(value, type) and issubclass(value, Record):

@@ -190,7 +190,7 @@ def _by_verdict(
                 return CommitFailed(text, error=state.error)
             return NoSpace(
                 f"{text}. Make room under {plan.base.filename} and commit again, or have the next"
-                " commit wait for it (on_error='stop', --on-error stop)",
+                " commit wait for it (on-error: stop)",
                 error=state.error,
             )
         case Verdict.VANISHED:

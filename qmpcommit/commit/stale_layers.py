@@ -224,7 +224,7 @@ async def _persisted(
     try:
         await ask(on_pivot, outcome)
     except Failed as failed:
-        warnings.append(f"on_pivot failed ({failed.cause!r}), so no file was deleted")
+        warnings.append(f"on_pivot failed ({failed}), so no file was deleted")
         return "failed"
     return "done"
 

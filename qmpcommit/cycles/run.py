@@ -481,7 +481,7 @@ async def _agreed(found: Sequence[Found], guest: Guest | None) -> Guest:
             raise VMStateError(
                 f"the guest of {vm.name} runs on {disk}, and what it has in memory belongs to the"
                 " overlay that would be discarded: say whether it is to be reset or to be left"
-                " stopped (guest='reset' or 'stop'; --reset or --stop). Nothing was changed",
+                " stopped (reset or stop). Nothing was changed",
                 vm=vm.name,
                 disk=disk.name,
             )

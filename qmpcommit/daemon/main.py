@@ -245,7 +245,8 @@ def _listen(config: Config, given: list[socket.socket]) -> list[socket.socket]:
         try:
             sock.bind((host.strip("[]"), int(port)))
         except (OSError, OverflowError) as error:
-            raise InvalidRequest(f"can't listen on {config.listen.tcp}: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise InvalidRequest(f"can't listen on {config.listen.tcp}: {why}") from None
         sockets.append(sock)
     for sock in sockets:
         sock.setblocking(False)
