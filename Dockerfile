@@ -19,7 +19,7 @@
 
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY qmpcommit ./qmpcommit
 RUN pip wheel --no-cache-dir --wheel-dir /wheels ".[daemon]"
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.completing import complete_disk, complete_monitor
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("disk", required=False)
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("disk", shell_complete=complete_disk, required=False)
 @click.option("--dot", is_flag=True, help="Print a Graphviz graph (| dot -Tsvg).")
 @common
 def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:

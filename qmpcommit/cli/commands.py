@@ -16,7 +16,9 @@ COMMANDS = {
     "recover": ("recover:recover", "Put right what a death has left: says what, then does it."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
+    "explain": ("explain:explain", "Draw what a story does to a disk's files."),
     "help": ("help:help_", "The manual: its topics, or one of them."),
+    "completion": ("completion:completion", "What completes its words in bash, zsh or fish."),
 }
 """Name, home in this package, and the line in the list of commands."""
 
@@ -24,6 +26,7 @@ NO_DAEMON = {
     "daemon": "it is the daemon itself",
     "demo": "it makes a VM of its own",
     "help": "it comes with the program",
+    "completion": "it is the same for all",
     "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
     " have the daemon's configuration say it, in a [[flatten]] rule",
     "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"

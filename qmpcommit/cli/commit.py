@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpcommit.cli import detaching
+from qmpcommit.cli.completing import complete_disk, complete_monitor
 from qmpcommit.cli.disks import disk_pairs
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.options import (
@@ -62,8 +63,8 @@ class CommitCommand(Command):
 
 
 @click.command(cls=CommitCommand)
-@click.argument("qmp")
-@click.argument("disk", required=False)
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("disk", shell_complete=complete_disk, required=False)
 @click.argument("more", metavar="[DISK]...", nargs=-1)
 @click.option(
     "--and",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qmpcommit.cli.completing import complete_job, complete_monitor
 from qmpcommit.cli.options import Answer, Options, common, shell
 from qmpcommit.cli.sections import Command
 
@@ -37,8 +38,8 @@ def _after_pivot(command: F) -> F:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("job")
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("job", shell_complete=complete_job)
 @_WAITS
 @_after_pivot
 @common
@@ -53,8 +54,8 @@ def pivot(qmp: str, job: str, **given: Any) -> Answer:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("job")
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("job", shell_complete=complete_job)
 @_WAITS
 @common
 def keep(qmp: str, job: str, **given: Any) -> Answer:
@@ -67,8 +68,8 @@ def keep(qmp: str, job: str, **given: Any) -> Answer:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("job")
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("job", shell_complete=complete_job)
 @common
 def abort(qmp: str, job: str, **given: Any) -> Answer:
     """Cancel a commit by force, in either phase: the overlay stays active and whole.
@@ -80,8 +81,8 @@ def abort(qmp: str, job: str, **given: Any) -> Answer:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("job")
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("job", shell_complete=complete_job)
 @click.option(
     "--until",
     type=click.Choice(["ready", "end"]),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.completing import complete_monitor
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
+@click.argument("qmp", shell_complete=complete_monitor)
 @common
 def jobs(qmp: str, **given: Any) -> Answer:
     """The block jobs of a VM: phase, progress, disk, and what to do next."""

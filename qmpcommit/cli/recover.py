@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.completing import complete_monitor
 from qmpcommit.cli.options import Answer, Options, common, here
 from qmpcommit.cli.sections import Command
 
@@ -20,7 +21,7 @@ LEFT = 3
 
 
 @click.command(cls=Command)
-@click.argument("qmps", nargs=-1, required=True, metavar="QMP...")
+@click.argument("qmps", shell_complete=complete_monitor, nargs=-1, required=True, metavar="QMP...")
 @click.option(
     "--agent",
     "agents",

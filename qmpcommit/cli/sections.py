@@ -62,7 +62,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recover": (f"recover {VM}", f"recover {VM} --decide keep --yes"),
     "daemon": ("daemon --config /etc/qmpcommit/config.toml --check-config",),
     "demo": ("demo", "demo --storage-daemon --keep-files"),
+    "explain": ("explain recycle", f"explain pivot {VM} vda", f"explain group {VM} vda vdb"),
     "help": ("help", "help concepts", "help virsh"),
+    "completion": ("completion bash > /etc/bash_completion.d/qmpcommit",),
 }
 """Of each command, as they are typed after ``qmpcommit``."""
 

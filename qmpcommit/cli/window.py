@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.completing import complete_disk, complete_monitor
 from qmpcommit.cli.freezing import freezing, sockets_of
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import (
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, context_settings={"ignore_unknown_options": False})
-@click.argument("qmp")
+@click.argument("qmp", shell_complete=complete_monitor)
 @click.argument("words", nargs=-1, metavar="DISK... -- COMMAND...")
 @click.option(
     "--and",
@@ -307,8 +308,8 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
 
 
 @click.command(cls=Command)
-@click.argument("qmp")
-@click.argument("disk")
+@click.argument("qmp", shell_complete=complete_monitor)
+@click.argument("disk", shell_complete=complete_disk)
 @click.option("--keep", type=int, required=True, help="How many layers are to be left.")
 @click.option("--delete", is_flag=True, help="Delete the files that were merged away.")
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most.")

@@ -244,6 +244,7 @@ THROUGH = {
     "wait": ["web1", "job"],
     "window": ["web1", "vda", "--", "true"],
     "cycle": ["web1", "vda"],
+    "explain": ["pivot", "web1", "vda"],
 }
 """The commands that a daemon does, as it is asked for them."""
 

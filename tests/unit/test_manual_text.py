@@ -6,8 +6,9 @@ import re
 import tomllib
 from pathlib import Path
 
-from qmpcommit.cli.commands import COMMANDS
+from qmpcommit.cli.commands import COMMANDS, STATUSES
 from qmpcommit.manual import TOPICS, page
+from qmpcommit.manual.roff import man_pages
 
 ROOT = Path(__file__).parent.parent.parent
 README = ROOT / "README.md"
@@ -43,3 +44,17 @@ def test_the_readme_is_short_and_leads_to_what_is_there() -> None:
         assert (ROOT / script).exists(), script
     needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert f"Python {needs.removeprefix('>=')} or newer" in text
+
+
+def test_the_manual_becomes_man_pages() -> None:
+    pages = man_pages({name: line for name, (_, line) in COMMANDS.items()}, STATUSES)
+    assert pages.keys() == {"qmpcommit.1", *(f"qmpcommit-{topic}.7" for topic in TOPICS)}
+    for name, text in pages.items():
+        assert text.splitlines()[1].startswith(f".TH {name[:-2].upper()} {name[-1]} ")
+        body = re.sub(r"^\.nf$.*?^\.fi$", "", text, flags=re.DOTALL | re.MULTILINE)
+        for mark in ("```", "**", "](", "<!--", "`"):
+            assert mark not in body, name
+        assert text.count("\n.TS\n") == text.count("\n.TE\n")
+        assert text.count("\n.nf\n") == text.count("\n.fi\n")
+        macros = set(re.findall(r"^\.(\w+)", text, re.MULTILINE))
+        assert macros <= {"TH", "ad", "SH", "PP", "RS", "RE", "nf", "fi", "IP", "TP", "TS", "TE"}

@@ -1,0 +1,86 @@
+"""``qmpcommit explain`` draws with a disk's files; ``completion`` completes words."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from qmpcommit.cli.explain import STORIES
+from tests.cli.command import qmpcommit, run
+from tests.ground.images import make_chain
+from tests.ground.machines import machine
+
+
+def completed(*words: str) -> list[str]:
+    """What bash would offer for the last word."""
+    line = {"COMP_WORDS": " ".join(["qmpcommit", *words]), "COMP_CWORD": str(len(words))}
+    said = qmpcommit(**line, _QMPCOMMIT_COMPLETE="bash_complete")
+    assert (said.status, said.err) == (0, "")
+    return [item.removeprefix("plain,") for item in said.out.splitlines() if item]
+
+
+def offered(*words: str) -> list[str]:
+    """The same of what a monitor has to tell, asked until it tells it in time."""
+    while not (found := completed(*words)):
+        pass
+    return found
+
+
+async def test_a_disks_own_files_are_drawn_and_nothing_is_sent(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    base, mid, top = (str(file) for file in chain.files)
+    async with machine(folder, chain) as qemu:
+        for story in STORIES:
+            said = await run("explain", story, qemu.qmp, "vda", "--json")
+            assert (said.status, said.err) == (0, "")
+            (drawn,) = said.json["disks"]
+            assert (drawn["disk"], drawn["files"]) == ("vda", [base, mid, top])
+            last = {
+                "pivot": ["base.qcow2"],
+                "group": ["base.qcow2"],
+                "recycle": ["base.qcow2", "FRESH"],
+                "cycle": ["base.qcow2", "mid.qcow2", "FRESH"],
+            }
+            assert drawn["stages"][-1]["chain"] == last.get(
+                story, ["base.qcow2", "mid.qcow2", "top.qcow2"]
+            )
+        said = await run("explain", "pivot", qemu.qmp, "vda")
+        assert "top.qcow2 and mid.qcow2 are stale: never boot it again" in said.out
+        assert f"top.qcow2 is {top}" in said.out
+        assert await qemu.execute("query-jobs") == []
+        said = await run("explain", "pivot", qemu.qmp, "nothing", "--json")
+        assert (said.status, said.error["type"]) == (4, "DiskNotFound")
+        await qemu.quit()
+
+
+async def test_what_a_vm_has_is_completed(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        assert offered("chain", qemu.qmp, "") == ["vda"]
+        assert completed("commit", qemu.qmp, "x") == []
+        await qemu.execute("block-commit", job_id="theirs", device="top")
+        while (await qemu.execute("query-jobs"))[0]["status"] != "ready":
+            await asyncio.sleep(0.01)  # an event of it may be past already
+        assert offered("pivot", qemu.qmp, "") == ["theirs"]
+        assert completed("pivot", "/nowhere", "") == []
+        await qemu.quit()
+    assert completed("com") == ["commit", "completion"]
+    assert completed("commit", "--keep-o") == ["--keep-overlay"]
+
+
+def test_stories_without_a_vm() -> None:
+    for story in STORIES:
+        said = qmpcommit("explain", story)
+        assert (said.status, said.err) == (0, "")
+        assert "base.qcow2 ◀── " in said.out
+    for wrong in (["nothing"], ["pivot", "/x"], ["pivot", "/x", "vda", "vdb"]):
+        assert qmpcommit("explain", *wrong).status == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_scripts_of_shells(shell: str) -> None:
+    said = qmpcommit("completion", shell)
+    assert (said.status, said.err) == (0, "")
+    assert f"_QMPCOMMIT_COMPLETE={shell}_complete" in said.out
