@@ -15,12 +15,13 @@ class SharedData(BuildHookInterface):  # type: ignore[type-arg,misc]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Before the wheel is put together."""
         sys.path.insert(0, self.root)
-        from qmpcommit.cli.commands import COMMANDS, STATUSES
+        from qmpcommit.cli.commands import COMMANDS, COMPLETIONS, STATUSES
         from qmpcommit.manual.roff import man_pages
 
-        folder = Path(self.directory) / "man"
-        folder.mkdir(parents=True, exist_ok=True)
         pages = man_pages({name: line for name, (_, line) in COMMANDS.items()}, STATUSES)
-        for name, text in pages.items():
-            (folder / name).write_text(text)
-            build_data["shared_data"][str(folder / name)] = f"share/man/man{name[-1]}/{name}"
+        files = {f"man/man{name[-1]}/{name}": text for name, text in pages.items()}
+        for place, text in {**files, **COMPLETIONS}.items():
+            made = Path(self.directory) / "share" / place
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.write_text(text)
+            build_data["shared_data"][str(made)] = f"share/{place}"

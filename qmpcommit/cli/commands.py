@@ -47,6 +47,15 @@ Exit status:
        running and says how to take it up again
 """
 
+COMPLETIONS = {
+    "bash-completion/completions/qmpcommit": 'eval "$(qmpcommit completion bash)"\n',
+    "zsh/site-functions/_qmpcommit": (
+        '#compdef qmpcommit\neval "$(qmpcommit completion zsh)"\n_qmpcommit_completion "$@"\n'
+    ),
+    "fish/vendor_completions.d/qmpcommit.fish": "qmpcommit completion fish | source\n",
+}
+"""What a wheel installs below ``share``, for the shells that look there."""
+
 WITHOUT = """\
 Usage: qmpcommit [OPTIONS] COMMAND [ARGS]...
 

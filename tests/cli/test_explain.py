@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from qmpcommit.cli.commands import COMPLETIONS
+from qmpcommit.cli.completion import SHELLS
 from qmpcommit.cli.explain import STORIES
-from tests.cli.command import qmpcommit, run
+from tests.cli.command import COMMAND, ENVIRONMENT, qmpcommit, run
 from tests.ground.images import make_chain
 from tests.ground.machines import machine
 
@@ -84,3 +88,19 @@ def test_scripts_of_shells(shell: str) -> None:
     said = qmpcommit("completion", shell)
     assert (said.status, said.err) == (0, "")
     assert f"_QMPCOMMIT_COMPLETE={shell}_complete" in said.out
+
+
+async def test_a_shell_finds_what_the_wheel_brings(folder: Path) -> None:
+    command = folder / "qmpcommit"
+    command.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    command.chmod(0o755)
+    script = COMPLETIONS["bash-completion/completions/qmpcommit"]
+    done = subprocess.run(
+        ["bash", "-c", f"{script}complete -p qmpcommit"],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "PATH": f"{folder}:{os.environ['PATH']}"},
+        check=True,
+    )
+    assert "-F _qmpcommit_completion qmpcommit" in done.stdout
+    assert {place.split("/")[0].partition("-")[0] for place in COMPLETIONS} == set(SHELLS)
