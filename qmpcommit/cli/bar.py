@@ -32,11 +32,13 @@ class Bar:
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
+        facts = Column(overflow="fold")  # what is to be typed is cut on no terminal
         self._drawn = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[facts]}", markup=False),
+            TextColumn("{task.fields[facts]}", markup=False, table_column=facts),
             console=Console(stderr=True),
             auto_refresh=False,  # no thread: it is drawn when there is news
             transient=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -127,4 +128,14 @@ async def test_what_is_wrong_has_a_colour_unless_it_is_not_wanted(folder: Path) 
             assert "WARNING: " in said.out
             assert ("\x1b[" in said.out) is colour
         assert "\x1b[" not in qmpcommit("chain", qemu.qmp).out
+        await qemu.quit()
+
+
+async def test_a_narrow_bar_says_all_that_is_to_be_typed(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await on_a_terminal("commit", qemu.qmp, "vda", "--hold", "2", columns=60)
+        assert said.status == 3
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\s\u2500-\u257f]", "", said.out)
+        assert re.search(rf"READY\(qmpcommitpivot\|keep\|abort{qemu.qmp}qmpcommit-vda-", shown)
         await qemu.quit()
