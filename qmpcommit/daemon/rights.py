@@ -13,9 +13,9 @@ import hmac
 import os
 import pwd
 import stat
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
@@ -165,7 +165,7 @@ class Askers:
         self._groups: dict[int, list[Grant]] = {}
         self._tokens: list[tuple[Token, Grant]] = []
         self._known: dict[tuple[int, int], tuple[float, frozenset[int]]] = {}
-        self._nss = ThreadPoolExecutor(2, "nss")
+        self._asking: dict[tuple[int, int], asyncio.Future[frozenset[int]]] = {}
         for user in listen.users:
             self._users.setdefault(user_id(user), []).append(whole)
         for group in (*listen.groups, *([listen.group] if listen.group is not None else [])):
@@ -205,16 +205,34 @@ class Askers:
         key = (peer.uid, peer.gid)
         when, groups = self._known.get(key, (0.0, frozenset[int]()))
         if not when or time.monotonic() - when > KNOWN:
-            asking = asyncio.get_running_loop().run_in_executor(self._nss, _groups_of, *key)
-            try:
-                async with asyncio.timeout(NSS):
-                    groups = await asking
-            except TimeoutError:
-                groups = frozenset()
+            asking = self._asking.get(key)
+            if asking is None:
+                asking = self._asking[key] = _ask_host(key)
+                asking.add_done_callback(lambda _: self._asking.pop(key, None))
+            done, _ = await asyncio.wait({asking}, timeout=NSS)
+            groups = asking.result() if done else frozenset()
             if len(self._known) > 1000:
                 self._known.clear()
             self._known[key] = (time.monotonic(), groups)
         return groups
+
+
+def _ask_host(key: tuple[int, int]) -> asyncio.Future[frozenset[int]]:
+    """The groups of a user, by a thread for which nobody waits when the daemon ends."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[frozenset[int]] = loop.create_future()
+
+    def tell(groups: frozenset[int]) -> None:
+        if not answer.done():
+            answer.set_result(groups)
+
+    def ask() -> None:
+        groups = _groups_of(*key)
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, groups)
+
+    threading.Thread(target=ask, name="nss", daemon=True).start()
+    return answer
 
 
 def _groups_of(uid: int, gid: int) -> frozenset[int]:

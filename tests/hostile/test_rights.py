@@ -266,3 +266,24 @@ def test_what_is_wrong_is_told(folder: Path, text: str, wrong: str) -> None:
     said = qmpcommit("daemon", "--config", config, "--check-config", "--json")
     assert said.status == 2
     assert wrong in said.error["message"]
+
+
+@needs_root
+async def test_a_host_that_tells_no_groups_holds_up_nobody_else(folder: Path) -> None:
+    folder.chmod(0o711)
+    made = Daemon(folder, '[listen]\nmode = "0666"\ngroups = ["daemon"]\n')
+    made.module = "tests.hostile.slow_host"
+    try:
+        await made.start()
+        words = [sys.executable, "-c", ASKS, made.socket, "2001", "2001", "GET /healthz"]
+        stranger = asyncio.create_task(
+            asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=True)
+        )
+        while not stranger.done():
+            assert (await made.get("/healthz")).status == 200
+            await asyncio.sleep(0.02)
+        assert (await stranger).stdout == "403\n"
+        assert await made.stop() == 0
+    finally:
+        if made.process is not None and made.process.returncode is None:
+            await made.kill()
