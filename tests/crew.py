@@ -29,6 +29,9 @@ FOLDER = "QMPCOMMIT_TEST_CREW"
 PATIENCE = ("-o", "timeout=180")
 """For a test that sets no limit of its own: others run beside it."""
 
+SLOWEST = ("--durations=20", "--durations-min=10")
+"""Told of each pytest: where the time goes."""
+
 TOLD_EACH = 60.0
 """Seconds."""
 
@@ -138,7 +141,7 @@ class Crew:
 
     def _start(self, folder: Path, n: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
         command = [sys.executable, *self._flags, "-m", "pytest", "-q", "-p", "tests.crew"]
-        command += [*PATIENCE, "-p", "no:cacheprovider", *self._options, *options]
+        command += [*PATIENCE, *SLOWEST, "-p", "no:cacheprovider", *self._options, *options]
         with (folder / f"said.{n}").open("wb") as said:
             return subprocess.Popen(
                 command, cwd=TOP, env={**os.environ, FOLDER: str(folder.absolute())},
