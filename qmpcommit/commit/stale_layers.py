@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypedDict
 
 from qmpcommit.block.bitmaps import Carrying, busy_bitmaps
 from qmpcommit.block.chain import Image
-from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.graph import FILTERS, BlockGraph, read_graph
 from qmpcommit.block.identity import F_OFD_GETLK, FileId, OpenFiles, unnamed
 from qmpcommit.block.qcow2 import snapshot_count
 from qmpcommit.callback import Failed, ask
@@ -250,6 +250,8 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
     graph = await read_graph(monitor)
     todo: list[str] = [name for name in stale if name in graph.nodes]
     for name in list(todo):
+        if graph.nodes[name].driver in FILTERS:
+            continue  # what lies below it is another layer
         for edge in ("file", "data-file"):
             below = graph.nodes[name].children.get(edge)
             while below is not None and below in graph.nodes:

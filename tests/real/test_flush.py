@@ -88,6 +88,20 @@ async def test_what_a_killed_flush_has_left_is_in_nobodys_way(folder: Path) -> N
     assert_disk(chain.files[0], chain.pictures[-1])
 
 
+async def test_recover_closes_it_and_leaves_the_layers_below_alone(folder: Path) -> None:
+    chain = make_chain(folder, 4)
+    async with machine(folder, chain) as vm, qc.Session.connect(vm.qmp) as session:
+        name = filter_name("base")
+        over = {"driver": "copy-on-read", "node-name": name, "file": "base"}
+        await session.execute("blockdev-add", over)
+        recovered = await session.recover()
+        assert [(each.what, each.result) for each in recovered.findings] == [(name, "it was closed")]
+        assert recovered.left == ()
+        assert name not in (await session.graph()).nodes
+        await vm.quit()
+    assert_disk(chain.files[-1], chain.pictures[-1])
+
+
 async def test_a_node_that_is_not_there(folder: Path) -> None:
     chain = make_chain(folder)
     async with machine(folder, chain) as vm, qc.Session.connect(vm.qmp) as session:
