@@ -95,7 +95,9 @@ async def test_recover_closes_it_and_leaves_the_layers_below_alone(folder: Path)
         over = {"driver": "copy-on-read", "node-name": name, "file": "base"}
         await session.execute("blockdev-add", over)
         recovered = await session.recover()
-        assert [(each.what, each.result) for each in recovered.findings] == [(name, "it was closed")]
+        assert [(each.what, each.result) for each in recovered.findings] == [
+            (name, "it was closed")
+        ]
         assert recovered.left == ()
         assert name not in (await session.graph()).nodes
         await vm.quit()

@@ -76,8 +76,8 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
                 assert await vm.execute("query-jobs") == []
                 assert [len(disk.chain) for disk in await vm.disks()] == [2, 2]
         print(f"{freeze}: killed at {len(seen) - 1} places, at {stood} the guest stood still")
-        assert stood > 2 // STRIDE
-        assert len(seen) > 16 // STRIDE
+        assert stood >= 2 // STRIDE
+        assert len(seen) >= 16 // STRIDE
         await qemu.quit()
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])

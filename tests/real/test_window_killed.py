@@ -116,7 +116,7 @@ async def test_killed_anywhere_the_next_process_closes_it(folder: Path, freeze: 
         # The last place is that of either disk's commit: which one is first differs.
         assert {"before block-commit", "after block-commit"} & set(seen)
         assert {"after block-job-complete", "after job-finalize", "before unlink"} & set(seen)
-    assert len(seen) > 60 // STRIDE
+    assert len(seen) >= 60 // STRIDE
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
         assert_disk(chain.base, chain.pictures[0])
@@ -162,7 +162,7 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
                 await assert_nothing_left(vm, folder)
         await qemu.quit()
     print(f"killed at {place - 1} places, or every {STRIDE}., open again after {open_again}")
-    assert open_again > 20 // STRIDE // 2
+    assert open_again >= 20 // STRIDE // 2
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
 
