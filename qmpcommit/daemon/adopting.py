@@ -88,6 +88,7 @@ async def _promise(  # noqa: PLR0917
             made.own_claim.abandon()
         _check_ready(asked, jobs.get(job_id, {}), name, job_id)
         plan = made.plan
+        engine.places.check_commit(vm, session, plan, _request(asked, plan.disk.name))
         promise = Promise(
             uuid.uuid4().hex, name, _request(asked, plan.disk.name), job_id,
             journal=engine.journal, metrics=engine.metrics,

@@ -110,7 +110,7 @@ async def resume_window(ledger: Any, noted: Noted, vms: Sequence[VM]) -> tuple[C
         parts = [(key, _Part(part)) for key, part in book.value["parts"].items()]
     except Exception as error:  # whatever has become of it on its way
         raise InvalidRequest(f"what the ledger holds can't be understood: {error!r}") from error
-    from qmpcommit.recovery.resume import vm_of
+    from qmpcommit.commit.resuming import vm_of
 
     named = [(vm_of(vms, part.vm, part.identity), key, part) for key, part in parts]
     closing = (

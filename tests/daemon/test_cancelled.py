@@ -78,6 +78,10 @@ class Ground:
                         await group.abort()
             while await self._busy(host):
                 await asyncio.sleep(0.01)
+            while await self.qemus["web1"].execute("query-jobs"):  # not adopted, then
+                with suppress(qc.CommandRefused):
+                    await self.qemus["web1"].execute("block-job-cancel", device="theirs")
+                await asyncio.sleep(0.01)
         for name in ("web1", "web2"):
             assert await self.qemus[name].execute("query-jobs") == []
             assert await runs(self.qemus[name])
@@ -208,6 +212,14 @@ async def decides(at: Ground) -> None:
         await job.wait()
 
 
+async def adopts(at: Ground) -> None:
+    qemu = at.qemus["web1"]
+    (device,) = await qemu.execute("query-block")
+    await qemu.execute("block-commit", job_id="theirs", device=device["inserted"]["node-name"])
+    async with at.client() as host:
+        await host.vm("web1").adopt("theirs", "abort", wait=True)
+
+
 async def _group(at: Ground, host: qc.Client) -> qc.RemoteGroup:
     group = await host.commit_group([("web1", "vda"), ("web2", "vda")], policy=qc.Hold())
     at.promised.add(group.id)
@@ -265,6 +277,7 @@ STORIES: list[Story] = [
     pivots,
     keeps,
     aborts,
+    adopts,
     decides,
     pivots_a_group,
     keeps_a_group,

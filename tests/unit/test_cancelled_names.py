@@ -100,6 +100,7 @@ CLIENT: dict[str, Story] = {
     "Client.losses": client.reads,
     "Client.snapshot": client.opens_a_window_of_two,
     "Client.vms": client.reads,
+    "RemoteVM.adopt": client.adopts,
     "RemoteVM.commit": client._begun,
     "RemoteVM.cycle": client.runs_a_round,
     "RemoteVM.disk": client.reads_a_vm,
