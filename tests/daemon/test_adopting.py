@@ -66,7 +66,7 @@ async def host(folder: Path, **more: Any) -> AsyncIterator[Host]:
     chain = make_chain(folder, 2)
     d = killable(folder)
     async with machine(folder, chain, running=True) as vm:
-        d.config += f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n'
+        d.config += f'{more.get("config", "")}[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n'
         await d.start()
         try:
             await d.connected("web1")
@@ -134,6 +134,16 @@ async def test_the_daemons_own_job_is_decided_as_what_it_is(folder: Path) -> Non
         assert f"/v1/commits/{commit}/decision" in answer.json["detail"]
         await at.d.post(f"/v1/commits/{commit}/decision", {"action": "keep"})
         assert (await at.d.end_of(commit))["outcome"]["action"] == "keep"
+
+
+async def test_what_may_not_be_deleted_is_refused(folder: Path) -> None:
+    access = f'[access]\ndeletions = ["{folder}/none"]\n'
+    async with host(folder, config=access) as at:
+        answer = await at.decide("pivot", delete=True)
+        assert (answer.status, "access.deletions" in answer.json["detail"]) == (422, True)
+        answer = await at.d.post(f"/v1/vms/web1/jobs/{JOB}/decision", {"action": "pivot"})
+        assert (await at.d.end_of(answer.json["id"]))["outcome"]["deleted"] == []
+    assert at.chain.top.exists()
 
 
 @pytest.mark.parametrize("verb", ["pivot", "abort"])
