@@ -70,6 +70,10 @@ class GroupBook:
         """All disks are held, and all jobs are to be finalized."""
         await self._note("finalize", {**self.value, "finalize": True, "by": by}, held=True)
 
+    async def again(self) -> None:
+        """All jobs are cancelled for want of a decision, and it is to be begun again."""
+        await self._note("undo", {**self.value, "again": True}, held=True, anyway=True)
+
     async def end(self, **how: Any) -> None:
         """It has ended: its `outcome` or its `error`."""
         if self._soon is not None:

@@ -126,10 +126,13 @@ class _Resumption:
             self._check_policies()
             await to_the_end(self._guests_go_on(waiting=False))
         else:
-            ends = await to_the_end(self._settle(way))
             # What somebody has cancelled, or has failed, is not tried again unasked.
             ended = self._group.finalizes or Shown.FAILED in shown
             torn = not ended and not any(member.aborted for member in self._group.members)
+            torn = torn or "again" in self._value  # as a former process has noted
+            if torn:
+                await self._book.again()
+            ends = await to_the_end(self._settle(way))
             if not torn or not all(is_clean(end) for end in ends):
                 return await self._conclude(way, ends)
             self._check_policies()
