@@ -102,6 +102,7 @@ async def note(self: qc.FileLedger, step: str, *arguments: Any, **facts: Any) ->
 if __name__ == "__main__":
     QMPS, NAME, LEDGER, DIE_AT, PLACES = sys.argv[1:]
     PLACE = places(PLACES, int(DIE_AT))
+    (qc.GroupCommit.__init__.__kwdefaults__ or {})["hold_limit"] = 60.0  # for a busy machine
     os.unlink = unlink  # type: ignore[assignment]
     qc.FileLedger.note = note  # type: ignore[method-assign]
     ends = asyncio.run(main(QMPS, NAME, qc.FileLedger(LEDGER)))
