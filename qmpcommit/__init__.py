@@ -28,6 +28,7 @@ _HOMES = {
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.pending": "resolve_pending",
     "commit.plan": "Plan",
+    "commit.steering": "JobNow",
     "guest.quiesce": "Quiet quiesced thaw",
     "window.run": "close_window new_window_name open_window recover_window",
     "window.group": "snapshot",

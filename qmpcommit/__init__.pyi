@@ -27,6 +27,7 @@ from qmpcommit.commit.policy import Policy as Policy
 from qmpcommit.commit.policy import Ready as Ready
 from qmpcommit.commit.policy import Recycle as Recycle
 from qmpcommit.commit.stale_layers import Stall as Stall
+from qmpcommit.commit.steering import JobNow as JobNow
 from qmpcommit.commit.vm import commit as commit
 from qmpcommit.cycles.run import Discarded as Discarded
 from qmpcommit.cycles.run import Round as Round

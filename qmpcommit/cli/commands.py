@@ -10,6 +10,9 @@ COMMANDS = {
     "keep": ("decide:keep", "End a READY job: the overlay stays the active image."),
     "abort": ("decide:abort", "Cancel a job by force: the overlay stays the active image."),
     "wait": ("decide:wait", "Wait for a commit that is there already, and decide at READY."),
+    "speed": ("steering:speed", "Change how fast a job copies."),
+    "pause": ("steering:pause", "Have a job copy nothing for a while."),
+    "resume": ("steering:resume", "Have a paused job go on."),
     "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
     "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),
@@ -22,6 +25,11 @@ COMMANDS = {
 }
 """Name, home in this package, and the line in the list of commands."""
 
+_OWN_MONITOR = (
+    "give the path of a monitor of that VM which the daemon does not hold, in the place of the"
+    " VM's name, without --daemon"
+)
+
 NO_DAEMON = {
     "daemon": "it is the daemon itself",
     "demo": "it makes a VM of its own",
@@ -29,6 +37,7 @@ NO_DAEMON = {
     "completion": "it is the same for all",
     "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
     " have the daemon's configuration say it, in a [[flatten]] rule",
+    **dict.fromkeys(("speed", "pause", "resume"), _OWN_MONITOR),
     "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"
     " what is the daemon's own it recovers when it starts",
 }

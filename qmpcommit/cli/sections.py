@@ -49,6 +49,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         f"wait {VM} qmpcommit-vda-1a2b3c4d --then pivot",
         f"wait {VM} qmpcommit-vda-1a2b3c4d --until ready --timeout 10min",
     ),
+    "speed": (
+        f"speed {VM} qmpcommit-vda-1a2b3c4d 50MiB",
+        f"speed {VM} qmpcommit-vda-1a2b3c4d max",
+    ),
+    "pause": (f"pause {VM} qmpcommit-vda-1a2b3c4d",),
+    "resume": (f"resume {VM} qmpcommit-vda-1a2b3c4d",),
     "window": (
         f"window {VM} vda -- cp {{vda}} /backup/",
         f"window {VM} vda vdb --freeze pause -- tar -cf /backup/web1.tar {{vda}} {{vdb}}",

@@ -17,7 +17,8 @@ from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_commands, told
 from qmpcommit.commit.stale_layers import Around, nobody_met
-from qmpcommit.errors import InvalidRequest, JobConflict, JobNotFound
+from qmpcommit.commit.steering import block_job
+from qmpcommit.errors import InvalidRequest, JobConflict
 from qmpcommit.names import JOB_PREFIX
 
 if TYPE_CHECKING:
@@ -61,15 +62,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     One that copies what its disk does not use any more is cancelled in any case. Raises
     `JobNotFound`, or `JobConflict` where it is no commit, or its bitmaps can't be carried now.
     """
-    jobs = {job["device"]: job for job in await vm.execute("query-block-jobs")}
-    job = jobs.get(job_id)
-    if job is None:
-        raise JobNotFound(
-            f"QEMU of {vm.name} has no block job '{job_id}'"
-            f" (its block jobs: {', '.join(jobs) or 'none'})",
-            vm=vm.name,
-            job_id=job_id,
-        )
+    job = await block_job(vm, job_id)
     if job.get("type") != "commit":
         raise JobConflict(
             f"job '{job_id}' of {vm.name} is a {job.get('type')} job, not a commit;"

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.driver import Resumed
     from qmpcommit.commit.ledger import Ledger, Noted
     from qmpcommit.commit.pace import Converge
+    from qmpcommit.commit.steering import JobNow
 
 
 class SessionOptions(CommitOptions, Hooks, total=False):
@@ -195,6 +196,44 @@ class VM(Monitor):
         size = parse_size(threshold, "write threshold")
         arguments = {"node-name": node, "write-threshold": size}
         await self.execute("block-set-write-threshold", arguments)
+
+    # -- block jobs -------------------------------------------------------------------------------
+
+    async def set_bandwidth(self, job_id: str, bandwidth: int | str) -> JobNow:
+        """Change the rate of the block job of that id, whoever began it; what it does now.
+
+        In bytes per second, or a text such as ``"50MiB"``; 0 is no limit. Of one's own job
+        `CommitJob.set_bandwidth` does the same. Raises `InvalidRequest` for what is no rate,
+        `JobNotFound` with the jobs that are, `JobConflict` where the job takes none any more
+        (``block-job-set-speed``).
+        """
+        from qmpcommit.commit.steering import set_speed
+
+        parse_size(bandwidth, "bandwidth")  # before anything is sent
+        return await set_speed(self, job_id, bandwidth)
+
+    async def pause_job(self, job_id: str) -> JobNow:
+        """Have the block job of that id copy nothing until `resume_job`; what it does now.
+
+        Whoever paused it: QEMU refuses a second pause, so one resume lets the job go on. One that
+        is paused already stays so, and `JobNow.changed` is False. What the guest writes meanwhile
+        is copied afterwards. Raises `JobNotFound` with the jobs that are, `JobConflict` where the
+        job is PENDING or at its end (``job-pause``).
+        """
+        from qmpcommit.commit.steering import pause_or_resume
+
+        return await pause_or_resume(self, job_id, "pause")
+
+    async def resume_job(self, job_id: str) -> JobNow:
+        """Have the block job of that id go on that was paused, or stopped by an I/O error.
+
+        What it does now: where QEMU itself still holds it (a drain), `JobNow.paused` is True
+        nevertheless. One that runs goes on running, and `JobNow.changed` is False. Raises as
+        `pause_job` (``job-resume``).
+        """
+        from qmpcommit.commit.steering import pause_or_resume
+
+        return await pause_or_resume(self, job_id, "resume")
 
     # -- commits ----------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ WRONG = {
     "policy with a wrong member": ["commit", "/x", "vda", "--policy", '{"kind":"hold","for":1}'],
     "malformed size": ["commit", "/x", "vda", "--pivot", "--bandwidth", "fast"],
     "empty size": ["commit", "/x", "vda", "--pivot", "--bandwidth", ""],
+    "malformed speed": ["speed", "/x", "job", "fast"],
+    "no speed": ["speed", "/x", "job"],
     "malformed time": ["commit", "/x", "vda", "--pivot", "--timeout", "soon"],
     "negative time": ["chain", "/x", "--timeout", "-1"],
     "infinite time": ["jobs", "/x", "--timeout", "inf"],
@@ -120,6 +122,9 @@ def test_a_missing_policy_says_which_there_are() -> None:
         ["pivot", "/nowhere", "j"],
         ["keep", "/nowhere", "j"],
         ["abort", "/nowhere", "j"],
+        ["speed", "/nowhere", "j", "max"],
+        ["pause", "/nowhere", "j"],
+        ["resume", "/nowhere", "j"],
     ],
     ids=" ".join,
 )

@@ -155,6 +155,15 @@ async def _given_up(qemu: Machine) -> None:
         await other.cancel()
 
 
+async def _steered(qemu: Machine) -> None:
+    async with qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("export0", policy=qc.Hold())
+        await vm.set_bandwidth(job.id, "1MiB")
+        await vm.pause_job(job.id)
+        await vm.resume_job(job.id)
+        await job.abort()
+
+
 async def _group_of_a_session(qemu: Machine) -> None:
     async with qc.Session.connect(qemu.qmp) as vm:
         await vm.commit_group({"export0": qc.Keep()})
@@ -197,6 +206,7 @@ WHOLE: list[Callable[[Machine], Coroutine[Any, Any, None]]] = [
     _in_steps,
     _by_hand,
     _given_up,
+    _steered,
     _group_of_a_session,
     _group_in_steps,
     _group_run,
