@@ -10,6 +10,9 @@ JOB_PREFIX = "qmpcommit-"
 WINDOW_MARK = ".qmpcommit-window-"
 """In the file name of each overlay of a snapshot window."""
 
+SOCKETS = "/run/vms/*/*.sock"
+"""Where monitors' sockets are, where nothing else is said."""
+
 NODE_NAME_LENGTH = 31
 """Characters that QEMU's node-names have at most."""
 

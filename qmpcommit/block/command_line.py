@@ -1,4 +1,4 @@
-"""What QEMU's command line says of its block nodes: options that no query tells.
+"""What QEMU's command line says of its block nodes and monitors: options that no query tells.
 
 Discard, aio and locking of a node are told nowhere by QEMU itself, only by how it was started
 (``/proc/PID/cmdline``). A node that was added later is not there, unless it has taken the place
@@ -17,12 +17,22 @@ Flat = Mapping[str, Any]
 """Options by their dotted names, as on a command line."""
 
 
+_TALK = ("chardev", "mon", "monitor", "qmp", "qmp-pretty", "serial")
+"""What monitors and other sockets are given with."""
+
+
 class CommandLine(NamedTuple):
-    """The ``-blockdev``, ``-drive`` and ``-device`` options, in their order."""
+    """The ``-blockdev``, ``-drive`` and ``-device`` options, in their order.
+
+    `monitors` are the Unix sockets on which its QMP monitors listen, `sockets` those that are for
+    something else (a guest agent, a console), as they were given.
+    """
 
     nodes: tuple[Flat, ...]
     drives: tuple[Flat, ...]
     devices: tuple[Flat, ...]
+    monitors: tuple[str, ...] = ()
+    sockets: tuple[str, ...] = ()
 
     def of_node(self, name: str) -> Flat | None:
         """What a node of this name was declared with, its children's options included."""
@@ -59,12 +69,42 @@ def read_command_line(pid: int | None) -> CommandLine | None:
 
 def parse_command_line(words: list[str]) -> CommandLine:
     """Pure, of the words of a command line."""
-    found: dict[str, list[Flat]] = {"blockdev": [], "drive": [], "device": []}
+    found: dict[str, list[Flat]] = {kind: [] for kind in ("blockdev", "drive", "device", *_TALK)}
     for option, value in pairwise(words):
         kind = option.lstrip("-")
         if option.startswith("-") and kind in found:
             found[kind].append(_flat(value))
-    return CommandLine(*(tuple(each) for each in found.values()))
+    monitors, sockets = _listening(found)
+    nodes, drives, devices = (tuple(found[kind]) for kind in ("blockdev", "drive", "device"))
+    return CommandLine(nodes, drives, devices, monitors, sockets)
+
+
+def _listening(found: Mapping[str, list[Flat]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sockets of QMP monitors, and those of other things."""
+    monitors = [name for kind in ("qmp", "qmp-pretty") for name in _unix(found[kind])]
+    speak = {
+        str(options.get("chardev") or next(iter(options), ""))
+        for kind, usual in (("mon", "readline"), ("monitor", "control"))  # the storage daemon's
+        for options in found[kind]
+        if options.get("mode", usual) == "control"
+    }
+    sockets = [name for kind in ("monitor", "serial") for name in _unix(found[kind])]
+    for options in found["chardev"]:
+        if "socket" in options and options.get("path") and _serves(options):
+            of = monitors if options.get("id") in speak else sockets
+            of.append(str(options["path"]))
+    return tuple(dict.fromkeys(monitors)), tuple(sockets)
+
+
+def _unix(given: list[Flat]) -> Iterator[str]:
+    for options in given:
+        name = next(iter(options), "")
+        if name.startswith("unix:") and _serves(options):
+            yield name.removeprefix("unix:")
+
+
+def _serves(options: Flat) -> bool:
+    return str(options.get("server", "off")) in ("on", "yes", "")
 
 
 def _flat(value: str) -> Flat:

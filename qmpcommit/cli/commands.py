@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "vms": ("vms:vms", "The VMs of this host: disks, jobs, windows, and what is wrong."),
     "chain": ("chain:chain", "The disks and their backing chains, drawn as a tree."),
     "commit": ("commit:commit", "Commit a disk's overlay into its backing file, and decide."),
     "jobs": ("jobs:jobs", "Block jobs, their phase and progress."),
@@ -31,6 +32,7 @@ _OWN_MONITOR = (
 )
 
 NO_DAEMON = {
+    "vms": "it asks the monitors themselves: give globs of their sockets, without --daemon",
     "daemon": "it is the daemon itself",
     "demo": "it makes a VM of its own",
     "help": "it comes with the program",

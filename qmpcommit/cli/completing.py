@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.names import SOCKETS
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
 
 WITHIN = 0.3
 """Seconds that a monitor has to answer while somebody waits for a word."""
-
-SOCKETS = "/run/vms/*/*.sock"
 
 
 def complete_monitor(ctx: click.Context, param: click.Parameter, incomplete: str) -> Items:

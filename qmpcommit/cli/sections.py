@@ -31,6 +31,7 @@ SECTIONS = {
 VM = "/run/vms/web1/qmp.sock"
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "vms": ("vms", "vms '/run/vms/*/qmp.sock' --json"),
     "chain": (f"chain {VM}", f"chain {VM} vda --json", f"chain {VM} --dot"),
     "commit": (
         f"commit {VM} vda --pivot --delete",

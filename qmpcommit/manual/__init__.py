@@ -12,6 +12,7 @@ TOPICS = (
     "flatten",
     "group",
     "virsh",
+    "vms",
     "trouble",
     "recovery",
     "embedding",

@@ -42,6 +42,7 @@ VARIES = (
     (r"  +(?=\S)", "  "),  # tables are as wide as what is in them
     (r"(qmpcommit-[a-z]+)-[0-9a-f]{8}", r"\1-ID"),
     (r"\b(process|pid) \d+", r"\1 N"),
+    (r"\b\d+\.\d+\.\d+  ", "VERSION  "),
     (r"\d{4}-\d\d-\d\d[T ][\d:.]+(Z|\+00:00)?", "WHEN"),
 )
 """What differs from run to run, and what it becomes."""

@@ -41,6 +41,8 @@ def test_examples_are_right_usage() -> None:
             if name in ("daemon", "demo"):
                 continue  # what they do is tested elsewhere
             words = shlex.split(line.partition(" > ")[0])
+            if words == ["vms"]:
+                continue  # it asks all VMs of the host, those of other tests too
             alone = name in ("help", "completion") or words == ["explain", "recycle"]
             assert qmpcommit(*words).status == (0 if alone else 4), line
 
