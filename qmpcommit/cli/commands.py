@@ -18,6 +18,7 @@ COMMANDS = {
     "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),
     "recover": ("recover:recover", "Put right what a death has left: says what, then does it."),
+    "doctor": ("doctor:doctor", "What is wrong with VMs, a verdict each, and what to type."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
     "explain": ("explain:explain", "Draw what a story does to a disk's files."),
@@ -33,6 +34,8 @@ _OWN_MONITOR = (
 
 NO_DAEMON = {
     "vms": "it asks the monitors themselves: give globs of their sockets, without --daemon",
+    "doctor": "it asks the monitors themselves: give the paths of the VMs' monitors in the place of"
+    " their names, without --daemon",
     "daemon": "it is the daemon itself",
     "demo": "it makes a VM of its own",
     "help": "it comes with the program",

@@ -67,6 +67,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "flatten": (f"flatten {VM} vda --keep 2 --delete",),
     "recover": (f"recover {VM}", f"recover {VM} --decide keep --yes"),
+    "doctor": (f"doctor {VM}", "doctor --all", "doctor --all --json"),
     "daemon": ("daemon --config /etc/qmpcommit/config.toml --check-config",),
     "demo": ("demo", "demo --storage-daemon --keep-files"),
     "explain": ("explain recycle", f"explain pivot {VM} vda", f"explain group {VM} vda vdb"),
@@ -100,6 +101,8 @@ class Command(click.Command):
             given, *_ = self.make_parser(ctx).parse_args(list(args))
         except click.UsageError:
             return False  # it is said where the words are parsed
+        if given.get("everything"):
+            return False
         words: list[str] = []
         for each in names:
             value = given.get(str(each.name))
