@@ -93,7 +93,7 @@ async def run_out_of_time(*words: object) -> Said:
     """Run it with a deadline that comes when it has a job; a later one on a busy machine."""
     for seconds in (1, 4, 16):
         said = await run(*words, "--timeout", f"{seconds}s", "--json")
-        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded")
+        assert (said.status, said.error["type"]) == (1, "DeadlineExceeded"), said
         if "job_id" in said.error:
             return said
     raise AssertionError(f"it had no job: {said.error}")
