@@ -171,9 +171,9 @@ async def test_the_chain_and_the_jobs_are_as_without_a_daemon(folder: Path) -> N
         await job_of(qemu, "ready")
         said = await run(through(d), "jobs", "web1")
         assert f"qmpcommit pivot|keep|abort {qemu.qmp} theirs" in said.out  # not the daemon's
-        said = await run(through(d), "abort", "web1", "theirs", "--json")
-        assert (said.status, said.error["type"]) == (4, "JobNotFound")
-        assert (await run("abort", qemu.qmp2, "theirs")).status == 0
+        said = await run(through(d), "abort", "web1", "theirs", "--json")  # it becomes its own
+        assert (said.status, said.json["action"]) == (0, "abort")
+        assert await qemu.execute("query-jobs") == []
     assert_disk(chain.top, chain.pictures[-1])
 
 
@@ -265,9 +265,11 @@ async def test_a_second_interrupt_leaves_it_with_the_daemon(folder: Path) -> Non
         process.send_signal(signal.SIGINT)
         said = await end(process)
         assert said.status == 130
-        assert said.err.startswith("qmpcommit: interrupted twice")
-        assert f"'qmpcommit --daemon={d.socket} pivot|keep|abort web1 {commit}'" in said.err
         assert "perhaps" in said.err
+        if not said.err.startswith("qmpcommit: interrupted before the daemon had promised it"):
+            # A command that is slow has not heard the commit's id yet.
+            assert said.err.startswith("qmpcommit: interrupted twice")
+            assert f"'qmpcommit --daemon={d.socket} pivot|keep|abort web1 {commit}'" in said.err
         d.process.send_signal(signal.SIGCONT)
         with suppress(OSError):
             await d.post(f"/v1/commits/{commit}/decision", {"action": "abort"})
