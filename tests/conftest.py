@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from hypothesis import settings
+
+# Whoever runs the tests may ignore it (nohup), and daemons and commands would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test fails because the machine is busy.
 settings.register_profile("patient", deadline=None)
