@@ -18,6 +18,8 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
+from tests.ground import forked
+
 # Whoever runs the tests may ignore it (nohup), and daemons and commands would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -29,6 +31,11 @@ settings.load_profile("patient")
 settings.register_profile(
     "mutants", max_examples=10, derandomize=True, database=None, deadline=None
 )
+
+
+def pytest_sessionstart() -> None:
+    """What stays until the end is there before the first test."""
+    forked.begin()
 
 
 @pytest.fixture
@@ -94,7 +101,7 @@ def _children() -> set[int]:
     for thread in os.listdir("/proc/self/task"):
         with suppress(OSError):
             found.update(map(int, Path(f"/proc/self/task/{thread}/children").read_text().split()))
-    return found
+    return found | forked.running()
 
 
 def _command(number: int) -> str:

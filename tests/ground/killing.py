@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import coverage
-
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.session import Session
 
@@ -61,6 +59,8 @@ def places(write_to: str, die_at: int, die_in: str = "") -> Callable[[str], None
 
 def _measure() -> None:
     """What a process runs that ends by itself is counted, for those that measure."""
+    import coverage
+
     settings = Path(__file__).parents[2] / "pyproject.toml"
     measured = coverage.Coverage(data_suffix=True, config_file=str(settings))
     measured.start()

@@ -11,7 +11,7 @@ import pytest
 from qemu.qmp import ConnectError, QMPClient
 
 from tests.ground.fake_monitor import fake_monitor
-from tests.ground.images import MIB, Write, assert_disk, make_chain, write
+from tests.ground.images import MIB, Picture, Write, assert_disk, make_chain, write
 from tests.ground.machines import listening, machine, storage_daemon
 from tests.ground.nbd import Nbd, Writer
 from tests.ground.proxy import REFUSAL, proxy
@@ -29,8 +29,7 @@ def test_a_wrong_byte_is_seen(folder: Path) -> None:
 
 def test_a_wrong_size_is_seen(folder: Path) -> None:
     chain = make_chain(folder)
-    picture = chain.pictures[-1].copy()
-    picture.data += b"\0"
+    picture = Picture(chain.pictures[-1].size + 1, chain.pictures[-1].data + b"\0")
     with pytest.raises(AssertionError, match="bytes, not"):
         assert_disk(chain.top, picture)
 

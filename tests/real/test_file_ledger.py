@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine, storage_daemon
 from tests.ground.places import STRIDE, first
@@ -20,7 +19,7 @@ from tests.ground.sessions import runs
 
 pytestmark = pytest.mark.timeout(900)
 
-KILLABLE = [sys.executable, "-m", "tests.real.killable_commit"]
+KILLABLE = "tests.real.killable_commit"
 
 
 class Killable:
@@ -35,10 +34,7 @@ class Killable:
         places = self._folder / "places"
         places.unlink(missing_ok=True)
         words = [self._qemu.qmp, str(self.ledger), json.dumps(self._policy), str(place)]
-        process = await asyncio.create_subprocess_exec(
-            *KILLABLE, *words, str(places), how, env=ENVIRONMENT
-        )
-        status = await asyncio.wait_for(process.wait(), 120)
+        status, _ = await forked.run(KILLABLE, *words, str(places), how)
         assert status in (0, -signal.SIGKILL)
         return status, places.read_text().splitlines() if places.exists() else []
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 import qmpcommit as qc
 from qmpcommit.guest import marks as freeze_marks
-from tests.cli.command import ENVIRONMENT
 from tests.cli.command import run as qmpcommit
+from tests.ground import forked
 from tests.ground.images import assert_disk, two_chains
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
@@ -21,7 +19,7 @@ from tests.real.test_agent import fake_agent
 
 pytestmark = pytest.mark.timeout(900)
 
-KILLABLE = [sys.executable, "-m", "tests.real.killable_group"]
+KILLABLE = "tests.real.killable_group"
 
 
 async def killed(
@@ -31,8 +29,7 @@ async def killed(
     places = folder / "places"
     places.unlink(missing_ok=True)
     words = [qemu.qmp, freeze, str(place), str(places), fresh]
-    process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
-    status = await asyncio.wait_for(process.wait(), 120)
+    status, _ = await forked.run(KILLABLE, *words)
     return status, places.read_text().splitlines()
 
 

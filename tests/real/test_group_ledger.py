@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.group.resume import ResumableGroup
-from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
@@ -23,7 +22,7 @@ from tests.ground.sessions import runs
 
 pytestmark = pytest.mark.timeout(900)
 
-KILLABLE = [sys.executable, "-m", "tests.real.killable_group_commit"]
+KILLABLE = "tests.real.killable_group_commit"
 KINDS = {
     "pivot": ("pivot", "pivot"),
     "keep": ("keep", "keep"),
@@ -59,14 +58,11 @@ class Two(NamedTuple):
         ]
         work = {"vms": [q.qmp for q in self.qemus], "policies": policies, "freeze": self.freeze}
         work |= more
-        process = await asyncio.create_subprocess_exec(
-            *KILLABLE, json.dumps(work), str(self.ledger), str(place), str(places), how,
-            env=ENVIRONMENT, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        _, said = await asyncio.wait_for(process.communicate(), 120)
+        words = [json.dumps(work), str(self.ledger), str(place), str(places), how]
+        status, said = await forked.run(KILLABLE, *words)
         passed = places.read_text().splitlines() if places.exists() else []
-        assert process.returncode in (0, -signal.SIGKILL), (passed[-3:], said.decode())
-        return process.returncode or 0, passed, said.decode()
+        assert status in (0, -signal.SIGKILL), (passed[-3:], said)
+        return status, passed, said
 
     @property
     def outcome(self) -> qc.GroupOutcome:

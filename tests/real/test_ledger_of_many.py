@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import shutil
 import signal
-import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
@@ -23,7 +21,7 @@ from tests.ground.sessions import runs
 
 pytestmark = pytest.mark.timeout(1800)
 
-KILLABLE = [sys.executable, "-m", "tests.real.killable_ledger"]
+KILLABLE = "tests.real.killable_ledger"
 DEVICE = "/machine/peripheral/vda/virtio-backend"
 KILLED = -signal.SIGKILL
 
@@ -54,8 +52,7 @@ class World:
         places.unlink(missing_ok=True)
         qmps = ",".join(qemu.qmp for qemu in self.qemus)
         words = [qmps, work, str(self.ledger), str(place), str(places)]
-        process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
-        status = await asyncio.wait_for(process.wait(), 120)
+        status, _ = await forked.run(KILLABLE, *words)
         assert status in (0, KILLED)
         self.passed += places.read_text().splitlines() if places.exists() else []
         return status

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain, read
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first, some
@@ -24,7 +22,7 @@ from tests.real.killable_work import WORK
 
 pytestmark = pytest.mark.timeout(3600)
 
-KILLABLE = [sys.executable, "-m", "tests.real.killable_work"]
+KILLABLE = "tests.real.killable_work"
 WORKS = [work for work in WORK if not work.startswith("recover")]
 DECIDE: dict[str, Any] = {
     "pivot": "pivot",
@@ -48,8 +46,7 @@ async def killed(
     places.unlink(missing_ok=True)
     qmps = ",".join(qemu.qmp for qemu in qemus)
     words = [qmps, work, str(place), str(places), str(folder)]
-    process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
-    status = await asyncio.wait_for(process.wait(), 120)
+    status, _ = await forked.run(KILLABLE, *words)
     return status, places.read_text().splitlines() if places.exists() else []
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
-from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first
@@ -21,7 +19,7 @@ from tests.real.test_agent import FakeAgent, fake_agent
 pytestmark = pytest.mark.timeout(900)
 
 STEP = 64 * 1024
-KILLABLE = [sys.executable, "-m", "tests.real.killable_window"]
+KILLABLE = "tests.real.killable_window"
 
 
 async def killed(
@@ -32,8 +30,7 @@ async def killed(
     places.unlink(missing_ok=True)
     words = [qemu.qmp, freeze, str(place), str(places), str(place % 255 + 1), offset(place)]
     words.append(overlay_dir)
-    process = await asyncio.create_subprocess_exec(*KILLABLE, *words, env=ENVIRONMENT)
-    status = await asyncio.wait_for(process.wait(), 120)
+    status, _ = await forked.run(KILLABLE, *words)
     return status, places.read_text().splitlines()
 
 
