@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.cli.command import ENVIRONMENT
+from tests.ground import forked
 from tests.ground.complaints import complaints
+from tests.ground.forked import Forked
 from tests.ground.images import Chain
 from tests.ground.machines import Machine, storage_daemon
 
@@ -56,7 +58,7 @@ class Daemon:
     environment: dict[str, str] = field(default_factory=dict)
     module: str = "qmpcommit.cli.main"
     log_level: str = "debug"
-    process: asyncio.subprocess.Process | None = None
+    process: asyncio.subprocess.Process | Forked | None = None
     through: Sequence[str] = ()
     fds: Sequence[int] = ()
 
@@ -68,7 +70,7 @@ class Daemon:
     def log(self) -> str:
         return (self.folder / "daemon.log").read_text()
 
-    async def launch(self) -> asyncio.subprocess.Process:
+    async def launch(self) -> asyncio.subprocess.Process | Forked:
         """Start the process, and don't wait for it to serve."""
         path = self.folder / "config.toml"
         text = f'state = "{self.folder}/state"\nlog = "json"\nlog_level = "{self.log_level}"\n'
@@ -76,12 +78,19 @@ class Daemon:
         first, tables = _split(top)
         where = f'[listen]\nsocket = "{self.socket}"\n{listen}'
         path.write_text(f"{text}{first}\n{tables}\n{where}")
+        words = ["daemon", "--config", str(path)]
+        environment = {**ENVIRONMENT, **_debug(), **self.environment}
         with (self.folder / "daemon.log").open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.through, sys.executable, "-m", self.module, "daemon", "--config", str(path),
-                stdout=log, stderr=log, env={**ENVIRONMENT, **_debug(), **self.environment},
-                pass_fds=self.fds,
-            )  # fmt: skip
+            if self.through or self.fds:
+                self.process = await asyncio.create_subprocess_exec(
+                    *self.through, sys.executable, "-m", self.module, *words,
+                    stdout=log, stderr=log, env=environment, pass_fds=self.fds,
+                )  # fmt: skip
+            else:
+                self.process = forked.start(
+                    self.module, *words, output=log.fileno(), environment=environment,
+                    imported=forked.DAEMON,
+                )  # fmt: skip
         return self.process
 
     async def start(self) -> None:
