@@ -38,6 +38,12 @@ def pytest_sessionstart() -> None:
     forked.begin()
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays, and is not looked through after each test."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder whose paths are short enough for Unix sockets, in memory where there is some."""

@@ -552,6 +552,7 @@ async def _clear_other(vm: VM, disk: Disk, override: Collection[str], state: str
 async def _add(vm: VM, disk: Disk, owner: Owner, override: Collection[str], state: str) -> bool:
     """Whether it is claimed now; False where this QEMU can't hold a claim."""
     there: Owner | None = None
+    met = 0
     for _ in range(TRIES):
         refused: CommandRefused | None = None
         try:
@@ -559,12 +560,13 @@ async def _add(vm: VM, disk: Disk, owner: Owner, override: Collection[str], stat
             return True
         except CommandRefused as error:
             refused = error
+            met += 1
         except DeadlineExceeded:
             vm.drop()  # what it still runs of this connection, it has run when the next one answers
         except MonitorLost:
             pass
         there = await _asked(vm, owner.disk)
-        if there is None and refused is not None:
+        if there is None and refused is not None and met > 1:  # else one may have gone just now
             vm.log.warning("disk_not_claimed", disk=disk.name, error=refused.desc)
             return False
         if there is None:

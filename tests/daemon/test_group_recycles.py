@@ -80,7 +80,7 @@ class Guest:
         nodes = await self.execute("query-named-block-nodes", flat=True)
         bases = [str(chain.base) for chain in self.chains]
         files = sorted({n["file"] for n in nodes if not n["file"].startswith("json:")})
-        assert files == sorted([*bases, *map(str, self.fresh)])
+        assert files == sorted([*bases, *map(str, self.fresh)]), [n["node-name"] for n in nodes]
         ours = [n for n in nodes if n["node-name"].startswith("qmpcommit-")]
         assert len(ours) == 2 * len(self.fresh)
         assert {path for path in self.vm.folder.glob("fresh*")} == set(self.fresh)
