@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 GRACE = 0.5
 """Seconds after which what is there still is nobody's who is about to end it."""
 
+LOOKS = 4
+"""How often what changes by itself is looked at once more, at most."""
+
 PAUSE = 0.02
 ENDING = 30.0
 """Seconds that QEMU gets to end jobs that were told to."""
@@ -132,15 +135,9 @@ class Recovery:
 
     async def run(self) -> Recovered:
         """Do all that can be done."""
-        before = {_key(each) for each in await self._look()}
-        if before:
-            await asyncio.sleep(GRACE)
         ended: dict[tuple[Kind, str, str], Finding] = {}
-        first = True
+        found = await self._look_twice()
         while True:
-            found = await self._look()
-            if first:  # what has come or gone meanwhile is somebody's who lives
-                found, first = [each for each in found if _key(each) in before], False
             todo = [each for each in found if _key(each) not in ended]
             finding = next((each for each in todo if each.does), None)
             if finding is None:
@@ -148,6 +145,24 @@ class Recovery:
                 return Recovered(tuple((ended | told).values()))
             for each in await to_the_end(self._do(finding, found)):
                 ended[_key(each)] = each
+            found = await self._look()
+
+    async def _look_twice(self) -> list[Finding]:
+        """What stays: what comes or goes between two looks is somebody's who lives.
+
+        A job that was left alone goes on by itself, as from copying to READY, and then stays.
+        """
+        stays = seen = await self._look()
+        for _ in range(LOOKS):
+            if not seen:
+                break
+            keys, kinds = set(map(_key, seen)), {(f.vm, f.what): f.kind for f in seen}
+            await asyncio.sleep(GRACE)
+            seen = await self._look()
+            stays = [each for each in seen if _key(each) in keys]
+            if all(kinds.get((f.vm, f.what), f.kind) == f.kind for f in seen):
+                break
+        return stays
 
     async def _look(self) -> list[Finding]:
         looks = [see(vm, folders=self._folders, override=self._override) for vm in self._vms]
