@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -23,6 +23,9 @@ SILENCE = 45.0
 
 LONGEST = 1 << 24
 """Bytes that one event may have; no commit's outcome comes near to it."""
+
+BEGINNING = "following"
+"""The kind of the first event of a stream, which tells where it begins."""
 
 _FOLLOWING = "its events are followed no longer"
 
@@ -101,11 +104,18 @@ class Events:
     """
 
     def __init__(
-        self, client: Client, *, after: int | None, vm: str | None, commit: str | None
+        self,
+        client: Client,
+        *,
+        after: int | None,
+        vm: str | None,
+        commit: str | None,
+        kinds: Sequence[str] = (),
     ) -> None:
         self._client = client
         self.last = after
-        self._filter = {"vm": vm, "commit": commit}
+        filters = [("vm", vm), ("commit", commit), *(("kind", kind) for kind in kinds)]
+        self._filter = [(name, value) for name, value in filters if value]
         self._connection: Connection | None = None
         self._body: AsyncIterator[bytes] | None = None
         self._parser = Parser()
@@ -147,10 +157,11 @@ class Events:
                 raise
             self._tries = self._client.tries(_FOLLOWING)
             try:
-                self._found = self._parser.feed(data)
+                found = self._parser.feed(data)
             except DaemonError:
                 await self._hang_up()
                 raise
+            self._found = [each for each in found if each.event != BEGINNING]
             if not self._found and self._parser.last is not None:
                 self.last = _number(self._parser.last, self.last)  # where the stream begins
         message = self._found.pop(0)
@@ -163,7 +174,7 @@ class Events:
         await self._hang_up()
 
     async def _open(self) -> None:
-        query = urlencode({name: value for name, value in self._filter.items() if value})
+        query = urlencode(self._filter)
         path = f"/v1/events?{query}" if query else "/v1/events"
         while self._body is None and not self._closed:
             headers = {"accept": "text/event-stream"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
@@ -271,10 +271,18 @@ class Client:
     # -- events -----------------------------------------------------------------------------------
 
     def events(
-        self, after: int | None = None, *, vm: str | None = None, commit: str | None = None
+        self,
+        after: int | None = None,
+        *,
+        vm: str | None = None,
+        commit: str | None = None,
+        kinds: Sequence[str] = (),
     ) -> Events:
-        """Every change of state from now on, or from behind the event with the number `after`."""
-        return Events(self, after=after, vm=vm, commit=commit)
+        """Every change of state from now on, or from behind the event with the number `after`.
+
+        `vm`, `commit` and `kinds` (those of `DaemonEvent`) tell of which ones only.
+        """
+        return Events(self, after=after, vm=vm, commit=commit, kinds=kinds)
 
     # -- asking -----------------------------------------------------------------------------------
 

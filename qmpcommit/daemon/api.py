@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -24,7 +24,7 @@ from qmpcommit.commit.owners import owners_of
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import interrupted_recycles
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.feed import Feed
+from qmpcommit.daemon.feed import EventKind, Feed
 from qmpcommit.daemon.journal import JournalError
 from qmpcommit.daemon.losses import told_of
 from qmpcommit.daemon.openapi import PROBLEM_TYPE, TITLES, document, problems
@@ -102,6 +102,7 @@ MANY = 10_000
 """Rows that are looked at for somebody who may see few of them."""
 
 VMPath = Annotated[str, Path(max_length=64, examples=["web1"])]
+VMNames = tuple[Annotated[str, Field(max_length=64)], ...]
 CommitPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
 Key = Annotated[
     str | None,
@@ -419,13 +420,21 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     async def follow(
         last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
         after: Annotated[int | None, Query(ge=0, le=2**62)] = None,
-        vm: Annotated[str | None, Query(max_length=64)] = None,
+        vm: Annotated[VMNames, Query(max_length=64, description="Of these VMs only")] = (),
         commit: Annotated[str | None, Query(max_length=64)] = None,
+        kind: Annotated[
+            tuple[EventKind, ...], Query(max_length=16, description="Of these kinds only")
+        ] = (),
     ) -> StreamingResponse:
-        """Every change of state, as it becomes durable; resumable with ``Last-Event-ID``."""
+        """Every change of state, as it becomes durable; resumable with ``Last-Event-ID``.
+
+        The first event is of the kind ``following``: its ``after`` is the id from which the
+        stream goes on.
+        """
         if len(engine.followers) >= engine.config.limits.followers:
             raise QueueFull("too many follow the events already")
-        feed = Feed(engine, last_event_id if last_event_id is not None else after, vm, commit)
+        begin = last_event_id if last_event_id is not None else after
+        feed = Feed(engine, begin, vm, commit, kind)
         return StreamingResponse(
             aiter(feed), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Collection
+from typing import Literal
 
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.journal import Event, JournalError
@@ -13,16 +15,35 @@ from qmpcommit.daemon.rights import ASKER
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment tells that the stream is alive."""
 
+AGAIN = 2000
+"""Milliseconds after which a client that was cut off is to come back."""
+
+BEGINNING = "following"
+"""The kind of the first event, which tells where the stream begins and is of no VM."""
+
+EventKind = Literal["commit", "group", "window", "cycle", "flatten", "vm"]
+
 _PAGE = 500
 _BEHIND = 10_000
 
 
 class Feed:
-    """One follower; its place is taken when it is made, so that nothing falls between."""
+    """One follower; its place is taken when it is made, so that nothing falls between.
 
-    def __init__(self, engine: Engine, after: int | None, vm: str | None, commit: str | None):
+    It hears of the VMs, the commit and the kinds that it names, and of all where it names none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        after: int | None,
+        vms: Collection[str] = (),
+        commit: str | None = None,
+        kinds: Collection[EventKind] = (),
+    ) -> None:
         self._asker = ASKER.get()
-        self._engine, self._after, self._vm, self._commit = engine, after, vm, commit
+        self._engine, self._after = engine, after
+        self._vms, self._commit, self._kinds = frozenset(vms), commit, frozenset(kinds)
         self._queue: asyncio.Queue[Event] = asyncio.Queue(_BEHIND)
         self._lost = False
         self._begin = engine.told
@@ -49,8 +70,12 @@ class Feed:
         """The stream's text."""
         try:
             last = self._after
-            # Who is cut off before the first event resumes from here all the same.
-            yield f": qmpcommit\nid: {self._begin if last is None else last}\n\n".encode()
+            # Who is cut off before the first change resumes from here all the same; a block
+            # without data is to some clients no JSON, and to others no event and no id.
+            begin = self._begin if last is None else last
+            told = json.dumps({"after": begin})
+            first = Event(begin, time.time(), BEGINNING, "", None, told)
+            yield f"retry: {AGAIN}\n".encode() + render(first)
             if last is not None:
                 async for event in self._past(last):
                     last = event.id
@@ -83,7 +108,9 @@ class Feed:
     def _wanted(self, event: Event) -> bool:
         if self._asker is not None and not self._asker.may("read", event.vm.split(",")):
             return False
-        if self._vm is not None and self._vm not in event.vm.split(","):
+        if self._vms and self._vms.isdisjoint(event.vm.split(",")):
+            return False
+        if self._kinds and event.kind not in self._kinds:
             return False
         return self._commit is None or event.commit_id == self._commit
 

@@ -23,6 +23,7 @@ from qmpcommit.daemon.connections import Doors, PeerProtocol
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import Feed
 from qmpcommit.daemon.journal import Event, Journal, Statement
+from qmpcommit.daemon.rights import ASKER, Asker, Grant
 from tests.daemon.daemons import Daemon
 
 BATCH = 1000
@@ -113,13 +114,13 @@ async def test_a_follower_that_never_reads_is_let_go_and_resumes_from_the_journa
 
 async def test_of_what_a_follower_has_not_read_nothing_is_kept_for_it(folder: Path) -> None:
     async with serving(folder) as engine:
-        made = feed_module.Feed(engine, None, None, None)
+        made = feed_module.Feed(engine, None)
         event = Event(0, 0.0, "vm", "web1", None, "{}")
         for number in range(feed_module._BEHIND + 5):
             engine._tell(event._replace(id=number + 1))
         assert made._queue.qsize() == 1
         told = [text async for text in made]
-        assert [text.split(b"\n")[0] for text in told] == [b": qmpcommit", b"id: 1"]
+        assert [text.split(b"\n")[0] for text in told] == [b"retry: 2000", b"id: 1"]
 
 
 async def test_a_journal_that_is_closed_ends_the_stream(folder: Path) -> None:
@@ -127,7 +128,7 @@ async def test_a_journal_that_is_closed_ends_the_stream(folder: Path) -> None:
     journal = await Journal(folder / "journal.db").open()
     engine = Engine(parse(f'state = "{folder}"'.encode(), "c"), journal)
     await happen(engine, BATCH)
-    feed = aiter(feed_module.Feed(engine, 0, None, None))
+    feed = aiter(feed_module.Feed(engine, 0))
     heard = [await anext(feed), await anext(feed)]
     assert heard[1].startswith(b"id: 1\n")
     await engine.stop()
@@ -146,7 +147,7 @@ async def test_a_damaged_event_keeps_no_other_from_being_told(folder: Path) -> N
         await happen(engine, BATCH)
         broken = "UPDATE events SET data = CAST(x'ff7b22' AS TEXT), vm = CAST(x'f0' AS TEXT)"
         await journal.write(Statement(f"{broken} WHERE id = 2"))
-        feed = Feed(engine, 0, None, None)
+        feed = Feed(engine, 0)
         told = []
         async for text in feed:
             told.append(text)
@@ -157,3 +158,58 @@ async def test_a_damaged_event_keeps_no_other_from_being_told(folder: Path) -> N
         assert b"unreadable" in told[2]
     finally:
         await journal.close()
+
+
+async def blocks_of(feed: Feed, count: int) -> list[dict[str, str]]:
+    """So many blocks of a stream, each by the names of its lines."""
+    found = []
+    async for text in feed:
+        lines = text.decode().splitlines()
+        assert lines.pop() == ""
+        found.append(dict(line.split(": ", 1) for line in lines))
+        if len(found) == count:
+            break
+    feed.close()
+    return found
+
+
+async def test_the_first_block_is_an_event_that_every_client_reads(folder: Path) -> None:
+    """One without data is no JSON to some clients, and keeps others from its id."""
+    async with serving(folder) as engine:
+        await happen(engine, BATCH)
+        for after, begin in ((None, BATCH), (7, 7)):
+            (first,) = await blocks_of(Feed(engine, after), 1)
+            assert int(first["retry"]) > 0
+            assert (first["event"], first["id"]) == ("following", str(begin))
+            assert json.loads(first["data"])["after"] == begin
+
+
+async def test_events_are_chosen_by_kind_and_vm_and_shown_to_who_may_see_them(
+    folder: Path,
+) -> None:
+    async with serving(folder) as engine:
+        told = [("vm", "web1"), ("window", "web1"), ("vm", "db1"), ("window", "web2,db1")]
+        made = [Event(0, 0.0, kind, vm, None, json.dumps({"vm": vm})) for kind, vm in told]
+        await engine.journal.write(events=made)
+
+        async def chosen(query: str) -> list[int]:
+            reader, writer = await follow(folder, f"?after=0{query}")
+            await reader.readline()
+            vm = Event(0, 0.0, "vm", "web1,web2,db1", None, "{}")
+            await engine.journal.write(events=[vm, vm._replace(kind="window")])
+            last = (await engine.journal.read("SELECT max(id) AS id FROM events"))[0]["id"]
+            found = [0]
+            while found[-1] < last - 1:
+                await reader.readuntil(b"id: ")
+                found.append(int(await reader.readline()))
+            writer.close()
+            return [number for number in found if 0 < number <= len(told)]
+
+        assert await chosen("") == [1, 2, 3, 4]
+        assert await chosen("&kind=window") == [2, 4]
+        assert await chosen("&vm=db1") == [3, 4]
+        assert await chosen("&vm=db1&vm=web1&kind=vm") == [1, 3]
+        assert (await Daemon(folder, "").get("/v1/events?kind=windows")).status == 422
+        ASKER.set(Asker("user 7", 7, "", (Grant("read", ("web*",)),)))
+        seen = await blocks_of(Feed(engine, 0, ["db1", "web1"]), 3)
+        assert [each["id"] for each in seen] == ["0", "1", "2"]

@@ -175,7 +175,7 @@ async def read_events(d: Daemon, query: str, last: int | None, count: int) -> li
             name, _, value = line.partition(": ")
             if name in ("id", "event"):
                 event["number" if name == "id" else name] = value
-            elif name == "data":
+            elif name == "data" and event["event"] != "following":
                 found.append({**event, **json.loads(value)})
                 if found[-1].get("state") == "done":
                     break
@@ -249,7 +249,7 @@ async def test_followers_are_bounded_and_their_places_given_back(folder: Path) -
             for _ in range(2):
                 reader, writer = await asyncio.open_unix_connection(d.socket)
                 writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
-                await reader.readuntil(b": qmpcommit\n")
+                await reader.readuntil(b"event: following\n")
                 streams.append(writer)
             answer = await d.get("/v1/events")
             assert (answer.status, answer.json["type"]) == (503, "urn:qmpcommit:QueueFull")
