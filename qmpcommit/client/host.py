@@ -143,13 +143,18 @@ class Client:
         self,
         *,
         vm: str | None = None,
+        disk: str | None = None,
         state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
         limit: int = 100,
+        after: str | None = None,
     ) -> list[RemoteJob]:
-        """Commits, the newest first, those that have ended included; at most `limit` (1000)."""
+        """Commits, the newest first, those that have ended included; at most `limit` (1000).
+
+        `after` is the id of a commit behind which they go on.
+        """
         from qmpcommit.client.job import RemoteJob
 
-        asked = {"vm": vm, "state": state, "limit": limit}
+        asked = {"vm": vm, "disk": disk, "state": state, "limit": limit, "after": after}
         query = urlencode({name: value for name, value in asked.items() if value is not None})
         found = self.parse_list(await self.ask("GET", f"/v1/commits?{query}"))
         return [RemoteJob(self, commit_view(each)) for each in found]

@@ -9,6 +9,7 @@ import re
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
@@ -23,6 +24,7 @@ from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.commit.owners import owners_of
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import interrupted_recycles
+from qmpcommit.daemon import pages
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.feed import EventKind, Feed
 from qmpcommit.daemon.journal import JournalError
@@ -61,11 +63,13 @@ from qmpcommit.log import Log
 from qmpcommit.names import node_stem
 from qmpcommit.wire.commit import (
     CommitRequest,
+    CommitState,
     CommitView,
     Decision,
     JobView,
     NewVM,
     Progress,
+    VMState,
     VMView,
 )
 
@@ -97,9 +101,6 @@ _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
 )
 RETRY_AFTER = 2
 """Seconds after which what is not available may be asked for again."""
-
-MANY = 10_000
-"""Rows that are looked at for somebody who may see few of them."""
 
 VMPath = Annotated[str, Path(max_length=64, examples=["web1"])]
 VMNames = tuple[Annotated[str, Field(max_length=64)], ...]
@@ -185,42 +186,56 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     )
 
 
+def _facts_of_vm(vm: VM) -> dict[str, Any]:
+    return {
+        "name": vm.name, "qmp": vm.qmp, "connect": vm.connect, "origin": vm.origin,
+        "state": vm.state,
+        "pid": vm.session.peer_pid if vm.session is not None and vm.state == "connected" else None,
+        "error": vm.error.message if vm.error is not None else None,
+    }  # fmt: skip
+
+
 def view_vm(vm: VM) -> VMView:
     """A VM as the API shows it."""
-    return VMView(
-        name=vm.name, qmp=vm.qmp, connect=vm.connect, origin=vm.origin, state=vm.state,
-        pid=vm.session.peer_pid if vm.session is not None and vm.state == "connected" else None,
-        error=vm.error.message if vm.error is not None else None,
-    )  # fmt: skip
+    return VMView(**_facts_of_vm(vm))
+
+
+def facts_of(promise: Promise, position: int | None) -> dict[str, Any]:
+    """What the API shows of a commit as it is now, for `CommitView`."""
+    return {
+        "id": promise.id,
+        "vm": promise.vm,
+        "disk": promise.disk,
+        "job_id": promise.job_id,
+        "group": promise.group or None,
+        "state": promise.state,
+        "phase": promise.phase,
+        "priority": promise.priority,
+        "created": promise.created,
+        "position": position if promise.state == "queued" else None,
+        "storage": promise.storage,
+        "bandwidth": promise.rate or promise.request.bandwidth,
+        "ready": promise.ready,
+        "ended": promise.ended,
+        "decision": promise.decision,
+        "asked_by": promise.noted.get("asked"),
+        "decided_by": promise.noted.get("decided"),
+        "request": promise.request,
+        "outcome": promise.outcome,
+        "error": promise.error,
+    }
 
 
 def view_commit(engine: Engine, promise: Promise, progress: Progress | None = None) -> CommitView:
     """A commit as the API shows it."""
-    return CommitView.model_validate(
-        {
-            "id": promise.id,
-            "vm": promise.vm,
-            "disk": promise.disk,
-            "job_id": promise.job_id,
-            "group": promise.group or None,
-            "state": promise.state,
-            "phase": promise.phase,
-            "priority": promise.priority,
-            "created": promise.created,
-            "position": engine.position(promise),
-            "storage": promise.storage,
-            "bandwidth": promise.rate or promise.request.bandwidth,
-            "ready": promise.ready,
-            "ended": promise.ended,
-            "decision": promise.decision,
-            "asked_by": promise.noted.get("asked"),
-            "decided_by": promise.noted.get("decided"),
-            "progress": progress,
-            "request": promise.request.model_dump(mode="json", exclude_unset=True),
-            "outcome": promise.outcome,
-            "error": promise.error,
-        }
-    )
+    facts = facts_of(promise, engine.position(promise))
+    return CommitView.model_validate({**facts, "progress": progress})
+
+
+def _of_row(engine: Engine, row: dict[str, Any]) -> CommitView:
+    """A commit that has ended, from its row; raises ValueError."""
+    promise = Promise.load(row, engine.journal, engine.metrics)
+    return CommitView.model_validate(facts_of(promise, None))
 
 
 async def authorize(request: Request) -> None:
@@ -262,11 +277,26 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
 
-    @app.get("/v1/vms", responses=problems(), tags=["vms"])
-    async def list_vms() -> list[VMView]:
-        """All VMs, by name."""
-        known = sorted(engine.registry.vms.items())
-        return [view_vm(vm) for name, vm in known if sees(name)]
+    @app.get("/v1/vms", responses={**problems(422), 200: {"model": list[VMView]}}, tags=["vms"])
+    async def list_vms(
+        request: Request,
+        *,
+        state: VMState | None = None,
+        fields: pages.Fields = None,
+        limit: Annotated[int | None, Query(ge=1, le=pages.MOST)] = None,
+        after: pages.After = None,
+    ) -> Response:
+        """All VMs, by name; so many of them, behind one, where it is asked for."""
+        chosen = pages.members(fields, VMView)
+        found = sorted(
+            name
+            for name, vm in engine.registry.vms.items()
+            if (after is None or name > after) and state in (None, vm.state) and sees(name)
+        )
+        page = found[:limit]
+        parts = [partial(VMView, **_facts_of_vm(engine.registry.vms[name])) for name in page]
+        more = len(page) < len(found)
+        return await pages.answer(request, parts, chosen, page[-1] if more else None)
 
     @app.post("/v1/vms", status_code=201, responses=problems(409, 422, body=True), tags=["vms"])
     async def add_vm(new: NewVM) -> VMView:
@@ -348,29 +378,37 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         made = await engine.plan(engine.vm(vm), asked, check=True)
         return JSONResponse(made.model_dump(mode="json"))
 
-    @app.get("/v1/commits", responses=problems(422), tags=["commits"])
+    @app.get(
+        "/v1/commits",
+        responses={**problems(422), 200: {"model": list[CommitView]}},
+        tags=["commits"],
+    )
     async def list_commits(
-        vm: Annotated[str | None, Query(max_length=64)] = None,
-        state: Annotated[
-            str | None, Query(pattern="^(queued|running|done|failed|cancelled)$")
-        ] = None,
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> list[CommitView]:
+        request: Request,
+        *,
+        vm: pages.VMOf = None,
+        disk: pages.DiskOf = None,
+        state: CommitState | None = None,
+        fields: pages.Fields = None,
+        limit: pages.Limit = 100,
+        after: pages.After = None,
+    ) -> Response:
         """Commits, the newest first: those under way and those that have ended."""
-        sql = (
-            "SELECT * FROM commits WHERE vm = ifnull(?, vm) AND state = ifnull(?, state)"
-            " ORDER BY created DESC, rowid DESC LIMIT ?"
-        )
-        rows = await engine.journal.read(sql, vm, state, limit if sees_all() else MANY)
-        found: list[CommitView] = []
-        for row in rows:
-            if not sees(row["vm"]) or len(found) == limit:
-                continue
-            with suppress(ValueError):  # written by another version
-                known = engine.live.get(row["id"])
-                promise = known or Promise.load(row, engine.journal, engine.metrics)
-                found.append(view_commit(engine, promise))
-        return found
+        chosen = pages.members(fields, CommitView)
+        wanted = [("vm = ?", vm), ("disk = ?", disk), ("state = ?", state)]
+        rows, more = await pages.newest(engine.journal, "commits", wanted, after, limit)
+        live = [engine.live[row["id"]] for row in rows if row["id"] in engine.live]
+        queued = any(promise.state == "queued" for promise in live)
+        waiting = engine.scheduler.waiting if queued else []
+        places = {known_as: place for place, known_as in enumerate(waiting, 1)}
+        known = {promise.id: facts_of(promise, places.get(promise.id)) for promise in live}
+        parts: list[pages.Part] = [
+            partial(CommitView.model_validate, known[row["id"]])
+            if row["id"] in known
+            else partial(_of_row, engine, row)
+            for row in rows
+        ]
+        return await pages.answer(request, parts, chosen, rows[-1]["id"] if more else None)
 
     @app.get("/v1/commits/{commit_id}", responses=problems(404, 422), tags=["commits"])
     async def get_commit(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 
-from qmpcommit.daemon.api import MANY, Key, fingerprint
+from qmpcommit.daemon import pages
+from qmpcommit.daemon.api import Key, fingerprint
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promised_group import Group
-from qmpcommit.daemon.rights import require, sees, sees_all
-from qmpcommit.wire.commit import Decision
+from qmpcommit.daemon.rights import require
+from qmpcommit.wire.commit import CommitState, Decision
 from qmpcommit.wire.group import GroupRequest, GroupView
 
 GroupPath = Annotated[str, Path(max_length=64, pattern="^[0-9a-f]+$")]
@@ -28,25 +30,7 @@ def routes(app: FastAPI, groups: Groups) -> None:
     places = app.state.engine.places
 
     def view(group: Group) -> GroupView:
-        return GroupView.model_validate(
-            {
-                "id": group.id,
-                "state": group.state,
-                "phase": groups.phase(group),
-                "members": [
-                    {"vm": p.vm, "disk": p.disk, "commit": p.id, "job_id": p.job_id}
-                    for p in group.members
-                ],
-                "created": group.created,
-                "position": groups.position(group),
-                "ended": group.ended,
-                "decision": group.decision,
-                "asked_by": group.noted.get("asked"),
-                "request": group.request.model_dump(mode="json", exclude_unset=True),
-                "outcome": group.outcome,
-                "error": group.error,
-            }
-        )
+        return GroupView.model_validate(groups.facts_of(group))
 
     @app.post(
         "/v1/groups",
@@ -67,12 +51,36 @@ def routes(app: FastAPI, groups: Groups) -> None:
             response.headers["Idempotent-Replay"] = "true"
         return view(group)
 
-    @app.get("/v1/groups", responses=problems(422), tags=["groups"])
-    async def list_groups(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[GroupView]:
+    @app.get(
+        "/v1/groups",
+        responses={**problems(422), 200: {"model": list[GroupView]}},
+        tags=["groups"],
+    )
+    async def list_groups(
+        request: Request,
+        *,
+        vm: pages.VMOf = None,
+        disk: pages.DiskOf = None,
+        state: CommitState | None = None,
+        fields: pages.Fields = None,
+        limit: pages.Limit = 100,
+        after: pages.After = None,
+    ) -> Response:
         """Groups, the newest first: those under way and those that have ended."""
-        most = limit if sees_all() else MANY
-        newest = await groups.newest("true ORDER BY created DESC, rowid DESC LIMIT ?", most)
-        return [view(group) for group in newest if sees(group.vms)][:limit]
+        chosen = pages.members(fields, GroupView)
+        wanted = [*groups.rows_of(vm, disk), ("state = ?", state)]
+        journal = app.state.engine.journal
+        rows, more = await pages.newest(journal, "undertakings", wanted, after, limit)
+        live = {row["id"]: groups.live[row["id"]] for row in rows if row["id"] in groups.live}
+        known = {name: groups.facts_of(group) for name, group in live.items()}
+        commits = await groups.members_of([row["id"] for row in rows if row["id"] not in live])
+        parts: list[pages.Part] = [
+            partial(GroupView.model_validate, known[row["id"]])
+            if row["id"] in known
+            else partial(groups.view_of, row, commits.get(row["id"], []))
+            for row in rows
+        ]
+        return await pages.answer(request, parts, chosen, rows[-1]["id"] if more else None)
 
     @app.get("/v1/groups/{group_id}", responses=problems(404, 422), tags=["groups"])
     async def get_group(

@@ -10,8 +10,9 @@ go on when that is right: see `group_guests`.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
@@ -48,7 +49,7 @@ from qmpcommit.group.outcome import GroupOutcome, is_clean
 from qmpcommit.group.resume import HAND_OVER, ResumableGroup
 from qmpcommit.session import Session
 from qmpcommit.tasks import stop, to_the_end
-from qmpcommit.wire.group import GroupRequest
+from qmpcommit.wire.group import GroupRequest, GroupView
 
 MAX_TRIES = 3
 """How often a group is begun that was cancelled because nobody could follow it."""
@@ -248,10 +249,46 @@ class Groups(Kind[Group]):
 
     async def _load(self, row: Mapping[str, Any]) -> Group:
         group = await super()._load(row)
-        rows = await self._journal.read("SELECT * FROM commits WHERE in_group = ?", group.id)
+        rows = (await self.members_of([group.id])).get(group.id, [])
+        return self._with_members(group, rows)
+
+    async def members_of(self, groups: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """The rows of the commits of these groups, by their group."""
+        sql = "SELECT * FROM commits WHERE in_group IN (SELECT value FROM json_each(?))"
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in await self._journal.read(sql, json.dumps(groups)) if groups else ():
+            found.setdefault(row["in_group"], []).append(row)
+        return found
+
+    def _with_members(self, group: Group, rows: Sequence[Mapping[str, Any]]) -> Group:
         known = {r["id"]: Promise.load(r, self._journal, self._engine.metrics) for r in rows}
         group.members = _members(group, known)
         return group
+
+    def view_of(self, row: Mapping[str, Any], commits: Sequence[Mapping[str, Any]]) -> GroupView:
+        """One that has ended as the API shows it, from its rows; raises ValueError."""
+        group = self._with_members(self.of.load(row, self._journal), commits)
+        return GroupView.model_validate(self.facts_of(group))
+
+    def facts_of(self, group: Group) -> dict[str, Any]:
+        """What the API shows of a group as it is now, for `GroupView`."""
+        return {
+            "id": group.id,
+            "state": group.state,
+            "phase": self.phase(group),
+            "members": [
+                {"vm": p.vm, "disk": p.disk, "commit": p.id, "job_id": p.job_id}
+                for p in group.members
+            ],
+            "created": group.created,
+            "position": self.position(group),
+            "ended": group.ended,
+            "decision": group.decision,
+            "asked_by": group.noted.get("asked"),
+            "request": group.request.model_dump(mode="json", exclude_unset=True),
+            "outcome": group.outcome,
+            "error": group.error,
+        }
 
     def phase(self, group: Group) -> str:
         """Where it is: `ResumableGroup.stage`, or ``recovering``; empty while it waits."""

@@ -36,6 +36,18 @@ class Kind(Story, Generic[U]):
 
     # -- the journal ------------------------------------------------------------------------------
 
+    def rows_of(self, vm: str | None, disk: str | None) -> list[tuple[str, Any]]:
+        """Conditions in SQL for those of this kind, and of that VM and disk where one is given."""
+        return [
+            ("kind = ?", self.of.kind),
+            ("instr(',' || vm || ',', ?)", None if vm is None else f",{vm},"),
+            (
+                "EXISTS (SELECT 1 FROM json_each(request, '$.members')"
+                " WHERE json_extract(value, '$.disk') = ?)",
+                disk,
+            ),
+        ]
+
     async def _rows(self, which: str, *values: Any) -> list[dict[str, Any]]:
         sql = f"SELECT * FROM undertakings WHERE kind = ? AND {which}"
         return await self._journal.read(sql, self.of.kind, *values)

@@ -42,6 +42,12 @@ _MADE = {
         "description": "The Idempotency-Key was given before, and this was made then",
     },
 }
+_PAGED = {
+    "Link": {
+        "schema": {"type": "string"},
+        "description": 'The next page, where there is one: </v1/...>; rel="next"',
+    },
+}
 _EVERYWHERE = (401, 403, 500, 503)
 _WITH_BODY = (400, 408, 413)
 
@@ -70,6 +76,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
             if any(each["name"] == "idempotency-key" for each in operation.get("parameters", ())):
                 made = next(each for code, each in operation["responses"].items() if code < "3")
                 made["headers"] = copy.deepcopy(_MADE)
+            if any(each["name"] == "fields" for each in operation.get("parameters", ())):
+                _parts(operation["responses"]["200"], found["components"]["schemas"])
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     _problem(int(status), response)
@@ -88,6 +96,19 @@ def _document(app: FastAPI) -> dict[str, Any]:
     }
     found["security"] = [{}, {"token": []}]
     return found
+
+
+def _parts(response: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """A list's items: all of each, or the members of it that were asked for."""
+    schema = response["content"]["application/json"]["schema"]
+    whole = schema["items"]
+    name = whole["$ref"].rpartition("/")[2]
+    part = f"{name}Part"
+    given = {key: value for key, value in schemas[name].items() if key in ("type", "properties")}
+    told = f"What `fields` names of a {name}."
+    schemas[part] = {**copy.deepcopy(given), "title": part, "description": told}
+    schema["items"] = {"anyOf": [whole, {"$ref": f"#/components/schemas/{part}"}]}
+    response["headers"] = copy.deepcopy(_PAGED)
 
 
 def _for_generators(schema: Any, schemas: dict[str, Any]) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 
-from qmpcommit.daemon.api import MANY, Key, VMPath, fingerprint
+from qmpcommit.daemon import pages
+from qmpcommit.daemon.api import Key, VMPath, fingerprint
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.openapi import problems
-from qmpcommit.daemon.rights import require, sees, sees_all
+from qmpcommit.daemon.rights import require, sees
 from qmpcommit.daemon.windows import Windows
 from qmpcommit.errors import WindowNotFound
 from qmpcommit.wire.window import (
     Renewal,
     VMWindowRequest,
     WindowRequest,
+    WindowState,
     WindowView,
 )
 
@@ -87,28 +90,37 @@ def routes(  # noqa: PLR0915  (one table of routes)
         opening = windows.open(asked, idempotency_key, fingerprint("windows", asked))
         return await opened(opening, response)
 
-    @app.get("/v1/windows", responses=problems(422), tags=["windows"])
+    @app.get(
+        "/v1/windows",
+        responses={**problems(422), 200: {"model": list[WindowView]}},
+        tags=["windows"],
+    )
     async def list_windows(
-        vm: Annotated[str | None, Query(max_length=64)] = None,
-        state: Annotated[
-            str | None, Query(pattern="^(opening|open|closing|done|failed|orphan)$")
-        ] = None,
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> list[WindowView]:
-        """Windows, the newest first, ended ones too; before them those that nobody here opened."""
-        found: list[WindowView] = []
-        if state in (None, "orphan"):
+        request: Request,
+        *,
+        vm: pages.VMOf = None,
+        disk: pages.DiskOf = None,
+        state: WindowState | None = None,
+        fields: pages.Fields = None,
+        limit: pages.Limit = 100,
+        after: pages.After = None,
+    ) -> Response:
+        """Windows, the newest first, ended ones too.
+
+        Before them come those that nobody here opened, of any disk, which `limit` does not count.
+        """
+        chosen = pages.members(fields, WindowView)
+        parts: list[pages.Part] = []
+        if state in (None, "orphan") and after is None:
             await windows.watch.look_again(vm)
-            orphans = [each for each in windows.watch.orphans(vm) if sees(each.vm)]
-            found += [await asyncio.to_thread(orphan.view) for orphan in orphans[:limit]]
-        which = (
-            "instr(',' || vm || ',', ',' || ifnull(?, vm) || ',') AND state = ifnull(?, state)"
-            " ORDER BY created DESC, rowid DESC LIMIT ?"
-        )
-        left = limit - len(found)
-        newest = await windows.newest(which, vm, state, left if sees_all() else MANY)
-        seen = [window for window in newest if sees(window.vms)][:left]
-        return found + [await asyncio.to_thread(window.view) for window in seen]
+            parts += [each.view for each in windows.watch.orphans(vm) if sees(each.vm)]
+        wanted = [*windows.rows_of(vm, disk), ("state = ?", state)]
+        rows, more = await pages.newest(engine.journal, "undertakings", wanted, after, limit)
+        for row in rows:
+            live = windows.live.get(row["id"])
+            parts.append(live.view if live is not None else partial(windows.view_of, row))
+        next_after = rows[-1]["id"] if more else None
+        return await pages.answer(request, parts, chosen, next_after, looks=True)
 
     @app.get("/v1/windows/{window_id}", responses=problems(404, 422), tags=["windows"])
     async def get_window(

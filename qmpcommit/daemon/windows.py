@@ -36,7 +36,7 @@ from qmpcommit.log import Log
 from qmpcommit.session import Session
 from qmpcommit.window.claims import claim_again, closable
 from qmpcommit.window.records import NotedWindow
-from qmpcommit.wire.window import WindowMember, WindowRequest
+from qmpcommit.wire.window import WindowMember, WindowRequest, WindowView
 
 HAND_OVER = 1.0
 """Seconds that a window which is being opened gets when the daemon stops."""
@@ -172,6 +172,10 @@ class Windows(Kind[LeasedWindow]):
         """The window with that id, or of that name; raises `WindowNotFound`."""
         names = {part.name: each.id for each in self.live.values() for part in each.parts}
         return await super().find(names.get(known_as, known_as))
+
+    def view_of(self, row: Mapping[str, Any]) -> WindowView:
+        """One that has ended as the API shows it, from its row; raises ValueError."""
+        return self.of.load(row, self._journal).view()
 
     async def _load(self, row: Mapping[str, Any]) -> LeasedWindow:
         window = await super()._load(row)

@@ -70,6 +70,9 @@ class NewVM(_Model):
     connect: Connect = "keep"
 
 
+VMState = Literal["connected", "connecting", "away", "idle"]
+
+
 class VMView(_Model):
     """A VM as the daemon sees it; `error` is why it is not connected."""
 
@@ -94,7 +97,7 @@ class VMView(_Model):
     qmp: str
     connect: Connect
     origin: Literal["config", "discovered", "api"]
-    state: Literal["connected", "connecting", "away", "idle"]
+    state: VMState
     pid: int | None = None
     error: str | None = None
 
@@ -222,6 +225,12 @@ class Progress(_Model):
     pace: str = "moving"
 
 
+def _as_asked(request: Any) -> Any:
+    if isinstance(request, BaseModel):
+        return request.model_dump(mode="json", exclude_unset=True)
+    return request
+
+
 CommitState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -254,7 +263,7 @@ class CommitView(_Model):
     progress: Progress | None = None
     asked_by: AskedBy | None = None
     decided_by: AskedBy | None = None
-    request: dict[str, Any]
+    request: Annotated[dict[str, Any], BeforeValidator(_as_asked)]
     outcome: CommitOutcome | None = None
     error: dict[str, Any] | None = None
 

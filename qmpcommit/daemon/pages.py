@@ -1,0 +1,125 @@
+"""Lists of the API in pages: which rows, which members of each, and where the next page begins.
+
+What a list shows is made by threads of its own: a thousand rows cost the loop next to nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import Query, Request, Response
+from pydantic import BaseModel
+
+from qmpcommit.daemon.journal import Journal
+from qmpcommit.daemon.rights import sees, sees_all
+from qmpcommit.errors import InvalidRequest
+
+MOST = 1000
+"""Rows of one page."""
+
+# Of their own: the loop's threads may all wait for a file on a storage that hangs.
+_THREADS = ThreadPoolExecutor(2, "lists")
+
+Limit = Annotated[int, Query(ge=1, le=MOST)]
+After = Annotated[
+    str | None,
+    Query(
+        max_length=64,
+        pattern="^[0-9A-Za-z._-]+$",
+        description="Go on behind this one: the last of the page before, as its Link tells",
+    ),
+]
+Fields = Annotated[
+    str | None,
+    Query(
+        max_length=1024,
+        description="Members of each, with commas between; all of them where it is not given",
+        examples=["id,vm,state"],
+    ),
+]
+VMOf = Annotated[str | None, Query(max_length=64)]
+DiskOf = Annotated[str | None, Query(max_length=4096, description="As it was asked for")]
+
+Wanted = Sequence[tuple[str, Any]]
+"""Conditions in SQL, each with its value; one whose value is None is none."""
+
+Part = Callable[[], BaseModel]
+"""Makes one of a list; raises ValueError for what another version has written."""
+
+
+def members(fields: str | None, of: type[BaseModel]) -> set[str] | None:
+    """Those that are asked for, None for all; raises `InvalidRequest` for one that there is not."""
+    if fields is None:
+        return None
+    names = fields.split(",")
+    for name in names:
+        if name not in of.model_fields:
+            known = ", ".join(of.model_fields)
+            raise InvalidRequest(f"fields: there is no '{name:.80}', but {known}")
+    return set(names)
+
+
+async def newest(
+    journal: Journal, table: str, wanted: Wanted, after: str | None, limit: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """The newest first, of the VMs that who asks may see; and whether there are more.
+
+    Raises `InvalidRequest` where `after` is known no more.
+    """
+    wanted = [each for each in wanted if each[1] is not None]
+    if not sees_all():
+        named = await journal.read(f"SELECT DISTINCT vm FROM {table}")
+        seen = [each["vm"] for each in named if sees(each["vm"])]
+        wanted.append(("vm IN (SELECT value FROM json_each(?))", json.dumps(seen)))
+    if after is not None:
+        behind = f"(created, rowid) < (SELECT created, rowid FROM {table} WHERE id = ?)"
+        wanted.append((behind, after))
+    where = " AND ".join(f"({sql})" for sql, _ in wanted) or "true"
+    rows = await journal.read(
+        f"SELECT * FROM {table} WHERE {where} ORDER BY created DESC, rowid DESC LIMIT ?",
+        *(value for _, value in wanted), limit + 1,
+    )  # fmt: skip
+    there = f"SELECT 1 FROM {table} WHERE id = ?"
+    if not (after is None or rows or await journal.read(there, after)):
+        raise InvalidRequest(
+            f"after: nothing is called '{after}' any more; begin with the first page again"
+        )
+    return rows[:limit], len(rows) > limit
+
+
+async def answer(
+    request: Request,
+    parts: Iterable[Part],
+    chosen: set[str] | None,
+    next_after: str | None = None,
+    *,
+    looks: bool = False,
+) -> Response:
+    """A page; `next_after` is the last one in it where there are more.
+
+    `looks` tells that files are looked at, for which the loop's threads are.
+    """
+    threads = None if looks else _THREADS
+    loop = asyncio.get_running_loop()
+    body = await loop.run_in_executor(threads, partial(_json, [*parts], chosen))
+    headers = {}
+    if next_after is not None:
+        asked = [each for each in request.query_params.multi_items() if each[0] != "after"]
+        query = urlencode([*asked, ("after", next_after)])
+        headers["Link"] = f'<{request.url.path}?{query}>; rel="next"'
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def _json(parts: Sequence[Part], chosen: set[str] | None) -> bytes:
+    made = []
+    for part in parts:
+        with suppress(ValueError):  # written by another version
+            made.append(part().model_dump_json(include=chosen))
+    return f"[{','.join(made)}]".encode()
