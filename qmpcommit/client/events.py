@@ -212,5 +212,6 @@ def _event(message: Message) -> DaemonEvent:
     with sensible("event"):
         data = json.loads(message.data)
         at = float(data.pop("at", 0.0))
+        data.pop("time", None)
         commit = str(data["id"]) if message.event == "commit" else None
         return DaemonEvent(number or 0, message.event, at, str(data.get("vm", "")), commit, data)

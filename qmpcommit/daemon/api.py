@@ -72,6 +72,7 @@ from qmpcommit.wire.commit import (
     VMState,
     VMView,
 )
+from qmpcommit.wire.values import moment
 
 _STATUS: tuple[tuple[type[QmpCommitError], int, str], ...] = (
     (VMNotFound, 404, "No such VM"),
@@ -488,7 +489,10 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     @app.get("/healthz", responses=problems(), tags=["watching"])
     async def healthz() -> dict[str, Any]:
         """Whether the daemon is alive."""
-        return {"status": "ok", "version": qmpcommit.__version__, "time": time.time()}
+        now = time.time()
+        return {
+            "status": "ok", "version": qmpcommit.__version__, "time": now, "time_at": moment(now),
+        }  # fmt: skip
 
     @app.get("/readyz", responses=problems(), tags=["watching"])
     async def readyz() -> Response:

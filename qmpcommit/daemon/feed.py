@@ -11,6 +11,7 @@ from typing import Literal
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.journal import Event, JournalError
 from qmpcommit.daemon.rights import ASKER
+from qmpcommit.wire.values import moment
 
 HEARTBEAT = 15.0
 """Seconds of silence after which a comment tells that the stream is alive."""
@@ -124,5 +125,7 @@ def render(event: Event) -> bytes:
         ValueError,
     ):  # its row is damaged; the others are told all the same
         told = {"unreadable": event.data}
-    data = json.dumps({"at": event.at, **told})
+    when = moment(event.at)
+    time = {} if when is None else {"time": when.isoformat().replace("+00:00", "Z")}
+    data = json.dumps({"at": event.at, **time, **told})
     return f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n".encode()

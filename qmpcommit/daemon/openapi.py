@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from qmpcommit.commit.phases import Phase
+from qmpcommit.group.resume import STAGES
 from qmpcommit.wire.commit import Problem
 
 PROBLEM_TYPE = "application/problem+json"
@@ -48,6 +50,19 @@ _PAGED = {
         "description": 'The next page, where there is one: </v1/...>; rel="next"',
     },
 }
+_VALUES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("CommitView", "phase"): ("", *(phase.value for phase in Phase)),
+    ("GroupView", "phase"): ("", "recovering", *STAGES),
+}
+"""All that a member can be, where its type does not say so."""
+
+_BOUNDS = {
+    "ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum",
+}  # fmt: skip
+_REFUSED = {
+    401: {"WWW-Authenticate": "The scheme: Bearer"},
+    503: {"Retry-After": "Seconds after which it may be asked again"},
+}
 _EVERYWHERE = (401, 403, 500, 503)
 _WITH_BODY = (400, 408, 413)
 
@@ -69,6 +84,13 @@ def _document(app: FastAPI) -> dict[str, Any]:
     found = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
+    schemas = found["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for schema in [*schemas.values(), *_inline(found["paths"])]:
+        _for_generators(schema, schemas)
+    for (name, member), values in _VALUES.items():
+        schemas[name]["properties"][member]["enum"] = [*values]
     for path in found["paths"].values():
         for operation in path.values():
             for parameter in operation.get("parameters", ()):
@@ -77,16 +99,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 made = next(each for code, each in operation["responses"].items() if code < "3")
                 made["headers"] = copy.deepcopy(_MADE)
             if any(each["name"] == "fields" for each in operation.get("parameters", ())):
-                _parts(operation["responses"]["200"], found["components"]["schemas"])
+                _parts(operation["responses"]["200"], schemas)
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     _problem(int(status), response)
-    schemas = found["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    for schema in schemas.values():
-        _for_generators(schema, schemas)
-    schemas["CommitView"]["properties"]["phase"]["enum"] = ["", *(phase.value for phase in Phase)]
     found["components"]["securitySchemes"] = {
         "token": {
             "type": "http",
@@ -125,6 +141,8 @@ def _for_generators(schema: Any, schemas: dict[str, Any]) -> None:
     for name, each in schema.items():
         if name not in ("example", "examples", "default"):
             _for_generators(each, schemas)
+    for name in _BOUNDS.keys() & schema.keys():  # pydantic's own, of a value that may be null
+        schema[_BOUNDS[name]] = schema.pop(name)
     kind = schema.get("properties", {}).get("kind", {})
     if "const" in kind and kind.pop("default", None) is not None:
         schema["required"] = ["kind", *schema.get("required", ())]
@@ -138,6 +156,15 @@ def _for_generators(schema: Any, schemas: dict[str, Any]) -> None:
         places = (each["$ref"] for each in schema["oneOf"])
         mapping = dict(zip(kinds, places, strict=True))
         schema["discriminator"] = {"propertyName": "kind", "mapping": mapping}
+
+
+def _inline(paths: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schemas that stand in the operations themselves."""
+    for path in paths.values():
+        for operation in path.values():
+            yield from (each["schema"] for each in operation.get("parameters", ()))
+            for response in operation["responses"].values():
+                yield from (each.get("schema", {}) for each in response.get("content", {}).values())
 
 
 def _parameter(parameter: dict[str, Any]) -> None:
@@ -156,7 +183,6 @@ def _problem(status: int, response: dict[str, Any]) -> None:
     schema = {"$ref": "#/components/schemas/Problem"}
     response["description"] = TITLES[status]
     response["content"] = {PROBLEM_TYPE: {"schema": schema, "example": copy.copy(example)}}
-    if status == 503:
-        response["headers"] = {
-            "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds"}
-        }
+    for name, told in _REFUSED.get(status, {}).items():
+        kind = "integer" if name == "Retry-After" else "string"
+        response.setdefault("headers", {})[name] = {"schema": {"type": kind}, "description": told}

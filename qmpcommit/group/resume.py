@@ -20,6 +20,12 @@ HAND_OVER = 0.5
 CANCELLING = 0.3
 """Seconds that cancelled jobs get to end."""
 
+STAGES = (
+    "copying", "ready",
+    *(each.value for each in Stage if each not in (Stage.GATHERING, Stage.RECORDING)),
+)  # fmt: skip
+"""All that `ResumableGroup.stage` can be."""
+
 Resume = Callable[[Barrier], Awaitable[CommitJob]]
 """Takes one member up, as `Session.resume` does."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -11,7 +12,7 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Policy
 from qmpcommit.commit.request import OnError, Request, Stale, check_job_id
 from qmpcommit.units import parse_size
-from qmpcommit.wire.values import AskedBy, Connect, QMPAddress, Seconds, VMName
+from qmpcommit.wire.values import AskedBy, Connect, QMPAddress, Seconds, Timed, VMName
 
 
 def _no_nul(text: str) -> str:
@@ -222,7 +223,7 @@ class Progress(_Model):
     total: int
     bandwidth: float
     status: str = ""
-    pace: str = "moving"
+    pace: Literal["moving", "slow", "stuck"] = "moving"
 
 
 def _as_asked(request: Any) -> Any:
@@ -234,11 +235,12 @@ def _as_asked(request: Any) -> Any:
 CommitState = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
-class CommitView(_Model):
+class CommitView(_Model, Timed):
     """A commit: `state` tells whether it waits, runs or has ended, `phase` where it is.
 
     `position` is its place in the queue (1: next). `outcome` is there when it is done, `error`
-    (with `type` and `message`) when it failed. Times are seconds since 1970.
+    (with `type` and `message`) when it failed. Times are seconds since 1970; those that end in
+    ``_at`` are the same as RFC 3339 has them.
     """
 
     model_config = ConfigDict(
@@ -254,12 +256,15 @@ class CommitView(_Model):
     phase: str
     priority: int
     created: float
+    created_at: datetime | None = None
     position: int | None = None
     storage: str = ""
     bandwidth: int | None = None
     ready: float | None = None
+    ready_at: datetime | None = None
     ended: float | None = None
-    decision: str | None = None
+    ended_at: datetime | None = None
+    decision: Literal["pivot", "keep", "abort"] | None = None
     progress: Progress | None = None
     asked_by: AskedBy | None = None
     decided_by: AskedBy | None = None

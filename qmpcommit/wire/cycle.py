@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +16,7 @@ from qmpcommit.wire.values import (
     Quiescing,
     Seconds,
     Section,
+    Timed,
     VMName,
     check_overlay,
 )
@@ -139,7 +141,7 @@ class RoundDisk(BaseModel):
     commit: str | None = None
 
 
-class RoundView(BaseModel):
+class RoundView(Timed, BaseModel):
     """A round: `state` is "asking" its command, "keeping", "discarding", or how it ended.
 
     `result` is there when it is done; `overlay` is the new one, `commit` the one that carries the
@@ -155,7 +157,9 @@ class RoundView(BaseModel):
     disk: str
     state: Literal["new", "asking", "keeping", "discarding", "done", "failed", "cancelled"]
     created: float
+    created_at: datetime | None = None
     ended: float | None = None
+    ended_at: datetime | None = None
     overlay: str | None = None
     commit: str | None = None
     disks: list[RoundDisk] = []
@@ -166,16 +170,18 @@ class RoundView(BaseModel):
     error: dict[str, Any] | None = None
 
 
-class CycleView(BaseModel):
+class CycleView(Timed, BaseModel):
     """A ``[[cycle]]`` of the configuration: when it comes next, what runs, and what came of it.
 
-    Times are seconds since 1970.
+    Times are seconds since 1970; those that end in ``_at`` are the same as RFC 3339 has them.
     """
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [CYCLE_EXAMPLE]})
 
     cycle: Cycle
     next_round: float | None = None
+    next_round_at: datetime | None = None
     running: RoundView | None = None
     last: RoundView | None = None
     last_kept: float | None = None
+    last_kept_at: datetime | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,7 +13,7 @@ from qmpcommit.group.members import ONE_OVERLAY
 from qmpcommit.group.outcome import GroupOutcome
 from qmpcommit.group.run import HOLD_LIMIT
 from qmpcommit.wire.commit import Asked, CommitRequest, CommitState, Name
-from qmpcommit.wire.values import AskedBy, Quiescing, Seconds, VMName
+from qmpcommit.wire.values import AskedBy, Quiescing, Seconds, Timed, VMName
 
 GROUP_EXAMPLE: dict[str, Any] = {
     "members": [{"vm": "db1", "disk": "vda"}, {"vm": "db2", "disk": "vda"}],
@@ -115,11 +116,12 @@ class GroupMemberView(_Model):
     job_id: str
 
 
-class GroupView(_Model):
+class GroupView(_Model, Timed):
     """A group: `state` tells whether it waits, runs or has ended, `phase` where it is.
 
     `outcome` is there when it is done, `error` (with `type`, `message` and each member's own end
-    in `outcomes`) when it failed. Times are seconds since 1970.
+    in `outcomes`) when it failed. Times are seconds since 1970; those that end
+    in ``_at`` are the same as RFC 3339 has them.
     """
 
     model_config = ConfigDict(
@@ -131,8 +133,10 @@ class GroupView(_Model):
     phase: str = ""
     members: list[GroupMemberView]
     created: float
+    created_at: datetime | None = None
     position: int | None = None
     ended: float | None = None
+    ended_at: datetime | None = None
     decision: Literal["pivot", "keep", "abort"] | None = None
     asked_by: AskedBy | None = None
     request: dict[str, Any]

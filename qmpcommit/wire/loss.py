@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from qmpcommit.wire.values import Timed
 
 How = Literal["gone", "old", "over", "perhaps"]
 
@@ -26,15 +29,17 @@ class LostPromise(BaseModel):
     how: How
 
 
-class LossView(BaseModel):
+class LossView(Timed, BaseModel):
     """A journal that was set aside: when, why, where it is kept, and what may be missing.
 
-    Where `all_named` is false there may have been other promises than these.
+    `at` is in seconds since 1970, `time` the same as RFC 3339 has it. Where `all_named` is false
+    there may have been other promises than these.
     """
 
     model_config = ConfigDict(frozen=True)
 
     at: float
+    time: datetime | None = None
     why: str = Field(examples=["its last 3 transactions are lost"])
     kept: str
     all_named: bool

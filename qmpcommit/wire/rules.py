@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qmpcommit.wire.values import Number, Pattern, Seconds, Section, Size
+from qmpcommit.wire.values import Number, Pattern, Seconds, Section, Size, Timed
 
 
 class Flatten(Section):
@@ -64,7 +65,7 @@ RULE_EXAMPLE: dict[str, Any] = {
 }
 
 
-class RuleDisk(BaseModel):
+class RuleDisk(Timed, BaseModel):
     """A disk that a rule is for, as it was seen last.
 
     `overlay_size` is the bytes allocated above the bottom layer. `state` is "within" its limits;
@@ -86,9 +87,10 @@ class RuleDisk(BaseModel):
     commit: str | None = None
     failures: int = 0
     not_before: float | None = None
+    not_before_at: datetime | None = None
 
 
-class RuleView(BaseModel):
+class RuleView(Timed, BaseModel):
     """A rule of the configuration, `number` from 0; times are seconds since 1970.
 
     `away` has the VMs that could not be asked at the last look, and why.
@@ -100,7 +102,9 @@ class RuleView(BaseModel):
     number: int
     rule: Flatten
     last_look: float | None = None
+    last_look_at: datetime | None = None
     last_result: str | None = None
     next_look: float | None = None
+    next_look_at: datetime | None = None
     disks: list[RuleDisk] = []
     away: dict[str, str] = {}

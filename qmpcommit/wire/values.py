@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.guest.quiesce import check_names
@@ -73,8 +75,32 @@ class AskedBy(BaseModel):
 
     who: str = Field(examples=["user 1000"])
     uid: int | None = None
-    role: str = Field(examples=["operate"])
+    role: Literal["none", "read", "operate", "admin"] = Field(examples=["operate"])
     address: str = Field(examples=["process 4711"])
+
+
+def moment(seconds: Any) -> datetime | None:
+    """Seconds since 1970 as a time of UTC; None for what is none, or none of this calendar."""
+    with suppress(TypeError, ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, UTC)
+    return None
+
+
+def told_as(name: str) -> str:
+    """How a time that a view has as seconds since 1970 is called where it is RFC 3339's."""
+    return "time" if name == "at" else f"{name}_at"
+
+
+class Timed(BaseModel):
+    """A view that has each time twice: as seconds since 1970, and as RFC 3339 has it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_times(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        names = [name for name in given if told_as(name) in cls.model_fields]
+        return {**{told_as(name): moment(given[name]) for name in names}, **given}
 
 
 class Section(BaseModel):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.wire.commit import Name, Rate
-from qmpcommit.wire.values import AskedBy, FilePath, Seconds, VMName, check_overlay, check_sockets
+from qmpcommit.wire.values import (
+    AskedBy,
+    FilePath,
+    Seconds,
+    Timed,
+    VMName,
+    check_overlay,
+    check_sockets,
+)
 
 LONGEST_LEASE = 86400.0
 """Seconds."""
@@ -187,12 +196,13 @@ class VMWindowView(_Model):
     outcomes: list[CommitOutcome] = []
 
 
-class WindowView(_Model):
+class WindowView(_Model, Timed):
     """A window; `disks` are by the names that they were asked for by.
 
     One over several VMs has no `disks` but `windows`, one on each VM, and `vm` and `name` are
     theirs, with commas between. `quiesced` is for how many seconds a guest stood still at most,
-    `expires` when the lease ends (seconds since 1970, like all times). `commits` are the commits
+    `expires` when the lease ends (seconds since 1970, like all times but those
+    that end in ``_at``, which are RFC 3339's). `commits` are the commits
     that close it, `outcomes` what came of them. `problem` says what keeps it waiting, `error` why
     it failed. One whose state is "orphan" was opened by nobody here, and has its name for an id.
     """
@@ -208,10 +218,13 @@ class WindowView(_Model):
     disks: dict[str, WindowDisk] = {}
     windows: list[VMWindowView] = []
     created: float | None = None
+    created_at: datetime | None = None
     quiesced: float | None = None
     lease: float | None = None
     expires: float | None = None
+    expires_at: datetime | None = None
     ended: float | None = None
+    ended_at: datetime | None = None
     commits: list[str] = []
     outcomes: list[CommitOutcome] = []
     asked_by: AskedBy | None = None

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,49 @@ def schemas_of(value: Any) -> Iterator[dict[str, Any]]:
         for name, each in value.items():
             if name not in ("example", "examples", "default"):
                 yield from schemas_of(each)
+
+
+async def test_the_document_is_valid_and_says_what_values_there_are(folder: Path) -> None:
+    async with daemon(folder) as d:
+        document = (await d.get("/openapi.json")).json
+    validator = pytest.importorskip("openapi_spec_validator")
+    validator.OpenAPIV31SpecValidator(document).validate()
+    named: dict[str, Any] = {}
+    for schema in schemas_of(document):
+        assert not {"ge", "gt", "le", "lt"} & set(schema), f"no keywords of JSON Schema: {schema}"
+        named.update(schema["properties"] if isinstance(schema.get("properties"), dict) else {})
+    for name in ("state", "phase", "decision", "role", "pace"):
+        told = str(named[name])
+        assert "enum" in told or "$ref" in told, name
+    schemas = document["components"]["schemas"]
+    for view, times in {
+        "CommitView": ("created", "ready", "ended"),
+        "GroupView": ("created", "ended"),
+        "WindowView": ("created", "expires", "ended"),
+        "RoundView": ("created", "ended"),
+        "CycleView": ("next_round", "last_kept"),
+        "RuleView": ("last_look", "next_look"),
+    }.items():
+        for each in times:
+            assert "date-time" in str(schemas[view]["properties"][f"{each}_at"])
+    assert "date-time" in str(schemas["LossView"]["properties"]["time"])
+    refused = document["paths"]["/v1/vms"]["get"]["responses"]
+    assert "Link" in refused["200"]["headers"]
+    assert "WWW-Authenticate" in refused["401"]["headers"]
+    assert "Retry-After" in refused["503"]["headers"]
+
+
+async def test_a_time_is_told_in_both_forms(folder: Path) -> None:
+    async with host_of(folder, make_chain(folder)) as (d, _):
+        asked = await d.commit("web1", disk="top", policy={"kind": "keep"})
+        ended = await d.end_of(asked)
+        (listed,) = (await d.get("/v1/commits")).json
+        for view in (ended, listed):
+            for name in ("created", "ended"):
+                told = datetime.fromisoformat(view[f"{name}_at"])
+                assert told.timestamp() == pytest.approx(view[name], abs=1e-5)
+        listed = (await d.get("/v1/commits?fields=created_at")).json
+        assert listed == [{"created_at": ended["created_at"]}]
 
 
 async def test_what_is_chosen_among_is_told_by_its_kind(folder: Path) -> None:
