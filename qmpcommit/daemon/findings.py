@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -13,11 +15,13 @@ from contextlib import closing, suppress
 from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from qmpcommit.daemon import roll, schema
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.losses import told_of
 from qmpcommit.daemon.registry import name_of
+from qmpcommit.daemon.rights import group_id
 from qmpcommit.daemon.salvage import Loss, Lost
 from qmpcommit.qmp.address import SUN_PATH, Address, is_socket
 
@@ -33,8 +37,11 @@ class Findings(NamedTuple):
 
 def examine(config: Config) -> Findings:
     """Look at the files, folders and programs that a configuration names; changes nothing."""
-    wrong = [*_state(config), *_sockets(config), *_cycles(config)]
-    noted = [*_overlaps(config), *_twice(config), *_losses(config)]
+    wrong = [
+        *_state(config), *_journal(config), *_sockets(config), *_tcp(config), *_allowed(config),
+        *_cycles(config),
+    ]  # fmt: skip
+    noted = [*_overlaps(config), *_twice(config), *_nothing_there(config), *_losses(config)]
     return Findings(wrong, noted)
 
 
@@ -51,6 +58,53 @@ def _state(config: Config) -> Iterator[str]:
         yield f"state: this user may not write to {there}"
 
 
+def _journal(config: Config) -> Iterator[str]:
+    path = Path(config.state, "journal.db")
+    if os.path.lexists(path) and not path.is_file():
+        yield f"state: {path} is no file"
+        return
+    for each in (path, Path(config.state, "lock"), roll.path_of(path)):
+        if each.exists() and not os.access(each, os.R_OK | os.W_OK):
+            yield f"state: this user may not read and write {each}"
+            return
+    for version in _read(path, "SELECT user_version FROM pragma_user_version, whole"):
+        if version[0] > len(schema.VERSIONS):
+            yield (
+                f"state: {path} was written by a newer qmpcommitd (schema {version[0]}, this one"
+                f" knows {len(schema.VERSIONS)})"
+            )
+
+
+def _tcp(config: Config) -> Iterator[str]:
+    if config.listen.tcp is None:
+        return
+    host, _, port = config.listen.tcp.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host.strip("[]"), int(port)))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:  # perhaps by the daemon that has this configuration
+            yield f"listen.tcp: can't listen on {config.listen.tcp}: {error.strerror}"
+
+
+def _allowed(config: Config) -> Iterator[str]:
+    for kind in ("monitors", "agents", "overlays", "deletions"):
+        for folder in getattr(config.access, kind, None) or ():
+            fixed = _fixed(folder)
+            if not os.path.isdir(fixed):
+                what = "no folder" if os.path.lexists(fixed) else "not there"
+                yield f"access.{kind}: {fixed} is {what}: nothing could be in {folder}"
+
+
+def _fixed(pattern: str) -> str:
+    """The beginning of a path that is no pattern."""
+    parts = Path(pattern).parts
+    last = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    return str(Path(*parts[:last]))
+
+
 def _sockets(config: Config) -> Iterator[str]:
     path = config.listen.socket
     folder = os.path.dirname(os.path.abspath(path))
@@ -64,6 +118,13 @@ def _sockets(config: Config) -> Iterator[str]:
         yield f"listen.socket: this user may not write to {folder}"
     elif "socket" in config.listen.model_fields_set and not os.path.isdir(folder):
         yield f"listen.socket: there is no folder {folder}"
+    if config.listen.group is not None and os.geteuid():
+        group = group_id(config.listen.group)
+        if group not in (os.getegid(), *os.getgroups()):
+            yield (
+                f"listen.group: this user may not give the socket to the group"
+                f" {config.listen.group}, for it is not in it"
+            )
     for number, vm in enumerate(config.vm):
         monitor = Address.parse(vm.qmp).path
         if monitor is not None and _is_another_file(monitor):
@@ -118,18 +179,27 @@ def _twice(config: Config) -> Iterator[str]:
                 yield f"discover.{number} finds the monitor of {vm.name} too, and calls it {found}"
 
 
+def _nothing_there(config: Config) -> Iterator[str]:
+    for number, rule in enumerate(config.discover):
+        folder = _fixed(os.path.dirname(rule.glob))
+        if not os.path.isdir(folder):
+            yield f"discover.{number}: there is no folder {folder} yet, in which VMs are looked for"
+
+
+def _read(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of a journal that is only looked at; none where it can't be read."""
+    if path.is_file():
+        with (
+            suppress(sqlite3.Error),  # in use by another version, or damaged: the daemon says it
+            closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as journal,
+        ):
+            return journal.execute(sql).fetchall()
+    return []
+
+
 def _losses(config: Config) -> Iterator[str]:
-    path = Path(config.state, "journal.db")
-    if not path.is_file():
-        return
-    rows = []
-    with (
-        suppress(sqlite3.Error),  # in use by another version, or damaged: the daemon says it
-        closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as journal,
-    ):
-        sql = "SELECT why, kept, promises, all_named FROM losses ORDER BY id"
-        rows = journal.execute(sql).fetchall()
-    for why, kept, promises, all_named in rows:
+    sql = "SELECT why, kept, promises, all_named FROM losses ORDER BY id"
+    for why, kept, promises, all_named in _read(Path(config.state, "journal.db"), sql):
         lost = tuple(Lost(**each) for each in json.loads(promises))
         told = told_of(Loss(why, kept, lost, bool(all_named)))
         names = ", ".join(f"{each.kind} {each.id} of {each.disk} of {each.vm}" for each in lost)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,21 @@ def test_check_config_finds_what_a_round_would_find(folder: Path) -> None:
     said = qmpcommit("daemon", "--config", config, "--check-config", "--json")
     assert said.status == 2
     assert "there is no command 'no-such'" in said.error["message"]
+
+
+def test_check_config_finds_what_a_start_would_find(folder: Path) -> None:
+    config = folder / "c.toml"
+    state = folder / "s"
+    listen = f'[listen]\nsocket = "{folder}/d.sock"\n'
+    config.write_text(f'state = "{state}"\n{listen}[access]\noverlays = ["{folder}/none"]\n')
+    said = qmpcommit("daemon", "--config", config, "--check-config", "--json")
+    assert (said.status, "access.overlays" in said.error["message"]) == (2, True)
+    config.write_text(f'state = "{state}"\n{listen}')
+    assert qmpcommit("daemon", "--config", config, "--check-config").status == 0
+    assert qmpcommit("daemon", "--config", config, "--timeout", "0.1").status == 0
+    with closing(sqlite3.connect(state / "journal.db")) as journal:
+        journal.execute("PRAGMA user_version = 99")
+    for words in (["--check-config"], ["--timeout", "5"]):
+        said = qmpcommit("daemon", "--config", config, *words, "--json")
+        assert said.status
+        assert "a newer qmpcommitd" in json.loads(said.out)["error"]["message"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def test_a_configuration_that_is_right_has_nothing(folder: Path) -> None:
         ("[listen]\nsocket = 'FILE/d'", "listen.socket: .*FILE is no folder"),
         ("[listen]\nsocket = 'NONE/d'", "listen.socket: there is no folder NONE"),
         (f"[listen]\nsocket = '/{'x' * 107}'", "listen.socket: .*at most 107 bytes"),
+        ("[access]\noverlays = ['NONE']", "access.overlays: NONE is not there"),
+        ("[access]\nmonitors = ['NONE/*/sockets']", "access.monitors: NONE is not there"),
+        ("[access]\ndeletions = ['FILE']", "access.deletions: FILE is no folder"),
+        ("[access]\nagents = ['FILE/*']", "access.agents: FILE is no folder"),
+        ("state = 'NEWER'", "state: NEWER/journal.db was written by a newer qmpcommitd"),
+        ("state = 'ODD'", "state: ODD/journal.db is no file"),
         ("[[vm]]\nname = 'a'\nqmp = 'FILE'", "vm.0.qmp: FILE is no socket"),
         (f"{CYCLE}keep_if = ['no-such']", "cycle.0.keep_if: there is no command 'no-such'"),
         (f"{CYCLE}{TRUE}overlay_dir = 'NONE'", "cycle.0.overlay_dir: there is no folder NONE"),
@@ -52,7 +59,12 @@ def test_a_configuration_that_is_right_has_nothing(folder: Path) -> None:
 )
 def test_what_would_fail_when_it_is_needed(folder: Path, text: str, wrong: str) -> None:
     (folder / "file").touch()
-    names = {"FILE": f"{folder}/file", "NONE": f"{folder}/none"}
+    (folder / "odd" / "journal.db").mkdir(parents=True)
+    (folder / "newer").mkdir()
+    with closing(sqlite3.connect(folder / "newer" / "journal.db")) as journal:
+        journal.executescript("CREATE TABLE whole (a); INSERT INTO whole VALUES (1)")
+        journal.execute("PRAGMA user_version = 99")
+    names = {each: f"{folder}/{each.lower()}" for each in ("FILE", "NONE", "ODD", "NEWER")}
     for name, path in names.items():
         text, wrong = text.replace(name, path), wrong.replace(name, path)
     if not text.startswith("state"):
@@ -60,6 +72,14 @@ def test_what_would_fail_when_it_is_needed(folder: Path, text: str, wrong: str) 
     found = examine(parse(text.encode(), "c"))
     assert len(found.wrong) == 1
     assert all(part in found.wrong[0] for part in wrong.split(".*"))
+
+
+def test_folders_that_may_come_to_be_are_noted(folder: Path) -> None:
+    text = f"state = '{folder}/s'\n[[discover]]\nglob = '{folder}/none/*/qmp'\n"
+    assert examine(parse(text.encode(), "c")) == (
+        [],
+        [f"discover.0: there is no folder {folder}/none yet, in which VMs are looked for"],
+    )
 
 
 def test_where_patterns_meet_is_noted(folder: Path) -> None:
