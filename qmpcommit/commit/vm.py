@@ -119,9 +119,17 @@ class VM(Monitor):
         """A session over a connected client that the embedder owns, and that stays connected.
 
         If its connection is lost, running commits wait `patience` seconds for the embedder to
-        connect it again. `pid` is QEMU's process, where it runs on this host and the client's
-        socket does not tell (it is no Unix socket, or somebody else's is between): without it no
-        file is deleted, for nobody can see which files QEMU has open.
+        connect it again, unless QEMU's process has ended: that is a `VMGone` at once.
+
+        Which process that is the client's Unix socket tells (``SO_PEERCRED``), as for `connect`.
+        `pid` says it where QEMU runs on this host and the socket does not tell: it is TCP, a
+        proxy is in between, or somebody else has listened on it and handed it to QEMU. Where
+        neither tells, which is logged once (``qemu_process_unknown``):
+
+        * no file is deleted, for nobody can see which files QEMU has open;
+        * free space and locks of files are not checked, and findings say so;
+        * `cwd` is None, so that a relative file name is one of this process;
+        * QEMU's end can't be told from a lost monitor: `MonitorLost` instead of `VMGone`.
         """
         if pid is not None and (isinstance(pid, bool) or not isinstance(pid, int) or pid < 1):
             raise InvalidRequest(f"pid is the id of QEMU's process, a whole number, not {pid!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,15 +92,19 @@ def new_client(name: str, tap: Tap) -> Client:
 
 
 def client_pid(client: QMPClient) -> int | None:
-    """The process behind a connected client, where it is a Unix socket's and that can be told."""
+    """The process behind a connected client, where it is a Unix socket's and that can be told.
+
+    None where that is this process: one that listened and handed the socket to QEMU, or a proxy.
+    """
     writer = getattr(client, "_writer", None)
     sock = writer.get_extra_info("socket") if writer is not None else None
-    if sock is None:
-        return None
     try:
-        return peer_pid(sock)
-    except (OSError, AttributeError, TypeError):  # another transport than asyncio's own
+        # Of the socket a loop that is not asyncio's own may show little but its number.
+        with socket.socket(fileno=os.dup(sock.fileno())) as same:
+            pid = peer_pid(same)
+    except (OSError, AttributeError, TypeError, ValueError):
         return None
+    return pid if pid != os.getpid() else None
 
 
 def hang_up(sock: socket.socket) -> None:

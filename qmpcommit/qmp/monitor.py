@@ -35,7 +35,7 @@ from qmpcommit.errors import (
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, is_socket, peer_pid
 from qmpcommit.qmp.client import Client, Tap, client_pid, dispose, hang_up, new_client
-from qmpcommit.qmp.process import process_identity
+from qmpcommit.qmp.process import is_seen_ended, process_identity
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.reading import Breach
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
@@ -50,6 +50,12 @@ STEADY = 5.0
 """Seconds after which a connection that came back is not taken for one that breaks at once."""
 
 NODES = "query-named-block-nodes"
+
+WITHOUT_PID = (
+    "no file is deleted, free space and locks are not checked, QEMU's working directory is not"
+    " known, and its end looks like a lost monitor: give Session.over its pid"
+)
+"""What a session over a client that is not ours lacks where it can't tell QEMU's process."""
 
 
 def is_creation(job: Mapping[str, Any]) -> bool:
@@ -89,6 +95,7 @@ class Monitor(Queries):
         self.shutting_down = False
         self.awaits: Literal["", "answer", "room", "greeting"] = ""
         self._shared, self._told_peer = client, (pid, process_identity(pid))
+        self._peer, self._blind = self._told_peer[1], False
         self._client: QMPClient | None = None
         self._sock: socket.socket | None = None
         self._tap = Tap(self._dispatch)
@@ -203,7 +210,10 @@ class Monitor(Queries):
         pid = told or client_pid(client)
         if pid != self.peer_pid:
             self._features = None
-        self.peer_pid = pid
+        self.peer_pid, self._peer = pid, process_identity(pid)
+        if pid is None and not self._blind:
+            self._blind = True
+            self.log.warning("qemu_process_unknown", without=WITHOUT_PID)
 
     async def _connect_past_events(self) -> None:
         """Connect, once more if the handshake failed.
@@ -392,6 +402,11 @@ class Monitor(Queries):
                 break
             except ConnectError as error:
                 now = loop.time()
+                if self._shared is not None and is_seen_ended(self._peer):
+                    raise VMGone(
+                        f"QEMU of {self.name} has ended: its process {self.peer_pid} is gone",
+                        vm=self.name,
+                    ) from error
                 if isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)):
                     refused_since = refused_since or now
                     if self.shutting_down or now - refused_since > 2.0:

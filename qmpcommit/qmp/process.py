@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def process_identity(pid: int | None) -> str:
     """Its id and when it began; empty where nobody can tell."""
@@ -19,6 +21,19 @@ def is_alive(identity: str) -> bool:
     """Whether that very process still runs."""
     pid = identity.partition(".")[0]
     return bool(identity) and process_identity(int(pid)) == identity
+
+
+def is_seen_ended(identity: str) -> bool:
+    """Whether that very process is seen to have ended, though nobody may have waited for it yet."""
+    pid = identity.partition(".")[0]
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *rest = file.read().rpartition(b")")[2].split()
+    except FileNotFoundError:
+        return bool(identity) and os.path.exists("/proc/self/stat")
+    except (OSError, ValueError):
+        return False
+    return state in (b"Z", b"X") or f"{pid}.{rest[18].decode()}" != identity
 
 
 def is_same(before: str, now: str) -> bool | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from qemu.qmp import QMPClient, Runstate
 
 import qmpcommit as qc
+from qmpcommit.qmp.client import client_pid
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import storage_daemon
 from tests.ground.proxy import proxy
@@ -26,6 +30,13 @@ async def connected(path: str) -> AsyncIterator[QMPClient]:
     finally:
         with suppress(EOFError, OSError):
             await client.disconnect()
+
+
+def through_numbers(client: QMPClient) -> Any:
+    """The same over a loop like uvloop, of whose sockets one learns little but the number."""
+    writer: Any = client._writer
+    sock = SimpleNamespace(fileno=writer.get_extra_info("socket").fileno)
+    return SimpleNamespace(_writer=SimpleNamespace(get_extra_info=lambda name: sock))
 
 
 async def test_a_loss_that_nobody_hears_of_is_seen_by_the_next_command(folder: Path) -> None:
@@ -129,3 +140,48 @@ async def test_a_process_that_was_told_of_is_believed_as_long_as_it_lives(folder
                 vm._see_peer(client)
                 assert vm.peer_pid != other.pid
         await qemu.quit()
+
+
+async def test_a_client_that_is_not_ours_tells_of_qemus_end_as_a_connection_of_ours_does(
+    folder: Path,
+) -> None:
+    chain = make_chain(folder)
+    async with (
+        storage_daemon(folder, chain) as qemu,
+        connected(qemu.qmp) as client,
+        qc.Session.over(client) as vm,
+    ):
+        assert vm.cwd == os.readlink(f"/proc/{qemu.pid}/cwd")
+        assert client_pid(through_numbers(client)) == qemu.pid
+        plan = await vm.plan("export0", policy=qc.Keep())
+        unchecked = [f for f in plan.findings if "not known to run on this host" in f.message]
+        assert not unchecked, unchecked
+        job = await vm.commit("export0", policy=qc.Hold())
+        await job.ready()
+        qemu.kill()
+        await qemu.ended()
+        with pytest.raises(qc.VMGone, match=f"process {qemu.pid} is gone"):
+            await vm.execute("query-jobs")
+        with pytest.raises(qc.VMGone):
+            await job.wait()
+
+
+async def test_what_a_session_lacks_that_knows_no_process_is_logged_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The proxy is this very process, as a socket's peer is that listened for QEMU."""
+    chain = make_chain(folder)
+    async with (
+        storage_daemon(folder, chain) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        connected(between.path) as client,
+        qc.Session.over(client, name="web1") as vm,
+    ):
+        assert (vm.peer_pid, vm.cwd) == (None, None)
+        plan = await vm.plan("export0", policy=qc.Keep())
+        assert any("not known to run on this host" in each.message for each in plan.findings)
+        vm._see_peer(client)
+    told = [each.getMessage() for each in caplog.records if each.name == "qmpcommit"]
+    told = [each for each in told if "qemu_process_unknown" in each]
+    assert len(told) == 1, told
+    assert "no file is deleted" in told[0]
