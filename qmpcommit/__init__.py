@@ -4,7 +4,9 @@ The public names; each is loaded when it is first used, so that importing the pa
 next to nothing. ``__init__.pyi`` tells them to type checkers.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 _HOMES = {
@@ -55,9 +57,24 @@ __all__ = ["__version__", "commit", *_HOME]  # noqa: PLE0604  (all of them are s
 __version__ = "0.1.0"
 
 
+class _Front(ModuleType):
+    """This module, whose `commit` is the call whatever is imported, and in whatever order."""
+
+    @property
+    def commit(self) -> Any:
+        from qmpcommit.commit.vm import commit
+
+        return commit
+
+    @commit.setter
+    def commit(self, package: ModuleType) -> None:
+        """Called by the import of the package of that name, which stays in `sys.modules`."""
+
+
+sys.modules[__name__].__class__ = _Front
+
+
 def __getattr__(name: str) -> Any:
-    if name == "commit":
-        return import_module("qmpcommit.commit")  # a package that can be called
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'qmpcommit' has no attribute {name!r}")

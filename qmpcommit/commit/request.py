@@ -8,11 +8,12 @@ process, as callables and ledgers do, stands beside them at each door.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from qmpcommit.block.chain import Layer, layer_name
 from qmpcommit.commit.policy import AnyPolicy, AskedPolicy, check_command, parse_policy
@@ -119,6 +120,31 @@ class Request(Record):
             asked["stale"] = self.leaves
         given = ((f.name, asked[f.name]) for f in fields(self) if asked[f.name] != f.default)
         return {name: made[name](value) if name in made else value for name, value in given}
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def spelled_out(function: F) -> F:
+    """Have its signature name each of its ``**options: Unpack[...]``, with what goes by default.
+
+    For ``help`` and `inspect.signature`, which show a caller nothing else than ``**options``.
+    """
+    signature = inspect.signature(function)
+    *plain, options = signature.parameters.values()
+    named = function.__globals__[str(options.annotation).removeprefix("Unpack[").removesuffix("]")]
+    defaults = {each.name: each.default for each in fields(Request)}
+    told = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(name),
+            annotation=getattr(annotation, "__forward_arg__", annotation),
+        )
+        for name, annotation in named.__annotations__.items()
+    ]
+    function.__signature__ = signature.replace(parameters=[*plain, *told])  # type: ignore[attr-defined]
+    return function
 
 
 def what_of_stale(delete: bool, stale: Stale | None) -> Stale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -35,7 +36,13 @@ from qmpcommit.commit.preconditions import (
     check_overlays,
     told,
 )
-from qmpcommit.commit.request import CommitOptions, Request, Stale, what_of_stale
+from qmpcommit.commit.request import (
+    CommitOptions,
+    Request,
+    Stale,
+    spelled_out,
+    what_of_stale,
+)
 from qmpcommit.commit.stale_layers import Around, Barrier, Hooks, OnPivot, OnStall
 from qmpcommit.errors import (
     ChainError,
@@ -245,6 +252,7 @@ class VM(Monitor):
 
     # -- commits ----------------------------------------------------------------------------------
 
+    @spelled_out
     async def plan(
         self,
         disk: str,
@@ -329,6 +337,7 @@ class VM(Monitor):
             with_backing_file, plan, graph, self.peer_pid, self.cwd, masks=masks
         )
 
+    @spelled_out
     async def commit(
         self,
         disk: str,
@@ -616,9 +625,16 @@ async def commit(
 ) -> CommitOutcome:
     """Commit one disk from start to end: connect, commit, decide, confirm, disconnect.
 
-    Takes what `Session.commit` takes, and raises what it and `CommitJob.wait` raise. If it is
-    cancelled, the job is cancelled first.
+    `address` is the path of a QMP monitor's Unix socket or ``tcp:HOST:PORT``. The rest is what
+    `Session.commit` takes, where it is said; the active layer needs a `policy`. Raises what it
+    and `CommitJob.wait` raise, `ConnectError` or `MonitorBusy`. If it is cancelled, the job is
+    cancelled first.
     """
     async with VM.connect(address) as vm:
         job = await vm.commit(disk, **options)
         return await job.wait()
+
+
+# ``qmpcommit.commit`` is this function; ``qmpcommit.commit.policy`` is found at it as well.
+commit.__dict__ = vars(sys.modules["qmpcommit.commit"])
+spelled_out(commit)

@@ -57,7 +57,7 @@ def test_all_doors_take_the_same() -> None:
     assert GroupRequest.model_fields.keys() == Asked.model_fields.keys() | own
     assert set(Around._fields) > PROCESS
     doors = inspect.signature(qc.Session.commit).parameters.keys()
-    assert doors == {"self", "disk", "options", "claim"} | PROCESS
+    assert doors == {"self", "claim"} | ALL | PROCESS
 
 
 def test_the_command_has_an_option_for_each() -> None:

@@ -1,0 +1,44 @@
+"""What is seen at the front door: names, signatures, help."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pydoc
+import subprocess
+import sys
+
+import pytest
+
+import qmpcommit as qc
+from qmpcommit.commit import phases
+
+
+def test_commit_is_a_function_with_a_signature_and_help() -> None:
+    assert inspect.isfunction(qc.commit)
+    assert inspect.iscoroutinefunction(qc.commit)
+    signature = inspect.signature(qc.commit)
+    assert list(signature.parameters)[:2] == ["address", "disk"]
+    assert signature.parameters["shallow"].default is False
+    assert signature.parameters["policy"].annotation == "AskedPolicy | None"
+    assert signature.parameters["ledger"].kind is inspect.Parameter.KEYWORD_ONLY
+    text = pydoc.plain(pydoc.render_doc(qc.commit))
+    assert "carry_bitmaps: 'bool' = True" in text
+    assert "Commit one disk from start to end" in text
+
+
+def test_commit_is_that_function_whatever_is_imported_and_its_package_is_found_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = (
+        "import qmpcommit.commit.policy, inspect, qmpcommit as qc; qc.Pivot();"
+        " import qmpcommit.commit.phases as phases;"
+        " from qmpcommit import commit;"
+        " assert inspect.isfunction(commit) and commit is qc.commit;"
+        " assert qmpcommit.commit.phases is phases;"
+        " assert 'policy' in inspect.signature(qc.commit).parameters"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert importlib.import_module("qmpcommit.commit").__path__
+    monkeypatch.setattr("qmpcommit.commit.phases.MAX_TRIES", 99)
+    assert phases.MAX_TRIES == 99
