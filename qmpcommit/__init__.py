@@ -15,15 +15,18 @@ _HOMES = {
     "client.group": "RemoteGroup",
     "client.host": "Client",
     "client.job": "RemoteJob",
-    "client.vm": "RemoteVM",
+    "client.vm": "RemoteOptions RemoteVM",
     "commit.stale_layers": "Stall",
     "commit.converge": "ConvergeReport",
-    "cycles.run": "Discarded Round cycle discard",
+    "cycles.run": (
+        "CycleOptions Discarded DiscardOptions KeepAllIf KeepIf Round SessionCycleOptions cycle"
+        " discard"
+    ),
     "commit.pace": "Converge",
-    "group.run": "GroupCommit commit_group",
+    "group.run": "CommitGroupOptions GroupCommit commit_group",
     "group.members": "GroupMember",
     "group.outcome": "GroupOutcome",
-    "group.policy": "GroupReady",
+    "group.policy": "AskedGroupPolicy GroupReady",
     "commit.file_ledger": "FileLedger",
     "commit.job": "CommitJob",
     "commit.ledger": "Ledger add_note",
@@ -35,7 +38,10 @@ _HOMES = {
     "window.run": "close_window new_window_name open_window recover_window",
     "window.group": "snapshot",
     "window.records": "Frozen GroupWindow NotedWindow OpenWindow Window",
-    "commit.policy": "Abort Check Hold Keep Pivot Policy Ready Recycle",
+    "commit.policy": (
+        "Abort AskedPolicy Check Decision Hold Keep Pivot Policy PolicyValue Ready Recycle"
+    ),
+    "commit.vm": "SessionOptions",
     "errors": (
         "ChainError CommandRefused CommitFailed ConnectError DeadlineExceeded DiskNotFound"
         " GroupFailed GroupSplit InvalidRequest JobConflict JobNotFound MonitorBusy MonitorLost"
@@ -47,7 +53,7 @@ _HOMES = {
     "qmp.events": "Event UnknownEvent",
     "recovery.doing": "recover",
     "recovery.findings": "Finding Recovered",
-    "recovery.resume": "resume",
+    "recovery.resume": "Outcomes resume",
     "session": "Session",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

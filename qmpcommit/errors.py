@@ -15,10 +15,12 @@ class QmpCommitError(Exception):
     """Base of all errors of this package.
 
     Keyword arguments become attributes (``error.vm``, ``error.disk``, ``error.job_id``, ...);
-    those that a subclass declares in `FACTS` exist always, as None where nothing is known.
+    those that a subclass declares in `FACTS` exist always, as None where nothing is known, those
+    of them that are in `LISTS` as an empty list.
     """
 
     FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id")
+    LISTS: ClassVar[tuple[str, ...]] = ()
 
     vm: str | None
     disk: str | None
@@ -28,7 +30,7 @@ class QmpCommitError(Exception):
         super().__init__(message)
         self.message = message
         for name in self.FACTS:
-            setattr(self, name, None)
+            setattr(self, name, [] if name in self.LISTS else None)
         self.facts = {}
         self.add(**facts)
 
@@ -67,7 +69,15 @@ class MonitorBusy(ConnectError):
 
 
 class MonitorLost(QmpCommitError):
-    """The monitor went away and did not come back; QEMU may still be running, and so may jobs."""
+    """The monitor went away and did not come back; QEMU may still be running, and so may jobs.
+
+    `command` is the QMP command whose reply did not come, where one was under way. `outcome` is
+    that of a job which had ended by then, as JSON.
+    """
+
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "command", "outcome")
+    command: str | None
+    outcome: dict[str, object] | None
 
 
 class VMGone(QmpCommitError):
@@ -75,11 +85,14 @@ class VMGone(QmpCommitError):
 
     `pivoted` is True when the pivot is known to have happened before (the base holds the
     disk), False when it is known not to have (the overlay does), None when it can't be told.
-    `overlay` is the file of a recycle's fresh overlay that may be left.
+    `base` and `top` are the files of what was committed, `overlay` that of a recycle's fresh
+    overlay which may be left.
     """
 
     FACTS = ("vm", "disk", "job_id", "pivoted", "base", "top", "overlay")
     pivoted: bool | None
+    base: str | None
+    top: str | None
     overlay: str | None
 
 
@@ -91,18 +104,30 @@ class CommandRefused(QmpCommitError):
     error_class: str
     desc: str
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: str = "",
+        error_class: str = "",
+        desc: str = "",
+        **facts: object,
+    ) -> None:
+        super().__init__(message, command=command, error_class=error_class, desc=desc, **facts)
+
 
 class ProtocolViolation(QmpCommitError):
     """A reply is not what QEMU's own schema says; what answers is perhaps no QEMU."""
 
     FACTS = ("vm", "disk", "job_id", "command")
-    command: str
+    command: str | None
 
 
 class DiskNotFound(QmpCommitError):
     """No disk of the VM has that name, or several have; `candidates` lists what there is."""
 
     FACTS = ("vm", "disk", "job_id", "candidates")
+    LISTS = ("candidates",)
     candidates: list[str]
 
 
@@ -122,6 +147,7 @@ class OnlyIfFailed(QmpCommitError):
     """The ``only_if`` command did not succeed, so the commit was not begun."""
 
     FACTS = ("vm", "disk", "job_id", "command", "exit_status")
+    command: list[str] | None
     exit_status: int | None
 
 
@@ -133,8 +159,8 @@ class VMStateError(QmpCommitError):
     """
 
     FACTS = ("vm", "disk", "job_id", "status", "migration")
-    status: str
-    migration: str
+    status: str | None
+    migration: str | None
 
 
 class NotReady(QmpCommitError):
@@ -160,14 +186,26 @@ class JobNotFound(QmpCommitError):
 
 
 class JobConflict(QmpCommitError):
-    """Another job, or another decision, is in the way."""
+    """Another job, or another decision, is in the way.
+
+    `owner` tells who holds the disk, where it is claimed: its ``work``, ``pid``, ``since``, ...
+    `status` is that of the job, where its status is what is in the way.
+    """
+
+    FACTS = ("vm", "disk", "job_id", "owner", "status")
+    owner: dict[str, object] | None
+    status: str | None
 
 
 class CommitFailed(QmpCommitError):
-    """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one."""
+    """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one.
 
-    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error")
+    `command` is that of the caller's, as an argument list, which gave no answer.
+    """
+
+    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error", "command")
     error: str | None
+    command: list[str] | None
 
 
 class NoSpace(CommitFailed):
@@ -182,7 +220,8 @@ class GroupFailed(CommitFailed):
     was asked for.
     """
 
-    FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id", "error", "outcomes", "quiesced")
+    FACTS: ClassVar[tuple[str, ...]] = (*CommitFailed.FACTS, "outcomes", "quiesced")
+    LISTS: ClassVar[tuple[str, ...]] = ("outcomes",)
     outcomes: list[dict[str, object]]
     quiesced: float | None
 
@@ -194,10 +233,8 @@ class GroupSplit(GroupFailed):
     `not_kept` go on with their overlay, of `unknown` it can't be told from here.
     """
 
-    FACTS = (
-        *GroupFailed.FACTS,
-        *("pivoted", "not_pivoted", "kept", "not_kept", "unknown"),
-    )
+    LISTS = (*GroupFailed.LISTS, "pivoted", "not_pivoted", "kept", "not_kept", "unknown")
+    FACTS = (*GroupFailed.FACTS, *LISTS)
     pivoted: list[str]
     not_pivoted: list[str]
     kept: list[str]
@@ -239,7 +276,7 @@ class DaemonUnreachable(ConnectError):
 class DaemonLost(MonitorLost):
     """The daemon went away and did not come back; what it promised goes on without this client."""
 
-    FACTS = ("vm", "disk", "job_id", "address")
+    FACTS = (*MonitorLost.FACTS, "address")
     address: str | None
 
 
@@ -248,11 +285,24 @@ class WindowNotFound(QmpCommitError):
 
 
 class WindowError(QmpCommitError):
-    """A snapshot window can't be opened, or not be closed; `overlays` are those still active."""
+    """A snapshot window can't be opened, or not be closed; `overlays` are those still active.
+
+    `outcomes` are those of the commits that did close their part of it, as JSON.
+    """
 
     FACTS = ("vm", "disk", "job_id", "overlays", "outcomes")
+    LISTS = ("outcomes",)
     overlays: list[str] | None
+    outcomes: list[dict[str, object]]
 
 
 class DeadlineExceeded(QmpCommitError, TimeoutError):
-    """It did not end in time; the message says what state that left behind."""
+    """It did not end in time; the message says what state that left behind.
+
+    `command` is the QMP command that was not answered, `outcome` how the job ended all the same,
+    as JSON.
+    """
+
+    FACTS = ("vm", "disk", "job_id", "command", "outcome")
+    command: str | None
+    outcome: dict[str, object] | None

@@ -15,7 +15,15 @@ from qmpcommit.errors import InvalidRequest
 if TYPE_CHECKING:
     from qmpcommit.callback import Notes
     from qmpcommit.cycles.flatten import Flattening
-    from qmpcommit.cycles.run import CycleOptions, Discarded, DiscardOptions, KeepIf, Round
+    from qmpcommit.cycles.run import (
+        CycleOptions,
+        Discarded,
+        DiscardOptions,
+        KeepAllIf,
+        KeepIf,
+        Round,
+        SessionCycleOptions,
+    )
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.run import CommitGroupOptions
     from qmpcommit.recovery.findings import Recovered
@@ -225,39 +233,37 @@ class Session(VM):
         *,
         keep_if: KeepIf,
         every: None = None,
-        agent: str | os.PathLike[str] | None = None,
-        **options: Unpack[CycleOptions],
+        **options: Unpack[SessionCycleOptions],
     ) -> Coroutine[Any, Any, Round]: ...
     @overload
     def cycle(
         self,
         disk: list[str] | tuple[str, ...],
         *,
-        keep_if: KeepIf,
+        keep_if: KeepAllIf,
         every: None = None,
-        agent: str | os.PathLike[str] | None = None,
-        **options: Unpack[CycleOptions],
+        **options: Unpack[SessionCycleOptions],
     ) -> Coroutine[Any, Any, tuple[Round, ...]]: ...
     @overload
     def cycle(
-        self, disk: str, *, keep_if: KeepIf, every: float, **options: Any
+        self, disk: str, *, keep_if: KeepIf, every: float, **options: Unpack[SessionCycleOptions]
     ) -> AsyncIterator[Round]: ...
     @overload
     def cycle(
         self,
         disk: list[str] | tuple[str, ...],
         *,
-        keep_if: KeepIf,
+        keep_if: KeepAllIf,
         every: float,
-        **options: Any,
+        **options: Unpack[SessionCycleOptions],
     ) -> AsyncIterator[tuple[Round, ...]]: ...
     def cycle(
         self,
         disk: str | list[str] | tuple[str, ...],
         *,
-        keep_if: KeepIf,
+        keep_if: KeepAllIf,
         every: float | None = None,
-        **options: Any,
+        **options: Unpack[SessionCycleOptions],
     ) -> Coroutine[Any, Any, Round | tuple[Round, ...]] | AsyncIterator[Any]:
         """One round of a golden cycle: the overlay's changes go into the base, or are thrown away.
 
@@ -280,16 +286,16 @@ class Session(VM):
         `commit` and `discard` raise.
         """
         if every is not None:
-            return self.cycles(disk, every=every, keep_if=keep_if, **options)
+            return self._cycles(disk, every=every, keep_if=keep_if, **options)
         return self._cycle(disk, keep_if=keep_if, **options)
 
     async def _cycle(
         self,
         disk: str | list[str] | tuple[str, ...],
         *,
-        keep_if: KeepIf,
+        keep_if: KeepAllIf,
         agent: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **options: Unpack[CycleOptions],
     ) -> Round | tuple[Round, ...]:
         from qmpcommit.cycles.run import cycle
 
@@ -298,24 +304,47 @@ class Session(VM):
         return ends[0] if isinstance(disk, str) else ends
 
     @overload
-    def cycles(self, disk: str, *, every: float, **options: Any) -> AsyncIterator[Round]: ...
+    def cycles(
+        self, disk: str, *, every: float, keep_if: KeepIf, **options: Unpack[SessionCycleOptions]
+    ) -> AsyncIterator[Round]: ...
     @overload
     def cycles(
-        self, disk: list[str] | tuple[str, ...], *, every: float, **options: Any
+        self,
+        disk: list[str] | tuple[str, ...],
+        *,
+        every: float,
+        keep_if: KeepAllIf,
+        **options: Unpack[SessionCycleOptions],
     ) -> AsyncIterator[tuple[Round, ...]]: ...
-    async def cycles(
-        self, disk: str | list[str] | tuple[str, ...], *, every: float, **options: Any
+    def cycles(
+        self,
+        disk: str | list[str] | tuple[str, ...],
+        *,
+        every: float,
+        keep_if: KeepAllIf,
+        **options: Unpack[SessionCycleOptions],
     ) -> AsyncIterator[Any]:
         """A round every so many seconds: ``async for round in vm.cycles("vda", every=3600, ...)``.
 
         `options` are those of `cycle`, whose errors end it. Stop whenever no round runs; one that
         is cancelled while it exchanges ends first.
         """
+        return self._cycles(disk, every=every, keep_if=keep_if, **options)
+
+    async def _cycles(
+        self,
+        disk: str | list[str] | tuple[str, ...],
+        *,
+        every: float,
+        keep_if: KeepAllIf,
+        agent: str | os.PathLike[str] | None = None,
+        **options: Unpack[CycleOptions],
+    ) -> AsyncIterator[Any]:
         from qmpcommit.cycles.run import cycles
 
-        agent = options.pop("agent", None)
         agents = {} if agent is None else {self: agent}
-        async for ends in cycles(self._places(disk), every=every, agents=agents, **options):
+        rounds = cycles(self._places(disk), every=every, keep_if=keep_if, agents=agents, **options)
+        async for ends in rounds:
             yield ends[0] if isinstance(disk, str) else ends
 
     def _places(self, disk: str | list[str] | tuple[str, ...]) -> list[tuple[Session, str]]:

@@ -172,7 +172,9 @@ class Client:
 
     async def commit_group(
         self,
-        members: Iterable[tuple[RemoteVM | str, str] | tuple[RemoteVM | str, str, Any]],
+        members: Iterable[
+            tuple[RemoteVM | str, str] | tuple[RemoteVM | str, str, AskedPolicy | None]
+        ],
         *,
         policy: AskedPolicy | None = None,
         hold_limit: float | None = None,

@@ -24,15 +24,25 @@ from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
 
 
+class PolicyValue(Record):
+    """Base of all policies that are values, so that ``[Keep(), Pivot()]`` is a list of policies."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def kind(self) -> str:
+            """Which policy it is, as its JSON says."""
+
+
 @record
-class Pivot(Record):
+class Pivot(PolicyValue):
     """Make the base the active image (``job-complete``); the overlay is invalid from then on."""
 
     kind: Literal["pivot"] = field(default="pivot", kw_only=True)
 
 
 @record
-class Keep(Record):
+class Keep(PolicyValue):
     """Keep the overlay active (``block-job-cancel`` with ``force: false``).
 
     The base then holds everything up to that instant. QEMU leaves the overlay's clusters
@@ -43,14 +53,14 @@ class Keep(Record):
 
 
 @record
-class Abort(Record):
+class Abort(PolicyValue):
     """Cancel the job by force: the overlay stays active, the base is half-written or ahead."""
 
     kind: Literal["abort"] = field(default="abort", kw_only=True)
 
 
 @record
-class Recycle(Record):
+class Recycle(PolicyValue):
     """Pivot, then lay a fresh empty overlay (a new file) over the base, the guest paused meanwhile.
 
     The new overlay holds *only the changes since*, which a keep's does not. `overlay` is the
@@ -99,7 +109,7 @@ def _check_decision(value: object, what: str) -> None:
 
 
 @record
-class Hold(Record):
+class Hold(PolicyValue):
     """Stay READY until the caller (or another client) decides; after `timeout` s, `otherwise`."""
 
     timeout: float | None = None
@@ -113,7 +123,7 @@ class Hold(Record):
 
 
 @record
-class Check(Record):
+class Check(PolicyValue):
     """Run a command at READY; its exit status decides between `passed` (0) and `failed`.
 
     The command learns the commit from the variables ``QMPCOMMIT_VM``, ``_DISK``, ``_JOB``,
@@ -142,11 +152,11 @@ CANNOT_TELL = 126
 AnyPolicy: TypeAlias = Pivot | Keep | Abort | Recycle | Hold | Check
 """Every policy that is a value; `Policy` is the same with its JSON discriminator."""
 
-PolicyCall: TypeAlias = "Callable[[Ready], Awaitable[AnyPolicy]]"
+PolicyCall: TypeAlias = Callable[["Ready"], Awaitable[PolicyValue]]
 """An embedder's own policy: asked once, at READY."""
 
-AskedPolicy: TypeAlias = "AnyPolicy | PolicyCall | dict[str, Any] | str"
-"""A policy as callers may give it; `parse_policy` makes one of it."""
+AskedPolicy: TypeAlias = PolicyValue | PolicyCall | dict[str, Any] | str
+"""What ``policy=`` takes: a policy, its dict, its JSON text, or a callable of one's own."""
 
 KINDS: Mapping[str, type[AnyPolicy]] = {
     "pivot": Pivot,

@@ -18,7 +18,7 @@ from qmpcommit.commit.ledger import (
     resumed_of,
 )
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import AnyPolicy, PolicyCall, parse_policy
+from qmpcommit.commit.policy import AskedPolicy, parse_policy
 from qmpcommit.errors import CommandRefused, InvalidRequest, JobNotFound, QmpCommitError
 from qmpcommit.guest.run_state import go_on
 from qmpcommit.qmp.process import is_same, process_identity
@@ -42,7 +42,7 @@ async def noted_in(vm: VM, ledger: Any) -> Noted:
 
 def taken_up(
     noted: Noted,
-    policy: AnyPolicy | PolicyCall | dict[str, Any] | str | None,
+    policy: AskedPolicy | None,
     on_pivot: OnPivot | None,
     pid: int | None,
 ) -> tuple[Plan, Resumed]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
@@ -51,7 +51,7 @@ from qmpcommit.errors import (
     JobConflict,
     QmpCommitError,
 )
-from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.qmp.monitor import Monitor, MonitorOptions
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 
@@ -81,7 +81,9 @@ class VM(Monitor):
     held, `left_claims` those that could not be let go while the monitor was away.
     """
 
-    def __init__(self, address: str | os.PathLike[str] | None, **options: Any) -> None:
+    def __init__(
+        self, address: str | os.PathLike[str] | None, **options: Unpack[MonitorOptions]
+    ) -> None:
         super().__init__(address, **options)
         self._jobs: set[CommitJob] = set()
         self.private = False

@@ -25,7 +25,16 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    Required,
+    TypeAlias,
+    TypedDict,
+    Unpack,
+)
 
 from qmpcommit.block.chain import (
     Disk,
@@ -75,7 +84,7 @@ from qmpcommit.errors import (
     VMStateError,
 )
 from qmpcommit.group.members import GroupMember
-from qmpcommit.group.policy import group_ready
+from qmpcommit.group.policy import GroupReady, group_ready
 from qmpcommit.group.run import GroupCommit
 from qmpcommit.guest.marks import thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
@@ -95,8 +104,11 @@ Place = tuple["VM", str]
 
 Found = tuple["VM", Disk]
 
-KeepIf = Sequence[str] | Callable[[Ready], Awaitable[bool] | bool]
+KeepIf: TypeAlias = Sequence[str] | Callable[[Ready], Awaitable[bool] | bool]
 """A command, whose exit status 0 says keep and 1 to 125 discard, or a callable that says it."""
+
+KeepAllIf: TypeAlias = KeepIf | Callable[[GroupReady], Awaitable[bool] | bool]
+"""The same for several disks, which are all kept or all discarded."""
 
 TIMEOUT = 3600.0
 """Seconds that a command gets to say it."""
@@ -165,6 +177,19 @@ class CycleOptions(DiscardOptions, total=False):
     freeze: How | None
 
 
+class SessionCycleOptions(CycleOptions, total=False):
+    """What `Session.cycle` takes; `agent` is the guest agent's socket, for a `freeze`."""
+
+    agent: str | os.PathLike[str] | None
+
+
+class RoundOptions(CycleOptions, total=False):
+    """What `cycle` takes for disks of one or several VMs."""
+
+    keep_if: Required[KeepAllIf]
+    agents: Sockets[Any] | None
+
+
 async def discard(
     disks: Iterable[Place],
     *,
@@ -202,7 +227,7 @@ async def discard(
 async def cycle(
     disks: Iterable[Place],
     *,
-    keep_if: KeepIf,
+    keep_if: KeepAllIf,
     guest: Guest | None = None,
     overlay: str | os.PathLike[str] | None = None,
     overlay_options: Mapping[str, Any] | None = None,
@@ -381,7 +406,7 @@ async def _keep(  # noqa: PLR0917
 
 
 async def cycles(
-    disks: Iterable[Place], *, every: float, **options: Any
+    disks: Iterable[Place], *, every: float, **options: Unpack[RoundOptions]
 ) -> AsyncIterator[tuple[Round, ...]]:
     """Rounds, one every so many seconds; see `Session.cycles`."""
     disks = tuple(disks)
@@ -560,7 +585,7 @@ def new_overlay(folder: str, former: str) -> str:
     return os.path.join(folder, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")
 
 
-async def deserves(plans: Sequence[Plan], keep_if: KeepIf, timeout: float) -> bool:
+async def deserves(plans: Sequence[Plan], keep_if: KeepAllIf, timeout: float) -> bool:
     """Ask whether the changes are kept; raises `CommitFailed` where there is no answer."""
     each = tuple(Ready(p.vm, p.disk.name, p.job_id, p.base, p.top) for p in plans)
     ready = each[0] if len(each) == 1 else group_ready(each)

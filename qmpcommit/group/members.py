@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.job import CommitJob
@@ -35,6 +35,13 @@ class GroupMember(NamedTuple):
     disk: str
     policy: AskedPolicy | None = None
     options: Mapping[str, Any] = {}
+
+
+Named: TypeAlias = (
+    "tuple[VM, str] | tuple[VM, str, AskedPolicy | None]"
+    " | tuple[VM, str, AskedPolicy | None, Mapping[str, Any]]"
+)
+"""A disk of a group as callers may name it; a `GroupMember` is one of these."""
 
 
 def member_of(named: object) -> GroupMember:

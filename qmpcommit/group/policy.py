@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
 
 from qmpcommit.callback import Failed
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.policy import (
     AnyPolicy,
+    AskedPolicy,
     Decision,
     PolicyCall,
+    PolicyValue,
     Ready,
     Settled,
     immediate,
@@ -34,6 +37,10 @@ class GroupReady(Ready):
         """The ``QMPCOMMIT_*`` variables, a line for each member."""
         each = [ready.environment() for ready in self.members]
         return {name: "\n".join(env[name] for env in each) for name in each[0]}
+
+
+AskedGroupPolicy: TypeAlias = AskedPolicy | Callable[[GroupReady], Awaitable[PolicyValue]]
+"""What ``policy=`` takes for a whole group, which is asked once."""
 
 
 def group_ready(members: Sequence[Ready]) -> GroupReady:

@@ -36,9 +36,9 @@ from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.commit.ledger import Ledger
-    from qmpcommit.commit.policy import AskedPolicy
     from qmpcommit.commit.stale_layers import Hooks
     from qmpcommit.commit.vm import VM
+    from qmpcommit.group.policy import AskedGroupPolicy
 
 HEAD_START = 0.2
 """Seconds that a guest's thaw gets before the jobs are ended that hold its disks."""
@@ -50,7 +50,7 @@ async def resume_group(
     vms: Sequence[VM],
     *,
     agents: Sockets[Any],
-    policy: AskedPolicy | None,
+    policy: AskedGroupPolicy | None,
     hooks: Hooks,
 ) -> GroupOutcome:
     """Go on with a group from its notes, to its end; raises what `GroupCommit.run` raises.
@@ -75,7 +75,7 @@ class _Resumption:
         noted: Noted,
         vms: Sequence[VM],
         agents: Sockets[Any],
-        policy: AskedPolicy | None,
+        policy: AskedGroupPolicy | None,
         hooks: Hooks,
     ) -> None:
         self._ledger, self._value, self._id = ledger, dict(noted), str(noted["known_as"])

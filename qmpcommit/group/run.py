@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack, assert_never
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, assert_never
 
 from qmpcommit.callback import Failed, Notes, ask, said_of
 from qmpcommit.commit.checks import check_override
@@ -52,7 +52,7 @@ from qmpcommit.group.machine import GroupAction, GroupFact, Stage
 from qmpcommit.group.members import (
     ONE_OVERLAY,
     GroupCommitOptions,
-    GroupMember,
+    Named,
     member_of,
     override_of,
     policy_of,
@@ -61,7 +61,7 @@ from qmpcommit.group.members import (
 )
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.group.pauses import Pauses
-from qmpcommit.group.policy import Deciding
+from qmpcommit.group.policy import AskedGroupPolicy, Deciding
 from qmpcommit.guest.marks import mark_of_group, thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.tasks import stop, to_the_end
@@ -81,7 +81,7 @@ OnDecision = Callable[[Sequence[str]], Awaitable[object]]
 class CommitGroupOptions(GroupCommitOptions, total=False):
     """What `commit_group` hands on to `GroupCommit`."""
 
-    policy: AskedPolicy | None
+    policy: AskedGroupPolicy | None
     hold_limit: float
     freeze: How | None
     on_decision: OnDecision | None
@@ -116,9 +116,9 @@ class GroupCommit:
 
     def __init__(
         self,
-        members: Iterable[GroupMember | tuple[Any, ...]],
+        members: Iterable[Named],
         *,
-        policy: AskedPolicy | None = None,
+        policy: AskedGroupPolicy | None = None,
         hold_limit: float = HOLD_LIMIT,
         freeze: How | None = None,
         agents: Sockets[Any] | None = None,
@@ -652,8 +652,16 @@ def _none_done(ends: Sequence[MemberEnd]) -> bool:
     return all(end.done() is False for end in ends)
 
 
+NamedAnywhere: TypeAlias = (
+    "Named | tuple[str | os.PathLike[str], str]"
+    " | tuple[str | os.PathLike[str], str, AskedPolicy | None]"
+    " | tuple[str | os.PathLike[str], str, AskedPolicy | None, Mapping[str, Any]]"
+)
+"""The same with a monitor's address in the place of a session."""
+
+
 async def commit_group(
-    members: Iterable[GroupMember | tuple[Any, ...]] | Mapping[tuple[Any, str], Any],
+    members: Iterable[NamedAnywhere] | Mapping[tuple[Any, str], AskedPolicy],
     *,
     agents: Sockets[Any] | None = None,
     **options: Unpack[CommitGroupOptions],
@@ -673,15 +681,16 @@ async def commit_group(
         named = []
         if isinstance(members, Mapping):
             members = [(*member_of(place)[:2], policy) for place, policy in members.items()]
-        for vm, *more in map(member_of, members):
+        for member in map(member_of, members):
+            vm: Any = member.vm
             if not isinstance(vm, VM):
                 if not isinstance(vm, (str, os.PathLike)):
                     raise InvalidRequest(f"{vm!r} is no session, and no monitor's address")
                 address = os.fspath(vm)
                 if address not in opened:
                     opened[address] = await stack.enter_async_context(VM.connect(address))
-                vm = opened[address]  # noqa: PLW2901
-            named.append((vm, *more))
+                vm = opened[address]
+            named.append(member._replace(vm=vm))
         sockets: dict[Any, str | os.PathLike[str]] = {
             vm if isinstance(vm, VM) else opened.get(os.fspath(vm), vm): socket
             for vm, socket in (agents or {}).items()

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from qemu.qmp import EventListener, QMPClient
 from qemu.qmp.message import Message
@@ -97,7 +98,7 @@ def client_pid(client: QMPClient) -> int | None:
     None where that is this process: one that listened and handed the socket to QEMU, or a proxy.
     """
     writer = getattr(client, "_writer", None)
-    sock = writer.get_extra_info("socket") if writer is not None else None
+    sock: Any = writer.get_extra_info("socket") if writer is not None else None
     try:
         # Of the socket a loop that is not asyncio's own may show little but its number.
         with socket.socket(fileno=os.dup(sock.fileno())) as same:

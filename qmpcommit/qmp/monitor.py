@@ -14,10 +14,10 @@ import asyncio
 import os
 import random
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 from qemu.qmp import ConnectError as QemuConnectError
 from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
@@ -61,6 +61,17 @@ WITHOUT_PID = (
 def is_creation(job: Mapping[str, Any]) -> bool:
     """Whether a job of ``query-jobs`` is a ``blockdev-create`` that has not ended."""
     return job.get("type") == "create" and job.get("status") not in ("concluded", "null")
+
+
+class MonitorOptions(TypedDict, total=False):
+    """What a `Monitor` takes beside its address."""
+
+    name: str | None
+    timeout: float
+    command_timeout: float
+    patience: float
+    client: QMPClient | None
+    pid: int | None
 
 
 class Monitor(Queries):
@@ -150,7 +161,7 @@ class Monitor(Queries):
         finally:
             self._connecting = None
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, Self]:
         return self.open().__await__()
 
     async def __aenter__(self) -> Self:

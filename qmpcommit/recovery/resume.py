@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.ledger import COMMIT, read_ledger
@@ -15,11 +15,22 @@ from qmpcommit.recovery.doing import opened
 
 if TYPE_CHECKING:
     from qmpcommit.commit.ledger import Ledger
+    from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.policy import AskedPolicy
     from qmpcommit.commit.stale_layers import Hooks, OnPivot, OnStall
     from qmpcommit.commit.vm import VM
+    from qmpcommit.cycles.run import Discarded, Round
+    from qmpcommit.group.outcome import GroupOutcome
+    from qmpcommit.group.policy import AskedGroupPolicy
     from qmpcommit.guest.quiesce import Sockets
+
+
+Outcomes: TypeAlias = (
+    "CommitOutcome | GroupOutcome | tuple[CommitOutcome, ...] | tuple[Round, ...]"
+    " | tuple[Discarded, ...]"
+)
+"""What `resume` gives: of a commit, a group, a window, a cycle's round or a discard."""
 
 
 async def resume(
@@ -27,11 +38,11 @@ async def resume(
     vms: VM | str | os.PathLike[str] | Iterable[VM | str | os.PathLike[str]],
     *,
     agents: Sockets[Any] | None = None,
-    policy: AskedPolicy | None = None,
+    policy: AskedGroupPolicy | None = None,
     on_pivot: OnPivot | None = None,
     on_stall: OnStall | None = None,
     converge: Converge | None = None,
-) -> Any:
+) -> Outcomes:
     """Go on with what a ledger holds, to its end: ``await qc.resume(ledger, [vm1, vm2])``.
 
     `vms` are all VMs that it is over, as sessions or monitors' addresses, which are connected for
@@ -69,7 +80,8 @@ async def resume(
         if kind != COMMIT:
             raise InvalidRequest(f"a {kind} is not gone on with from a ledger by this version")
         vm = vm_of(list(there), noted.get("plan", {}).get("vm", ""), noted.get("identity", ""))
+        own = cast("AskedPolicy | None", policy)  # of a commit it is not one for a group
         job = await vm.resume(
-            ledger, policy=policy, on_pivot=on_pivot, on_stall=on_stall, converge=converge
+            ledger, policy=own, on_pivot=on_pivot, on_stall=on_stall, converge=converge
         )
         return await see_through(job)

@@ -77,7 +77,7 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         vms = [await stack.enter_async_context(qc.Session.connect(each)) for each in work["vms"]]
         if HOW == "resume":
-            outcome = await qc.resume(ledger, vms)
+            outcome: Any = await qc.resume(ledger, vms)
         else:
             members = [
                 (vm, "vda", policy, {"delete": policy["kind"] in ("pivot", "recycle")})

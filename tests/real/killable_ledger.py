@@ -80,7 +80,8 @@ async def main(qmps: str, work: str, ledger: qc.FileLedger) -> Sequence[Any]:
     async with AsyncExitStack() as stack:
         vms = [await stack.enter_async_context(Session.connect(qmp)) for qmp in qmps.split(",")]
         if work == "resume":
-            ends: Sequence[Any] = await qc.resume(ledger, vms)
+            ends = await qc.resume(ledger, vms)
+            assert isinstance(ends, tuple)
             return ends
         return await WORK[work](ledger, *vms)  # type: ignore[no-any-return]
 

@@ -159,7 +159,7 @@ class Slow:
     def __init__(self) -> None:
         self.asked, self.done = asyncio.Event(), asyncio.Event()
 
-    async def note(self, step: str, state: State, **facts: Any) -> None:
+    async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
         if step == "job-complete":
             self.asked.set()
             await self.done.wait()

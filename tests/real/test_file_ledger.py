@@ -232,6 +232,8 @@ async def test_what_holds_something_else_is_gone_on_with_elsewhere(folder: Path)
         ledger = qc.FileLedger(folder / "ledger")
         with pytest.raises(qc.InvalidRequest, match="none of the VMs that were named"):
             await qc.resume(ledger, [])
-        assert (await qc.resume(ledger, qemu.qmp, policy=qc.Pivot())).action == "pivot"
+        outcome = await qc.resume(ledger, qemu.qmp, policy=qc.Pivot())
+        assert isinstance(outcome, qc.CommitOutcome)
+        assert outcome.action == "pivot"
         await qemu.quit()
     assert_disk(chain.base, chain.pictures[-1])

@@ -172,7 +172,9 @@ async def test_a_group_is_not_split_whose_member_was_cancelled_while_its_end_was
                 with pytest.raises(error, match="the process that held its disks ended before"):
                     await qc.resume(ledger, vms)
         else:
-            assert (await qc.resume(ledger, vms)).action == kind
+            outcome = await qc.resume(ledger, vms)
+            assert isinstance(outcome, qc.GroupOutcome)
+            assert outcome.action == kind
         pivoted = kind == "pivot" and not commands
         for qemu, chain in zip(two.qemus, two.chains, strict=True):
             async with qc.Session.connect(qemu.qmp) as vm:

@@ -330,7 +330,9 @@ async def _resumed_to_its_end(qemu: Machine) -> None:
         job = await vm.commit("export0", policy=qc.Hold(), ledger=ledger)
         await job.ready()
         await job.detach()
-    assert (await qc.resume(ledger, qemu.qmp, policy=qc.Keep())).action == "keep"
+    outcome = await qc.resume(ledger, qemu.qmp, policy=qc.Keep())
+    assert isinstance(outcome, qc.CommitOutcome)
+    assert outcome.action == "keep"
 
 
 LEAVING = [_detached, _released, _resumed, _noted, _resumed_to_its_end]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +44,11 @@ def test_commit_is_that_function_whatever_is_imported_and_its_package_is_found_t
     assert importlib.import_module("qmpcommit.commit").__path__
     monkeypatch.setattr("qmpcommit.commit.phases.MAX_TRIES", 99)
     assert phases.MAX_TRIES == 99
+
+
+def test_what_the_stub_names_is_what_there_is() -> None:
+    stub = Path(qc.__file__).with_suffix(".pyi").read_text()
+    named = set(re.findall(r"^from qmpcommit\S* import (\w+) as \1$", stub, re.M))
+    assert named == set(qc.__all__) - {"__version__"}
+    for name in qc.__all__:
+        getattr(qc, name)
