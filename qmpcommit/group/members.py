@@ -38,8 +38,9 @@ class GroupMember(NamedTuple):
 
 
 Named: TypeAlias = (
-    "tuple[VM, str] | tuple[VM, str, AskedPolicy | None]"
-    " | tuple[VM, str, AskedPolicy | None, Mapping[str, Any]]"
+    tuple["VM", str]
+    | tuple["VM", str, AskedPolicy | None]
+    | tuple["VM", str, AskedPolicy | None, Mapping[str, Any]]
 )
 """A disk of a group as callers may name it; a `GroupMember` is one of these."""
 

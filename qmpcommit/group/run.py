@@ -653,9 +653,10 @@ def _none_done(ends: Sequence[MemberEnd]) -> bool:
 
 
 NamedAnywhere: TypeAlias = (
-    "Named | tuple[str | os.PathLike[str], str]"
-    " | tuple[str | os.PathLike[str], str, AskedPolicy | None]"
-    " | tuple[str | os.PathLike[str], str, AskedPolicy | None, Mapping[str, Any]]"
+    Named
+    | tuple[str | os.PathLike[str], str]
+    | tuple[str | os.PathLike[str], str, AskedPolicy | None]
+    | tuple[str | os.PathLike[str], str, AskedPolicy | None, Mapping[str, Any]]
 )
 """The same with a monitor's address in the place of a session."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.ledger import COMMIT, read_ledger
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from qmpcommit.guest.quiesce import Sockets
 
 
-Outcomes: TypeAlias = (
-    "CommitOutcome | GroupOutcome | tuple[CommitOutcome, ...] | tuple[Round, ...]"
-    " | tuple[Discarded, ...]"
-)
+Outcomes: TypeAlias = Union[
+    "CommitOutcome",
+    "GroupOutcome",
+    tuple["CommitOutcome", ...],
+    tuple["Round", ...],
+    tuple["Discarded", ...],
+]
 """What `resume` gives: of a commit, a group, a window, a cycle's round or a discard."""
 
 
