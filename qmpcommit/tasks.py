@@ -5,11 +5,40 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Waiting(Coroutine[Any, Any, T]):
+    """Something to wait for that may be left unawaited: `begin` is called when somebody waits.
+
+    It can be awaited again and again, and a task takes it as the coroutine that it is.
+    """
+
+    def __init__(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._begin = begin
+        self._begun: Coroutine[Any, Any, T] | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._begin().__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """Called by the task that runs it."""
+        self._begun = self._begun or self._begin()
+        return self._begun.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Called by the task that runs it, as when it is cancelled."""
+        self._begun = self._begun or self._begin()
+        return self._begun.throw(*error)
+
+    def close(self) -> None:
+        """Called where it is given up."""
+        if self._begun is not None:
+            self._begun.close()
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from qmpcommit.commit.policy import Decision, Recycle
 from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
-from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.tasks import Waiting, stop, to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.commit.claim import Claim
@@ -212,26 +212,26 @@ class CommitJob:
 
         await set_bandwidth(self._monitor, self.id, bandwidth)
 
-    def pivot(self) -> Awaitable[None]:
-        """Decide for the base, at once; awaiting it waits until the job has ended.
+    def pivot(self) -> Waiting[None]:
+        """Decide for the base, at once; awaiting it, as a task may, waits until the job has ended.
 
         Raises `NotReady` before READY (the job goes on unharmed), `JobConflict` when the
         opposite is decided already or the job has ended.
         """
         return self._order(Choice.PIVOT)
 
-    def recycle(self, overlay: str | os.PathLike[str]) -> Awaitable[None]:
+    def recycle(self, overlay: str | os.PathLike[str]) -> Waiting[None]:
         """Pivot, with a fresh `overlay` over the base before the guest can write; as `pivot`."""
         recycle = Recycle(os.fspath(overlay))
         if phases.objection(self.state, Choice.RECYCLE) is None:
             self._driver.recycle = recycle
         return self._order(Choice.RECYCLE)
 
-    def keep(self) -> Awaitable[None]:
+    def keep(self) -> Waiting[None]:
         """Decide for the overlay; as `pivot`."""
         return self._order(Choice.KEEP)
 
-    def abort(self) -> Awaitable[None]:
+    def abort(self) -> Waiting[None]:
         """Cancel the job by force, in either phase; the overlay stays active."""
         return self._order(Choice.ABORT)
 
@@ -370,7 +370,7 @@ class CommitJob:
                 self._driver.outcome, converge=report.model_dump(), warnings=warnings
             )
 
-    def _order(self, choice: Choice) -> Awaitable[None]:
+    def _order(self, choice: Choice) -> Waiting[None]:
         match phases.objection(self.state, choice):
             case "not ready" if not self.plan.two_phase:
                 raise NotReady(
@@ -401,7 +401,7 @@ class CommitJob:
                     )
             case _:
                 self._driver.tell(facts.Decided(choice, "caller"))
-        return _Ending(self)
+        return Waiting(lambda: self._until(lambda: False))
 
     def _time_is_up(self) -> None:
         self.log.warning("deadline", seconds=self._driver.timeout)
@@ -450,12 +450,3 @@ async def see_through(job: CommitJob) -> CommitOutcome:
         await to_the_end(job.abandon())
         raise
 
-
-class _Ending:
-    """Awaitable that ends with the job; a decision needs nobody to await it."""
-
-    def __init__(self, job: CommitJob) -> None:
-        self._job = job
-
-    def __await__(self) -> Any:
-        return self._job._until(lambda: False).__await__()

@@ -7,7 +7,7 @@ complete, so it may be stopped after any of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.commit.checks import check_override
@@ -16,6 +16,7 @@ from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.tasks import Waiting
 
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
@@ -38,13 +39,16 @@ def next_step(layers: int, keep: int) -> Step | None:
     return Step(layers - 2, layers - 1) if layers > max(keep, 1) else None
 
 
-class Flattening(AsyncIterator[CommitOutcome]):
+class Flattening(Waiting[list[CommitOutcome]], AsyncIterator[CommitOutcome]):
     """The commits that bring a chain down: iterate over their outcomes, or await all of them.
+
+    A task may await them, too.
 
     Raises what `flatten` says.
     """
 
     def __init__(self, steps: AsyncGenerator[CommitOutcome, None]) -> None:
+        super().__init__(self._all)
         self._steps = steps
 
     def __aiter__(self) -> AsyncGenerator[CommitOutcome, None]:
@@ -52,9 +56,6 @@ class Flattening(AsyncIterator[CommitOutcome]):
 
     async def __anext__(self) -> CommitOutcome:
         return await anext(self._steps)
-
-    def __await__(self) -> Generator[Any, None, list[CommitOutcome]]:
-        return self._all().__await__()
 
     async def _all(self) -> list[CommitOutcome]:
         return [outcome async for outcome in self._steps]

@@ -139,7 +139,8 @@ async def test_one_of_whom_nothing_is_known_is_overridden_by_name(folder: Path) 
         job = await vm.commit("export0", policy=qc.Keep(), override=["claim"])
         assert (await job.wait()).action == "keep"
         await leave(other, place="abcdef", verb="flat")
-        assert await vm.flatten("export0", keep=9, override=["claim"]) == []
+        flattening = asyncio.create_task(vm.flatten("export0", keep=9, override=["claim"]))
+        assert await flattening == []
         await leave(other, place="abcdef", verb="group")
         done = await vm.commit_group({"export0": qc.Keep()}, override=["claim"])
         assert done.action == "keep"

@@ -66,7 +66,9 @@ async def test_what_is_decided_or_over_can_not_be_decided_otherwise(folder: Path
                 job.keep()
             again = job.pivot()
             door.open.set()
-            await pivoted
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pivoted)
+                group.create_task(again)
             await again
             assert (await job.wait()).action == "pivot"
             with pytest.raises(qc.JobConflict, match="has ended already; its outcome tells how"):

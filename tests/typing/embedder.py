@@ -151,7 +151,11 @@ async def shared(client: QMPClient, vm: Managed) -> None:
     try:
         job = await session.commit("vda", policy=qc.Hold())
         await job.ready()
-        await job.keep()
+        async with asyncio.TaskGroup() as group:
+            kept = group.create_task(job.keep())
+            merging = group.create_task(session.flatten("vdb", keep=2))
+        assert_type(merging.result(), list[qc.CommitOutcome])
+        print(kept.done())
         adopted = await session.adopt("qmpcommit-1", policy=by_size, delete=True)
         await job.set_bandwidth(1 << 20)
         assert_type(adopted.job_id, str)
