@@ -10,6 +10,12 @@ JOB_PREFIX = "qmpcommit-"
 WINDOW_MARK = ".qmpcommit-window-"
 """In the file name of each overlay of a snapshot window."""
 
+FORMER_LIMITS = "qmpcommit-limits-"
+"""What a ``throttle-group`` is called that has the limits which a disk had before it was slowed."""
+
+HELD_GROUP = "qmpcommit:"
+"""What the groups of I/O limits are called that hold a guest's writes back."""
+
 SOCKETS = "/run/vms/*/*.sock"
 """Where monitors' sockets are, where nothing else is said."""
 

@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from qmpcommit.session import Session
 
-_TOLD_BESIDE = ("pending", "ready", "copying", "frozen", "window", "throttle", "claim")
+_TOLD_BESIDE = ("pending", "ready", "copying", "frozen", "window", "claim")
 """What these commands tell by itself, or what needs a word first."""
 
 

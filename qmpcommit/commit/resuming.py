@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import read_disks
+from qmpcommit.block.throttle import put_back_by
 from qmpcommit.callback import Noting
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import (
@@ -96,7 +97,8 @@ async def repay(vm: VM, noted: Noted, ledger: Any) -> None:
     repair = noted.get("repair")
     with suppress(CommandRefused):
         if repair:
-            await vm.execute(repair["execute"], repair.get("arguments"))
+            if not await put_back_by(vm, repair):
+                await vm.execute(repair["execute"], repair.get("arguments"))
             await noting.note("unthrottle", anyway=True)
         if noted.get("stopped") and "overlay" not in noted:
             await go_on(vm)

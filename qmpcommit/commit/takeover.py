@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from qmpcommit.block.bitmaps import bitmaps_of, plan_carrying
+from qmpcommit.block.throttle import put_back_of
 from qmpcommit.commit.claim import Claim, job_number, lives, owner_in
 from qmpcommit.commit.concluded import concluded_plan
 from qmpcommit.commit.driver import Adopted
@@ -116,6 +117,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     )
     if owner is not None and lives(owner) is False:  # who names the job may end what was left of it
         made.inherit(Claim(vm, owner, held=True))
+        await put_back_of(vm, plan.disk, graph)
     return made
 
 

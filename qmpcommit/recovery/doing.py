@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import read_image
+from qmpcommit.block.throttle import put_back as put_limits_back
 from qmpcommit.commit.checks import CLAIM
 from qmpcommit.commit.claim import clear_dead, number_of, owners_of
 from qmpcommit.commit.overlay.creation_job import forget
@@ -185,6 +186,7 @@ class Recovery:
             "concluded": lambda: self._dismiss(vm, finding),
             "node": lambda: self._close(vm, finding),
             "window": lambda: self._windows(vm),
+            "throttle": lambda: self._unthrottle(vm, finding),
             "file": lambda: self._unlink(finding),
             "claim": lambda: self._unclaim(vm, finding),
         }
@@ -431,6 +433,10 @@ class Recovery:
     async def _windows(self, vm: VM) -> str:
         outcomes = await _close_windows(vm, self._vms[vm], self._folders, override=self._override)
         return f"closed: {outcomes} overlays were merged back"
+
+    async def _unthrottle(self, vm: VM, finding: Finding) -> str:
+        noted = next(each for each in self._seen[vm].limits if each.message == finding.what)
+        return await put_limits_back(vm, noted)
 
     async def _unlink(self, finding: Finding) -> str:
         def unlink() -> None:

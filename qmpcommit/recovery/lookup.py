@@ -10,7 +10,7 @@ from typing import get_args
 
 from qmpcommit.commit.claim import number_of, owner_in, told
 from qmpcommit.guest.marks import Mark, mark_of_discard, marks_among
-from qmpcommit.names import WINDOW_MARK
+from qmpcommit.names import HELD_GROUP, WINDOW_MARK
 from qmpcommit.recovery.findings import Decide, Finding, Kind
 from qmpcommit.recovery.jobs import (
     DISCARD,
@@ -26,8 +26,6 @@ from qmpcommit.recovery.overlays import discards, nodes_left, recycles, swapped_
 from qmpcommit.recovery.seen import Seen
 
 ORDER: Sequence[Kind] = get_args(Kind)
-THROTTLES = "qmpcommit:"
-"""What the groups of I/O limits are called that hold a guest's writes back."""
 
 
 def look_up(seen: Iterable[Seen], decide: Decide | None = None) -> list[Finding]:
@@ -151,16 +149,30 @@ def _windows(seen: Seen) -> Iterator[Finding]:
 
 
 def _throttles(seen: Seen) -> Iterator[Finding]:
+    told = set()
+    for noted in seen.limits:
+        disk = next((each for each in seen.disks if noted.is_of(each, seen.graph)), None)
+        if seen.living if disk is None else held(seen, disk):
+            continue
+        told.add(disk)
+        what = f"the writes of {disk}" if disk is not None else "a disk's writes"
+        yield Finding(
+            "throttle",
+            seen.vm,
+            noted.message,
+            f"{what} are held back (by {noted.message}) for a commit that was killed",
+            "The limits that were there before are put back",
+            disk=disk.name if disk is not None else "",
+        )
     for device in seen.graph.devices:
         inserted = device.get("inserted") or {}
         group = str(inserted.get("group") or "")
-        if not group.startswith(THROTTLES):
+        if not group.startswith(HELD_GROUP):
             continue
-        name = group.removeprefix(THROTTLES)
+        name = group.removeprefix(HELD_GROUP)
         disk = next((each for each in seen.disks if each.name == name), None)
-        if disk is None or held(seen, disk):
+        if disk is None or disk in told or held(seen, disk):
             continue
-        what = f"device {disk.name}"
         message = (
             f"the writes of {disk} are held back to {inserted.get('bps_wr')} bytes per second for a"
             " commit that was killed"
@@ -168,7 +180,7 @@ def _throttles(seen: Seen) -> Iterator[Finding]:
         yield Finding(
             "throttle",
             seen.vm,
-            what,
+            f"device {disk.name}",
             message,
             "What limits it had before can't be known: set them with block_set_io_throttle",
             does=False,

@@ -16,6 +16,7 @@ from qmpcommit.block.backing_name import View, leads_to, written_below
 from qmpcommit.block.chain import Disk, absolute, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import file_id, names_are_ours, open_files
+from qmpcommit.block.throttle import Noted, noted_limits
 from qmpcommit.commit.claim import Owner, lives, owners_among
 from qmpcommit.commit.overlay.file import is_marked
 from qmpcommit.errors import CommandRefused
@@ -34,7 +35,8 @@ class Seen(NamedTuple):
     ``query-jobs`` by their ids. `living` are the owners of claims that live, or may live, `dead`
     those that have ended. `followed` are the jobs that this session follows. `names` has for
     each overlay of ours the node of the layer that its header names; `files` are empty overlays
-    of ours that nobody has open. `windows` are overlays that windows have left.
+    of ours that nobody has open. `windows` are overlays that windows have left,
+    `limits` what notes tell of the limits that disks had before they were held back.
     """
 
     vm: str
@@ -50,6 +52,7 @@ class Seen(NamedTuple):
     names: Mapping[str, str] = {}
     files: tuple[str, ...] = ()
     windows: tuple[str, ...] = ()
+    limits: tuple[Noted, ...] = ()
 
 
 async def see(vm: VM, *, folders: Collection[str] = (), override: bool = False) -> Seen:
@@ -83,6 +86,7 @@ async def see(vm: VM, *, folders: Collection[str] = (), override: bool = False) 
         names=names,
         files=tuple(files),
         windows=tuple(each for each in windows if not each.startswith(JOB_PREFIX)),
+        limits=tuple(await noted_limits(vm)),
     )
 
 

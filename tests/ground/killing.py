@@ -33,7 +33,7 @@ def places(write_to: str, die_at: int, die_in: str = "") -> Callable[[str], None
             os.kill(os.getpid(), signal.SIGKILL)
 
     async def executing(self: Session, command: str, arguments: Any = None, **more: Any) -> Any:
-        if command.startswith(("query-", "x-debug")):
+        if command.startswith(("query-", "x-debug", "qom-get", "qom-list")):
             return await execute(self, command, arguments, **more)
         place(f"before {command}")
         answer = await execute(self, command, arguments, **more)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import qmpcommit as qc
+from qmpcommit.block.throttle import MIB, Throttle
 from qmpcommit.session import Session
 from tests.ground.killing import places
 
@@ -65,6 +66,17 @@ async def _flatten(folder: Path, vm: Session) -> None:
     await vm.flatten("vda", keep=1)
 
 
+async def _slowed(folder: Path, vm: Session) -> None:
+    job = await vm.commit("vda", policy=qc.Hold())
+    await job.ready()
+    throttle = await Throttle.find(vm, job.plan.disk, await vm.graph())
+    assert throttle is not None
+    await throttle.limit(2 * MIB)
+    await throttle.limit(MIB)
+    assert await throttle.restore() == ""
+    await job.detach()
+
+
 async def _two_pivot(folder: Path, *vms: Session) -> None:
     await qc.commit_group([(vm, "vda") for vm in vms], policy=qc.Pivot())
 
@@ -91,6 +103,8 @@ WORK: dict[str, Work] = {
     "discard and stop": _discard_and_stop,
     "window": _window,
     "flatten": _flatten,
+    "slowed": _slowed,
+    "slowed by a filter": _slowed,
     "two VMs pivot": _two_pivot,
     "two VMs discard": _two_discard,
     "recover, abort": _recover("abort"),

@@ -19,6 +19,7 @@ from tests.ground.images import Chain, assert_disk, make_chain, read
 from tests.ground.machines import Machine, machine
 from tests.ground.places import STRIDE, first, some
 from tests.real.killable_work import WORK
+from tests.real.test_converge import DEVICE, limits_in, limits_of
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -39,15 +40,26 @@ KILLED = -signal.SIGKILL
 
 
 async def killed(
-    qemus: Sequence[Machine], work: str, place: int, folder: Path
+    qemus: Sequence[Machine], work: str, place: int, folder: Path, *die_in: str
 ) -> tuple[int, list[str]]:
     """Run the work's process until it dies at that place: its status, the places it passed."""
     places = folder / "places"
     places.unlink(missing_ok=True)
     qmps = ",".join(qemu.qmp for qemu in qemus)
-    words = [qmps, work, str(place), str(places), str(folder)]
+    words = [qmps, work, str(place), str(places), str(folder), *die_in]
     status, _ = await forked.run(KILLABLE, *words)
     return status, places.read_text().splitlines() if places.exists() else []
+
+
+LIMITS = {"bps_wr": 50_000_000, "bps_wr_max": 70_000_000, "bps_wr_max_length": 4, "iops": 900}
+
+
+async def limits(vm: qc.Session) -> list[Any]:
+    """Those of the devices and those of all throttle groups that are there."""
+    devices = [limits_in(device) for device in await vm.execute("query-block")]
+    objects = await vm.execute("qom-list", {"path": "/objects"})
+    names = [each["name"] for each in objects if each["type"] == "child<throttle-group>"]
+    return [*devices, *[(name, await limits_of(vm, name)) for name in names]]
 
 
 class World:
@@ -57,6 +69,7 @@ class World:
         self.folder, self.work, self.running = folder, work, running
         self.qemus: list[Machine] = []
         self.chains: list[list[Chain]] = []
+        self.limits: list[Any] = []
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[None]:
@@ -66,9 +79,17 @@ class World:
                 at = self.folder / name
                 at.mkdir(parents=True)
                 chains = [make_chain(at, 3), make_chain(at, names=("base2", "top2"))]
-                qemu = await stack.enter_async_context(machine(at, *chains, running=self.running))
+                filters = ("throttle",) if "filter" in self.work else ()
+                qemu = await stack.enter_async_context(
+                    machine(at, *chains, running=self.running, filters=filters)
+                )
                 self.qemus.append(qemu)
                 self.chains.append(chains)
+                if "slowed" in self.work:
+                    async with qc.Session.connect(qemu.qmp) as vm:
+                        former = {**DEVICE, **LIMITS, "group": "theirs"}
+                        await vm.execute("block_set_io_throttle", former)
+                        self.limits = await limits(vm)
             yield
 
     async def recovered(self, decide: Any) -> None:
@@ -93,7 +114,10 @@ class World:
         disks = await vm.disks()
         graph = await vm.graph()
         assert not graph.claims
-        used = {image.node_name for disk in disks for image in disk.chain}
+        if "slowed" in self.work:
+            assert await limits(vm) == self.limits
+        used = {name for disk in disks for name in disk.filters}
+        used |= {image.node_name for disk in disks for image in disk.chain}
         used |= {below for name in used for below in graph.nodes[name].children.values()}
         assert graph.nodes.keys() - used == set(), "nodes that no disk uses"
         active = [Path(disk.active.filename) for disk in disks if disk.active is not None]
@@ -173,3 +197,18 @@ async def test_a_guest_that_did_not_run_does_not_run_then(folder: Path, work: st
 async def test_the_recovery_is_killed_too(folder: Path, work: str) -> None:
     count, again = await swept(folder, work, twice=True)
     print(f"{work} x every {STRIDE}. step, twice: {count} run ({again} died twice), {count} held")
+
+
+async def test_who_takes_a_killed_job_up_puts_the_limits_back(folder: Path) -> None:
+    world = World(folder / "vms", "slowed", running=True)
+    async with world.begin():
+        died = "after block_set_io_throttle"
+        status, _ = await killed(world.qemus, world.work, 0, world.folder, died)
+        assert status == KILLED
+        async with qc.Session.connect(world.qemus[0].qmp) as vm:
+            assert await limits(vm) != world.limits
+            (job,) = await vm.query_jobs()
+            following = await vm.adopt(job.id, policy=qc.Keep())
+            assert await limits(vm) == world.limits
+            assert (await following.wait()).action == "keep"
+        await world.recovered("abort")

@@ -11,7 +11,15 @@ from typing import Any, cast
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.block.throttle import DEVICE_NAMES, NO_LIMITS
+from qmpcommit.block.throttle import (
+    DEVICE_NAMES,
+    NO_LIMITS,
+    DeviceThrottle,
+    Throttle,
+    noted_limits,
+    put_back,
+    put_back_by,
+)
 from qmpcommit.commit import converge as module
 from qmpcommit.commit.converge import ConvergeReport, converge, query_job, set_bandwidth
 from qmpcommit.commit.facts import Choice
@@ -45,6 +53,7 @@ class Vm(Monitor):
         self.drops = 0
         self.guest: str | None = "running"
         self.limits: dict[str, Any] = dict(FORMER)
+        self.objects: dict[str, Any] = {}
         self.job: dict[str, Any] | None = {
             "id": "j", "status": "running", "current-progress": 0, "total-progress": 100 * MIB,
         }  # fmt: skip
@@ -114,6 +123,21 @@ class Vm(Monitor):
             self.limits["group"] = group
         if self.limits == {**FORMER, **({"group": group} if group else {})}:
             self.limits = dict(FORMER)  # a device without limits is in no group
+
+    def _qom_list(self, _: Any) -> Any:
+        return [{"name": name, "type": "child<throttle-group>"} for name in self.objects]
+
+    def _qom_get(self, arguments: Any) -> Any:
+        return self.objects[arguments["path"].removeprefix("/objects/")]["limits"]
+
+    def _object_add(self, arguments: Any) -> Any:
+        if arguments["id"] in self.objects:
+            raise refused("attempt to add duplicate property")
+        self.objects[arguments["id"]] = arguments
+
+    def _object_del(self, arguments: Any) -> Any:
+        if self.objects.pop(arguments["id"], None) is None:
+            raise refused("object not found")
 
     def _query_status(self, _: Any) -> Any:
         if self.guest is None:
@@ -362,6 +386,80 @@ async def test_limits_that_qemu_takes_and_does_not_have_are_told(vm: Vm, advise:
     report = await over(watching)
     assert "QEMU took the former limits, and shows others" in report.remark
     assert not report.restored
+
+
+async def test_the_former_limits_are_noted_in_qemu_while_others_are_set(
+    vm: Vm, advise: Any
+) -> None:
+    vm.lost["object-add"] = [LOST]
+    vm.limits = {**FORMER, "bps": 9 * MIB, "bps_max": 10 * MIB, "group": "theirs: all"}
+    former = dict(vm.limits)
+    vm.when["block_set_io_throttle"] = lambda: noted.append(len(vm.objects))
+    noted = list[int]()
+    job = Job()
+    advise(None, MIB, 2 * MIB)
+    watching = watch(vm, job)
+    await vm.until(lambda: vm.held == 2 * MIB)
+    job.end()
+    assert (await over(watching)).restored
+    assert (vm.limits, vm.objects) == (former, {})
+    assert set(noted) == {1}
+
+
+async def held_by_the_dead(vm: Vm) -> Throttle:
+    """The writes are held back by a process that will never put the former limits back."""
+    throttle = DeviceThrottle(vm, qc.Disk("vda", qdev="vda"))
+    await throttle.limit(2 * MIB)
+    assert vm.held == 2 * MIB
+    return throttle
+
+
+@pytest.mark.parametrize("by", ["note", "repair", "the next that holds them"])
+@pytest.mark.parametrize("group", ["", "theirs: all", "ä"])
+@pytest.mark.parametrize("limits", [{"bps_wr": 9 * MIB, "iops": 7}, {"bps": 9 * MIB}])
+async def test_the_limits_before_a_death_come_back(
+    by: str, group: str, limits: dict[str, int], vm: Vm
+) -> None:
+    vm.limits = {**FORMER, **limits, **({"group": group} if group else {})}
+    former = dict(vm.limits)
+    repair = (await held_by_the_dead(vm)).repair()
+    assert repair is not None
+    if by == "note":
+        (noted,) = await noted_limits(vm)
+        assert await put_back(vm, noted) == "the limits that it had before are back"
+    elif by == "repair":
+        assert await put_back_by(vm, repair)
+        assert not await put_back_by(vm, repair)
+    else:
+        throttle = DeviceThrottle(vm, qc.Disk("disk0", qdev="vda"))
+        await throttle.read()
+        assert await throttle.restore() == ""
+    assert (vm.limits, vm.objects) == (former, {})
+
+
+async def test_limits_that_somebody_sets_after_a_death_stay(vm: Vm) -> None:
+    await held_by_the_dead(vm)
+    vm.limits = theirs = {**FORMER, "bps_wr": 77}
+    (noted,) = await noted_limits(vm)
+    assert "somebody else has changed the limits" in await put_back(vm, noted)
+    assert (vm.limits, vm.objects) == (theirs, {})
+
+
+async def test_limits_of_a_disk_that_is_gone_are_forgotten(vm: Vm) -> None:
+    await held_by_the_dead(vm)
+    (noted,) = await noted_limits(vm)
+    vm.fails["query-block"] = [refused("gone", "DeviceNotFound")]
+    assert "is gone" in await put_back(vm, noted)
+    assert vm.objects == {}
+
+
+async def test_limits_that_qemu_does_not_take_stay_noted(vm: Vm) -> None:
+    await held_by_the_dead(vm)
+    vm.when["block_set_io_throttle"] = lambda: vm.limits.update(iops=5)
+    (noted,) = await noted_limits(vm)
+    with pytest.raises(qc.CommitFailed, match="shows others"):
+        await put_back(vm, noted)
+    assert vm.objects
 
 
 # -- looks that fail -------------------------------------------------------------------------------

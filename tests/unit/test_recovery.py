@@ -10,6 +10,7 @@ import pytest
 
 from qmpcommit.block.chain import read_disks
 from qmpcommit.block.graph import build_graph
+from qmpcommit.block.throttle import Noted
 from qmpcommit.commit.claim import job_number, number_of, owners_among
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.guest.marks import mark_of_discard, mark_of_recycle
@@ -310,6 +311,21 @@ def test_limits_that_a_killed_commit_has_left_are_told() -> None:
     assert not found[0].does
     assert look_up([show(group="qmpcommit:vda", owner="living")]) == []
     assert look_up([show(group="theirs", owner="nobody")]) == []
+
+
+@pytest.mark.parametrize("group", ["", "qmpcommit:vda"])
+def test_limits_that_a_killed_commit_has_noted_are_put_back(group: str) -> None:
+    limits = (Noted("q", "/machine/peripheral/vda/virtio-backend", "ä b"),)
+    assert Noted.read(limits[0].id) == limits[0]
+    found = look_up([show(group=group)._replace(limits=limits)])
+    assert [(each.kind, each.disk, each.does) for each in found] == [
+        ("throttle", "vda", True),
+        ("claim", "vda", True),
+    ]
+    assert look_up([show(group=group, owner="living")._replace(limits=limits)]) == []
+    other = (Noted("f", "gone"),)
+    assert [e.does for e in look_up([show(owner="nobody")._replace(limits=other)])] == [True]
+    assert look_up([show(owner="living")._replace(limits=other)]) == []
 
 
 def test_an_empty_file_is_deleted() -> None:
