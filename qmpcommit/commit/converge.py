@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qmpcommit.block.graph import read_graph
 from qmpcommit.block.throttle import RESTORE_TRIES, Throttle, obstacle
 from qmpcommit.callback import Noting
+from qmpcommit.commit.claim import number_of
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.pace import Controller, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase
@@ -30,6 +31,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
+from qmpcommit.guest.marks import mark_of_flush, set_mark, unmark
 from qmpcommit.guest.run_state import Still
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
@@ -216,6 +218,7 @@ class _Watch:
         self._log.warning("guest_paused", seconds=seconds, repair='{"execute": "cont"}')
         await self._write_down("stop")
         try:
+            await set_mark(self._monitor, self._mark, "pause")
             await still.stop()
             async with asyncio.timeout(seconds):
                 await job._until(lambda: job.phase is not Phase.DECIDED)
@@ -230,10 +233,16 @@ class _Watch:
         """Let the guest run again, if it was stopped here and still is."""
         if self._stopped_at is not None and self._still is not None:
             await self._still.go_on()
+            await unmark(self._monitor, self._mark, "pause")
             self._tell(paused=round(self._clock() - self._stopped_at, 3))
             self._stopped_at = None
             self._log.info("guest_resumed", seconds=self.report.paused)
             await self._write_down("cont")
+
+    @property
+    def _mark(self) -> str:
+        """Of this guest's pause, for whoever finds it after a death."""
+        return mark_of_flush(number_of(self._job.plan.disk))
 
     async def _optional(self, command: str) -> Any:
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qmpcommit.block.chain import read_disks
 from qmpcommit.block.throttle import put_back_by
 from qmpcommit.callback import Noting
+from qmpcommit.commit.claim import number_of
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import (
     COMMIT,
@@ -21,10 +22,12 @@ from qmpcommit.commit.ledger import (
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import AskedPolicy, parse_policy
 from qmpcommit.errors import CommandRefused, InvalidRequest, JobNotFound, QmpCommitError
+from qmpcommit.guest.marks import mark_of_flush, thaw_marked
 from qmpcommit.guest.run_state import go_on
 from qmpcommit.qmp.process import is_same, process_identity
 
 if TYPE_CHECKING:
+    from qmpcommit.block.chain import Disk
     from qmpcommit.commit.stale_layers import OnPivot
     from qmpcommit.commit.vm import VM
 
@@ -102,7 +105,13 @@ async def repay(vm: VM, noted: Noted, ledger: Any) -> None:
             await noting.note("unthrottle", anyway=True)
         if noted.get("stopped") and "overlay" not in noted:
             await go_on(vm)
+            await paused_goes_on(vm, Plan.model_validate(noted["plan"]).disk)
             await noting.note("cont", anyway=True)
+
+
+async def paused_goes_on(vm: VM, disk: Disk) -> None:
+    """Let a guest go on that was paused for the last flush by somebody who was killed."""
+    await thaw_marked(vm, owner=mark_of_flush(number_of(disk)))
 
 
 def vm_of(vms: Sequence[VM], name: str, identity: str, *, alone: bool = True) -> VM:

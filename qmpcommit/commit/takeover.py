@@ -17,6 +17,7 @@ from qmpcommit.commit.objections import refuse_idle
 from qmpcommit.commit.plan import Plan, adopted_plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_commands, told
+from qmpcommit.commit.resuming import paused_goes_on
 from qmpcommit.commit.stale_layers import Around, nobody_met
 from qmpcommit.commit.steering import block_job
 from qmpcommit.errors import InvalidRequest, JobConflict
@@ -118,6 +119,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     if owner is not None and lives(owner) is False:  # who names the job may end what was left of it
         made.inherit(Claim(vm, owner, held=True))
         await put_back_of(vm, plan.disk, graph)
+        await paused_goes_on(vm, plan.disk)
     return made
 
 

@@ -3,8 +3,9 @@
 A process that is killed while it has a guest quiesced can't thaw it, and leaves this mark. Its
 name begins with ``qmpcommit-w`` for a snapshot window and ``qmpcommit-g`` for a group commit, then
 come eight digits of that window or group, and how the guest was quiesced. That of a recycle
-(``qmpcommit-r``) and of a discard (``qmpcommit-d``) has digits of the disk's; "reset" says that a
-guest is to be reset when its overlay was thrown away. They tell that it ran before.
+(``qmpcommit-r``), of a discard (``qmpcommit-d``) and of a commit's last flush (``qmpcommit-f``) has
+digits of the disk's; "reset" says that a guest is to be reset when its overlay was thrown away.
+They tell that it ran before.
 
 Rests on ``blockdev-add``, ``blockdev-del`` and ``query-named-block-nodes``.
 """
@@ -27,8 +28,14 @@ from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor
 
-_NAME = re.compile(rf"{JOB_PREFIX}([wgrd][0-9a-f]{{8}})-(paused|frozen|reset)")
-_FOR = {"w": "a window", "g": "a group commit or cycle", "r": "a recycle", "d": "a discard"}
+_NAME = re.compile(rf"{JOB_PREFIX}([wgrdf][0-9a-f]{{8}})-(paused|frozen|reset)")
+_FOR = {
+    "w": "a window",
+    "g": "a group commit or cycle",
+    "r": "a recycle",
+    "d": "a discard",
+    "f": "a commit's last flush",
+}
 _WITH_DISKS = ("r", "d")
 """Whose guest must not go on before its disk is whole again: whoever sees to that lets it go on."""
 
@@ -77,6 +84,11 @@ def mark_of_recycle(disk: str) -> str:
 def mark_of_discard(disk: str) -> str:
     """The same of a discard."""
     return f"d{disk[:8]}"
+
+
+def mark_of_flush(disk: str) -> str:
+    """The same of a commit whose guest is paused for the last flush."""
+    return f"f{disk[:8]}"
 
 
 def what_to_do(mark: Mark, qmp: str) -> str:

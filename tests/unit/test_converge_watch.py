@@ -26,6 +26,8 @@ from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pace import MIB, Advice, Converge, Pace, Sample
 from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.resuming import paused_goes_on
+from qmpcommit.commit.vm import VM
 from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, VMGone
 from qmpcommit.qmp.monitor import Monitor
 
@@ -54,6 +56,7 @@ class Vm(Monitor):
         self.guest: str | None = "running"
         self.limits: dict[str, Any] = dict(FORMER)
         self.objects: dict[str, Any] = {}
+        self.marks: list[str] = []
         self.job: dict[str, Any] | None = {
             "id": "j", "status": "running", "current-progress": 0, "total-progress": 100 * MIB,
         }  # fmt: skip
@@ -108,7 +111,14 @@ class Vm(Monitor):
         return [{"device": "", "qdev": "vda", "inserted": {"node-name": "top", **self.limits}}]
 
     def _query_named_block_nodes(self, _: Any) -> Any:
-        return [{"node-name": "top", "drv": "qcow2", "file": "/i/top"}]
+        marks = [{"node-name": name, "drv": "null-co", "file": "null-co://"} for name in self.marks]
+        return [{"node-name": "top", "drv": "qcow2", "file": "/i/top"}, *marks]
+
+    def _blockdev_add(self, arguments: Any) -> Any:
+        self.marks.append(arguments["node-name"])
+
+    def _blockdev_del(self, arguments: Any) -> Any:
+        self.marks.remove(arguments["node-name"])
 
     def _query_block_exports(self, _: Any) -> Any:
         return []
@@ -534,12 +544,28 @@ async def test_the_guest_is_paused_for_the_flush_and_goes_on(vm: Vm, advise: Any
     advise(alone=0.1)
     job, ledger = decided(), Notes()
     watching = watch(vm, job, pause=9, ledger=ledger)
+    vm.when["stop"] = lambda: marked.append(len(vm.marks))
+    marked = list[int]()
     await vm.until(lambda: vm.guest == "paused")
     job.end()
     report = await over(watching)
     assert vm.guest == "running"
     assert (report.paused is not None, report.remark) == (True, "")
     assert ledger.steps == ["stop", "cont"]
+    assert (marked, vm.marks) == ([1], [])
+
+
+async def test_a_guest_whose_pause_outlived_its_process_goes_on(vm: Vm, advise: Any) -> None:
+    advise(alone=0.1)
+    job = decided()
+    watching = watch(vm, job, pause=9)
+    await vm.until(lambda: vm.guest == "paused")
+    left = list(vm.marks)
+    job.end()
+    await over(watching)
+    vm.guest, vm.marks = "paused", left
+    await paused_goes_on(cast("VM", vm), qc.Disk("disk0", qdev="vda"))
+    assert (vm.guest, vm.marks) == ("running", [])
 
 
 async def test_a_pause_is_as_long_as_it_may_be_and_there_is_but_one(vm: Vm, advise: Any) -> None:

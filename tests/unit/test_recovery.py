@@ -8,21 +8,23 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.block.chain import read_disks
+from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.block.graph import build_graph
 from qmpcommit.block.throttle import Noted
 from qmpcommit.commit.claim import job_number, number_of, owners_among
 from qmpcommit.commit.pending import group_job_id
-from qmpcommit.guest.marks import mark_of_discard, mark_of_recycle
+from qmpcommit.guest.marks import mark_of_discard, mark_of_flush, mark_of_recycle
 from qmpcommit.recovery.findings import Decide, Finding
 from qmpcommit.recovery.jobs import Groups, pending_order
 from qmpcommit.recovery.lookup import ORDER, look_up
 from qmpcommit.recovery.seen import Seen
 
 JOB = "qmpcommit-vda-0123abcd"
+QDEV = "/machine/peripheral/vda/virtio-backend"
 GROUP = "0a0b0c0d"
 FRESH = f"{JOB}-top"
 DISCARD = "qmpcommit-d0a0b0c0d-1234-top"
+FLUSH = f"qmpcommit-{mark_of_flush(number_of(Disk('vda', qdev=QDEV)))}-paused"
 OWNERS = ("dead", "living", "nobody")
 
 
@@ -61,7 +63,7 @@ def show(
         if n["drv"] == "qcow2"
     ]
     inserted = {"node-name": chain[0], **({"group": group, "bps_wr": 1} if group else {})}
-    device = {"device": "", "qdev": "/machine/peripheral/vda/virtio-backend", "inserted": inserted}
+    device = {"device": "", "qdev": QDEV, "inserted": inserted}
     graph = build_graph([*nodes, *files], [device], [], None)
     disks = tuple(read_disks(graph))
     if owner == "nobody":
@@ -129,6 +131,14 @@ LEFT: dict[str, tuple[dict[str, Any], str]] = {
             "verb": "disc",
         },
         "brought to its end",
+    ),
+    "in its last flush": (
+        {
+            "jobs": [job("running")],
+            "others": [{"node-name": FLUSH, "drv": "null-co", "file": "null-co://"}],
+            "status": "paused",
+        },
+        "goes on",
     ),
     "ended": ({"jobs": [job("concluded")]}, "dismissed"),
     "stale": ({"chain": ["base"], "others": [layer("top", "base")]}, "closed"),
@@ -315,7 +325,7 @@ def test_limits_that_a_killed_commit_has_left_are_told() -> None:
 
 @pytest.mark.parametrize("group", ["", "qmpcommit:vda"])
 def test_limits_that_a_killed_commit_has_noted_are_put_back(group: str) -> None:
-    limits = (Noted("q", "/machine/peripheral/vda/virtio-backend", "ä b"),)
+    limits = (Noted("q", QDEV, "ä b"),)
     assert Noted.read(limits[0].id) == limits[0]
     found = look_up([show(group=group)._replace(limits=limits)])
     assert [(each.kind, each.disk, each.does) for each in found] == [
