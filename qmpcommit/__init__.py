@@ -37,6 +37,7 @@ _HOMES = {
     "guest.quiesce": "Quiet quiesced thaw",
     "window.run": "close_window new_window_name open_window recover_window",
     "window.group": "snapshot",
+    "window.overlays": "LaidOverlay Snapshot",
     "window.records": "Frozen GroupWindow NotedWindow OpenWindow Window",
     "commit.policy": (
         "Abort AskedPolicy Check Decision Hold Keep Pivot Policy PolicyValue Ready Recycle"

@@ -94,6 +94,8 @@ from qmpcommit.recovery.resume import Outcomes as Outcomes
 from qmpcommit.recovery.resume import resume as resume
 from qmpcommit.session import Session as Session
 from qmpcommit.window.group import snapshot as snapshot
+from qmpcommit.window.overlays import LaidOverlay as LaidOverlay
+from qmpcommit.window.overlays import Snapshot as Snapshot
 from qmpcommit.window.records import Frozen as Frozen
 from qmpcommit.window.records import GroupWindow as GroupWindow
 from qmpcommit.window.records import NotedWindow as NotedWindow

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.run import CommitGroupOptions
     from qmpcommit.recovery.findings import Recovered
+    from qmpcommit.window.overlays import Snapshot
     from qmpcommit.window.records import OpenWindow, Window
 
 
@@ -103,6 +104,45 @@ class Session(VM):
             agent=agent,
             bandwidth=bandwidth,
             ledger=ledger,
+            override=override,
+        )
+
+    async def overlay(
+        self,
+        disks: Iterable[str],
+        *,
+        overlay: str | os.PathLike[str] | None = None,
+        overlay_options: Mapping[str, Any] | None = None,
+        overlay_secret: str | None = None,
+        freeze: Literal["agent", "pause"] | None = None,
+        agent: str | os.PathLike[str] | None = None,
+        override: Collection[str] = (),
+    ) -> Snapshot:
+        """Lay fresh overlays over disks, which stay: ``await vm.overlay(["vda", "vdb"])``.
+
+        All at one instant, in one ``transaction``. From then on the guest writes to the overlays,
+        and what lies below does not change any more, until a commit merges them away or carries
+        what they have gathered. Each is beside the file that it lies over, or `overlay`: a new
+        file, or a folder for it or them. They are like the files that they follow, dirty bitmaps
+        included; `overlay_options` and `overlay_secret` say what those of a `Recycle` say. `freeze`
+        quiesces the guest for that instant: its file systems through the guest agent's socket
+        `agent`, or its vCPUs. With "claim" in `override` disks are taken over from whoever holds
+        them.
+
+        Raises `DiskNotFound`, `ChainError`, `JobConflict`, `CommitFailed`, `QuiesceFailed` or
+        `WindowError`, and then nothing is left of it, no file and no node; or `WindowError` names
+        in `overlays` those that lie nevertheless. Rests on ``blockdev-snapshot``.
+        """
+        from qmpcommit.window.overlays import lay_overlays
+
+        return await lay_overlays(
+            self,
+            disks,
+            overlay=overlay,
+            overlay_options=overlay_options,
+            overlay_secret=overlay_secret,
+            freeze=freeze,
+            agent=agent,
             override=override,
         )
 

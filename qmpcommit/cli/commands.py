@@ -14,6 +14,7 @@ COMMANDS = {
     "speed": ("steering:speed", "Change how fast a job copies."),
     "pause": ("steering:pause", "Have a job copy nothing for a while."),
     "resume": ("steering:resume", "Have a paused job go on."),
+    "snapshot": ("snapshot:snapshot", "Lay overlays that stay over disks, at one instant."),
     "window": ("window:window", "Run a command while disks' files stand still, then merge away."),
     "cycle": ("cycle:cycle", "Carry an overlay's changes into its base, or throw them away."),
     "flatten": ("window:flatten", "Bring a long chain down to few layers."),
@@ -42,7 +43,7 @@ NO_DAEMON = {
     "completion": "it is the same for all",
     "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
     " have the daemon's configuration say it, in a [[flatten]] rule",
-    **dict.fromkeys(("speed", "pause", "resume"), _OWN_MONITOR),
+    **dict.fromkeys(("snapshot", "speed", "pause", "resume"), _OWN_MONITOR),
     "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"
     " what is the daemon's own it recovers when it starts",
 }

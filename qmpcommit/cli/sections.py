@@ -56,6 +56,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "pause": (f"pause {VM} qmpcommit-vda-1a2b3c4d",),
     "resume": (f"resume {VM} qmpcommit-vda-1a2b3c4d",),
+    "snapshot": (
+        f"snapshot {VM} vda",
+        f"snapshot {VM} vda vdb --freeze pause --overlay /vms/web1/",
+    ),
     "window": (
         f"window {VM} vda -- cp {{vda}} /backup/",
         f"window {VM} vda vdb --freeze pause -- tar -cf /backup/web1.tar {{vda}} {{vdb}}",

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.vm import VM
 
-Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc"]
+Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc", "snap"]
 
 WORK: Mapping[str, str] = {
     "commit": "a commit",
@@ -61,6 +61,7 @@ WORK: Mapping[str, str] = {
     "flat": "a flatten",
     "cycle": "a round of a cycle",
     "disc": "a discard",
+    "snap": "a snapshot",
 }
 """What a disk is claimed for, in words."""
 

@@ -40,8 +40,9 @@ def interrupted_recycles(graph: BlockGraph, qmp: str = "QMP") -> list[dict[str, 
             if WINDOW_MARK in str(file):
                 continue  # a window's
             text = (
-                f"An interrupted recycle left the empty overlay {file} open as node {name}, and"
-                f" perhaps the guest paused: 'qmpcommit recover {shlex.quote(qmp)}' puts that right"
+                f"An interrupted recycle or snapshot left the empty overlay {file} open as node"
+                f" {name}, and perhaps the guest paused: 'qmpcommit recover {shlex.quote(qmp)}'"
+                " puts that right"
             )
             found.append({"node": name, "overlay": str(file), "next": text})
     return found

@@ -23,7 +23,6 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import (
     TYPE_CHECKING,
@@ -42,7 +41,6 @@ from qmpcommit.block.chain import (
     absolute,
     check_nameable,
     find_disk,
-    is_temporary,
     read_disks,
     read_image,
 )
@@ -54,10 +52,10 @@ from qmpcommit.commit.claim import Claim, Verb, release_all, take
 from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.overlay.file import is_device
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.like import each_asked, is_encrypted
 from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.overlay.place import overlay_files
 from qmpcommit.commit.pending import tell_of_recycles
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
@@ -117,7 +115,6 @@ GRACE = 0.5
 """Seconds after which an overlay that is made and not laid was left by somebody who was killed."""
 
 
-_FORMER = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}$")
 _FRESH = re.compile(rf"{JOB_PREFIX}([cd][0-9a-f]{{8}})(?:-[0-9a-f]{{4}})?-top$")
 """The node-name of a discard's fresh overlay, the daemon's included; a group's share a stem."""
 
@@ -216,7 +213,7 @@ async def discard(
             return await _finish(found, stem, guest, delete, claims, asks=asks, book=book)
         plans = await _planned(found)
         guest = await _agreed(found, guest)
-        fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
+        fresh = await asyncio.to_thread(overlay_files, _named(found, plans), overlay)
         asked = await check_followed(found, plans, asks)
         discarding = _discard(
             found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked, book=book
@@ -267,13 +264,13 @@ async def cycle(
             return _discarded(await finishing)
         plans = await _planned(found)
         guest = await _agreed(found, guest)
-        await asyncio.to_thread(_overlays, found, plans, overlay)
+        await asyncio.to_thread(overlay_files, _named(found, plans), overlay)
         await check_followed(found, plans, asks)
         keep = await deserves(plans, keep_if, timeout)
         found = await _find(disks)  # it may have taken its time
         asked_of, plans = plans, _plans(found)
         check_unchanged(asked_of, plans)
-        fresh = await asyncio.to_thread(_overlays, found, plans, overlay)
+        fresh = await asyncio.to_thread(overlay_files, _named(found, plans), overlay)
         asked = await check_followed(found, plans, asks)
         if not keep:
             discarding = _discard(
@@ -536,53 +533,9 @@ async def _asked(
     )
 
 
-def _overlays(
-    found: Sequence[Found], plans: Sequence[Plan], given: str | os.PathLike[str] | None
-) -> list[str]:
-    """The next overlays' files: as given, in the folder given, or beside the former ones."""
-    files = []
-    for (vm, _), plan in zip(found, plans, strict=True):
-        path = absolute(plan.top, vm.cwd)
-        if given is None:
-            check_place(vm.name, plan, path)
-        place = os.path.join(vm.cwd or "", given or os.path.dirname(path))
-        if given is None or os.path.isdir(os.path.join(vm.cwd or os.getcwd(), place)):
-            files.append(new_overlay(place, path))
-        elif len(plans) == 1:
-            files.append(place)
-        else:
-            raise InvalidRequest(
-                f"{place} is no folder, and each of {len(plans)} disks needs an overlay of its"
-                " own. Nothing was changed"
-            )
-    return files
-
-
-def check_place(vm: str, plan: Plan, path: str) -> None:
-    """Raise `ChainError` where the former overlay's folder is no place for the next one."""
-    if is_device(path):
-        raise ChainError(
-            f"{plan.disk} of {vm} is the block device {path}, and its next overlay would be laid"
-            " beside it, into the host's memory: name a folder for it (overlay, --overlay; the"
-            " daemon's overlay_dir). Nothing was changed",
-            vm=vm,
-            disk=plan.disk.name,
-        )
-    if is_temporary(plan.top):
-        raise ChainError(
-            f"{plan.disk} of {vm} was started with snapshot=on, and its next overlay would stay"
-            f" beside {path}, a temporary file of QEMU's own: name a file or a folder for it"
-            " (overlay, --overlay; the daemon's overlay_dir). Nothing was changed",
-            vm=vm,
-            disk=plan.disk.name,
-        )
-
-
-def new_overlay(folder: str, former: str) -> str:
-    """The file of the next overlay: called as the former one, with the time and a number."""
-    stem = _FORMER.sub("", os.path.basename(former).removesuffix(".qcow2"))
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    return os.path.join(folder, f"{stem}.cycle-{stamp}-{os.urandom(4).hex()}.qcow2")
+def _named(found: Sequence[Found], plans: Sequence[Plan]) -> list[tuple[str, str | None, Plan]]:
+    """What `overlay_files` takes."""
+    return [(vm.name, vm.cwd, plan) for (vm, _), plan in zip(found, plans, strict=True)]
 
 
 async def deserves(plans: Sequence[Plan], keep_if: KeepAllIf, timeout: float) -> bool:
@@ -763,7 +716,7 @@ async def _finish(
     for place, (vm, disk) in enumerate(found):
         if _stem(disk) != stem:
             plans += _plans([(vm, disk)], stem)
-            fresh += await asyncio.to_thread(_overlays, [(vm, disk)], plans[-1:], None)
+            fresh += await asyncio.to_thread(overlay_files, [(vm.name, vm.cwd, plans[-1])], None)
             continue
         laid = len(disk.chain) > 2 and await _starts_from_the_base(vm, disk)
         plans.append(

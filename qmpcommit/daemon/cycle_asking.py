@@ -13,12 +13,11 @@ from qmpcommit.block.chain import absolute, find_disk, read_disks
 from qmpcommit.block.identity import all_told_where, identify
 from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.overlay.options import OverlayOptions
+from qmpcommit.commit.overlay.place import check_place, new_overlay
 from qmpcommit.commit.plan import Plan
 from qmpcommit.cycles.run import (
     check_followed,
-    check_place,
     deserves,
-    new_overlay,
     plan_round,
 )
 from qmpcommit.daemon.cycle_round import Round

@@ -332,7 +332,8 @@ class Recovery:
         base = seen.names.get(finding.what, "")
         where = overlays.disk_over(seen, base)
         disk = where[0] if where else jobs.disk_of(seen, overlays.job_of(seen, stem))
-        if where is not None and where[1] == 0 and finding.kind == "recycle":
+        lays = finding.kind == "recycle" and not jobs.SNAPSHOT.fullmatch(finding.what)
+        if where is not None and where[1] == 0 and lays:
             return await self._lay(vm, stem, file, where[0])
         top = disk.chain[0] if disk is not None else None
         path = os.path.join(vm.cwd or os.getcwd(), file)

@@ -16,7 +16,8 @@ from qmpcommit.recovery.seen import Seen
 
 CREATION = re.compile(rf"({JOB_PREFIX}.+)-create-(?:file|qcow2)")
 DISCARD = re.compile(rf"{JOB_PREFIX}([cd][0-9a-f]{{8}})(?:-[0-9a-f]{{4}})?-(?:top|file)")
-_WINDOW = re.compile(rf"{JOB_PREFIX}w([0-9a-f]{{8}})-.*")
+SNAPSHOT = re.compile(rf"{JOB_PREFIX}s[0-9a-f]{{8}}-\d+-(?:top|file)")
+_WINDOW = re.compile(rf"{JOB_PREFIX}[ws]([0-9a-f]{{8}})-.*")
 _RANDOM = re.compile(r"-[0-9a-f]{8}(?:\.\d+of\d+)?$")
 RUNNING = ("created", "running", "paused")
 READY = ("ready", "standby")

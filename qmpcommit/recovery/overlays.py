@@ -11,7 +11,7 @@ from qmpcommit.commit.overlay.trial import TRIAL
 from qmpcommit.commit.stale_layers import users
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK, node_stem
 from qmpcommit.recovery.findings import Finding, Kind
-from qmpcommit.recovery.jobs import DISCARD, READY, RUNNING, disk_of, followed, held
+from qmpcommit.recovery.jobs import DISCARD, READY, RUNNING, SNAPSHOT, disk_of, followed, held
 from qmpcommit.recovery.seen import Seen
 
 
@@ -53,14 +53,16 @@ def recycles(seen: Seen) -> Iterator[Finding]:
         where = disk_over(seen, seen.names.get(f"{stem}-top", ""))
         on = where[0] if where else disk_of(seen, job_id)
         discards = DISCARD.fullmatch(f"{stem}-top")
+        snapshots = SNAPSHOT.fullmatch(f"{stem}-top")
         if held(seen, on) if on is not None and not discards else followed(seen, job_id):
             continue
         status = str(seen.jobs.get(job_id, {}).get("status") or "")
         name = on.name if on is not None else ""
         kind: Kind = "discard" if discards else "recycle"
-        what = "a discard" if discards else "a recycle"
+        what = "a discard" if discards else "a snapshot" if snapshots else "a recycle"
         message = f"{what} was interrupted: its empty overlay {file} is open, and does not lie"
-        if not discards and where is not None and where[1] == 0 and where[0].chain[0].node_name:
+        lays = not discards and not snapshots
+        if lays and where is not None and where[1] == 0 and where[0].chain[0].node_name:
             pivoted = f"{message}; {on} has pivoted, and its guest would write to the base"
             yield Finding(
                 kind,

@@ -25,7 +25,7 @@ from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
-_CYCLES = re.compile(r"\.cycle-\d{8}T\d{6}Z-[0-9a-f]{8}\.qcow2$")
+_CYCLES = re.compile(r"\.(?:cycle|snapshot)-\d{8}T\d{6}Z-[0-9a-f]{8}\.qcow2$")
 
 
 class Seen(NamedTuple):

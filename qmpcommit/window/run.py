@@ -31,12 +31,10 @@ from qmpcommit.block.chain import (
     Disk,
     absolute,
     check_nameable,
-    find_again,
     find_disk,
     read_disks,
-    read_image,
 )
-from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles, astray
 from qmpcommit.callback import Notes, Noting
 from qmpcommit.commit.checks import CLAIM, check_override
@@ -53,7 +51,6 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.errors import (
-    CommandRefused,
     InvalidRequest,
     JobConflict,
     MonitorLost,
@@ -64,13 +61,12 @@ from qmpcommit.errors import (
 from qmpcommit.guest.marks import (
     Mark,
     mark_of_window,
-    marked,
     marks_among,
     thaw_abandoned,
     thaw_marked,
     what_to_do,
 )
-from qmpcommit.guest.quiesce import LIMIT, How, quiesced, thaw
+from qmpcommit.guest.quiesce import How, thaw
 from qmpcommit.guest.run_state import STOPPED_HERE
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
@@ -85,6 +81,7 @@ from qmpcommit.window.claims import (
     disturbances,
     held_windows,
 )
+from qmpcommit.window.laying import check_idle, lay_all
 from qmpcommit.window.records import (
     MARK,
     NAME,
@@ -248,19 +245,11 @@ async def _open(
             "create", window=NotedWindow(window, dict(made), freeze, socket, made.below)
         )
     try:
-        for overlay in overlays.values():
-            await overlay.open()
-        async with (
-            marked(vm, mark_of_window(window), freeze),
-            quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
-        ):
-            if meet is not None:
-                await meet()
-            if ledger is not None:
-                await ledger.note("lay", held=freeze is not None, name=window)
-            await _lay(vm, [(found[asked], overlays[asked]) for asked in found])
-            if meet is not None:
-                await meet()
+        pairs = [(found[asked], overlays[asked]) for asked in found]
+        quiet = await lay_all(
+            vm, pairs, window, freeze=freeze, agent=agent, ledger=ledger, meet=meet,
+            what="its window was being opened", again="open the window again",
+        )  # fmt: skip
         made.quiesced = quiet.seconds
         if ledger is not None:
             await ledger.note("open", name=window, quiesced=quiet.seconds)
@@ -519,7 +508,7 @@ def _place(
             vm=vm.name,
             disk=disk.name,
         )
-    _check_idle(vm, disk)
+    check_idle(vm, disk)
     check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
     if overlay_dir is None and is_device(path):
@@ -559,54 +548,6 @@ async def _check_closing(vm: VM, plan: Plan, graph: BlockGraph) -> None:
             vm=vm.name,
             disk=plan.disk.name,
         )
-
-
-def _check_idle(vm: VM, disk: Disk) -> None:
-    if disk.jobs:
-        raise JobConflict(
-            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-            " Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
-
-
-async def _lay(vm: VM, pairs: Sequence[tuple[Disk, FreshOverlay]]) -> None:
-    """All overlays at one instant, or none."""
-    _, graph = await vm.look()  # once more, for others may have been at work meanwhile
-    now = read_disks(graph)
-    for disk, overlay in pairs:
-        active = disk.active and disk.active.node_name
-        found = find_again(now, disk) or next((d for d in now if d.root == disk.root), None)
-        if found is None or (found.active and found.active.node_name) != active:
-            raise WindowError(
-                f"{disk} of {vm.name} writes to {found and found.active} by now, not to"
-                f" {disk.active}: somebody else has changed it while its window was being opened."
-                " Nothing was changed; open the window again",
-                vm=vm.name,
-                disk=disk.name,
-            )
-        size = read_image(graph, active).virtual_size if active in graph.nodes and active else None
-        if size is not None and size != overlay.size:
-            raise WindowError(
-                f"{disk} of {vm.name} was resized from {overlay.size} to {size} bytes while its"
-                " window was being opened. Nothing was changed; open the window again",
-                vm=vm.name,
-                disk=disk.name,
-            )
-        await overlay.check_named()
-    over = {disk.active.node_name: each.node for disk, each in pairs if disk.active is not None}
-    actions = [
-        {"type": "blockdev-snapshot", "data": {"node": node, "overlay": overlay}}
-        for node, overlay in over.items()
-    ]
-    try:
-        await vm.execute("transaction", {"actions": actions})
-    except CommandRefused:
-        for disk in read_disks(await read_graph(vm)):  # a job may have been begun meanwhile
-            if disk.active is not None and disk.active.node_name in over:
-                _check_idle(vm, disk)
-        raise
 
 
 async def _undo(vm: VM, overlays: Sequence[FreshOverlay], claims: Mapping[str, Claim]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.cycles.run import new_overlay
+from qmpcommit.commit.overlay.place import new_overlay
 from qmpcommit.daemon.cycle_times import until_next
 from qmpcommit.wire.cycle import Cycle
 from tests.daemon.daemons import Daemon, daemon

@@ -141,6 +141,11 @@ async def _recycle(qemus: list[Machine]) -> None:
         await job.wait()
 
 
+async def _overlay(qemus: list[Machine]) -> None:
+    async with qc.Session.connect(qemus[0].qmp) as vm:
+        await vm.overlay(["vda"], freeze="pause")
+
+
 async def _discard(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm:
         await vm.discard("vda", guest="reset", delete=True)
@@ -226,6 +231,7 @@ STORIES = [
     ("machine", _pivot),
     ("machine", _recycle),
     ("machine", _recycle_by_hand),
+    ("machine", _overlay),
     ("machine", _discard),
     ("machine", _cycle),
     ("machine", _discarding_cycles),

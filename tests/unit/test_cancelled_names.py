@@ -35,6 +35,7 @@ SESSION: dict[str, Story] = {
     "Session.flatten": real._flatten,
     "Session.launch": unit._in_steps,
     "Session.open": unit._opened,
+    "Session.overlay": real._overlay,
     "Session.pause_job": unit._steered,
     "Session.query_block": real._paused,
     "Session.query_status": real._paused,
