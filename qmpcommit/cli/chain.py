@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.columns import LAYER_HEADS, check_format, format_option
 from qmpcommit.cli.completing import complete_disk, complete_monitor
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
@@ -19,20 +20,26 @@ if TYPE_CHECKING:
 @click.argument("qmp", shell_complete=complete_monitor)
 @click.argument("disk", shell_complete=complete_disk, required=False)
 @click.option("--dot", is_flag=True, help="Print a Graphviz graph (| dot -Tsvg).")
+@format_option(LAYER_HEADS)
 @common
-def chain(qmp: str, disk: str | None, *, dot: bool, **given: Any) -> Answer:
+def chain(
+    qmp: str, disk: str | None, *, dot: bool, columns: list[str] | None, **given: Any
+) -> Answer:
     """The disks of a VM and their backing chains, active layer first.
 
     Layers are numbered as --base and --top of 'qmpcommit commit' take them. With DISK, only
     that disk.
     """
     options = Options.of(**given)
+    check_format(columns, dot=dot, json=options.as_json)
     from qmpcommit.cli.running import run
 
-    return run(options, lambda running: _chain(running, qmp, disk, dot))
+    return run(options, lambda running: _chain(running, qmp, disk, dot, columns))
 
 
-async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
+async def _chain(
+    running: Run, qmp: str, disk: str | None, dot: bool, columns: list[str] | None
+) -> Answer:
     from qmpcommit.block.chain import find_disk, read_disks
     from qmpcommit.block.identity import all_told_where
     from qmpcommit.cli.held import tell_of_held, warn_of_held
@@ -67,9 +74,9 @@ async def _chain(running: Run, qmp: str, disk: str | None, dot: bool) -> Answer:
         return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
     return Answer(
         data,
-        disks_text(disks),
+        disks_text(disks, columns=columns),
         quiet=running.options.quiet,
-        draw=lambda: draw(lambda width: disks_text(disks, width)),
+        draw=lambda: draw(lambda width: disks_text(disks, width, columns)),
     )
 
 

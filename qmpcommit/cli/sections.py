@@ -24,14 +24,14 @@ SECTIONS = {
         *("delete", "rename", "on_pivot", "overlay", "overlay_dir", "folders"),
         *("overlay_options", "overlay_secret", "offline", "config", "keep_files"),
     ),
-    "Output": ("dot", "as_json", "quiet", "verbose", "help"),
+    "Output": ("dot", "columns", "watch", "as_json", "quiet", "verbose", "help"),
 }
 """The options by their names; any other one is under *Options*, before these."""
 
 VM = "/run/vms/web1/qmp.sock"
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
-    "vms": ("vms", "vms '/run/vms/*/qmp.sock' --json"),
+    "vms": ("vms", "vms --watch", "vms '/run/vms/*/qmp.sock' --json"),
     "chain": (f"chain {VM}", f"chain {VM} vda --json", f"chain {VM} --dot"),
     "commit": (
         f"commit {VM} vda --pivot --delete",
@@ -42,7 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         f"commit {VM} vda vdb --pivot",
         "--daemon commit web1 vda --pivot",
     ),
-    "jobs": (f"jobs {VM}", f"jobs {VM} --json"),
+    "jobs": (f"jobs {VM}", f"jobs {VM} --watch", f"jobs {VM} --format disk,percent,eta,job"),
     "pivot": (f"pivot {VM} qmpcommit-vda-1a2b3c4d --wait --delete",),
     "keep": (f"keep {VM} qmpcommit-vda-1a2b3c4d",),
     "abort": (f"abort {VM} qmpcommit-vda-1a2b3c4d",),

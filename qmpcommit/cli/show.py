@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from qmpcommit.units import show_size
 
@@ -137,18 +137,31 @@ def image_facts(image: Image, place: int, last: bool) -> str:
     return ", ".join(facts)
 
 
-def disks_text(disks: list[Disk], width: int | None = None) -> str:
+def disks_text(
+    disks: list[Disk], width: int | None = None, columns: Sequence[str] | None = None
+) -> str:
     """The disks as tables, a row a layer, its file drawn under the one that backs on it.
 
-    In `width` columns lines are wrapped, and nothing is cut.
+    In `width` columns lines are wrapped, and nothing is cut. With `columns` all are one table of
+    these.
     """
     if not disks:
         return "no disks"
+    if columns is not None:
+        from qmpcommit.cli.columns import LAYER_HEADS, shown
+
+        rows = [
+            (_layer_cells(disk, image, place), ())
+            for disk in disks
+            for place, image in enumerate(disk.chain)
+        ]
+        return "\n".join(shown(LAYER_HEADS, rows, width, columns=columns, usual=()))
     return "\n".join(line for disk in disks for line in _disk_lines(disk, width))
 
 
 def _disk_lines(disk: Disk, width: int | None) -> Iterator[str]:
-    from qmpcommit.cli.tables import table, wrapped
+    from qmpcommit.cli.columns import LAYER_HEADS, LAYER_USUAL, shown
+    from qmpcommit.cli.tables import wrapped
 
     about = disk_title(disk)
     yield from wrapped(f"{disk.name}" + (f"  ({about})" if about else ""), width, 2)
@@ -157,11 +170,24 @@ def _disk_lines(disk: Disk, width: int | None) -> Iterator[str]:
         return
     rows = []
     for place, image in enumerate(disk.chain):
-        file = f"{'    ' * (place - 1)}└── {image.filename}" if place else image.filename
-        sizes = [show_size(image.virtual_size), show_size(image.allocated_size)]
-        cells = [str(place), image.driver, image.node_name, *sizes, file]
+        cells = _layer_cells(disk, image, place)
+        if place:
+            cells["file"] = f"{'    ' * (place - 1)}└── {image.filename}"
         rows.append((cells, _remarks_of(image, place, image is disk.chain[-1])))
-    yield from table(("LAYER", "FORMAT", "NODE", "SIZE", "ON HOST", "FILE"), rows, width)
+    yield from shown(LAYER_HEADS, rows, width, columns=None, usual=LAYER_USUAL)
+
+
+def _layer_cells(disk: Disk, image: Image, place: int) -> dict[str, str]:
+    return {
+        "layer": str(place),
+        "format": image.driver,
+        "node": image.node_name,
+        "size": show_size(image.virtual_size),
+        "host": show_size(image.allocated_size),
+        "file": image.filename,
+        "disk": disk.name,
+        "bitmaps": " ".join(image.bitmaps),
+    }
 
 
 def _remarks_of(image: Image, place: int, last: bool) -> list[str]:
@@ -197,23 +223,12 @@ def disks_dot(vm: str, disks: list[Disk]) -> str:
     return "\n".join([*lines, "}"])
 
 
-def jobs_text(jobs: list[Mapping[str, Any]]) -> str:
-    """The jobs, a paragraph each."""
-    if not jobs:
-        return "no block jobs"
-    return "\n".join(line for job in jobs for line in _job_lines(job))
+def ready_text(seconds: float, bound: str) -> str:
+    """For how long a job is READY, as well as that is known."""
+    return f"{({'at most': '<= ', 'at least': '>= '}).get(bound, '')}{show_seconds(seconds)}"
 
 
-def _job_lines(job: Mapping[str, Any]) -> Iterator[str]:
-    whose = "  (ours)" if job["ours"] else ""
-    on = f" on {job['disk']}" if job["disk"] else ""
-    yield f"{job['id']}{whose}"
-    left = job["total"] - job["current"]
-    yield (
-        f"  {job['type']}{on}: {job['status']}, {show_size(job['current'])} of"
-        f" {show_size(job['total'])}, {show_size(left)} left"
-    )
-    if job["error"]:
-        yield f"  error: {job['error']}"
-    if job["next"]:
-        yield f"  {job['next']}"
+def phase_text(status: str) -> str:
+    """What a job is at, for people, from QEMU's own word."""
+    words = {"running": "copying", "ready": "READY", "standby": "READY, paused"}
+    return words.get(status, status)

@@ -6,17 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.columns import check_format, format_option, shown
 from qmpcommit.cli.completing import complete_monitor
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
+from qmpcommit.cli.watching import check_watch, watch_option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from qmpcommit.cli.running import Run
+    from qmpcommit.commit.rates import JobPace, Rates
     from qmpcommit.recovery.host import VMState
 
-HEADS = ("VM", "QEMU", "STATE", "DISKS", "DEPTH", "OVERLAYS", "JOBS", "MONITOR")
+HEADS = {
+    "vm": "VM",
+    "qemu": "QEMU",
+    "state": "STATE",
+    "disks": "DISKS",
+    "depth": "DEPTH",
+    "overlays": "OVERLAYS",
+    "jobs": "JOBS",
+    "monitor": "MONITOR",
+}
+USUAL = tuple(HEADS)
+
+EVERY = 2.0
+"""Seconds between two looks of ``--watch``: each connects to all monitors anew."""
 
 NONE = (
     "no VM was found. Looked for sockets {sockets}, and for the QMP monitors of the processes that"
@@ -26,8 +42,10 @@ NONE = (
 
 @click.command(cls=Command)
 @click.argument("globs", shell_complete=complete_monitor, nargs=-1, metavar="[GLOB]...")
+@watch_option
+@format_option(HEADS)
 @common
-def vms(globs: tuple[str, ...], **given: Any) -> Answer:
+def vms(globs: tuple[str, ...], *, watch: bool, columns: list[str] | None, **given: Any) -> Answer:
     """The VMs of this host: their disks, jobs and windows, and what is wrong.
 
     GLOBs name the sockets of monitors. Without one, all are shown that are in the usual place
@@ -36,12 +54,32 @@ def vms(globs: tuple[str, ...], **given: Any) -> Answer:
     shown with why.
     """
     options = Options.of(**given)
+    check_format(columns, json=options.as_json)
+    check_watch(watch, options.as_json)
     from qmpcommit.cli.running import run
 
-    return run(options, lambda running: _vms(running, globs))
+    return run(options, lambda running: _vms(running, globs, columns, watch=watch))
 
 
-async def _vms(running: Run, globs: tuple[str, ...]) -> Answer:
+async def _vms(
+    running: Run,
+    globs: tuple[str, ...],
+    columns: Sequence[str] | None = None,
+    *,
+    watch: bool = False,
+) -> Answer:
+    from qmpcommit.cli.watching import watched
+    from qmpcommit.commit.rates import Rates
+
+    rates = Rates()
+    if watch:
+        return await watched(running, lambda: _look(running, globs, columns, rates), every=EVERY)
+    return await _look(running, globs, columns, rates)
+
+
+async def _look(
+    running: Run, globs: tuple[str, ...], columns: Sequence[str] | None, rates: Rates
+) -> Answer:
     import asyncio
 
     from qmpcommit.cli.tables import draw
@@ -51,6 +89,7 @@ async def _vms(running: Run, globs: tuple[str, ...]) -> Answer:
 
     places = await asyncio.to_thread(find, globs)
     found = await states(places, within=within(running))
+    paces = paces_of(found, rates)
     data = {
         "vms": [each.model_dump(mode="json") for each in found],
         "looked": list(globs) or [SOCKETS, "/proc"],
@@ -58,12 +97,29 @@ async def _vms(running: Run, globs: tuple[str, ...]) -> Answer:
     quiet = running.options.quiet
     if not found:
         return Answer(data, NONE.format(sockets=SOCKETS), quiet=quiet)
-    return Answer(
-        data,
-        "\n".join(_lines(found, None)),
-        quiet=quiet,
-        draw=lambda: draw(lambda width: "\n".join(_lines(found, width))),
-    )
+
+    def text(width: int | None) -> str:
+        rows = [(_cells(each), list(_remarks(each, paces))) for each in found]
+        return "\n".join(shown(HEADS, rows, width, columns=columns, usual=USUAL))
+
+    return Answer(data, text(None), quiet=quiet, draw=lambda: draw(text))
+
+
+def paces_of(found: Sequence[VMState], rates: Rates) -> dict[tuple[str, str], JobPace]:
+    """How fast the jobs of these VMs are, by the VM's address and the job's id."""
+    import time
+
+    at = time.monotonic()
+    paces = {
+        (vm.address, job.id): rates.look(
+            (vm.address, job.id), at, status=job.status, current=job.current, total=job.total,
+            speed=job.speed, begun_for=job.begun_for,
+        )
+        for vm in found
+        for job in vm.jobs
+    }  # fmt: skip
+    rates.forget(set(paces))
+    return paces
 
 
 def within(running: Run) -> float:
@@ -73,29 +129,34 @@ def within(running: Run) -> float:
     return WITHIN if running.remaining is None else 0.9 * running.remaining
 
 
-def _lines(found: Sequence[VMState], width: int | None) -> Iterator[str]:
-    from qmpcommit.cli.tables import table
-
-    yield from table(HEADS, [(_cells(each), list(_remarks(each))) for each in found], width)
-
-
-def _cells(vm: VMState) -> list[str]:
+def _cells(vm: VMState) -> dict[str, str]:
     from qmpcommit.units import show_size
 
     over = [show_size(each.overlay_size) if each.overlay else "-" for each in vm.disks]
-    cells = [
-        vm.name,
-        vm.qemu,
-        vm.status or ("no guest" if vm.asked else "not asked"),
-        ", ".join(each.name for each in vm.disks),
-        ", ".join(str(each.depth) for each in vm.disks),
-        ", ".join(over),
-        ", ".join(each.status for each in vm.jobs),
-    ]
-    return [*(cell or "-" for cell in cells), vm.address]
+    return {
+        "vm": vm.name,
+        "qemu": vm.qemu,
+        "state": vm.status or ("no guest" if vm.asked else "not asked"),
+        "disks": ", ".join(each.name for each in vm.disks),
+        "depth": ", ".join(str(each.depth) for each in vm.disks),
+        "overlays": ", ".join(over),
+        "jobs": ", ".join(each.status for each in vm.jobs),
+        "monitor": vm.address,
+    }
 
 
-def _remarks(vm: VMState) -> Iterator[str]:
+def pace_text(pace: JobPace) -> str:
+    """What is said of a job beside its bytes; "" where nothing is known."""
+    from qmpcommit.cli.show import ready_text, show_seconds
+    from qmpcommit.units import show_size
+
+    if pace.ready_for is not None:
+        return f", READY for {ready_text(pace.ready_for, pace.ready_bound)}"
+    rate = f", {show_size(pace.rate)}/s" if pace.rate else ""
+    return f"{rate}, {show_seconds(pace.eta)} to go" if pace.eta is not None else rate
+
+
+def _remarks(vm: VMState, paces: Mapping[tuple[str, str], JobPace]) -> Iterator[str]:
     """What stands under a VM's row."""
     from qmpcommit.cli.show import show_seconds
     from qmpcommit.units import show_size
@@ -104,7 +165,7 @@ def _remarks(vm: VMState) -> Iterator[str]:
         on = f" on {job.disk}" if job.disk else ""
         yield (
             f"job {job.id}{on}: {job.type}, {job.status}, {show_size(job.current)} of"
-            f" {show_size(job.total)}"
+            f" {show_size(job.total)}{pace_text(paces[vm.address, job.id])}"
         )
     for disk in vm.disks:
         if disk.held:

@@ -6,7 +6,8 @@ Rests on ``query-version``, ``query-name``, and what `recover` looks at.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,10 @@ class DiskState(Record):
 
 @record
 class JobState(Record):
-    """One job: its phase (``status``), and its bytes."""
+    """One job: its phase (``status``), its bytes, and its limit in bytes per second (0: none).
+
+    `begun_for` is for how many seconds its disk is held, where somebody holds it.
+    """
 
     id: str
     type: str
@@ -50,6 +54,8 @@ class JobState(Record):
     disk: str = ""
     current: int = 0
     total: int = 0
+    speed: int = 0
+    begun_for: float | None = None
 
 
 @record
@@ -94,8 +100,12 @@ async def look(vm: VM) -> VMState:
     """One VM as it is now. Raises what `Monitor.execute` raises."""
     name, qemu = await name_of(vm), await version_of(vm)
     seen = await see(vm)
+    speeds: dict[str, int] = {}
+    if seen.jobs:
+        block = await vm.execute("query-block-jobs")
+        speeds = {str(job["device"]): int(job["speed"]) for job in block}
     windows = await asyncio.to_thread(windows_of, seen.disks, vm.cwd)
-    on = {job: disk.name for disk in seen.disks for job in disk.jobs}
+    on = {job: disk for disk in seen.disks for job in disk.jobs}
     return VMState(
         address=str(vm.address),
         name=name,
@@ -103,19 +113,25 @@ async def look(vm: VM) -> VMState:
         status=seen.status or "",
         disks=tuple(_disk(seen, disk) for disk in seen.disks if disk.chain),
         jobs=tuple(
-            JobState(
-                id=each,
-                type=str(job.get("type")),
-                status=str(job.get("status")),
-                disk=on.get(each, ""),
-                current=int(job.get("current-progress") or 0),
-                total=int(job.get("total-progress") or 0),
-            )
-            for each, job in seen.jobs.items()
+            _job(seen, job, on.get(each), speeds.get(each, 0)) for each, job in seen.jobs.items()
         ),
         windows=tuple(windows),
         frozen=tuple(mark.message for mark in marks_among(seen.graph.nodes)),
         wrong=(*stopped(seen), *(each.message for each in look_up([seen]))),
+    )
+
+
+def _job(seen: Seen, job: Mapping[str, Any], disk: Disk | None, speed: int) -> JobState:
+    owner = owner_in(seen.graph, disk) if disk is not None else None
+    return JobState(
+        id=str(job["id"]),
+        type=str(job.get("type")),
+        status=str(job.get("status")),
+        disk=disk.name if disk is not None else "",
+        current=int(job.get("current-progress") or 0),
+        total=int(job.get("total-progress") or 0),
+        speed=speed,
+        begun_for=max(0.0, time.time() - owner.since) if owner and owner.since else None,
     )
 
 

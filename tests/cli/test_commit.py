@@ -242,7 +242,7 @@ async def test_a_ready_job_is_ended_from_elsewhere(decision: str, folder: Path) 
         holding = await start("commit", qemu.qmp, "vda", "--hold", "--json")
         job = await job_of(qemu, "ready")
         said = await run("jobs", qemu.qmp2)
-        assert f"{job}  (ours)" in said.out
+        assert "vda   commit  READY  100" in said.out
         assert f"qmpcommit pivot|keep|abort {qemu.qmp2} {job}" in said.out
         (entry,) = (await run("jobs", qemu.qmp2, "--json")).json["jobs"]
         assert (entry["id"], entry["disk"], entry["ready"]) == (job, "vda", True)
