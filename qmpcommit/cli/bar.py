@@ -1,12 +1,14 @@
-"""The live bar of a commit: on a terminal's standard error, and nowhere else."""
+"""Progress on standard error: a live bar on a terminal, lines where they are asked for."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from qmpcommit.cli.following import take_up
 from qmpcommit.cli.show import show_seconds
@@ -17,18 +19,34 @@ if TYPE_CHECKING:
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import JobProgress
+    from qmpcommit.session import Session
+
+    Job = CommitJob | RemoteJob
 
 EVERY = 0.5
 """Seconds between two looks; the first comes that late too, so a short job is not asked at all."""
 
+LINES = 5.0
+"""Seconds between two lines about a job that goes on as it did."""
+
+_AS_QEMU = {"copying": "running", "ready": "ready"}
+"""What QEMU calls a phase, of which a daemon tells its own word."""
+
 
 class Bar:
-    """Draws a job's progress where somebody can see it; rich is imported when this is made."""
+    """Draws jobs' progress where somebody can see it; rich is imported when this is made.
 
-    def __init__(self, options: Options, qmp: str) -> None:
-        self._options, self._qmp = options, qmp
+    `ready` is what stands beside a job that waits for its decision; by default how it is taken up.
+    """
+
+    def __init__(self, options: Options, qmp: str, *, ready: str | None = None) -> None:
+        from qmpcommit.commit.rates import Rates
+
+        self._options, self._qmp, self._ready = options, qmp, ready
+        self._how = how(options)
+        self._rates = Rates()
         self._drawn: Any = None
-        if options.quiet or sys.stderr is None or not sys.stderr.isatty():
+        if self._how != "bar":
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
@@ -45,47 +63,114 @@ class Bar:
         )
 
     @asynccontextmanager
-    async def of(self, job: CommitJob | RemoteJob, title: str) -> AsyncIterator[None]:
+    async def of(self, job: Job, title: str) -> AsyncIterator[None]:
         """Draw while in the block, with the disk as the title."""
-        if self._drawn is None:
+        if self._how == "none":
             yield
             return
         drawing = asyncio.create_task(self._draw(job, title))
         try:
             yield
         finally:
-            drawing.cancel()
-            await asyncio.wait({drawing})
-            if not drawing.cancelled():
-                drawing.exception()  # a bar that can't be drawn is no reason to fail
+            await self._end([drawing])
+
+    @asynccontextmanager
+    async def of_all(self, vms: Collection[Session]) -> AsyncIterator[None]:
+        """The same of whatever commits run on these VMs while in the block."""
+        if self._how == "none":
+            yield
+            return
+        drawing: dict[Job, asyncio.Task[None]] = {}
+        looking = asyncio.create_task(self._look(vms, drawing))
+        try:
+            yield
+        finally:
+            await self._end([looking])
+            await self._end(drawing.values())
+
+    async def _look(self, vms: Collection[Session], drawing: dict[Job, asyncio.Task[None]]) -> None:
+        while True:
+            for vm in vms:
+                for job in vm.jobs:
+                    if job not in drawing:
+                        disk = job.plan.disk.name
+                        title = disk if len(vms) == 1 else f"{vm.name} {disk}"
+                        drawing[job] = asyncio.create_task(self._draw(job, title))
+            await asyncio.sleep(EVERY)
+
+    async def _end(self, tasks: Collection[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # a bar that can't be drawn is no reason to fail
+        if self._drawn is not None:
             self._drawn.stop()
 
-    async def _draw(self, job: CommitJob | RemoteJob, title: str) -> None:
+    async def _draw(self, job: Job, title: str) -> None:
         await asyncio.sleep(EVERY)
-        drawn = self._drawn
-        drawn.start()
-        task = drawn.add_task(title, total=None, facts="")
+        clock = asyncio.get_running_loop().time
+        said: tuple[str, float] = "", 0.0
+        task: Any = None
         async for now in job.progress(EVERY):
+            facts = self._facts(job, now, clock())
+            if self._drawn is None:
+                if now.phase != said[0] or clock() - said[1] >= LINES:
+                    said = now.phase, clock()
+                    click.echo(f"qmpcommit: {title}: {facts}", err=True)
+                continue
+            if task is None:
+                self._drawn.start()
+                task = self._drawn.add_task(title, total=None, facts="")
             # QEMU's total grows while the guest writes, so it is the bytes left that tell.
-            drawn.update(
+            self._drawn.update(
                 task,
                 completed=now.current,
                 total=max(now.total, 1),
-                facts=self._facts(job, now),
+                facts=facts,
                 refresh=True,
             )
+        if task is not None:
+            self._drawn.remove_task(task)
 
-    def _facts(self, job: CommitJob | RemoteJob, now: JobProgress) -> str:
-        left = max(0, now.total - now.current)
+    def _facts(self, job: Job, now: JobProgress, at: float) -> str:
+        from qmpcommit.commit.rates import percent
+
+        status = now.status or _AS_QEMU.get(now.phase, now.phase)
+        pace = self._rates.look(
+            job.id, at, status=status, current=now.current, total=now.total, speed=_limit(job)
+        )
         if now.phase == "ready":
-            return f"READY ({take_up(self._options, self._qmp, job.id)})"
+            age = f" for {show_seconds(pace.ready_for)}" if pace.ready_for else ""
+            return f"READY{age} ({self._ready or take_up(self._options, self._qmp, job.id)})"
         if now.phase == "queued":
             return "queued"
-        facts = f"{show_size(now.current)} of {show_size(now.total)}"
-        if now.phase == "copying" and now.bandwidth > 0:
-            facts += f", {show_size(now.bandwidth)}/s, {show_seconds(left / now.bandwidth)} to go"
+        done = percent(now.current, now.total, status)
+        facts = f"{done:g}%, " if done is not None else ""
+        facts += f"{show_size(now.current)} of {show_size(now.total)}"
+        if now.phase == "copying" and pace.eta is not None:
+            facts += f", {show_size(pace.rate)}/s" if pace.rate else ""
+            facts += f", {show_seconds(pace.eta)} to go"
         elif now.status in ("paused", "standby"):
             facts += ", paused"
         elif now.phase == "decided":
             facts += ", ending"
         return facts
+
+
+def _limit(job: Job) -> int:
+    """The rate that it was begun with, at most."""
+    plan = getattr(job, "plan", None)
+    asked = plan.arguments.get("speed") if plan is not None else job.view.bandwidth  # type: ignore[union-attr]
+    return int(asked or 0)
+
+
+def how(options: Options) -> str:
+    """Whether progress is a "bar", "plain" lines or "none"; no bar is where no terminal is."""
+    if options.quiet or sys.stderr is None:
+        return "none"
+    drawn = sys.stderr.isatty()
+    asked = options.progress or ("bar" if drawn else "none")
+    return "plain" if asked == "bar" and not drawn else asked

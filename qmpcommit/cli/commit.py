@@ -21,6 +21,7 @@ from qmpcommit.cli.options import (
     common,
     here,
     overlay_asked,
+    progress_option,
     shell,
 )
 from qmpcommit.cli.sections import Command
@@ -160,6 +161,7 @@ class CommitCommand(Command):
     " 'qmpcommit wait QMP JOB --then pivot' (or pivot, keep, abort) does.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be checked and sent; send nothing.")
+@progress_option
 @common
 def commit(
     qmp: str,

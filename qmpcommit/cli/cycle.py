@@ -20,6 +20,7 @@ from qmpcommit.cli.options import (
     here,
     overlay_asked,
     override_option,
+    progress_option,
     shell,
 )
 from qmpcommit.cli.sections import Command
@@ -48,6 +49,7 @@ OTHERWISE = 3
 @click.option("--delete", is_flag=True, help="Delete the former overlay.")
 @freezing
 @override_option
+@progress_option
 @common
 def cycle(
     words: tuple[str, ...],
@@ -117,12 +119,14 @@ async def _cycle(
 ) -> Answer:
     import asyncio
 
+    from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import OwnCommits
 
     vms = {qmp: running.connect(qmp) for qmp, _ in disks}
     commits = OwnCommits(running, vms.values())
     try:
-        rounds = await _round(vms, disks, sockets, request)
+        async with Bar(running.options, disks[0][0]).of_all(vms.values()):
+            rounds = await _round(vms, disks, sockets, request)
     except asyncio.CancelledError:
         qmp, disk = disks[0]
         chain = f"'qmpcommit chain {shlex.quote(qmp)}' shows what it writes to"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qmpcommit.cli.completing import complete_job, complete_monitor
-from qmpcommit.cli.options import Answer, Options, common, shell
+from qmpcommit.cli.options import Answer, Options, common, progress_option, shell
 from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def _after_pivot(command: F) -> F:
 @click.argument("job", shell_complete=complete_job)
 @_WAITS
 @_after_pivot
+@progress_option
 @common
 def pivot(qmp: str, job: str, **given: Any) -> Answer:
     """End a READY commit: its base becomes the active image, and the overlay is invalid.
@@ -57,6 +58,7 @@ def pivot(qmp: str, job: str, **given: Any) -> Answer:
 @click.argument("qmp", shell_complete=complete_monitor)
 @click.argument("job", shell_complete=complete_job)
 @_WAITS
+@progress_option
 @common
 def keep(qmp: str, job: str, **given: Any) -> Answer:
     """End a READY commit: the overlay stays active, and the base holds everything until now.
@@ -96,6 +98,7 @@ def abort(qmp: str, job: str, **given: Any) -> Answer:
     help="At READY, pivot or keep the overlay, and wait for the end.",
 )
 @_after_pivot
+@progress_option
 @common
 def wait(qmp: str, job: str, *, until: str, choice: str | None, **given: Any) -> Answer:
     """Wait for a commit that is there already, as 'commit --detach' leaves one.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.bar import Bar
 from qmpcommit.cli.freezing import tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Interrupted
@@ -155,7 +156,8 @@ async def commit_group(
             **options,
         )
         asking = Asking(group, policy.timeout) if policy.kind == "hold" else None
-        outcome = await _run(running, group, asking)
+        async with Bar(running.options, "", ready="of a group").of_all(vms.values()):
+            outcome = await _run(running, group, asking)
     return Answer(
         outcome.model_dump(mode="json"),
         group_text(outcome),

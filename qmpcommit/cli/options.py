@@ -16,6 +16,9 @@ from qmpcommit.units import parse_seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+PROGRESS = "qmpcommit.progress"
+"""Where click keeps what ``--progress`` says."""
+
 
 class Interrupted(QmpCommitError):
     """A signal has ended the command; `outcome` is how the job ended, where it was seen to end."""
@@ -37,7 +40,8 @@ class Answer(NamedTuple):
 class Options(NamedTuple):
     """The options that all commands have; `deadline` is on `time.monotonic`'s clock.
 
-    `daemon` is the address of the daemon that is to do it, None for no daemon.
+    `daemon` is the address of the daemon that is to do it, None for no daemon; `progress` is how
+    it is shown, None where that was not said.
     """
 
     as_json: bool
@@ -46,13 +50,14 @@ class Options(NamedTuple):
     timeout: float | None
     deadline: float | None
     daemon: str | None = None
+    progress: str | None = None
 
     @classmethod
     def of(cls, as_json: bool, quiet: bool, verbose: int, timeout: str | None) -> Options:
         """From the command line; raises `InvalidRequest`."""
         seconds = None if timeout is None else parse_seconds(timeout, "timeout")
         deadline = None if seconds is None else time.monotonic() + seconds
-        return cls(as_json, quiet, verbose, seconds, deadline, _daemon())
+        return cls(as_json, quiet, verbose, seconds, deadline, _daemon(), _progress())
 
     @property
     def program(self) -> str:
@@ -68,6 +73,26 @@ def _daemon() -> str | None:
     context = click.get_current_context(silent=True)
     given = context.find_root().params.get("daemon") if context is not None else None
     return given or _default_daemon() if given is not None else None
+
+
+def _progress() -> str | None:
+    context = click.get_current_context(silent=True)
+    return context.meta.get(PROGRESS) if context is not None else None
+
+
+def progress_option(command: F) -> F:
+    """Add ``--progress``, as those have it that commit; its value is one of `Options`."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        ctx.meta[PROGRESS] = value
+
+    return click.option(
+        "--progress",
+        type=click.Choice(["bar", "plain", "none"]),
+        callback=keep,
+        expose_value=False,
+        help="A bar (as on a terminal), lines every 5 s, or nothing (as elsewhere).",
+    )(command)
 
 
 def _default_daemon() -> str:

@@ -24,7 +24,7 @@ SECTIONS = {
         *("delete", "rename", "on_pivot", "overlay", "overlay_dir", "folders"),
         *("overlay_options", "overlay_secret", "offline", "config", "keep_files"),
     ),
-    "Output": ("dot", "columns", "watch", "as_json", "quiet", "verbose", "help"),
+    "Output": ("dot", "columns", "watch", "progress", "as_json", "quiet", "verbose", "help"),
 }
 """The options by their names; any other one is under *Options*, before these."""
 

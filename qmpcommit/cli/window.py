@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +27,7 @@ from qmpcommit.cli.options import (
     here,
     overlay_asked,
     override_option,
+    progress_option,
 )
 from qmpcommit.cli.sections import Command
 from qmpcommit.cli.show import remarks
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 @freezing
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
 @override_option
+@progress_option
 @common
 def window(
     qmp: str,
@@ -137,7 +144,7 @@ async def _window(running: Run, qmp: str, command: list[str], request: dict[str,
     async with running.vm(qmp) as vm:
         await tell_of_held(vm, qmp)
         running.so_far = _undone(qmp)
-        async with vm.snapshot(**request) as window:
+        async with _shown_closing(running, qmp, [vm]), vm.snapshot(**request) as window:
             files = {disk: frozen.filename for disk, frozen in window.items()}
             status = await _run(
                 running, command, files, {disk: each.astray for disk, each in window.items()}
@@ -193,7 +200,18 @@ async def _over_several(
             pairs = [(vms[qmp], disk) for qmp, disks in wanted.items() for disk in disks]
             sockets = {vms[qmp]: socket for qmp, socket in agents.items()}
             opening = snapshot(pairs, agents=sockets, **request)
+            await stack.enter_async_context(_shown_closing(running, "", vms.values()))
         yield await stack.enter_async_context(opening)
+
+
+def _shown_closing(
+    running: Run, qmp: str, vms: Collection[Any]
+) -> AbstractAsyncContextManager[None]:
+    """The progress of the commits that close a window; a daemon's are its own."""
+    from qmpcommit.cli.bar import Bar
+    from qmpcommit.session import Session
+
+    return Bar(running.options, qmp).of_all([vm for vm in vms if isinstance(vm, Session)])
 
 
 def _undone(*qmps: str) -> str:
@@ -319,6 +337,7 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     help="Make absolute backing names relative (relative ones stay so in any case).",
 )
 @override_option
+@progress_option
 @common
 def flatten(
     qmp: str,
@@ -351,6 +370,7 @@ def flatten(
 async def _flatten(running: Run, qmp: str, disk: str, asked: dict[str, Any]) -> Answer:
     import asyncio
 
+    from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import OwnCommits
 
     outcomes: list[CommitOutcome] = []
@@ -360,10 +380,11 @@ async def _flatten(running: Run, qmp: str, disk: str, asked: dict[str, Any]) -> 
     try:
         async with vm:
             await tell_of_held(vm, qmp, [disk])
-            async for outcome in vm.flatten(disk, **asked):
-                outcomes.append(outcome)
-                if outcome.action == "pivot" and outcome.active is not None:
-                    now_called = outcome.active.filename
+            async with Bar(running.options, qmp).of_all([vm]):
+                async for outcome in vm.flatten(disk, **asked):
+                    outcomes.append(outcome)
+                    if outcome.action == "pivot" and outcome.active is not None:
+                        now_called = outcome.active.filename
             now = await vm.disk(now_called)
     except asyncio.CancelledError:
         said = f"{len(outcomes)} layers were merged, and the chain is valid: run it again to go on"
