@@ -15,6 +15,7 @@ from qmpcommit.cli.show import show_seconds
 from qmpcommit.units import show_size
 
 if TYPE_CHECKING:
+    from qmpcommit.cli.asking import Keys
     from qmpcommit.cli.options import Options
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.commit.job import CommitJob
@@ -63,16 +64,18 @@ class Bar:
         )
 
     @asynccontextmanager
-    async def of(self, job: Job, title: str) -> AsyncIterator[None]:
-        """Draw while in the block, with the disk as the title."""
+    async def of(self, job: Job, title: str, keys: Keys | None = None) -> AsyncIterator[None]:
+        """Draw while in the block, with the disk as the title; `keys` decide at READY."""
         if self._how == "none":
             yield
             return
-        drawing = asyncio.create_task(self._draw(job, title))
+        drawing = asyncio.create_task(self._draw(job, title, keys))
         try:
             yield
         finally:
             await self._end([drawing])
+            if keys is not None:
+                await keys.end()
 
     @asynccontextmanager
     async def of_all(self, vms: Collection[Session]) -> AsyncIterator[None]:
@@ -109,12 +112,15 @@ class Bar:
         if self._drawn is not None:
             self._drawn.stop()
 
-    async def _draw(self, job: Job, title: str) -> None:
+    async def _draw(self, job: Job, title: str, keys: Keys | None = None) -> None:
         await asyncio.sleep(EVERY)
         clock = asyncio.get_running_loop().time
         said: tuple[str, float] = "", 0.0
         task: Any = None
         async for now in job.progress(EVERY):
+            if keys is not None and now.phase == "ready" and self._drawn is not None:
+                keys.begin()
+                self._ready = keys.text
             facts = self._facts(job, now, clock())
             if self._drawn is None:
                 if now.phase != said[0] or clock() - said[1] >= LINES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,10 @@ from qmpcommit.cli.options import (
 from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
+    from qmpcommit.cli.asking import Keys
     from qmpcommit.cli.running import Run
+    from qmpcommit.client.job import RemoteJob
+    from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.plan import Plan
@@ -191,10 +194,10 @@ def commit(
     """Commit a disk's overlay into its backing file while the guest runs.
 
     What to do when the copy is READY has to be said, for there is no default: give exactly one
-    of --pivot, --keep-overlay, --abort, --hold, --check, --recycle and --policy. (A --top below
-    the active layer has one phase only and needs none.) At READY the base already holds the
-    overlay's data, whatever is decided; a test of whether it should be committed at all is
-    --only-if.
+    of --pivot, --keep-overlay, --abort, --hold, --check, --recycle and --policy. (On a terminal
+    it is asked else; a --top below the active layer has one phase only and needs none.) At READY
+    the base already holds the overlay's data, whatever is decided; a test of whether it should
+    be committed at all is --only-if.
 
     --base and --top take a node-name, a file, or a layer's number (0 is the active layer). CMD
     learns the commit from QMPCOMMIT_VM, _DISK, _JOB, _BASE, _TOP, _BASE_NODE and _TOP_NODE.
@@ -223,10 +226,12 @@ def commit(
 
         parse_size(given["bandwidth"], "bandwidth")
     hook = None if on_pivot is None else shell(on_pivot, "--on-pivot")
+    named = [(qmp, name) for name in ("disk" if offline else disk or "", *more)] + list(others)
     policy = _policy(
         {name: given.pop(name) for name in _DECISIONS},
         needed=(given["top"] is None or given["top"].strip() == "0") and not detach,
         overlay=asked_of_overlay(overlay_options, overlay_secret),
+        ask=None if dry_run else lambda: _ask(options, named, given, offline=offline),
     )
     stale: Stale = "delete" if given.pop("delete") else "rename" if rename else "leave"
     _refuse_unheard(policy, stale, hook, given["override"])
@@ -249,9 +254,7 @@ def commit(
         from qmpcommit.group.run import HOLD_LIMIT
         from qmpcommit.units import parse_seconds
 
-        assert disk is not None
         group.check_group(request, offline=offline)
-        named = [(qmp, name) for name in (disk, *more)] + list(others)
         assert policy is not None
         group.policies_of(policy, named)
         sockets = sockets_of(freeze, [name for name, _ in named], agents)
@@ -292,7 +295,11 @@ def _converge(text: str) -> Converge:
 
 
 def _policy(
-    decisions: dict[str, Any], *, needed: bool, overlay: dict[str, Any]
+    decisions: dict[str, Any],
+    *,
+    needed: bool,
+    overlay: dict[str, Any],
+    ask: Callable[[], AnyPolicy | None] | None,
 ) -> AnyPolicy | None:
     """The one policy that was given; raises `PolicyRequired` or `InvalidRequest`."""
     given = {name: value for name, value in decisions.items() if value not in (None, False)}
@@ -308,6 +315,10 @@ def _policy(
         return None
     if not given:
         from qmpcommit.errors import PolicyRequired
+
+        said = ask() if ask is not None else None
+        if said is not None:
+            return said
 
         raise PolicyRequired(
             "nothing says what to do when the copy is READY: give --pivot to make the base the"
@@ -420,14 +431,53 @@ async def _commit(running: Run, qmp: str, request: dict[str, Any], *, offline: b
     from qmpcommit.cli.held import tell_of_held
 
     bar = Bar(running.options, qmp)
+    policy = request["policy"]
     async with _offline(qmp) if offline else running.connect(qmp) as vm:
         await tell_of_held(vm, qmp, [request["disk"]])
         foreground = Foreground(running, vm, qmp)
         job = await foreground.start(**request, timeout=running.remaining)
         job.timeout = running.options.timeout  # as it was asked for: an error names it
-        async with bar.of(job, str(job.plan.disk)):
+        async with bar.of(job, str(job.plan.disk), keys_of(running.options, policy, job)):
             outcome = await foreground.end(job)
-    return committed(running, request["policy"], outcome)
+    return committed(running, policy, outcome)
+
+
+def keys_of(options: Options, policy: AnyPolicy | None, job: CommitJob | RemoteJob) -> Keys | None:
+    """What decides at READY from this terminal, where that was left to somebody."""
+    if policy is None or policy.kind != "hold":
+        return None
+    from qmpcommit.cli.asking import Keys, files_of, may_ask
+
+    if not may_ask(options):
+        return None
+    plan: Plan | None = getattr(job, "plan", None)
+    return Keys(job, files_of(plan) if plan is not None else ())
+
+
+def _ask(
+    options: Options, named: list[tuple[str, str]], given: Mapping[str, Any], *, offline: bool
+) -> AnyPolicy | None:
+    """Ask on a terminal what nobody has said; None where there is none, or no answer."""
+    from qmpcommit.cli.asking import ask_policy, may_ask
+
+    if not may_ask(options):
+        return None
+    from qmpcommit.cli.running import run
+    from qmpcommit.commit.policy import Hold
+
+    chosen: list[AnyPolicy | None] = []
+    layers = {name: given[name] for name in ("base", "top", "shallow")}
+
+    async def work(running: Run) -> Answer:
+        plans = []
+        for qmp, disk in named:
+            async with _offline(qmp) if offline else running.vm(qmp) as vm:
+                plans.append(await vm.plan(disk=disk, policy=Hold(), **layers))
+        chosen.append(await ask_policy(plans))
+        return Answer({}, "", quiet=True)
+
+    run(options, work)
+    return chosen[0]
 
 
 def committed(running: Run, policy: AnyPolicy | None, outcome: CommitOutcome) -> Answer:

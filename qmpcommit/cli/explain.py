@@ -81,6 +81,16 @@ def _answer(options: Options, story: str, disks: list[tuple[str, list[str]]]) ->
     return Answer({"story": story, "disks": drawn}, "\n".join(lines), quiet=options.quiet)
 
 
+def drawn(story: str, files: Sequence[str]) -> list[str]:
+    """What a story does to these files (bottom first), line by line."""
+    return [line for stage in _stages(story, _short(files)) for line in _lines(stage)]
+
+
+def last_note(story: str, files: Sequence[str]) -> str:
+    """What is to be known of these files in the end."""
+    return list(_stages(story, _short(files)))[-1].note
+
+
 def _short(files: Sequence[str]) -> list[str]:
     """The names without their folders, where these tell the files apart."""
     short = [os.path.basename(file) or file for file in files]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qmpcommit.cli.bar import Bar
-from qmpcommit.cli.commit import committed, tell_of_stall
+from qmpcommit.cli.commit import committed, keys_of, tell_of_stall
 from qmpcommit.cli.decide import decided, waited
 from qmpcommit.cli.following import Following, take_up
 from qmpcommit.cli.options import Answer, Interrupted, Options
@@ -65,7 +65,7 @@ async def commit(
         job = await foreground.begin(request)
         if detach:
             return _left(running, name, job)
-        async with bar.of(job, job.disk):
+        async with bar.of(job, job.disk, keys_of(running.options, request["policy"], job)):
             outcome = await foreground.finish(job)
     return committed(running, request["policy"], outcome)
 

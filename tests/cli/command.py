@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import pty
 import subprocess
 import sys
+import termios
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,20 +116,37 @@ def _pending(pid: int) -> int:
     return 0
 
 
-async def on_a_terminal(*words: object, columns: int = 120, **more: str) -> Said:
-    """Run it with a terminal for both of its outputs; `more` are environment variables."""
+def _its_terminal() -> None:
+    """As a shell does for what it runs in the foreground."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+async def on_a_terminal(
+    *words: object, columns: int = 120, answers: Sequence[tuple[str, str]] = (), **more: str
+) -> Said:
+    """Run it with a terminal for both of its outputs; `more` are environment variables.
+
+    Each of `answers` is a text that is awaited, after what was seen before, and what is typed then.
+    """
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *COMMAND, *map(str, words), stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=_its_terminal,
         env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": str(columns), **more},
     )  # fmt: skip
     os.close(theirs)
     loop = asyncio.get_running_loop()
     seen, over = bytearray(), asyncio.Event()
+    left, place = list(answers), 0
 
     def read() -> None:
+        nonlocal place
         try:
             seen.extend(os.read(ours, 65536))
+            while left and (found := seen.find(left[0][0].encode(), place)) >= 0:
+                place = found + len(left[0][0].encode())
+                os.write(ours, left.pop(0)[1].encode())
         except OSError:  # how a terminal says that nobody writes any more
             loop.remove_reader(ours)
             over.set()
@@ -139,4 +159,5 @@ async def on_a_terminal(*words: object, columns: int = 120, **more: str) -> Said
     finally:
         loop.remove_reader(ours)
         os.close(ours)
+    assert not left, (left, seen.decode())
     return Said(status, seen.decode(), "")
