@@ -170,13 +170,16 @@ class Asking:
     """``--hold`` of a group: whoever runs the command decides on its standard input.
 
     Another client can't, for a single one of its jobs that is decided alone parts the disks.
-    `closed` tells that the input was closed before anybody had decided.
+    An answer that comes before READY counts as soon as all are. `closed` tells that the input was
+    closed before anybody had answered.
     """
 
     def __init__(self, group: GroupCommit, timeout: float | None) -> None:
         self._group, self._timeout = group, timeout
         self._loop = asyncio.get_running_loop()
         self.closed = False
+        self._answer = ""
+        self._ready = False
 
     def begin(self) -> None:
         """Listen in a thread of its own: standard input may be anything."""
@@ -184,6 +187,10 @@ class Asking:
 
     def ready(self) -> None:
         """All disks are READY."""
+        self._ready = True
+        if self._answer:
+            self._carry_out()
+            return
         limit = "" if self._timeout is None else f"; after {show_seconds(self._timeout)}: keep"
         click.echo(f"qmpcommit: all are READY: type pivot, keep or abort{limit}", err=True)
 
@@ -195,20 +202,31 @@ class Asking:
                     *lines, rest = (rest + data).split(b"\n")
                     for line in lines:
                         self._loop.call_soon_threadsafe(self._decide, line.strip().decode("latin"))
+            if rest.strip():  # the last line needs no newline
+                self._loop.call_soon_threadsafe(self._decide, rest.strip().decode("latin"))
             self._loop.call_soon_threadsafe(self._end)
 
     def _decide(self, word: str) -> None:
-        calls = {"pivot": self._group.pivot, "keep": self._group.keep, "abort": self._group.abort}
-        if word not in calls:
+        if word not in ("pivot", "keep", "abort"):
             click.echo(f"qmpcommit: type pivot, keep or abort, not '{word}'", err=True)
             return
+        self._answer = word
+        if self._ready or word == "abort":
+            self._carry_out()
+        else:
+            click.echo(f"qmpcommit: {word}, as soon as all are READY", err=True)
+
+    def _carry_out(self) -> None:
+        calls = {"pivot": self._group.pivot, "keep": self._group.keep, "abort": self._group.abort}
         try:
-            calls[word]()
+            calls[self._answer]()
         except (NotReady, JobConflict) as error:
             click.echo(f"qmpcommit: {error.message}", err=True)
 
     def _end(self) -> None:
-        if self._timeout is None and self._group.state.stage == "gathering":
+        if self._answer or self._timeout is not None:
+            return
+        if self._group.state.stage == "gathering":
             click.echo("qmpcommit: nobody can decide any more, so all are aborted", err=True)
             self.closed = True
             self._group.abort()

@@ -204,6 +204,7 @@ async def test_each_disk_is_recycled_onto_an_overlay_of_its_own(folder: Path, wh
         (b"what\nkeep\n", 0, "keep"),
         (b"abort\n", 0, "abort"),
         (b"", 3, "abort"),
+        (b"keep\npivot", 0, "pivot"),  # all of it before READY, and the end of input after it
     ],
 )
 async def test_a_hold_is_decided_on_standard_input(
@@ -218,7 +219,10 @@ async def test_a_hold_is_decided_on_standard_input(
         assert process.stdin is not None
         assert process.stderr is not None
         async with asyncio.timeout(30):
-            if typed:
+            if typed and not typed.endswith(b"\n"):
+                process.stdin.write(typed)
+                process.stdin.close()
+            elif typed:
                 assert b"all are READY" in await process.stderr.readline()
                 process.stdin.write(typed)
             else:
