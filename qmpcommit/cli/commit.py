@@ -23,6 +23,8 @@ from qmpcommit.cli.options import (
     overlay_asked,
     progress_option,
     shell,
+    stale_of,
+    stale_options,
 )
 from qmpcommit.cli.sections import Command
 
@@ -111,8 +113,7 @@ class CommitCommand(Command):
 @click.option("--top", metavar="T", help="The layer to commit; by default the active one.")
 @click.option("--shallow", is_flag=True, help="Commit into top's own backing file.")
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, as in 50MiB.")
-@click.option("--delete", is_flag=True, help="Delete the files that a pivot or merge made stale.")
-@click.option("--rename", is_flag=True, help="Rename them to NAME.stale-JOB instead.")
+@stale_options
 @click.option(
     "--on-pivot",
     metavar="CMD",
@@ -178,7 +179,6 @@ def commit(
     freeze: Any,
     agents: tuple[str, ...],
     only_if: str | None,
-    rename: bool,
     on_pivot: str | None,
     converge: str | None,
     no_bitmaps: bool,
@@ -219,8 +219,7 @@ def commit(
         raise click.UsageError("With --offline give the IMAGE alone, without a DISK")
     if disk is None and not offline:
         raise click.UsageError("Missing argument 'DISK'")
-    if given["delete"] and rename:
-        raise click.UsageError("Give --delete or --rename, not both")
+    stale = stale_of(given)
     if given["bandwidth"] is not None:
         from qmpcommit.units import parse_size
 
@@ -233,7 +232,6 @@ def commit(
         overlay=asked_of_overlay(overlay_options, overlay_secret),
         ask=None if dry_run else lambda: _ask(options, named, given, offline=offline),
     )
-    stale: Stale = "delete" if given.pop("delete") else "rename" if rename else "leave"
     _refuse_unheard(policy, stale, hook, given["override"])
     request = {
         **given,  # the others are asked as they were given

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qmpcommit.cli.completing import complete_job, complete_monitor
-from qmpcommit.cli.options import Answer, Options, common, progress_option, shell
+from qmpcommit.cli.options import (
+    Answer,
+    Options,
+    common,
+    progress_option,
+    shell,
+    stale_of,
+    stale_options,
+)
 from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
@@ -20,8 +28,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _WAITS = click.option("--wait", "waits", is_flag=True, help="Before READY, wait for it.")
 _AFTER = (
-    click.option("--delete", is_flag=True, help="Delete the files that the pivot made stale."),
-    click.option("--rename", is_flag=True, help="Rename them to NAME.stale-JOB instead."),
     click.option(
         "--on-pivot",
         metavar="CMD",
@@ -34,7 +40,7 @@ _AFTER = (
 def _after_pivot(command: F) -> F:
     for option in reversed(_AFTER):
         command = option(command)
-    return command
+    return stale_options(command)
 
 
 @click.command(cls=Command)
@@ -108,18 +114,17 @@ def wait(qmp: str, job: str, *, until: str, choice: str | None, **given: Any) ->
     """
     if choice is not None:
         return _command(choice, qmp, job, {**given, "waits": True})
-    if any(given[name] for name in ("delete", "rename", "on_pivot", "no_bitmaps")):
-        raise click.UsageError("--delete, --rename, --on-pivot and --no-bitmaps need --then pivot")
+    if any(given[name] for name in ("stale", "delete", "rename", "on_pivot", "no_bitmaps")):
+        raise click.UsageError("--stale, --on-pivot and --no-bitmaps need --then pivot")
     return _command("", qmp, job, {**given, "until": until})
 
 
 def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
-    after = {name: given.pop(name, None) for name in ("delete", "rename", "on_pivot", "no_bitmaps")}
+    said = {name: given.pop(name, None) for name in ("stale", "delete", "rename")}
+    stale = stale_of(said)
+    after: dict[str, Any] = {name: given.pop(name, None) for name in ("on_pivot", "no_bitmaps")}
     waits, until = given.pop("waits", False), given.pop("until", "end")
     options = Options.of(**given)
-    if after["delete"] and after["rename"]:
-        raise click.UsageError("Give --delete or --rename, not both")
-    stale = "delete" if after["delete"] else "rename" if after["rename"] else "leave"
     asked: dict[str, Any] = {"stale": stale}
     if after["on_pivot"] is not None:
         from qmpcommit.cli.commit import persisting
@@ -129,7 +134,7 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
         from qmpcommit.commit.objections import refuse_idle
         from qmpcommit.commit.policy import Keep
 
-        refuse_idle(Keep(), stale=stale, on_pivot=after["on_pivot"])  # type: ignore[arg-type]
+        refuse_idle(Keep(), stale=stale, on_pivot=after["on_pivot"])
     asked["carry_bitmaps"] = choice != "abort" and not after["no_bitmaps"]
     from qmpcommit.cli.running import run
 
@@ -141,7 +146,7 @@ def _command(choice: str, qmp: str, job: str, given: dict[str, Any]) -> Answer:
 
         if not choice:
             return run(options, lambda running: remote.wait(running, qmp, job, until))
-        more = asked if any(after.values()) else {}
+        more = asked if stale != "leave" or any(after.values()) else {}
         return run(
             options,
             lambda running: remote.decide(running, choice, qmp, job, asked=more, waits=waits),

@@ -6,13 +6,16 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.units import parse_seconds
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.request import Stale
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -150,6 +153,36 @@ def shell(command: str, option: str) -> list[str]:
     if not command.strip():
         raise click.UsageError(f"{option} needs a command, and was given an empty one")
     return ["/bin/sh", "-c", command]
+
+
+_STALE = (
+    click.option(
+        "--stale",
+        type=click.Choice(["leave", "rename", "delete"]),
+        help="What becomes of the files that a pivot or merge makes stale: they stay (the default),"
+        " are renamed to NAME.stale-JOB, or deleted.",
+    ),
+    click.option("--delete", is_flag=True, help="The same as --stale delete."),
+    click.option("--rename", is_flag=True, help="The same as --stale rename."),
+)
+
+
+def stale_options(command: F) -> F:
+    """Add what says what becomes of stale files."""
+    for option in reversed(_STALE):
+        command = option(command)
+    return command
+
+
+def stale_of(given: dict[str, Any]) -> Stale:
+    """What the three of them say, which are taken out; raises `click.UsageError`."""
+    said: list[Stale] = [given.pop("stale")]
+    said += [word for word in ("delete", "rename") if given.pop(word)]
+    found = list(dict.fromkeys(word for word in said if word))
+    if len(found) > 1:
+        names = "--delete or --rename" if said[0] is None else "--stale, --delete or --rename"
+        raise click.UsageError(f"Give {names}, not {'both' if said[0] is None else 'several'}")
+    return found[0] if found else "leave"
 
 
 def here(path: str | None) -> str | None:

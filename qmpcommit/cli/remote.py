@@ -106,7 +106,7 @@ async def decide(
         else:
             if asked:
                 raise InvalidRequest(
-                    "--delete, --rename, --on-pivot and --no-bitmaps are asked for with the"
+                    "--stale, --on-pivot and --no-bitmaps are asked for with the"
                     " daemon's commit itself, and done by it. Nothing was decided",
                     vm=name,
                     job_id=job_id,

@@ -21,7 +21,7 @@ SECTIONS = {
         *("on_error", "bandwidth", "converge"),
     ),
     "Files": (
-        *("delete", "rename", "on_pivot", "overlay", "overlay_dir", "folders"),
+        *("stale", "delete", "rename", "on_pivot", "overlay", "overlay_dir", "folders"),
         *("overlay_options", "overlay_secret", "offline", "config", "keep_files"),
     ),
     "Output": ("dot", "columns", "watch", "progress", "as_json", "quiet", "verbose", "help"),

@@ -46,7 +46,7 @@ async def test_recycle(folder: Path) -> None:
     fresh.parent.mkdir()
     async with machine(folder, chain) as qemu:
         await qemu.execute("cont")
-        words = ("commit", qemu.qmp, "vda", "--recycle", fresh.name, "--rename", "--json")
+        words = ("commit", qemu.qmp, "vda", "--recycle", fresh.name, "--stale", "rename", "--json")
         said = await run(*words, cwd=fresh.parent)  # QEMU runs in another folder
         assert said.status == 0
         assert said.json["action"] == "recycle"
@@ -145,7 +145,12 @@ async def test_converging_is_told(folder: Path) -> None:
 
 
 async def test_options_that_exclude_each_other(folder: Path) -> None:
-    for words in (["--delete", "--rename"], ["--on-error", "panic"], ["--recycle", ""]):
+    for words in (
+        ["--delete", "--rename"],
+        ["--stale", "leave", "--delete"],
+        ["--on-error", "panic"],
+        ["--recycle", ""],
+    ):
         said = await run(
             "commit", "/none", "vda", *(["--pivot"] if "--recycle" not in words else []), *words
         )

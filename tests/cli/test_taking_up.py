@@ -94,7 +94,7 @@ async def test_a_job_whose_command_was_killed_is_ended_as_by_itself(folder: Path
         owner.send_signal(signal.SIGKILL)
         await end(owner)
         await qemu.execute("block-job-set-speed", device=job, speed=0)
-        said = await run("pivot", qemu.qmp, job, "--wait", "--delete", "--json", "--on-pivot",
+        said = await run("pivot", qemu.qmp, job, "--wait", "--stale=delete", "--json", "--on-pivot",
                          f"echo $QMPCOMMIT_ACTIVE >{hook}")  # fmt: skip
         assert said.status == 0, said.err
         assert said.json["hook"] == "done"
