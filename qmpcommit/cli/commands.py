@@ -21,6 +21,7 @@ COMMANDS = {
     "recover": ("recover:recover", "Put right what a death has left: says what, then does it."),
     "doctor": ("doctor:doctor", "What is wrong with VMs, a verdict each, and what to type."),
     "daemon": ("daemon:daemon", "The daemon: many VMs, over HTTP, across restarts."),
+    "ui": ("ui:ui", "The daemon's page in a browser: VMs, chains and commits as they change."),
     "demo": ("demo:demo", "The main job on a throw-away chain, start to end, with proof."),
     "explain": ("explain:explain", "Draw what a story does to a disk's files."),
     "help": ("help:help_", "The manual: its topics, or one of them."),

@@ -67,7 +67,7 @@ class Options(NamedTuple):
         """What a person types before a command that is done in the same way."""
         if self.daemon is None:
             return "qmpcommit"
-        if self.daemon == _default_daemon():
+        if self.daemon == default_daemon():
             return "qmpcommit --daemon"
         return f"qmpcommit --daemon={shlex.quote(self.daemon)}"
 
@@ -75,7 +75,7 @@ class Options(NamedTuple):
 def _daemon() -> str | None:
     context = click.get_current_context(silent=True)
     given = context.find_root().params.get("daemon") if context is not None else None
-    return given or _default_daemon() if given is not None else None
+    return given or default_daemon() if given is not None else None
 
 
 def _progress() -> str | None:
@@ -98,7 +98,8 @@ def progress_option(command: F) -> F:
     )(command)
 
 
-def _default_daemon() -> str:
+def default_daemon() -> str:
+    """The daemon that is asked where none is named."""
     return os.environ.get("QMPCOMMIT_DAEMON") or DEFAULT_SOCKET
 
 

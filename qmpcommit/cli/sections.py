@@ -73,6 +73,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "recover": (f"recover {VM}", f"recover {VM} --decide keep --yes"),
     "doctor": (f"doctor {VM}", "doctor --all", "doctor --all --json"),
     "daemon": ("daemon --config /etc/qmpcommit/config.toml --check-config",),
+    "ui": ("ui", "ui --no-browser --port 8080"),
     "demo": ("demo", "demo --storage-daemon --keep-files"),
     "explain": ("explain recycle", f"explain pivot {VM} vda", f"explain group {VM} vda vdb"),
     "help": ("help", "help concepts", "help virsh"),

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.connections import problem
 from qmpcommit.daemon.metrics import Metrics
+from qmpcommit.daemon.origin import foreign
 from qmpcommit.daemon.rights import ASKER, Asker, Askers
 from qmpcommit.log import Log
 
@@ -97,6 +98,9 @@ class Gate:
 
     def _refusal(self, scope: Scope, asker: Asker | None) -> tuple[int, str, str] | None:
         peer = scope.get("state", {}).get("peer")
+        stranger = foreign(scope["headers"], tcp=peer is None)
+        if stranger is not None:
+            return 403, "Forbidden", stranger
         if asker is None and peer is not None:
             return 403, "Forbidden", f"user {peer.uid} may not use this daemon"
         if asker is None:

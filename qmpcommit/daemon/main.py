@@ -19,7 +19,16 @@ from typing import TextIO, cast
 import uvicorn
 
 from qmpcommit import log
-from qmpcommit.daemon import adopting, cycle_api, group_api, losses, rule_api, systemd, window_api
+from qmpcommit.daemon import (
+    adopting,
+    cycle_api,
+    group_api,
+    losses,
+    page_api,
+    rule_api,
+    systemd,
+    window_api,
+)
 from qmpcommit.daemon.access import Gate
 from qmpcommit.daemon.api import create_app
 from qmpcommit.daemon.config import Config
@@ -135,6 +144,7 @@ async def _run(
     cycle_api.routes(app, cycles)
     group_api.routes(app, groups)
     window_api.routes(app, engine, windows)
+    page_api.routes(app, engine)
     gate, doors = Gate(app, config, Askers(config), metrics), Doors.of(config.limits)
     settings = uvicorn.Config(
         gate,

@@ -250,6 +250,7 @@ THROUGH = {
     "window": ["web1", "vda", "--", "true"],
     "cycle": ["web1", "vda"],
     "explain": ["pivot", "web1", "vda"],
+    "ui": [],
 }
 """The commands that a daemon does, as it is asked for them."""
 

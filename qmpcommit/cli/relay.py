@@ -1,0 +1,284 @@
+"""What brings the daemon's page to a browser: a loopback port before the daemon's socket.
+
+Any process of this host can connect to the port, and any page of the browser can send requests
+there, so it is for one browser alone: a token that works once is exchanged for a cookie.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+from urllib.parse import parse_qs
+
+import h11
+
+from qmpcommit.client.http import Lost, Wire
+from qmpcommit.errors import InvalidRequest
+
+HEAD = 10.0
+"""Seconds that a request gets to arrive."""
+
+ANSWER = 40.0
+"""Seconds that the daemon gets to answer one; it gives itself 30."""
+
+LARGEST = 1 << 16
+"""Bytes of a request's body; the daemon takes no more."""
+
+MANY = 64
+"""Connections that are served at once."""
+
+_STREAM = "/v1/events"
+_ASKED = ("accept", "content-type", "if-none-match", "last-event-id")
+_HOPS = ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server")
+_HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+_ENTER = b"""<!doctype html><html lang="en"><title>qmpcommit</title>
+<meta http-equiv="refresh" content="0;url=/ui"><p><a href="/ui">To the page</a>"""
+"""A redirect that the browser follows as a page of ours, so that the strict cookie goes with it."""
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class _Asked(NamedTuple):
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Relay:
+    """Serves the daemon that `wire` leads to on 127.0.0.1; raises `InvalidRequest` on entering.
+
+    `url` opens it, once; with `port` 0 any free port is taken.
+    """
+
+    def __init__(self, wire: Wire, port: int = 0) -> None:
+        self._wire, self._port = wire, port
+        self._token: str | None = secrets.token_urlsafe(32)
+        self._cookie = secrets.token_urlsafe(32)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.url = ""
+
+    async def __aenter__(self) -> Relay:
+        try:
+            self._server = await asyncio.start_server(
+                self._accept, "127.0.0.1", self._port, family=socket.AF_INET
+            )
+        except OSError as error:
+            raise InvalidRequest(
+                f"can't listen on 127.0.0.1:{self._port}: {error.strerror}; give another --port"
+            ) from None
+        self._port = self._server.sockets[0].getsockname()[1]
+        self._hosts = {f"127.0.0.1:{self._port}", f"localhost:{self._port}"}
+        self.url = f"http://127.0.0.1:{self._port}/ui?token={self._token}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._tasks) >= MANY:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer), name="a browser's request")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with one request on it."""
+        answer = _Answer(writer)
+        try:
+            async with asyncio.timeout(HEAD):
+                asked = await _receive(reader, answer.h11)
+            await self._answer(asked, reader, answer)
+        except _Refused as refused:
+            answer.problem(refused.status, str(refused))
+        except h11.RemoteProtocolError as error:
+            answer.problem(400, str(error))
+        except Lost as lost:
+            answer.problem(502, f"the daemon at {self._wire.address} does not answer: {lost}")
+        except (OSError, EOFError, TimeoutError, h11.LocalProtocolError):
+            pass  # the browser has gone
+        finally:
+            with suppress(OSError):
+                writer.close()
+                await writer.wait_closed()
+
+    async def _answer(self, asked: _Asked, reader: asyncio.StreamReader, answer: _Answer) -> None:
+        self._check_host(asked)
+        path, _, query = asked.target.partition("?")
+        given = parse_qs(query).get("token", [""])[0] if path == "/ui" else ""
+        if given and asked.method == "GET":
+            self._enter(given, asked, answer)
+            return
+        self._check_browser(asked)
+        headers = {name: asked.headers[name] for name in _ASKED if name in asked.headers}
+        headers.pop("content-type", None)  # JSON, and said again where there is a body
+        if path == _STREAM and asked.method == "GET":
+            await self._stream(asked.target, headers, reader, answer)
+            return
+        body = asked.body or None
+        reply = None
+        if asked.method == "GET":  # over a kept connection that may have ended meanwhile
+            with suppress(Lost):
+                reply = await self._wire.exchange(
+                    "GET", asked.target, headers, body, timeout=ANSWER
+                )
+        reply = reply or await self._wire.exchange(
+            asked.method, asked.target, headers, body, timeout=ANSWER
+        )
+        answer.head(reply.status, reply.headers.items(), len(reply.body))
+        answer.data(reply.body)
+        await answer.end()
+
+    def _check_host(self, asked: _Asked) -> None:
+        """Only by the address that was printed: no other name leads here (DNS rebinding)."""
+        if asked.headers.get("host", "").lower() not in self._hosts:
+            raise _Refused(403, "this port is asked by the address that 'qmpcommit ui' printed")
+        origin = asked.headers.get("origin")
+        same = origin is not None and origin.lower().removeprefix("http://") in self._hosts
+        if (origin is not None and not same) or (origin is None and asked.method != "GET"):
+            raise _Refused(403, "only the daemon's own page may ask here")
+        if asked.method not in ("GET", "POST", "DELETE"):
+            raise _Refused(405, f"{asked.method:.20} is not asked here")
+        if asked.body and asked.headers.get("content-type", "") != "application/json":
+            raise _Refused(415, "what is sent is JSON, and says so")
+
+    def _check_browser(self, asked: _Asked) -> None:
+        if asked.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise _Refused(403, "only the daemon's own page may ask here")
+        name, cookies = f"qmpcommit-{self._port}", asked.headers.get("cookie", "").split(";")
+        found = [c.partition("=")[2] for c in cookies if c.partition("=")[0].strip() == name]
+        if not any(_same(each.strip(), self._cookie) for each in found):
+            raise _Refused(
+                403, "open the address that 'qmpcommit ui' printed; it opens once, in one browser"
+            )
+
+    def _enter(self, given: str, asked: _Asked, answer: _Answer) -> None:
+        if self._token is None or not _same(given, self._token):
+            raise _Refused(
+                403, "this address was opened before, or is wrong: run 'qmpcommit ui' again"
+            )
+        self._token = None
+        cookie = f"qmpcommit-{self._port}={self._cookie}; HttpOnly; SameSite=Strict; Path=/"
+        kind = ("Content-Type", "text/html; charset=utf-8")
+        answer.head(200, [kind, ("Set-Cookie", cookie), *_HEADERS], len(_ENTER))
+        answer.data(_ENTER)
+
+    async def _stream(
+        self,
+        target: str,
+        headers: Mapping[str, str],
+        reader: asyncio.StreamReader,
+        answer: _Answer,
+    ) -> None:
+        """An answer that does not end before the daemon or the browser does."""
+        reply, connection = await self._wire.stream(target, headers, timeout=ANSWER)
+        if connection is None:
+            answer.head(reply.status, reply.headers.items(), len(reply.body))
+            answer.data(reply.body)
+            await answer.end()
+            return
+        answer.head(200, reply.headers.items(), None)
+
+        async def copy() -> None:
+            async for part in connection.body():
+                answer.data(part)
+                await answer.drain()
+
+        copying = asyncio.create_task(copy(), name="events")
+        gone = asyncio.create_task(reader.read(1), name="a browser that leaves")
+        try:
+            await asyncio.wait({copying, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (copying, gone):
+                task.cancel()
+            await asyncio.gather(copying, gone, return_exceptions=True)
+            await self._wire.drop(connection)
+
+
+class _Answer:
+    """What is written to the browser; the connection ends with it."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 14)
+
+    def head(self, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> None:
+        kept = [(name, value) for name, value in headers if name.lower() not in _HOPS]
+        if length is not None and status != 304:
+            kept.append(("Content-Length", str(length)))
+        kept.append(("Connection", "close"))
+        self._send(h11.Response(status_code=status, headers=kept))
+
+    def data(self, part: bytes) -> None:
+        self._send(h11.Data(part))
+
+    async def drain(self) -> None:
+        await self._writer.drain()
+
+    async def end(self) -> None:
+        self._send(h11.EndOfMessage())
+        await self.drain()
+
+    def problem(self, status: int, detail: str) -> None:
+        """A refusal, where nothing was answered yet."""
+        if self.h11.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return
+        told = {"type": f"urn:qmpcommit:http:{status}", "title": "Refused", "status": status}
+        body = json.dumps({**told, "detail": detail}).encode()
+        self.head(status, [("Content-Type", "application/problem+json"), *_HEADERS], len(body))
+        self.data(body)
+
+    def _send(self, event: h11.Response | h11.Data | h11.EndOfMessage) -> None:
+        self._writer.write(self.h11.send(event) or b"")
+
+
+async def _receive(reader: asyncio.StreamReader, connection: h11.Connection) -> _Asked:
+    """A whole request; raises `_Refused`, EOFError and h11's errors."""
+    head: h11.Request | None = None
+    body = bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            data = await reader.read(LARGEST)
+            connection.receive_data(data)
+            if not data and head is None:
+                raise EOFError
+        elif isinstance(event, h11.Request):
+            head = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > LARGEST:
+                raise _Refused(413, f"a request has at most {LARGEST} bytes")
+        elif isinstance(event, h11.EndOfMessage):
+            assert head is not None
+            headers = {name.decode(): value.decode("latin-1") for name, value in head.headers}
+            target = head.target.decode("ascii")
+            return _Asked(head.method.decode(), target, headers, bytes(body))
+        else:
+            raise EOFError
+
+
+def _same(given: str, secret: str) -> bool:
+    return hmac.compare_digest(given.encode(), secret.encode())
