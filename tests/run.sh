@@ -24,6 +24,8 @@
 #                                                         Python from 3.11 to Debian's newest
 #   ./tests/run.sh --other-python                         unit tests on the newest, and a sample
 #                                                         of them on those before it
+#   ./tests/run.sh --page [PYTEST ARGUMENT ...]           the daemon's page in a real browser, which is
+#                                                         installed for that; not in CI
 #   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of what decides, all of
 #                                                         which tests/unit and tests/real must reach
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
@@ -122,11 +124,12 @@ full() {
     say "  block jobs on every QEMU from 5.2 to the newest, with a fault at every message;"
     say "    the manual's table of them is written"
     say "  unit tests on every Python from 3.11 to the newest"
+    say "  the daemon's page in a browser"
     for part in "--debug-asyncio tests/unit" \
         "--at-once 2 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \
-        --all-qemu --coverage-report --all-python; do
+        --all-qemu --coverage-report --all-python --page; do
         say "--- $part"
-        case $part in *--ignore* | --all-python) unset COVERAGE_FILE ;; *)
+        case $part in *--ignore* | --all-python | --page) unset COVERAGE_FILE ;; *)
             export COVERAGE_FILE=$measured/lines ;;
         esac
         # shellcheck disable=SC2086  # words of our own
@@ -179,6 +182,13 @@ case ${1:-} in
     shift
     need_venv test
     exec "$VENV/bin/python" -m tests.model.soak "$@"
+    ;;
+--page)
+    shift
+    command -v chromium >/dev/null || apt_install chromium fonts-dejavu-core
+    need_venv page
+    [ $# -gt 0 ] || set -- tests/daemon/test_page_browser.py
+    exec "$VENV/bin/python" -m pytest "$@"
     ;;
 --coverage)
     shift

@@ -17,6 +17,7 @@ TOPICS = (
     "recovery",
     "embedding",
     "daemon",
+    "page",
     "security",
     "metrics",
     "status",

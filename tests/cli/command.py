@@ -10,7 +10,7 @@ import pty
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,16 @@ def qmpcommit(*words: object, **more: str) -> Said:
     return Said(done.returncode, done.stdout, done.stderr)
 
 
-async def start(*words: object, cwd: Path | None = None) -> asyncio.subprocess.Process:
-    """Start the command, in the folder `cwd` if there is one."""
+async def start(
+    *words: object, cwd: Path | None = None, more: Mapping[str, str] | None = None
+) -> asyncio.subprocess.Process:
+    """Start the command, in the folder `cwd` if there is one, with `more` in its environment."""
     return await asyncio.create_subprocess_exec(
         *COMMAND,
         *map(str, words),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(more or {})},
         cwd=cwd,
     )
 

@@ -236,10 +236,10 @@ async def daemon(folder: Path, config: str = "", **environment: str) -> AsyncIte
 
 @asynccontextmanager
 async def host_of(
-    folder: Path, chain: Chain, config: str = ""
+    folder: Path, chain: Chain, config: str = "", listen: str = ""
 ) -> AsyncIterator[tuple[Daemon, Machine]]:
     """A daemon that knows the VM ``web1``; its images can be read afterwards."""
-    text = f'{config}\n[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
+    text = f'{config}\n[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n{listen}'
     async with storage_daemon(folder, chain) as qemu, daemon(folder, text) as d:
         await d.connected("web1")
         yield d, qemu

@@ -138,9 +138,10 @@ async def test_a_reader_sees_it_and_may_not_decide(folder: Path, free_port: int)
 
 
 @asynccontextmanager
-async def opened(d: Daemon) -> AsyncIterator[tuple[str, int]]:
+async def opened(d: Daemon, *through: str, **more: str) -> AsyncIterator[tuple[str, int]]:
     """``qmpcommit ui``: the address that it printed, and its port; it ends in order."""
-    process = await start(f"--daemon={d.socket}", "ui", "--no-browser")
+    words = through or (f"--daemon={d.socket}",)
+    process = await start(*words, "ui", "--no-browser", more=more)
     try:
         assert process.stdout is not None
         async with asyncio.timeout(30):

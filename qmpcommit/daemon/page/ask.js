@@ -3,10 +3,13 @@ import { ask } from "./data.js";
 import { h } from "./dom.js";
 
 const dialog = () => document.getElementById("question");
+let fading;
 const said = () => document.getElementById("said");
 
 /** Say something, to who does not see it too. */
 export function say(text, wrong = false) {
+  clearTimeout(fading);
+  if (text && !wrong) fading = setTimeout(say, 20000, "");
   said().className = wrong ? "wrong" : "";
   said().textContent = text;
 }

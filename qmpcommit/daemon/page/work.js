@@ -133,7 +133,8 @@ function told(known, action) {
   }
 }
 
-function decisions(state, vms, { what, path, ready, files: known, decided }, actions) {
+function decisions(state, vms, given, actions) {
+  const { what, path, ready, files: known, decided, members = [] } = given;
   if (!vms.every((vm) => state.asker.operates.includes(vm)))
     return h("p", { class: "small" }, "You may look on; deciding needs the role 'operate' here.");
   const choose = (action, word, grave) => h("button", {
@@ -141,7 +142,8 @@ function decisions(state, vms, { what, path, ready, files: known, decided }, act
     class: action === "pivot" ? "first" : "",
     onclick: () => question({
       title: `${word} ${what}`,
-      lines: told(known, action),
+      lines: [members.length > 0 && `All of them, at one instant: ${members.map(named).join(", ")}.`,
+        ...told(known, action)].filter(Boolean),
       word: `${word} ${what}`,
       grave,
       ...(action === "abort"
@@ -175,7 +177,7 @@ function groupCard(state, group, actions) {
       ["asked for", `${moment(group.created)}${by(group.asked_by)}`],
       ["group", group.id]),
     decisions(state, members.map((member) => member.vm), {
-      what, path: `/v1/groups/${group.id}`, ready, files: null, decided: group.decision,
+      what, path: `/v1/groups/${group.id}`, ready, files: null, members, decided: group.decision,
     }, actions));
 }
 
