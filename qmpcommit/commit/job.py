@@ -449,4 +449,3 @@ async def see_through(job: CommitJob) -> CommitOutcome:
     except asyncio.CancelledError:
         await to_the_end(job.abandon())
         raise
-
