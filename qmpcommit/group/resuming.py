@@ -295,7 +295,7 @@ class _Resumption:
                     with suppress(Exception):  # it goes on, and is continued again at the worst
                         await self._book.of(number).note("cont")
                 self._paused[key] = asyncio.get_running_loop().time() - since
-            if any(self._group.members[number].recycles for number in mine):
+            if any("stopped" in self._group.members[number].noted for number in mine):
                 await unmark(vm, owner, "pause")  # it may be there although "cont" was noted
             if guest is not None and self._same_vm(key, guest._asdict()) is not False:
                 await thaw(vm, guest.how, self._agents[key] or guest.agent, ran=True)
