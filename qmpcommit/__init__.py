@@ -59,7 +59,9 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = ["__version__", "commit", *_HOME]  # noqa: PLE0604  (all of them are strings)
+_MODULES = ("events",)
+
+__all__ = ["__version__", "commit", *_MODULES, *_HOME]  # noqa: PLE0604  (all of them are strings)
 
 __version__ = "0.1.0"
 
@@ -83,6 +85,8 @@ sys.modules[__name__].__class__ = _Front
 
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
+    if name in _MODULES:
+        return import_module(f"qmpcommit.{name}")
     if home is None:
         raise AttributeError(f"module 'qmpcommit' has no attribute {name!r}")
     value = getattr(import_module(f"qmpcommit.{home}"), name)

@@ -1,5 +1,6 @@
 """The public names, for type checkers; `__init__.py` loads them when they are used."""
 
+from qmpcommit import events as events
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
 from qmpcommit.client.events import DaemonEvent as DaemonEvent

@@ -12,13 +12,81 @@ first event of its name arrives. Rests on the QMP specification and on QEMU's ``
 
 # Annotations are evaluated as they stand (no ``from __future__ import annotations``): pydantic
 # would have to compile each of them again, which takes a few milliseconds of importing this.
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import (
+    no_info_wrap_validator_function,
+    plain_serializer_function_ser_schema,
+)
 
 from qmpcommit.qmp.clock import stamp_of, time_of
+
+__all__ = [
+    "MARKERS",
+    "MODELS",
+    "AnyEvent",
+    "BalloonChange",
+    "BlockExportDeleted",
+    "BlockImageCorrupted",
+    "BlockIoError",
+    "BlockJobCancelled",
+    "BlockJobCompleted",
+    "BlockJobError",
+    "BlockJobPending",
+    "BlockJobReady",
+    "BlockWriteThreshold",
+    "ConnectionBack",
+    "ConnectionLost",
+    "DeviceDeleted",
+    "DeviceTrayMoved",
+    "DeviceUnplugGuestError",
+    "DumpCompleted",
+    "Event",
+    "GuestCrashloaded",
+    "GuestPanicked",
+    "GuestPvshutdown",
+    "JobStatusChange",
+    "MemUnplugError",
+    "MemoryDeviceSizeChange",
+    "MemoryFailure",
+    "Migration",
+    "MigrationPass",
+    "NicRxFilterChanged",
+    "Powerdown",
+    "PrManagerStatusChanged",
+    "QuorumFailure",
+    "QuorumReportBad",
+    "Reset",
+    "Resume",
+    "RtcChange",
+    "Shutdown",
+    "SpiceConnected",
+    "SpiceDisconnected",
+    "SpiceInitialized",
+    "SpiceMigrateCompleted",
+    "Stop",
+    "Suspend",
+    "SuspendDisk",
+    "UnknownEvent",
+    "VncConnected",
+    "VncDisconnected",
+    "VncInitialized",
+    "VserportChange",
+    "Wakeup",
+    "Watchdog",
+    "parse_event",
+]
 
 
 def _dashed(name: str) -> str:
@@ -50,6 +118,29 @@ class Event(BaseModel):
         """The id of the job that this is about; None for what is not about a job."""
         return None
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[BaseModel], handler: GetCoreSchemaHandler, /
+    ) -> CoreSchema:
+        """Of `Event` itself: any event, as the QMP message that it came as, and back from that."""
+        own = handler(source)
+        if cls is not Event:
+            return own
+        return no_info_wrap_validator_function(
+            _any_event, own, serialization=plain_serializer_function_ser_schema(Event.to_message)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler, /
+    ) -> dict[str, Any]:
+        """Of `Event` itself that of a QMP message."""
+        if cls is not Event:
+            return handler(schema)
+        members = {"event": {"type": "string"}, "timestamp": {"type": "object"}}
+        properties = {**members, "data": {"type": "object"}}
+        return {"type": "object", "properties": properties, "required": ["event"]}
+
     def to_message(self) -> dict[str, Any]:
         """The QMP message that this was made of; without ``data`` where it has no members."""
         message: dict[str, Any] = {"event": self.name, "timestamp": stamp_of(self.timestamp)}
@@ -60,6 +151,8 @@ class Event(BaseModel):
 
     def _members(self) -> dict[str, Any]:
         """The event's data, by QMP's names."""
+        if type(self) is Event:
+            return dict(self.model_extra or {})
         members = self.model_dump(by_alias=True, exclude_unset=True, exclude=set(_OWN))
         return {_NAMES.get(name, name): value for name, value in members.items()}
 
@@ -82,6 +175,21 @@ class UnknownEvent(Event):
 
     def _members(self) -> dict[str, Any]:
         return dict(self.data)
+
+
+class ConnectionLost(Event):
+    """No event of QEMU's: the monitor's connection is lost, and what comes meanwhile is not heard.
+
+    Ask QEMU what it says itself (``query-jobs``) before you trust silence.
+    """
+
+    name: Literal["CONNECTION_LOST"] = "CONNECTION_LOST"
+
+
+class ConnectionBack(Event):
+    """No event of QEMU's: the monitor answers again; perhaps it is another QEMU's by now."""
+
+    name: Literal["CONNECTION_BACK"] = "CONNECTION_BACK"
 
 
 class _JobByDevice(Event):
@@ -546,6 +654,25 @@ MODELS: Mapping[str, type[Event]] = {
     for model in get_args(get_args(AnyEvent)[0])
 }
 """Event name to model."""
+
+
+MARKERS: Mapping[str, type[ConnectionLost] | type[ConnectionBack]] = {
+    "CONNECTION_LOST": ConnectionLost,
+    "CONNECTION_BACK": ConnectionBack,
+}
+"""What an `EventStream` tells of by itself; no QEMU can."""
+
+
+def _any_event(value: Any, own: Callable[[Any], Event]) -> Event:
+    """An event as it is, of a QMP message, or of the members that ``model_dump`` gives."""
+    if isinstance(value, Event) or not isinstance(value, Mapping):
+        return value if isinstance(value, Event) else own(value)
+    if "event" in value and "name" not in value:
+        marker = MARKERS.get(str(value["event"]))
+        return marker() if marker is not None else parse_event(value)
+    name = str(value.get("name"))
+    model = MODELS.get(name) or MARKERS.get(name)
+    return own(value) if model is None else model.model_validate(value)
 
 
 def parse_event(message: Mapping[str, object]) -> Event:

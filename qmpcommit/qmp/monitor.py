@@ -539,7 +539,10 @@ class Monitor(Queries):
         return value
 
     def events(self, *names: str, limit: int = 10_000) -> EventStream:
-        """A stream of typed events, of these names or of all; may be made before `open`."""
+        """A stream of typed events, of these names or of all; may be made before `open`.
+
+        A lost connection is told in it: see `EventStream`.
+        """
         return EventStream(self.subscribers, frozenset(names), limit)
 
     def _dispatch(self, message: Mapping[str, Any]) -> None:

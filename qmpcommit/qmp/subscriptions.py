@@ -26,6 +26,10 @@ _JOB_IN = {
 WAITING_BYTES = 8 * 1024 * 1024
 """Bytes, as they came, of the events that wait unread in a stream; one larger waits alone."""
 
+LOST: Mapping[str, Any] = {"event": "CONNECTION_LOST"}
+BACK: Mapping[str, Any] = {"event": "CONNECTION_BACK"}
+"""What a stream tells of the connection, between what came over it."""
+
 OnMessage = Callable[[Mapping[str, Any]], None]
 OnLink = Callable[[bool], None]
 
@@ -142,9 +146,11 @@ def _job_of(message: Mapping[str, Any]) -> str | None:
 class EventStream:
     """Typed events of a monitor from the moment this was made: ``async for event in stream``.
 
-    A context manager; leaving it ends the subscription. At most `limit` events wait unread, and
-    `WAITING_BYTES` of them: then the oldest are dropped and counted in `missed`, so a flood costs
-    no memory.
+    A context manager; leaving it ends the subscription. Where the connection is lost and comes
+    back, a `ConnectionLost` and a `ConnectionBack` stand between the events (in a stream of some
+    names, where ``CONNECTION_LOST`` and ``CONNECTION_BACK`` are among them). At most `limit` events
+    wait unread, and `WAITING_BYTES` of them: then the oldest are dropped and counted in `missed`,
+    so a flood costs no memory.
     """
 
     def __init__(self, subscribers: Subscribers, names: frozenset[str], limit: int) -> None:
@@ -153,7 +159,13 @@ class EventStream:
         self._limit, self._bytes = limit, 0
         self._waiting: deque[tuple[Mapping[str, Any], int]] = deque()
         self._arrived = asyncio.Event()
-        self._subscription = subscribers.add(self._put, ended=self._arrived.set)
+        self._lost = False
+        self._subscription = subscribers.add(self._put, self._link, ended=self._arrived.set)
+
+    def _link(self, up: bool) -> None:
+        if up is self._lost:  # not of the first connection
+            self._lost = not up
+            self._put(BACK if up else LOST)
 
     def _put(self, message: Mapping[str, Any]) -> None:
         if not self._names or message["event"] in self._names:
@@ -189,9 +201,12 @@ class EventStream:
         return self
 
     async def __anext__(self) -> Event:
-        from qmpcommit.qmp.events import parse_event
+        from qmpcommit.qmp.events import MARKERS, parse_event
 
-        return parse_event(await self._next())
+        message = await self._next()
+        if message is LOST or message is BACK:
+            return MARKERS[message["event"]]()
+        return parse_event(message)
 
     async def raw(self) -> AsyncIterator[Mapping[str, Any]]:
         """The data of each event as it came, without building a model of it."""
@@ -200,7 +215,8 @@ class EventStream:
                 message = await self._next()
             except StopAsyncIteration:
                 return
-            yield message.get("data") or {}
+            if message is not LOST and message is not BACK:
+                yield message.get("data") or {}
 
     async def _next(self) -> Mapping[str, Any]:
         while not self._waiting:

@@ -58,6 +58,8 @@ def all_worth_it(ready: qc.GroupReady) -> bool:
 class Saved(BaseModel):
     """A row of the manager's own database."""
 
+    event: qc.Event
+    any_of_them: qc.events.AnyEvent
     policy: qc.Policy
     outcome: qc.CommitOutcome | None = None
 
@@ -163,6 +165,13 @@ async def shared(client: QMPClient, vm: Managed) -> None:
             async for event in events:
                 assert_type(event, qc.Event)
                 print(event.name, event.timestamp, event.job_id)
+                match event:
+                    case qc.events.BlockJobReady(device=device, offset=offset):
+                        print(device, offset)
+                    case qc.events.ConnectionLost():
+                        break
+                    case _:
+                        print(qc.events.parse_event(event.to_message()))
     finally:
         await session.close()
 

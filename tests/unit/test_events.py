@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+import qmpcommit as qc
 from qmpcommit.qmp import events
 from qmpcommit.qmp.events import MODELS, UnknownEvent, parse_event
+from qmpcommit.qmp.subscriptions import EventStream, Subscribers
 
 JOB = {"device": "j", "len": 5242880, "offset": 5242880, "speed": 0, "type": "commit"}
 
@@ -290,3 +292,69 @@ def test_unknown_members_never_make_an_event_unknown(name: str, more: dict[str, 
     event = parse_event(message(name, {**more, **SAMPLES[name]}))
     if not OPTIONAL.get(name, set()) & more.keys():
         assert type(event) is MODELS[name]
+
+
+class Kept(BaseModel):
+    """A row of an embedder's."""
+
+    event: qc.Event
+
+
+STRANGE: dict[str, Any] = {"BLOCK_JOB_READY": {"device": 7}, "OF_TOMORROW": {"x": [1, None]}}
+
+
+@pytest.mark.parametrize("name", [*SAMPLES, *STRANGE])
+def test_a_field_of_any_event_comes_back_as_it_was(name: str) -> None:
+    stamp = {"seconds": 1780000000, "microseconds": 123456}
+    data = {**(STRANGE.get(name) or SAMPLES[name]), "of-tomorrow": {"a": 1}}
+    event = parse_event({"event": name, "timestamp": stamp, "data": data})
+    kept = Kept(event=event)
+    for again in (
+        Kept.model_validate_json(kept.model_dump_json()),
+        Kept.model_validate(kept.model_dump()),
+        Kept.model_validate(kept.model_dump(mode="json")),
+    ):
+        assert type(again.event) is type(event)
+        assert again.event.to_message() == event.to_message()
+        assert again == kept
+
+
+def test_a_field_of_any_event_takes_markers_and_members_too() -> None:
+    for marker in (events.ConnectionLost(), events.ConnectionBack()):
+        assert Kept.model_validate_json(Kept(event=marker).model_dump_json()).event == marker
+    event = parse_event({"event": "STOP"})
+    assert Kept.model_validate({"event": event.model_dump()}).event == event
+    assert Kept.model_validate({"event": {"name": "NEW"}}).event.to_message()["event"] == "NEW"
+    with pytest.raises(ValidationError):
+        Kept.model_validate({"event": 7})
+    assert Kept.model_json_schema()["properties"]["event"]["required"] == ["event"]
+
+
+def test_events_are_a_module_of_the_package() -> None:
+    assert qc.events.parse_event is parse_event
+    assert {model.__name__ for model in MODELS.values()} < set(qc.events.__all__)
+    assert {"AnyEvent", "ConnectionLost", "EventStream", "UnknownEvent"} < set(qc.events.__all__)
+
+
+async def test_a_lost_connection_is_told_between_the_events() -> None:
+    everybody = Subscribers()
+    with (
+        EventStream(everybody, frozenset(), 10) as stream,
+        EventStream(everybody, frozenset(["STOP"]), 10) as stops,
+        EventStream(everybody, frozenset(["CONNECTION_LOST"]), 10) as losses,
+    ):
+        everybody.link(True)  # the first time it is connected
+        everybody.message({"event": "STOP"})
+        everybody.link(False)
+        everybody.link(True)
+        everybody.message({"event": "CONNECTION_LOST"})  # of a QEMU that lies
+        everybody.end()
+        told = [event async for event in stream]
+        assert [each.name for each in told] == [
+            "STOP", "CONNECTION_LOST", "CONNECTION_BACK", "CONNECTION_LOST",
+        ]  # fmt: skip
+        assert [type(each).__name__ for each in told[1:]] == [
+            "ConnectionLost", "ConnectionBack", "UnknownEvent",
+        ]  # fmt: skip
+        assert [event.name async for event in stops] == ["STOP"]
+        assert [data async for data in losses.raw()] == [{}]

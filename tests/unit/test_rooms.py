@@ -13,6 +13,7 @@ FLOORS = (
     {"log", "tasks", "units", "values", "names"},
     {"callback"},
     {"qmp"},
+    {"events"},
     {"block", "guest"},
     {"commit"},
     {"group", "window"},
