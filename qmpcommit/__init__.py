@@ -32,6 +32,7 @@ _HOMES = {
     "commit.ledger": "Ledger add_note",
     "commit.outcome": "CommitOutcome JobProgress Timings",
     "commit.pending": "resolve_pending",
+    "commit.phases": "Phase",
     "commit.plan": "Plan",
     "commit.steering": "JobNow",
     "guest.quiesce": "Quiet quiesced thaw",

@@ -19,6 +19,7 @@ from qmpcommit.commit.outcome import JobProgress as JobProgress
 from qmpcommit.commit.outcome import Timings as Timings
 from qmpcommit.commit.pace import Converge as Converge
 from qmpcommit.commit.pending import resolve_pending as resolve_pending
+from qmpcommit.commit.phases import Phase as Phase
 from qmpcommit.commit.plan import Plan as Plan
 from qmpcommit.commit.policy import Abort as Abort
 from qmpcommit.commit.policy import AskedPolicy as AskedPolicy

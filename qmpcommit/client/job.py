@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
     from qmpcommit.commit.outcome import CommitOutcome, JobProgress
+    from qmpcommit.commit.phases import Phase
     from qmpcommit.wire.commit import CommitView
 
 HOLD = 20.0
@@ -79,22 +80,25 @@ class RemoteJob:
         return self._result()
 
     async def progress(self, every: float = 0.5) -> AsyncIterator[JobProgress]:
-        """How far it is, now and `every` so many seconds until the end."""
+        """How far it is, now, `every` so many seconds, and once at the end."""
         from qmpcommit.commit.pace import Meter
 
         meter = Meter(speed=self.view.bandwidth or 0)
         clock = asyncio.get_running_loop().time
         done = total = 0
         view = await self._look()
-        while not self.done:
+        while not self.done and self.phase != "finished":
             seen = view.progress
             if seen is not None:
                 done, total = seen.current, seen.total
-            yield meter.read(clock(), done, total, self.phase, seen.status if seen else "")
+            status = seen.status if seen else ""
+            yield meter.read(clock(), done, total, _phase(self.phase), status)
             view = await self._look(min(every, HOLD), view.phase)
+        while not self.done:  # what is stale is cleared away
+            view = await self._look(HOLD)
         if view.outcome is not None:
             done = view.outcome.bytes_committed
-        yield meter.last(done, max(done, total), self.phase, "null")
+        yield meter.last(done, max(done, total), _phase(self.phase), "null")
 
     async def pivot(self) -> None:
         """Decide for the base, and wait until the job has ended.
@@ -202,3 +206,10 @@ class RemoteJob:
 
     def _where(self) -> dict[str, object]:
         return {"vm": self.vm, "disk": self.disk, "job_id": self.job_id}
+
+
+def _phase(told: str) -> Phase:
+    """A phase that this version does not know is one on the way."""
+    from qmpcommit.commit.phases import Phase
+
+    return Phase(told) if told in Phase.__members__.values() else Phase.COPYING

@@ -185,22 +185,26 @@ class CommitJob:
         await self._until(lambda: self.state.finished)
 
     async def progress(self, every: float = 0.5) -> AsyncIterator[JobProgress]:
-        """How far it is, now and `every` so many seconds until the end (``query-jobs``)."""
+        """How far it is, now, `every` so many seconds, and once at the end (``query-jobs``).
+
+        Its end, with an error or without, is the end of these; `wait` tells which.
+        """
         from qmpcommit.commit.pace import Meter
 
         meter = Meter(speed=int(self.plan.arguments.get("speed") or 0))
         clock = asyncio.get_running_loop().time
         seen = facts.JobSeen("")
-        while not self.done:
+        while not self.done and self.phase is not Phase.FINISHED:
             if self._monitor.connected and self.state.running and self.state.began:
                 with suppress(QmpCommitError):
                     seen = await self._driver.ask() or seen
-            yield meter.read(clock(), seen.done, seen.total, self.phase.value, seen.status)
+            yield meter.read(clock(), seen.done, seen.total, self.phase, seen.status)
             with suppress(TimeoutError):
                 async with asyncio.timeout(every):
                     await self._until(partial(self._has_left, self.phase))
+        await self._until(lambda: False)  # what is stale is cleared away
         state = self.state
-        yield meter.last(state.done, state.total, state.phase.value, state.status)
+        yield meter.last(state.done, state.total, state.phase, state.status)
 
     async def set_bandwidth(self, bandwidth: int | str) -> None:
         """Change the rate at which the job copies, in bytes per second; 0 is no limit.

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from qmpcommit.block.chain import Image
+from qmpcommit.commit.phases import Phase
 from qmpcommit.values import Record, record
 
 Action = Literal["pivot", "keep", "abort", "recycle", "none"]
@@ -81,13 +82,14 @@ class JobProgress(Record):
     """How far a commit is: bytes done and to do, and the rate in bytes per second.
 
     `total` grows while the guest writes and may be 0 (an empty overlay), so what is left is
-    ``total - current``, never a quotient. `phase` is that of `qmpcommit.commit.phases.Phase`;
-    `status` is QEMU's own word; `pace` tells a job that is slow from one that is stuck.
+    ``total - current``, never a quotient. `phase` is a text as well (``phase == "ready"``), and
+    ``finished`` only in the last of a commit that has ended; `status` is QEMU's own word; `pace`
+    tells a job that is slow from one that is stuck.
     """
 
     current: int
     total: int
     bandwidth: float
-    phase: str
+    phase: Phase
     status: str = ""
     pace: Literal["moving", "slow", "stuck"] = "moving"

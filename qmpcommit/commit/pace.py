@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from qmpcommit.commit.outcome import JobProgress
+from qmpcommit.commit.phases import Phase
 from qmpcommit.errors import (
     InvalidRequest,
 )
@@ -124,16 +125,16 @@ class Meter:
         self._before: Sample | None = None
         self._rate = 0.0
 
-    def read(self, at: float, current: int, total: int, phase: str, status: str) -> JobProgress:
+    def read(self, at: float, current: int, total: int, phase: Phase, status: str) -> JobProgress:
         """One more look, at a moment of any steady clock."""
         now, before = Sample(at, current, total), self._before
         if before is not None and at > before.at:
             self._rate = max(0, current - before.current) / (at - before.at)
         self._before = now
-        pace = self._watch.feed(now) if phase == "copying" else "moving"
+        pace = self._watch.feed(now) if phase is Phase.COPYING else "moving"
         return JobProgress(current, total, self._rate, phase, status, pace)
 
-    def last(self, current: int, total: int, phase: str, status: str) -> JobProgress:
+    def last(self, current: int, total: int, phase: Phase, status: str) -> JobProgress:
         """The end, at the rate that it had."""
         return JobProgress(current, total, self._rate, phase, status)
 

@@ -76,8 +76,9 @@ PIVOTS = (Choice.PIVOT, Choice.RECYCLE)
 
 
 class Phase(StrEnum):
-    """Where a commit is."""
+    """Where a commit is; ``queued`` only with a daemon, which has not begun it."""
 
+    QUEUED = "queued"
     STARTING = "starting"
     COPYING = "copying"
     READY = "ready"

@@ -51,7 +51,9 @@ _PAGED = {
     },
 }
 _VALUES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("CommitView", "phase"): ("", *(phase.value for phase in Phase)),
+    ("CommitView", "phase"): (
+        "", *(phase.value for phase in Phase if phase is not Phase.QUEUED),  # told by the state
+    ),  # fmt: skip
     ("GroupView", "phase"): ("", "recovering", *STAGES),
 }
 """All that a member can be, where its type does not say so."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import qmpcommit as qc
 
-_RETURNED = ("Async", "Await", "Coroutine", "Events", "Flattening")
+_RETURNED = ("Async", "Await", "Coroutine", "Events", "Flattening", "Waiting")
 """In the annotation of what a plain function returns, that tell of something to await."""
 
 

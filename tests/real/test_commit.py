@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -258,6 +259,9 @@ async def test_progress_is_told_until_the_end(folder: Path) -> None:
         assert [s.current for s in seen] == sorted(s.current for s in seen)
         assert {s.pace for s in seen} == {"moving"}
         last = seen[-1]
+        assert [s.phase for s in seen].count(qc.Phase.FINISHED) == 1
+        assert json.loads(last.model_dump_json())["phase"] == "finished"
+        assert qc.JobProgress.model_validate_json(last.model_dump_json()) == last
         assert (last.phase, last.current) == ("finished", last.total)
         assert last.total == (await job.wait()).bytes_committed
         await end(vm, qemu)

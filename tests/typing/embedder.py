@@ -127,7 +127,11 @@ async def followed(vm: Managed, policy: qc.AskedPolicy, ledger: Row) -> qc.Commi
         )
         assert_type(job, qc.CommitJob)
         async for status in job.progress(every=1.0):
-            print(status.current, status.total, status.phase)
+            assert_type(status.phase, qc.Phase)
+            if status.phase == "ready":  # as before it was an enumeration
+                print(status.current, status.total)
+            if status.phase is qc.Phase.DECIDED:
+                break
         async with asyncio.TaskGroup() as group:
             group.create_task(job.ready())
             waiting = group.create_task(job.wait())
