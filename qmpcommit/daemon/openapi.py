@@ -52,7 +52,8 @@ _PAGED = {
 }
 _VALUES: dict[tuple[str, str], tuple[str, ...]] = {
     ("CommitView", "phase"): (
-        "", *(phase.value for phase in Phase if phase is not Phase.QUEUED),  # told by the state
+        "",
+        *(phase.value for phase in Phase if phase is not Phase.QUEUED),  # told by the state
     ),  # fmt: skip
     ("GroupView", "phase"): ("", "recovering", *STAGES),
 }
