@@ -35,8 +35,13 @@ MARKUP = "<img src=x onerror=alert(1)>"
 
 
 @asynccontextmanager
-async def browsed(d: Daemon, *through: str, **more: str) -> AsyncIterator[Any]:
-    """The page, opened as a person would; it must ask nobody else, and complain of nothing."""
+async def browsed(
+    d: Daemon, *through: str, restarts: bool = False, **more: str
+) -> AsyncIterator[Any]:
+    """The page, opened as a person would; it must ask nobody else, and complain of nothing.
+
+    A browser says of each request that failed that it did, as those do while the daemon `restarts`.
+    """
     complaints: list[str] = []
     hosts: set[str] = set()
     async with (
@@ -57,6 +62,8 @@ async def browsed(d: Daemon, *through: str, **more: str) -> AsyncIterator[Any]:
         assert page.url == f"http://127.0.0.1:{port}/ui", "the token stays in the address"
         yield page
         await browser.close()
+    if restarts:
+        complaints = [each for each in complaints if "Failed to load resource" not in each]
     assert hosts == {f"127.0.0.1:{port}"}
     assert not complaints
 
@@ -148,6 +155,25 @@ async def test_it_is_narrow_dark_and_light_and_has_no_serious_fault(folder: Path
             await page.locator(".page h2", has_text=title).wait_for()
         await d.request("DELETE", f"/v1/commits/{commit}")
         await d.end_of(commit)
+
+
+async def test_it_goes_on_with_the_next_daemon(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, _), browsed(d, restarts=True) as page:
+        commit = await d.commit("web1", disk="top", policy={"kind": "hold"})
+        await page.get_by_text("READY for").wait_for()
+        await d.kill()
+        await page.locator("#live .wrong").wait_for()
+        await d.start()
+        await page.locator("#live .good").wait_for()
+        await d.post(f"/v1/commits/{commit}/decision", {"action": "keep"})
+        await d.end_of(commit)
+        await page.locator(".ended summary", has_text="keep").wait_for()
+        await page.get_by_role("link", name="Log").click()
+        # What was told before and after is told once, by events alone.
+        ended = page.locator(".log li", has_text="top, done, finished, keep")
+        await ended.wait_for()
+        assert await page.locator(".log li", has_text="top, queued").count() == 1
 
 
 async def test_a_reader_has_nothing_to_press(folder: Path, free_port: int) -> None:
