@@ -51,10 +51,7 @@ _PAGED = {
     },
 }
 _VALUES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("CommitView", "phase"): (
-        "",
-        *(phase.value for phase in Phase if phase is not Phase.QUEUED),  # told by the state
-    ),  # fmt: skip
+    ("CommitView", "phase"): ("", *(each.value for each in Phase if each is not Phase.QUEUED)),
     ("GroupView", "phase"): ("", "recovering", *STAGES),
 }
 """All that a member can be, where its type does not say so."""
