@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.ground import forked
 
@@ -24,7 +24,8 @@ from tests.ground import forked
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No test fails because the machine is busy.
-settings.register_profile("patient", deadline=None)
+BUSY = [HealthCheck.too_slow]
+settings.register_profile("patient", deadline=None, suppress_health_check=BUSY)
 settings.load_profile("patient")
 
 # Fewer examples, and always the same, so that a mutant survives every run or none.
