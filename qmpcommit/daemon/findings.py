@@ -41,7 +41,10 @@ def examine(config: Config) -> Findings:
         *_state(config), *_journal(config), *_sockets(config), *_tcp(config), *_allowed(config),
         *_cycles(config),
     ]  # fmt: skip
-    noted = [*_overlaps(config), *_twice(config), *_nothing_there(config), *_losses(config)]
+    noted = [
+        *_open_state(config), *_overlaps(config), *_twice(config), *_nothing_there(config),
+        *_losses(config),
+    ]  # fmt: skip
     return Findings(wrong, noted)
 
 
@@ -150,6 +153,29 @@ def _cycles(config: Config) -> Iterator[str]:
 
 
 # -- what is noted --------------------------------------------------------------------------------
+
+
+def open_to_others(state: Path) -> str | None:
+    """What is told of a state folder that others may look into, and that is not ours to close.
+
+    Empty where they may not, None where it is ours: it holds a journal, or nothing.
+    """
+    found = state.stat()
+    if not stat.S_IMODE(found.st_mode) & 0o077:
+        return ""
+    held = os.listdir(state)
+    if found.st_uid == os.geteuid() and (not held or "journal.db" in held):
+        return None
+    return (
+        f"{state} may be looked into by others (mode {stat.S_IMODE(found.st_mode):04o}), and holds"
+        " more than a journal or is another user's: give the daemon a folder of its own, mode 0700"
+    )
+
+
+def _open_state(config: Config) -> Iterator[str]:
+    with suppress(OSError):
+        if told := open_to_others(Path(config.state)):
+            yield f"state: {told}"
 
 
 def _overlaps(config: Config) -> Iterator[str]:

@@ -41,6 +41,7 @@ async def forget_old(config: Config, journal: Journal) -> None:
     cycled = json.dumps(sorted({vm for cycle in config.cycle for vm, _ in cycle.disks}))
     while True:
         before = time.time() - retained
+        journal.shrinks = True  # once that is written
         with suppress(JournalError):  # it has no room: then another time
             await journal.write(
                 Statement(_COMMITS, (before, before, cycled)),

@@ -17,6 +17,7 @@ import json
 import os
 import queue
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +41,19 @@ IDLE = 0.05
 
 LAZY = 0.02
 """Seconds that a unit which nobody waits for may wait for company."""
+
+
+PIECE = 128
+"""Pages that are given back at once, where nothing waits to be written."""
+
+SPARE = 64
+"""Free pages that it keeps, and writes to again."""
+
+QUICKLY = 64 << 20
+"""Bytes of rows up to which a journal of a former version is written anew when it is opened."""
+
+LOG = 4 << 20
+"""Bytes that SQLite's log keeps of its disk when all of it is in the journal."""
 
 
 class JournalError(QmpCommitError):
@@ -120,12 +134,14 @@ class Journal:
 
     `on_event` is called in the loop with each event once it is durable, in their order;
     `on_batch` with the number of units and the seconds of each transaction. `full` tells that
-    the last write found no room.
+    the last write found no room. Set `shrinks` to have it give its free pages back, a few at a
+    time, while there is nothing to write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.full = False
+        self.shrinks = False
         self.set_aside: Path | None = None
         self.loss: Loss | None = None
         self._roll: Roll | None = None
@@ -248,9 +264,12 @@ class Journal:
     def _keep_private(self) -> None:
         """Nobody else reads who asked for what; SQLite's other files are as this one."""
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        for each in self.path.parent.glob(f"{self.path.name}*"):
-            with suppress(OSError):  # another user's
-                each.chmod(0o600)
+        for each in self.path.parent.glob(f"{self.path.stem}.*"):
+            try:
+                if each.is_file() and stat.S_IMODE(each.stat().st_mode) != 0o600:
+                    each.chmod(0o600)
+            except OSError as error:  # another user's
+                self._log.warning("journal_not_private", path=str(each), why=error.strerror)
 
     def _connection(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
@@ -260,9 +279,13 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         connection = self._connection()
         try:
+            if not connection.execute("PRAGMA page_count").fetchone()[0]:
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_size_limit = {LOG}")
             connection.execute("PRAGMA synchronous = FULL")
             self._migrate(connection)
+            self._make_shrinkable(connection)
             self._begin_roll(connection)
         except BaseException:
             connection.close()
@@ -282,6 +305,19 @@ class Journal:
             connection.executescript(
                 f"BEGIN; {script}; {noted} PRAGMA user_version = {number}; COMMIT"
             )
+
+    def _make_shrinkable(self, connection: sqlite3.Connection) -> None:
+        """One of a former version is written anew, once, where that does not take long."""
+        pages, free, size, kind = (
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size", "auto_vacuum")
+        )
+        if kind != 0 or (pages - free) * size > QUICKLY:
+            return
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        with suppress(sqlite3.OperationalError):  # there is no room for it: another time
+            connection.execute("VACUUM")
 
     def _begin_roll(self, connection: sqlite3.Connection) -> None:
         """Seal what has no seals, and call the roll of all that is open."""
@@ -341,7 +377,7 @@ class Journal:
     def _write_all(self, writer: sqlite3.Connection) -> None:
         ending = False
         while not ending:
-            units = [self._next()]
+            units = [self._next(writer)]
             while len(units) < _BATCH and not self._units.empty():
                 units.append(self._units.get())
             ending = None in units
@@ -349,13 +385,31 @@ class Journal:
             if batch:
                 self._write_batch(writer, batch)
 
-    def _next(self) -> _Unit | None:
+    def _next(self, writer: sqlite3.Connection) -> _Unit | None:
         assert self._roll is not None
         with suppress(queue.Empty):
             if self._roll.unsynced:
                 return self._units.get(timeout=IDLE)
         self._roll.sync()
+        while self.shrinks:
+            with suppress(queue.Empty):
+                return self._units.get(timeout=IDLE)
+            self._shrink(writer)
         return self._units.get()
+
+    def _shrink(self, writer: sqlite3.Connection) -> None:
+        """Give some pages back; it moves no row, and what comes meanwhile waits a moment."""
+        try:
+            (free,) = writer.execute("PRAGMA freelist_count").fetchone()
+            (kind,) = writer.execute("PRAGMA auto_vacuum").fetchone()
+            if free > SPARE and kind != 0:
+                piece = min(PIECE, free - SPARE)
+                writer.executescript(f"PRAGMA incremental_vacuum({piece})")  # to its last step
+                return
+            writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()  # which cuts the file off
+        except sqlite3.Error as error:  # no room, or a read that does not end: another time
+            self._log.debug("journal_not_shrunk", why=str(error))
+        self.shrinks = False
 
     def _write_batch(self, writer: sqlite3.Connection, batch: list[_Unit]) -> None:
         """One transaction; where one unit is at fault the others are written without it."""

@@ -35,7 +35,7 @@ from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.connections import Doors, PeerProtocol
 from qmpcommit.daemon.cycles import Cycles
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.findings import Findings, examine
+from qmpcommit.daemon.findings import Findings, examine, open_to_others
 from qmpcommit.daemon.forgetting import forget_old
 from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.journal import Journal
@@ -238,10 +238,17 @@ async def _lock(state: Path, ending: asyncio.Event) -> TextIO:
 
 def _open_lock(state: Path) -> TextIO:
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    held = os.listdir(state)
-    if state.stat().st_uid == os.geteuid() and (not held or "journal.db" in held):
+    told = open_to_others(state)
+    if told is None:
         state.chmod(0o700)  # made by another version, or by hand, for a journal alone
-    return open(state / "lock", "a+", opener=partial(os.open, mode=0o600))
+    elif told:
+        log.Log().warning("state_not_private", what=told)
+    lock = open(  # noqa: SIM115  (it is held for as long as the daemon runs)
+        state / "lock", "a+", opener=partial(os.open, mode=0o600)
+    )
+    with suppress(PermissionError):  # another user's
+        os.fchmod(lock.fileno(), 0o600)
+    return lock
 
 
 def _listen(config: Config, given: list[socket.socket]) -> list[socket.socket]:

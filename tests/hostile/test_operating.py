@@ -32,10 +32,20 @@ async def test_nobody_else_reads_the_state_folder(folder: Path) -> None:
                 each.chmod(0o644)
             await d.start()
             assert mode(state) == 0o700
-            journal = [each for each in state.iterdir() if each.name.startswith("journal.db")]
-            assert {mode(each) for each in journal} == {0o600}
+            assert {mode(each) for each in state.iterdir()} == {0o600}
     finally:
         os.umask(before)
+
+
+async def test_a_state_folder_that_is_not_ours_alone_is_told(folder: Path) -> None:
+    state = folder / "state"
+    state.mkdir()
+    state.chmod(0o755)
+    (state / "somebody-elses").touch()
+    async with daemon(folder) as d:
+        assert mode(state) == 0o755
+        assert "state_not_private" in d.log
+        assert "mode 0755" in d.log
 
 
 async def test_who_asked_for_what_is_told(folder: Path) -> None:
