@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+from importlib import resources
 from pathlib import Path
 
+import pytest
+
 import qmpcommit as qc
+from qmpcommit.daemon.metrics import Metrics
 from tests.daemon.daemons import Daemon, host_of
 from tests.ground.images import make_chain
+
+SYSTEM = Path(str(resources.files("qmpcommit.daemon"))) / "system"
 
 
 async def metric(d: Daemon, name: str) -> dict[str, float]:
@@ -44,3 +53,38 @@ async def test_what_an_operator_watches(folder: Path) -> None:
         assert answered['method="POST"'] == 3.0
         assert answered['method="DELETE"'] == 1.0
         assert "" in await metric(d, "qmpcommit_event_loop_lags_seconds_count")
+
+
+def names_in(text: str) -> set[str]:
+    """The metrics that an expression, or a file of them, names."""
+    return set(re.findall(r"\b(?:qmpcommit|process)_[a-z_]+[a-z]\b", text))
+
+
+def test_rules_and_dashboard_name_metrics_that_there_are() -> None:
+    told = Metrics().text().decode()
+    there = set()
+    for name, kind in re.findall(r"(?m)^# TYPE (\S+) (\S+)$", told):
+        ends = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        there |= {f"{name}{end}" for end in ends}
+    dashboard = json.loads(SYSTEM.joinpath("dashboard.json").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    shown += [each["definition"] for each in dashboard["templating"]["list"][1:]]
+    rules = re.findall(r"(?m)^ +expr: (.*)$", SYSTEM.joinpath("alerts.yml").read_text())
+    for text in (*shown, *rules):
+        assert names_in(text) <= there, text
+        assert names_in(text) or text.startswith("up{"), text
+    manual = resources.files("qmpcommit").joinpath("manual", "metrics.md").read_text()
+    named = {f"qmpcommit_{each}" for each in re.findall(r"(?m)^\| `([a-z_]+)` \|", manual)}
+    ours = {each for each in there if each.startswith("qmpcommit_")}
+    assert named == {re.sub("_(bucket|sum|count)$", "", each) for each in ours}
+
+
+def test_promtool_takes_the_rules() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    done = subprocess.run(
+        [promtool, "check", "rules", str(SYSTEM / "alerts.yml")],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
