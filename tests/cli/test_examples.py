@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import qmpcommit as qc
 from tests.cli.command import ENVIRONMENT, ROOT, Said, end
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine
@@ -190,3 +193,43 @@ async def test_flatten_chain(folder: Path) -> None:
     assert [path for path in long.files if path.exists()] == [long.base, long.top]
     for chain in (long, short):
         assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_the_command_is_one_file(folder: Path) -> None:
+    """It needs no package of the host, and unpacks what is compiled but once."""
+    made = folder / "qmpcommit.pyz"
+    said = await example("make_zipapp.py", str(made))
+    assert said.status == 0, said.err
+    home = folder / "cache"
+
+    async def run(*words: str, **more: str) -> Said:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(made), *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(home), **more},
+        )
+        return await end(process)
+
+    assert (await run("--version")).out == f"qmpcommit {qc.__version__}\n"
+    (kept,) = (home / "qmpcommit").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o700
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu:
+        said = await run("chain", qemu.qmp)
+        assert (said.status, said.err) == (0, "")
+        assert str(chain.top) in said.out
+        assert [*(home / "qmpcommit").iterdir()] == [kept]
+        assert (await run("chain", qemu.qmp, XDG_CACHE_HOME="/proc/none")).status == 0
+        said = await run("commit", qemu.qmp, "vda", "--policy", '{"kind": "pivot"}')  # compiled
+        assert said.status == 0, said.err
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
+    with zipfile.ZipFile(made) as archive:
+        main = archive.read("__main__.py").decode()
+    other = folder / "other.pyz"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("__main__.py", main.replace("MADE_FOR = [[3, ", "MADE_FOR = [[2, "))
+    made = other
+    said = await run("--version")
+    assert (said.status, "was made for Python 2." in said.err) == (1, True)
