@@ -11,25 +11,48 @@
 #
 #   docker run --rm -v /run/vms/web1:/run/vms/web1 qmpcommit chain /run/vms/web1/qmp.sock
 #
-# QEMU itself stays outside: qmpcommit only talks to its monitor. Run it as a user that may open
-# the sockets (--user, --group-add). With --pid=host it can tell one QEMU process from its
+# QEMU itself stays outside: qmpcommit only talks to its monitor. Users and groups are numbers here,
+# and their names are those of the image:
+#
+#   * The monitors' sockets: connecting takes write permission on each. Run it with the number of
+#     their group (--group-add "$(stat -c %g /run/vms/web1/qmp.sock)"), or as their owner (--user).
+#   * The API's socket, /run/qmpcommit/qmpcommitd.sock, is of the daemon's user and group (999:999 in
+#     this image), mode 0660. Who is to use it from the host needs that group's number, or a group in
+#     common: give it with --group-add and name its number in [listen] group. [listen] users and
+#     groups, and [access], compare the numbers of who connects: name them as numbers. With a user
+#     namespace (userns-remap, rootless) these are the numbers as the container sees them.
+#
+# docker stop: the daemon hands over within 2 s, and jobs stay in QEMU. Only where it has frozen a
+# guest whose agent does not answer it tries for 30 s to thaw it: docker stop --time 45, and
+# docker run --stop-timeout 45. With --pid=host it can tell one QEMU process from its
 # successor, and understands file names relative to QEMU's working directory. Mount the folders
 # of the images under the same names where stale overlays are to be deleted. For a configuration
 # of your own: -v /etc/qmpcommit:/etc/qmpcommit:ro.
 
-FROM python:3.13-slim AS build
+# To pin it: --build-arg BASE=python:3.13-slim@sha256:..., as "docker buildx imagetools inspect
+# python:3.13-slim" tells it.
+ARG BASE=python:3.13-slim
+
+FROM ${BASE} AS build
 WORKDIR /src
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY qmpcommit ./qmpcommit
 RUN pip wheel --no-cache-dir --wheel-dir /wheels ".[daemon]"
 
-FROM python:3.13-slim
+FROM ${BASE}
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="qmpcommit" \
+      org.opencontainers.image.description="Live block commit over QMP: a daemon and a command for QEMU without libvirt" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.licenses="MIT"
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-index --find-links=/wheels "qmpcommit[daemon]" \
- && useradd --system --user-group --no-create-home --shell /usr/sbin/nologin qmpcommit \
+ && groupadd --gid 999 qmpcommit \
+ && useradd --uid 999 --gid 999 --no-create-home --shell /usr/sbin/nologin qmpcommit \
  && install -d -o qmpcommit -g qmpcommit /var/lib/qmpcommit /run/qmpcommit
 COPY examples/daemon/config.toml /etc/qmpcommit/config.toml
 USER qmpcommit
+STOPSIGNAL SIGTERM
 VOLUME /var/lib/qmpcommit
 # The daemon's own socket, asked by its own user; 1 where nobody answers.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD ["python", "-c", "\

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import qmpcommit
 from qmpcommit.daemon.config import Config, parse
 from qmpcommit.wire.cycle import Cycle
 from tests.cli.command import ENVIRONMENT, ROOT
@@ -121,6 +122,23 @@ async def test_the_containers_health_check(folder: Path) -> None:
         assert await run(sys.executable, "-c", code) == (0, "")
         assert await d.stop() == 0
     assert (await run(sys.executable, "-c", code))[0] == 1
+
+
+def test_the_image_tells_what_it_is_and_how_it_is_stopped() -> None:
+    text = _dockerfile()
+    assert f"ARG VERSION={qmpcommit.__version__}\n" in text
+    for label in ("title", "description", "version", "licenses"):
+        assert f"org.opencontainers.image.{label}=" in text
+    assert "\nSTOPSIGNAL SIGTERM\n" in text
+    stop = re.search(r"--stop-timeout (\d+)", text)
+    unit = (ROOT / "qmpcommit/daemon/system/qmpcommitd.service").read_text()
+    assert stop
+    assert f"TimeoutStopSec={stop[1]}\n" in unit
+    first, *others = (ROOT / ".dockerignore").read_text().splitlines()[1:]
+    assert first == "*"
+    copied = re.findall(r"(?m)^COPY (.*) \S+$", text)
+    for name in " ".join(copied).split():
+        assert f"!{name.removeprefix('./')}" in others, name
 
 
 def test_the_container_runs_the_daemon_or_the_command(folder: Path) -> None:
