@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "vms": ("vms:vms", "The VMs of this host: disks, jobs, windows, and what is wrong."),
+    "top": ("top:top", "The same, live, with keys to decide what is READY."),
     "chain": ("chain:chain", "The disks and their backing chains, drawn as a tree."),
     "commit": ("commit:commit", "Commit a disk's overlay into its backing file, and decide."),
     "jobs": ("jobs:jobs", "Block jobs, their phase and progress."),
@@ -35,7 +36,6 @@ _OWN_MONITOR = (
 )
 
 NO_DAEMON = {
-    "vms": "it asks the monitors themselves: give globs of their sockets, without --daemon",
     "doctor": "it asks the monitors themselves: give the paths of the VMs' monitors in the place of"
     " their names, without --daemon",
     "daemon": "it is the daemon itself",

@@ -32,6 +32,7 @@ VM = "/run/vms/web1/qmp.sock"
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "vms": ("vms", "vms --watch", "vms '/run/vms/*/qmp.sock' --json"),
+    "top": ("top", "top '/run/vms/*/qmp.sock'", "--daemon top 'web*'"),
     "chain": (f"chain {VM}", f"chain {VM} vda --json", f"chain {VM} --dot"),
     "commit": (
         f"commit {VM} vda --pivot --delete",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from qmpcommit.cli.running import Run
+    from qmpcommit.cli.sources import Source
     from qmpcommit.commit.rates import JobPace, Rates
     from qmpcommit.recovery.host import VMState
 
@@ -30,9 +31,6 @@ HEADS = {
     "monitor": "MONITOR",
 }
 USUAL = tuple(HEADS)
-
-EVERY = 2.0
-"""Seconds between two looks of ``--watch``: each connects to all monitors anew."""
 
 NONE = (
     "no VM was found. Looked for sockets {sockets}, and for the QMP monitors of the processes that"
@@ -51,7 +49,7 @@ def vms(globs: tuple[str, ...], *, watch: bool, columns: list[str] | None, **giv
     GLOBs name the sockets of monitors. Without one, all are shown that are in the usual place
     (/run/vms/*/*.sock) or that a QEMU process serves which you may see. All are asked at the same
     time; each has 2 s, or with --timeout nine tenths of that, and one that does not answer is
-    shown with why.
+    shown with why. With --daemon they are the daemon's, and GLOBs are of their names.
     """
     options = Options.of(**given)
     check_format(columns, json=options.as_json)
@@ -71,30 +69,44 @@ async def _vms(
     from qmpcommit.cli.watching import watched
     from qmpcommit.commit.rates import Rates
 
-    rates = Rates()
+    rates, source = Rates(), source_of(running, globs)
     if watch:
-        return await watched(running, lambda: _look(running, globs, columns, rates), every=EVERY)
-    return await _look(running, globs, columns, rates)
+        return await watched(
+            running, lambda: _look(running, globs, columns, source, rates), every=source.every
+        )
+    return await _look(running, globs, columns, source, rates)
+
+
+def source_of(running: Run, globs: tuple[str, ...]) -> Source:
+    """The monitors of this host, or the daemon that is to be asked."""
+    from qmpcommit.cli import sources
+
+    if running.options.daemon is None:
+        return sources.Monitors(globs, lambda: within(running))
+    from qmpcommit.cli.remote import connect
+
+    return sources.Daemon(globs, lambda: connect(running.options))
 
 
 async def _look(
-    running: Run, globs: tuple[str, ...], columns: Sequence[str] | None, rates: Rates
+    running: Run,
+    globs: tuple[str, ...],
+    columns: Sequence[str] | None,
+    source: Source,
+    rates: Rates,
 ) -> Answer:
-    import asyncio
-
     from qmpcommit.cli.tables import draw
     from qmpcommit.names import SOCKETS
-    from qmpcommit.recovery.host import states
-    from qmpcommit.recovery.monitors import find
 
-    places = await asyncio.to_thread(find, globs)
-    found = await states(places, within=within(running))
+    found = await source.look()
     paces = paces_of(found, rates)
+    quiet, daemon = running.options.quiet, running.options.daemon
     data = {
         "vms": [each.model_dump(mode="json") for each in found],
-        "looked": list(globs) or [SOCKETS, "/proc"],
+        "looked": list(globs) or ([SOCKETS, "/proc"] if daemon is None else [daemon]),
     }
-    quiet = running.options.quiet
+    if not found and running.options.daemon is not None:
+        return Answer(data, "the daemon has no such VM" if globs else "the daemon has no VM")
     if not found:
         return Answer(data, NONE.format(sockets=SOCKETS), quiet=quiet)
 
@@ -113,7 +125,7 @@ def paces_of(found: Sequence[VMState], rates: Rates) -> dict[tuple[str, str], Jo
     paces = {
         (vm.address, job.id): rates.look(
             (vm.address, job.id), at, status=job.status, current=job.current, total=job.total,
-            speed=job.speed, begun_for=job.begun_for,
+            speed=job.speed, begun_for=job.begun_for, ready_for=job.ready_for,
         )
         for vm in found
         for job in vm.jobs

@@ -5,6 +5,7 @@ QEMU tells the bytes of a job and its limit, and no rate, no time and not since 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,8 @@ READY = ("ready", "standby")
 
 Bound = Literal["", "exactly", "at least", "at most"]
 
-WEIGHT = 0.5
-"""Of the newest rate; the rest is what was before."""
+WINDOW = 10.0
+"""Seconds over which a rate is told at least, where they were seen: QEMU copies in bursts."""
 
 
 @record
@@ -35,9 +36,8 @@ class JobPace(Record):
 
 @dataclass
 class _Before:
-    at: float
-    current: int
-    rate: float | None = None
+    speed: int
+    looks: deque[tuple[float, int]]
     copying: bool = False
     ready: float | None = None
     saw_it_come: bool = False
@@ -66,25 +66,27 @@ class Rates:
         `speed` is the job's limit (0: none). `ready_for` is for how long it is known to be READY
         from elsewhere, `begun_for` since when it may be so at the earliest.
         """
-        before = self._seen.get(key)
-        now = self._seen[key] = _Before(at, current, copying=status == "running")
-        if before is not None and before.current <= current:
-            now.rate, now.ready, now.saw_it_come = before.rate, before.ready, before.saw_it_come
-            if now.copying and before.copying and at > before.at:
-                fresh = (current - before.current) / (at - before.at)
-                now.rate = fresh if now.rate is None else _between(fresh, now.rate)
+        now = self._seen.setdefault(key, _Before(speed, deque()))
+        copied = now.copying
+        now.copying = status == "running"
+        if not now.copying or now.speed != speed or (now.looks and now.looks[-1][1] > current):
+            now.looks.clear()  # what was copied under another limit does not count any more
+        now.speed = speed
         if status in READY:
             if now.ready is None:
-                now.ready, now.saw_it_come = at, before is not None and before.copying
+                now.ready, now.saw_it_come = at, copied
             return JobPace(0.0, 0.0, *self._age(now, at, ready_for, begun_for))
         now.ready = None
         if not now.copying:
             return JobPace(0.0 if status == "paused" else None)
-        rate = now.rate
-        if speed and (rate is None or rate > speed):
-            rate = float(speed)  # what was copied under another limit does not count any more
+        now.looks.append((at, current))
+        while len(now.looks) > 2 and at - now.looks[1][0] >= WINDOW:
+            now.looks.popleft()
+        since, before = now.looks[0]
+        rate = (current - before) / (at - since) if at > since else None
+        at_most = float(speed) if speed and (rate is None or rate > speed) else rate
         left = max(0, total - current)
-        return JobPace(now.rate, left / rate if rate else None)
+        return JobPace(rate, left / at_most if at_most else None)
 
     def forget(self, but: set[object]) -> None:
         """Jobs that are no more."""
@@ -103,10 +105,6 @@ class Rates:
         if watched > 0:
             return watched, "at least"
         return (None, "") if begun is None else (begun, "at most")
-
-
-def _between(fresh: float, former: float) -> float:
-    return WEIGHT * fresh + (1 - WEIGHT) * former
 
 
 def percent(current: int, total: int, status: str) -> float | None:

@@ -45,7 +45,8 @@ class DiskState(Record):
 class JobState(Record):
     """One job: its phase (``status``), its bytes, and its limit in bytes per second (0: none).
 
-    `begun_for` is for how many seconds its disk is held, where somebody holds it.
+    `begun_for` is for how many seconds its disk is held, where somebody holds it, `ready_for` for
+    how many it is READY, where a daemon knows that.
     """
 
     id: str
@@ -56,6 +57,7 @@ class JobState(Record):
     total: int = 0
     speed: int = 0
     begun_for: float | None = None
+    ready_for: float | None = None
 
 
 @record

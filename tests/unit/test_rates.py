@@ -19,9 +19,10 @@ def test_a_rate_needs_two_looks_and_a_limit_none() -> None:
     assert second == JobPace(20.0 * MIB, 4.0)
     slower = rates.look("j", 2.0, status="running", current=20 * MIB, total=100 * MIB)
     assert slower == JobPace(10.0 * MIB, 8.0)
+    assert rates.look("j", 3.0, status="running", current=60 * MIB, total=100 * MIB).eta == 2.0
     # the limit was just lowered: what was copied before tells nothing
     assert rates.look("j", 3.0, status="running", current=60 * MIB, total=100 * MIB, speed=MIB) == (
-        JobPace(25.0 * MIB, 40.0)
+        JobPace(None, 40.0)
     )
     assert rates.look("j", 4.0, status="paused", current=60 * MIB, total=100 * MIB).eta is None
 
