@@ -50,6 +50,7 @@ _HOMES = {
         " NoSpace NotReady OnlyIfFailed PolicyRequired ProtocolViolation QmpCommitError"
         " QuiesceFailed VMGone VMStateError WindowError WindowNotFound"
         " CommitNotFound DaemonError DaemonLost DaemonUnreachable KeyReused QueueFull VMNotFound"
+        " JobDetached OperationError RemoteJobDetached RequestError SessionClosed"
     ),
     "offline_session": "offline",
     "qmp.events": "Event UnknownEvent",

@@ -59,6 +59,7 @@ from qmpcommit.errors import GroupFailed as GroupFailed
 from qmpcommit.errors import GroupSplit as GroupSplit
 from qmpcommit.errors import InvalidRequest as InvalidRequest
 from qmpcommit.errors import JobConflict as JobConflict
+from qmpcommit.errors import JobDetached as JobDetached
 from qmpcommit.errors import JobNotFound as JobNotFound
 from qmpcommit.errors import KeyReused as KeyReused
 from qmpcommit.errors import MonitorBusy as MonitorBusy
@@ -66,11 +67,15 @@ from qmpcommit.errors import MonitorLost as MonitorLost
 from qmpcommit.errors import NoSpace as NoSpace
 from qmpcommit.errors import NotReady as NotReady
 from qmpcommit.errors import OnlyIfFailed as OnlyIfFailed
+from qmpcommit.errors import OperationError as OperationError
 from qmpcommit.errors import PolicyRequired as PolicyRequired
 from qmpcommit.errors import ProtocolViolation as ProtocolViolation
 from qmpcommit.errors import QmpCommitError as QmpCommitError
 from qmpcommit.errors import QueueFull as QueueFull
 from qmpcommit.errors import QuiesceFailed as QuiesceFailed
+from qmpcommit.errors import RemoteJobDetached as RemoteJobDetached
+from qmpcommit.errors import RequestError as RequestError
+from qmpcommit.errors import SessionClosed as SessionClosed
 from qmpcommit.errors import VMGone as VMGone
 from qmpcommit.errors import VMNotFound as VMNotFound
 from qmpcommit.errors import VMStateError as VMStateError

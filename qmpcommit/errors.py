@@ -43,6 +43,14 @@ class QmpCommitError(Exception):
                 self.facts[name] = value
                 setattr(self, name, value)
 
+    def __repr__(self) -> str:
+        where = "".join(
+            f", {name}={value!r}"
+            for name in ("vm", "disk", "job_id")
+            if (value := self.facts.get(name)) is not None
+        )
+        return f"{type(self).__name__}({self.message!r}{where})"
+
     def again(self) -> Self:
         """The same error for somebody else, who may add facts of their own."""
         return type(self)(self.message, **self.facts)
@@ -57,7 +65,22 @@ class QmpCommitError(Exception):
         return described
 
 
-class ConnectError(QmpCommitError):
+class RequestError(QmpCommitError):
+    """Base of what was asked wrongly, or at a wrong time: as things are it can't be done.
+
+    What was asked was not begun; asked again as it is, it is refused again until something changes.
+    """
+
+
+class OperationError(QmpCommitError):
+    """Base of what QEMU, the guest, the storage, a command or the daemon failed at.
+
+    What was asked made sense; the message says what came of it and in which state it has left
+    the data.
+    """
+
+
+class ConnectError(OperationError):
     """No QMP session could be opened: nothing listens there, or what does is not a monitor."""
 
     FACTS = ("vm", "disk", "job_id", "address")
@@ -68,7 +91,7 @@ class MonitorBusy(ConnectError):
     """The monitor accepts the connection but does not greet: another client holds it."""
 
 
-class MonitorLost(QmpCommitError):
+class MonitorLost(OperationError):
     """The monitor went away and did not come back; QEMU may still be running, and so may jobs.
 
     `command` is the QMP command whose reply did not come, where one was under way. `outcome` is
@@ -80,7 +103,15 @@ class MonitorLost(QmpCommitError):
     outcome: dict[str, object] | None
 
 
-class VMGone(QmpCommitError):
+class SessionClosed(MonitorLost):
+    """The session was closed by its owner, perhaps while this was under way."""
+
+
+class JobDetached(MonitorLost):
+    """The job is no longer followed from here, by its owner's wish; it goes on in QEMU."""
+
+
+class VMGone(OperationError):
     """QEMU itself has ended, or another QEMU answers at its address.
 
     `pivoted` is True when the pivot is known to have happened before (the base holds the
@@ -96,7 +127,7 @@ class VMGone(QmpCommitError):
     overlay: str | None
 
 
-class CommandRefused(QmpCommitError):
+class CommandRefused(OperationError):
     """QEMU answered a QMP command with an error; `error_class` and `desc` are QEMU's own."""
 
     FACTS = ("vm", "disk", "job_id", "command", "error_class", "desc")
@@ -116,14 +147,14 @@ class CommandRefused(QmpCommitError):
         super().__init__(message, command=command, error_class=error_class, desc=desc, **facts)
 
 
-class ProtocolViolation(QmpCommitError):
+class ProtocolViolation(OperationError):
     """A reply is not what QEMU's own schema says; what answers is perhaps no QEMU."""
 
     FACTS = ("vm", "disk", "job_id", "command")
     command: str | None
 
 
-class DiskNotFound(QmpCommitError):
+class DiskNotFound(RequestError):
     """No disk of the VM has that name, or several have; `candidates` lists what there is."""
 
     FACTS = ("vm", "disk", "job_id", "candidates")
@@ -131,19 +162,19 @@ class DiskNotFound(QmpCommitError):
     candidates: list[str]
 
 
-class ChainError(QmpCommitError):
+class ChainError(RequestError):
     """The backing chain does not allow what was asked (unknown layer, wrong order, no backing)."""
 
 
-class PolicyRequired(QmpCommitError, ValueError):
+class PolicyRequired(RequestError, ValueError):
     """Committing the active layer needs exactly one policy: pivot, keep, or one that decides."""
 
 
-class InvalidRequest(QmpCommitError, ValueError):
+class InvalidRequest(RequestError, ValueError):
     """An argument has no meaning: a malformed size, time, address or policy."""
 
 
-class OnlyIfFailed(QmpCommitError):
+class OnlyIfFailed(OperationError):
     """The ``only_if`` command did not succeed, so the commit was not begun."""
 
     FACTS = ("vm", "disk", "job_id", "command", "exit_status")
@@ -151,7 +182,7 @@ class OnlyIfFailed(QmpCommitError):
     exit_status: int | None
 
 
-class VMStateError(QmpCommitError):
+class VMStateError(RequestError):
     """The VM is in a state in which its disks are not its own to write, or may soon not be.
 
     `status` is its run state (``query-status``), `migration` that of its migration
@@ -163,11 +194,11 @@ class VMStateError(QmpCommitError):
     migration: str | None
 
 
-class NotReady(QmpCommitError):
+class NotReady(RequestError):
     """A pivot or keep was asked before READY; the job goes on unharmed."""
 
 
-class QuiesceFailed(QmpCommitError):
+class QuiesceFailed(OperationError):
     """The guest could not be quiesced, or, where `frozen` is True, perhaps not thawed again.
 
     `how` is "agent" or "pause", `agent` the guest agent's socket, `desc` the agent's own text.
@@ -181,11 +212,11 @@ class QuiesceFailed(QmpCommitError):
     frozen: bool | None
 
 
-class JobNotFound(QmpCommitError):
+class JobNotFound(RequestError):
     """QEMU has no block job with that id."""
 
 
-class JobConflict(QmpCommitError):
+class JobConflict(RequestError):
     """Another job, or another decision, is in the way.
 
     `owner` tells who holds the disk, where it is claimed: its ``work``, ``pid``, ``since``, ...
@@ -197,7 +228,7 @@ class JobConflict(QmpCommitError):
     status: str | None
 
 
-class CommitFailed(QmpCommitError):
+class CommitFailed(OperationError):
     """The commit ended without doing what was asked; `error` is QEMU's own text, if it gave one.
 
     `command` is that of the caller's, as an argument list, which gave no answer.
@@ -242,23 +273,23 @@ class GroupSplit(GroupFailed):
     unknown: list[str]
 
 
-class VMNotFound(QmpCommitError):
+class VMNotFound(RequestError):
     """The daemon knows no VM of that name."""
 
 
-class CommitNotFound(QmpCommitError):
+class CommitNotFound(RequestError):
     """The daemon knows no commit with that id."""
 
 
-class QueueFull(QmpCommitError):
+class QueueFull(OperationError):
     """The daemon takes no more commits at the moment."""
 
 
-class KeyReused(QmpCommitError):
+class KeyReused(RequestError):
     """The ``Idempotency-Key`` was used for another request before."""
 
 
-class DaemonError(QmpCommitError):
+class DaemonError(OperationError):
     """The daemon refuses this client, or what answers is no such daemon.
 
     `status` is the HTTP status, where there was one.
@@ -280,11 +311,15 @@ class DaemonLost(MonitorLost):
     address: str | None
 
 
-class WindowNotFound(QmpCommitError):
+class RemoteJobDetached(DaemonLost, JobDetached):
+    """The daemon's commit is no longer followed from here, by its owner's wish; it goes on."""
+
+
+class WindowNotFound(RequestError):
     """The daemon knows no snapshot window with that id."""
 
 
-class WindowError(QmpCommitError):
+class WindowError(OperationError):
     """A snapshot window can't be opened, or not be closed; `overlays` are those still active.
 
     `outcomes` are those of the commits that did close their part of it, as JSON.
@@ -296,7 +331,7 @@ class WindowError(QmpCommitError):
     outcomes: list[dict[str, object]]
 
 
-class DeadlineExceeded(QmpCommitError, TimeoutError):
+class DeadlineExceeded(OperationError, TimeoutError):
     """It did not end in time; the message says what state that left behind.
 
     `command` is the QMP command that was not answered, `outcome` how the job ended all the same,

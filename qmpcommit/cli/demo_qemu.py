@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpcommit.errors import QmpCommitError
+from qmpcommit.errors import OperationError
 from qmpcommit.tasks import kill
 
 MIB = 1 << 20
@@ -29,7 +29,7 @@ OVERLAY = ((2 * MIB, 4 * MIB, 0x21), (24 * MIB, 2 * MIB, 0x22))
 """Offset, length and byte of what is written: the overlay's partly over the base's."""
 
 
-class DemoFailed(QmpCommitError):
+class DemoFailed(OperationError):
     """The demo could not run, or what it read is not what was written."""
 
 

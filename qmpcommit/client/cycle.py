@@ -29,6 +29,9 @@ class RemoteRound:
         self._vm = vm
         self.id, self.view = view.id, view
 
+    def __repr__(self) -> str:
+        return f"<RemoteRound {self.id} of {self._vm.name!r}>"
+
     async def wait(self) -> RoundView:
         """How it ended, or the `QmpCommitError` that it ended with, as the library's own."""
         while self.view.ended is None:

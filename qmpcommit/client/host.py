@@ -69,6 +69,9 @@ class Client:
         self.wire = Wire(address, token)
         self.met = False
 
+    def __repr__(self) -> str:
+        return f"<Client of the daemon at {str(self.wire.address)!r}>"
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Literal
 
 from qmpcommit.client.problems import error_from
-from qmpcommit.errors import CommitFailed, DaemonError, DaemonLost, JobConflict
+from qmpcommit.errors import CommitFailed, DaemonError, DaemonLost, JobConflict, RemoteJobDetached
 
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
@@ -197,8 +197,8 @@ class RemoteJob:
             **self._where(),
         )
 
-    def _gone(self) -> DaemonLost:
-        return DaemonLost(
+    def _gone(self) -> RemoteJobDetached:
+        return RemoteJobDetached(
             f"commit {self.id} of {self.disk} of {self.vm} is no longer followed from here; it goes"
             f" on. The daemon's commit('{self.id}') takes it up",
             **self._where(),

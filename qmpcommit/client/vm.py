@@ -54,6 +54,9 @@ class RemoteVM:
         self.client, self.name = client, name
         self.path = f"/v1/vms/{name}"
 
+    def __repr__(self) -> str:
+        return f"<RemoteVM {self.name!r} of the daemon at {str(self.client.wire.address)!r}>"
+
     async def info(self) -> VMView:
         """Where its monitor is, and whether it is connected; raises `VMNotFound`."""
         from qmpcommit.client.host import vm_view

@@ -33,6 +33,9 @@ class FileLedger:
         self._newest = (0, "")
         self._given, self._written, self._durable = 0, 0, 0
 
+    def __repr__(self) -> str:
+        return f"FileLedger({self.path!r})"
+
     async def note(self, step: str, state: State | None = None, **facts: Any) -> None:
         """Write a step down (see `Ledger.note`); raises OSError where that can't be done."""
         kind = facts.get("kind", COMMIT)

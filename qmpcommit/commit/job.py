@@ -22,7 +22,7 @@ from qmpcommit.commit.phases import Phase
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Decision, Recycle
 from qmpcommit.commit.stale_layers import Around
-from qmpcommit.errors import JobConflict, MonitorLost, NotReady, QmpCommitError
+from qmpcommit.errors import JobConflict, JobDetached, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import Waiting, stop, to_the_end
 
@@ -81,6 +81,10 @@ class CommitJob:
         self.own_claim: Claim | None = None
         self._claiming: asyncio.Task[None] | None = None
 
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"<CommitJob {self.id} on {plan.disk.name!r} of {plan.vm!r}, {self.phase.value}>"
+
     # -- what a caller sees -----------------------------------------------------------------------
 
     @property
@@ -135,7 +139,7 @@ class CommitJob:
         """What it ended with; a task that is stopped before its first step can't note it itself."""
         driver = self._driver
         if self._task is not None and self.done and driver.error is None and driver.outcome is None:
-            driver.error = MonitorLost(
+            driver.error = JobDetached(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} was given up before it began."
                 " Nothing was sent",
                 **self._where(),
@@ -334,6 +338,8 @@ class CommitJob:
                 self._converging = asyncio.create_task(watching, name=f"converge {self.id}")
             await driver.drive()
             await self._converged()
+            for warning in driver.outcome.warnings if driver.outcome is not None else ():
+                self.log.warning("outcome_warning", warning=warning)
         except asyncio.CancelledError:
             goes_on = (
                 f"it goes on in QEMU. Take it up with 'qmpcommit pivot|keep|abort QMP {self.id}'"
@@ -342,7 +348,7 @@ class CommitJob:
             if driver.outcome is not None:
                 goes_on = report.ended_before(driver.outcome)
                 ended["outcome"] = driver.outcome.model_dump(mode="json")
-            driver.error = driver.error or MonitorLost(
+            driver.error = driver.error or JobDetached(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} is no longer followed from"
                 f" here; {goes_on}",
                 **self._where(),

@@ -639,6 +639,8 @@ async def ended(  # noqa: PLR0917
         if part["unseen"]:  # it is not gone because nothing is there to be seen
             deleted = False
             said.append(f"{plan.top.filename} was not deleted: it is not seen here as QEMU's")
+        for warning in said:
+            vm.log.warning("outcome_warning", disk=plan.disk.name, warning=warning)
         vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=overlay)
         ends.append(
             Discarded(

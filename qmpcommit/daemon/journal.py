@@ -30,7 +30,7 @@ from qmpcommit.daemon import roll, salvage, schema
 from qmpcommit.daemon.roll import Roll
 from qmpcommit.daemon.salvage import Loss
 from qmpcommit.daemon.schema import Touched
-from qmpcommit.errors import QmpCommitError
+from qmpcommit.errors import OperationError
 from qmpcommit.log import Log
 
 _FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
@@ -56,7 +56,7 @@ LOG = 4 << 20
 """Bytes that SQLite's log keeps of its disk when all of it is in the journal."""
 
 
-class JournalError(QmpCommitError):
+class JournalError(OperationError):
     """The journal can't be used; the message says what to do about it."""
 
 

@@ -168,9 +168,13 @@ class GroupCommit:
         self._deciding = Deciding(self._policy, self._policies, self._decided, self._policy_failed)
         self._gate = asyncio.Event()
         self._refusal: str | None = None
-        self._late = False
+        self._late = self._told = False
         self._cause: BaseException | None = None
         self._by = ""
+
+    def __repr__(self) -> str:
+        over = ", ".join(f"{member.disk} of {member.vm.name}" for member in self.members)
+        return f"<GroupCommit {self.id} over {over}, {self.state.stage.value}>"
 
     def _check_members(self, agents: Sockets[Any], freeze: How | None) -> None:
         if not self.members:
@@ -318,8 +322,18 @@ class GroupCommit:
             await self._note_end(error=error.as_json())
             raise error
         outcome = self._outcome(ends)
+        self._tell_of_warnings(outcome)
         await self._note_end(outcome=outcome.model_dump(mode="json"))
         return outcome
+
+    def _tell_of_warnings(self, outcome: GroupOutcome) -> None:
+        """Log once what the jobs have not: each of them logs its own."""
+        told = {warning for job in self.jobs if job.outcome for warning in job.outcome.warnings}
+        log = self.members[0].vm.log.bind(group=self.id)
+        for warning in outcome.warnings if not self._told else ():
+            if warning not in told:
+                log.warning("outcome_warning", warning=warning)
+        self._told = True
 
     async def _note_end(self, **how: Any) -> None:
         """It is over, unless somebody has to look at a job whose monitor was lost."""

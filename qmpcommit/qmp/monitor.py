@@ -30,6 +30,7 @@ from qmpcommit.errors import (
     DeadlineExceeded,
     MonitorBusy,
     MonitorLost,
+    SessionClosed,
     VMGone,
 )
 from qmpcommit.log import Log
@@ -122,6 +123,11 @@ class Monitor(Queries):
         if client is not None:
             client.register_listener(self._tap)
 
+    def __repr__(self) -> str:
+        at = f", address={str(self.address)!r}" if self.address is not None else ""
+        state = "closed" if self._closed else "connected" if self.connected else "not connected"
+        return f"<{type(self).__name__} {self.name!r}{at}, {state}>"
+
     # -- life -------------------------------------------------------------------------------------
 
     async def open(self) -> Self:
@@ -143,8 +149,8 @@ class Monitor(Queries):
                 await self._connect_unless_closed()
         return self
 
-    def _was_closed(self) -> MonitorLost:
-        return MonitorLost(f"the session with {self.name} was closed", vm=self.name)
+    def _was_closed(self) -> SessionClosed:
+        return SessionClosed(f"the session with {self.name} was closed", vm=self.name)
 
     async def _connect_unless_closed(self) -> None:
         """Connect; who closes us meanwhile ends that, or it would hold the monitor for ever."""

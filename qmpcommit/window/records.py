@@ -79,6 +79,9 @@ class Window(Mapping[str, Frozen]):
         self.claims: dict[str, Claim] = {}
         self._frozen = dict(frozen)
 
+    def __repr__(self) -> str:
+        return f"<Window {self.name} over {', '.join(map(repr, self._frozen)) or 'nothing'}>"
+
     def __getitem__(self, disk: str) -> Frozen:
         return self._frozen[disk]
 
@@ -98,6 +101,9 @@ class GroupWindow(Mapping[tuple[V, str], Frozen], Generic[V]):
 
     def __init__(self, of: Mapping[V, Window]) -> None:
         self.of = dict(of)
+
+    def __repr__(self) -> str:
+        return f"<GroupWindow {self.of!r}>"
 
     def __getitem__(self, disk: tuple[V, str]) -> Frozen:
         vm, name = disk

@@ -268,7 +268,7 @@ async def test_progress_is_told_until_the_end(folder: Path) -> None:
     assert_disk(chain.base, chain.pictures[-1])
 
 
-async def test_cancel_in_the_first_phase(folder: Path) -> None:
+async def test_cancel_in_the_first_phase(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     chain = make_chain(folder, bulk=BULK)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         job = await vm.commit("vda", policy=qc.Pivot(), bandwidth=SLOW)
@@ -276,7 +276,9 @@ async def test_cancel_in_the_first_phase(folder: Path) -> None:
         outcome = await job.wait()
         assert (outcome.status, outcome.action) == ("cancelled", "abort")
         assert "valid only under" in outcome.warnings[0]
+        assert (await job.wait()).warnings == outcome.warnings
         await end(vm, qemu)
+    assert len([e for e in caplog.records if "outcome_warning" in e.getMessage()]) == 1
     assert_disk(chain.top, chain.pictures[-1])
 
 

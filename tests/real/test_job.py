@@ -193,7 +193,7 @@ async def test_a_held_disk_is_let_go_where_nobody_follows_its_job_any_more(folde
                 await job.detach()
                 async with asyncio.timeout(20):
                     await anext(cancelled)
-            with pytest.raises(qc.MonitorLost, match="no longer followed"):
+            with pytest.raises(qc.JobDetached, match="no longer followed"):
                 await job.wait()
             assert await files(vm) == [chain.top, chain.base], "the pivot is undone"
         await qemu.quit()
@@ -250,7 +250,7 @@ async def test_who_leaves_in_a_hook_after_the_pivot_is_told_of_the_pivot(
                 await job.detach()
             with pytest.raises(qc.QmpCommitError, match="had ended before: pivoted") as left:
                 await job.wait()
-            kind = qc.DeadlineExceeded if how == "deadline" else qc.MonitorLost
+            kind = qc.DeadlineExceeded if how == "deadline" else qc.JobDetached
             assert type(left.value) is kind
             text = str(left.value)
             assert f"The image to boot is {chain.base}, and {chain.top} must never" in text

@@ -273,7 +273,7 @@ async def test_a_closed_session_is_closed(folder: Path) -> None:
     async with fake_monitor(folder) as fake:
         async with qc.Session.connect(fake.path) as vm:
             pass
-        with pytest.raises(qc.MonitorLost, match="closed"):
+        with pytest.raises(qc.SessionClosed, match="closed"):
             await vm.execute("query-status")
         await vm.close()
 

@@ -52,3 +52,20 @@ def test_what_the_stub_names_is_what_there_is() -> None:
     assert named == set(dir(qc)) - {"__version__"}
     for name in dir(qc):
         getattr(qc, name)
+
+
+def test_each_error_says_who_is_to_do_something_and_where() -> None:
+    kinds = [kind for name in dir(qc) if isinstance(kind := getattr(qc, name), type)]
+    for kind in kinds:
+        if issubclass(kind, qc.QmpCommitError) and kind is not qc.QmpCommitError:
+            bases = [issubclass(kind, base) for base in (qc.RequestError, qc.OperationError)]
+            assert sum(bases) == 1, kind
+    assert issubclass(qc.InvalidRequest, ValueError)
+    assert issubclass(qc.SessionClosed, qc.MonitorLost)
+    assert issubclass(qc.RemoteJobDetached, qc.DaemonLost)
+    error = qc.JobDetached("it goes on", vm="web1", disk="vda", outcome={"action": "pivot"})
+    assert repr(error) == "JobDetached('it goes on', vm='web1', disk='vda')"
+    session = qc.Session.connect("/run/q", name="web1")
+    assert repr(session) == "<Session 'web1', address='/run/q', not connected>"
+    assert repr(qc.Client("/run/d").vm("web1")) == "<RemoteVM 'web1' of the daemon at '/run/d'>"
+    assert repr(qc.Window("w", {})) == "<Window w over nothing>"
