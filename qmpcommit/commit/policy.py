@@ -327,9 +327,13 @@ async def settle(policy: AnyPolicy | PolicyCall, ready: Ready) -> Settled:
         return Settled(policy, "policy")
     answer = await ask(policy, ready)
     if not isinstance(answer, AnyPolicy):
+        was = answer.__name__ if isinstance(answer, type) else f"{answer!r:.200}"
+        what = "the class " if isinstance(answer, type) else ""
         raise InvalidRequest(
-            f"the policy answered {answer!r}; it must answer Pivot(), Keep(), Abort(), Hold() or"
-            " Check()",
+            f"the policy answered {what}{was}; it must answer Pivot(), Keep(), Abort(),"
+            " Recycle(...), Hold() or Check(...)",
+            vm=ready.vm,
+            disk=ready.disk,
             job_id=ready.job_id,
         )
     return await settle(answer, ready)

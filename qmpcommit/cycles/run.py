@@ -553,13 +553,13 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepAllIf, timeout: float) ->
                 f" ({failed}). Nothing was changed",
                 **where,
             ) from failed.cause
-        if answer is None:  # as of one that was to raise, or forgot to return it
+        if not isinstance(answer, bool):  # as of one that forgot to return it, or to await
             raise CommitFailed(
-                f"whether the overlay {which} is to be kept is not known: keep_if answered None; it"
-                " must answer True or False. Nothing was changed",
+                f"whether the overlay {which} is to be kept is not known: keep_if answered"
+                f" {answer!r:.200}; it must answer True or False. Nothing was changed",
                 **where,
             )
-        return bool(answer)
+        return answer
     try:
         status = await run_command(keep_if, ready.environment(), timeout)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -144,6 +145,10 @@ async def test_no_answer_changes_nothing(folder: Path, command: list[str]) -> No
             await vm.cycle("vda", keep_if=["sleep", "60"], timeout=0.05)
         with pytest.raises(qc.CommitFailed, match="answered None") as forgot:
             await vm.cycle("vda", keep_if=forgets)
+        for neither in ("no", 0, qc.Keep()):
+            answers: Any = AsyncMock(return_value=neither)
+            with pytest.raises(qc.CommitFailed, match="it must answer True or False"):
+                await vm.cycle("vda", keep_if=answers)
         assert (forgot.value.vm, forgot.value.disk) == (vm.name, "vda")
         assert await files(vm) == [chain.top, chain.base]
         await qemu.quit()

@@ -7,6 +7,7 @@ import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from hypothesis import given
@@ -224,11 +225,11 @@ async def test_a_callable_answers_with_a_policy() -> None:
 
 
 async def test_a_callable_that_answers_nonsense_is_an_error() -> None:
-    async def decide(ready: qc.Ready) -> str:
-        return "pivot"
-
-    with pytest.raises(InvalidRequest, match="'pivot'"):
-        await settle(decide, READY)  # type: ignore[arg-type]
+    answers: dict[str, Any] = {"'pivot'; it must": "pivot", "True; it": True, "class Keep": qc.Keep}
+    for said, answer in answers.items():
+        with pytest.raises(InvalidRequest, match=f"answered .*{said}") as error:
+            await settle(AsyncMock(return_value=answer), READY)
+        assert (error.value.vm, error.value.disk) == (READY.vm, READY.disk)
 
 
 @pytest.mark.parametrize("policy", POLICIES[:3], ids=repr)
