@@ -4,12 +4,13 @@ import { ask, follow, text } from "./data.js";
 import { bring, h } from "./dom.js";
 import { page } from "./manual.js";
 import { badge, file, moment } from "./show.js";
-import { vms } from "./vms.js";
-import { cycles, ended, rules, underWay, waiting, windowDisks, windows } from "./work.js";
+import { vms, windowDisks } from "./vms.js";
+import { cycles, ended, rules, underWay, waiting, waits, windows } from "./work.js";
 
 const SOON = 120;
 const TICK = 1000;
 const ALL = 15000;
+const AT_ONCE = 2;
 const KEPT = 500;
 const SAMPLES = 240;
 const PATHS = {
@@ -35,7 +36,7 @@ const state = {
   asker: { operates: [], role: "", who: "", host: "", version: "", time: 0 },
   vms: [], commits: [], groups: [], windows: [], cycles: [], rules: [], losses: [],
   disks: new Map(), samples: new Map(), events: [], errors: new Map(),
-  filter: "", live: null, why: "", unready: "", ahead: 0,
+  filter: "", all: false, known: false, live: null, why: "", unready: "", ahead: 0,
   topics: [], pages: new Map(),
   now: () => Date.now() / 1000 + state.ahead,
 };
@@ -60,9 +61,13 @@ async function commits() {
   const lists = await Promise.all(["state=running&limit=500", "state=queued&limit=500", "limit=60"]
     .map((which) => ask(`/v1/commits?${which}`)));
   const before = new Map(state.commits.map((commit) => [commit.id, commit]));
+  const news = before.size > 0 || state.known;
+  state.known = true;
   const found = new Map();
   for (const commit of lists.flat()) {
     const progress = commit.progress ?? before.get(commit.id)?.progress ?? null;
+    if (news && waits(commit) && before.get(commit.id)?.phase !== "ready")
+      say(`${commit.disk} of ${commit.vm} is READY, and waits for a decision`);
     found.set(commit.id, { ...commit, progress });
   }
   return [...found.values()];
@@ -72,9 +77,13 @@ async function look(name) {
   const path = `/v1/vms/${encodeURIComponent(name)}`;
   try {
     const [found, jobs] = await Promise.all([ask(`${path}/disks`), ask(`${path}/jobs`)]);
-    state.disks.set(name, { found, jobs, error: "" });
+    for (const job of jobs) {
+      const before = state.disks.get(name)?.jobs?.find((one) => one.device === job.device);
+      job.seen = job.ready ? before?.seen ?? Date.now() / 1000 : null;
+    }
+    state.disks.set(name, { found, jobs, error: "", at: Date.now() });
   } catch (error) {
-    state.disks.set(name, { ...state.disks.get(name), error: error.message });
+    state.disks.set(name, { ...state.disks.get(name), error: error.message, at: Date.now() });
   }
   draw();
 }
@@ -92,6 +101,13 @@ async function ready() {
 const onScreen = new Set();
 const looking = () => state.vms.filter((vm) => onScreen.has(vm.name) && vm.state === "connected")
   .map((vm) => vm.name);
+
+/** Those connected VMs that were not looked at for longest: nobody's READY job is to be missed. */
+function nextInTurn() {
+  const age = (vm) => state.disks.get(vm.name)?.at ?? 0;
+  return state.vms.filter((vm) => vm.state === "connected" && age(vm) < Date.now() - ALL)
+    .sort((a, b) => age(a) - age(b)).slice(0, AT_ONCE).map((vm) => vm.name);
+}
 
 async function everything() {
   await Promise.all([...Object.keys(PATHS), "commits"].map(load).concat(ready()));
@@ -136,6 +152,7 @@ async function tick() {
     && (commit.phase !== "ready" || commit.group || ticks % 5 === 0));
   const open = ticks % 2 ? [] : state.windows.filter((each) => each.state === "open");
   await Promise.all([
+    ...nextInTurn().map(look),
     ...running.slice(0, 32).map(async (commit) => {
       const seen = await ask(`/v1/commits/${commit.id}`);
       Object.assign(commit, seen);
@@ -160,8 +177,6 @@ function told(event) {
     loadSoon(...(CHANGES[event.kind] ?? ["commits", "windows"]));
     const near = new Set(looking());
     lookSoon(...String(event.vm ?? "").split(",").filter((vm) => near.has(vm)));
-    if (event.kind === "commit" && event.phase === "ready" && event.state === "running")
-      say(`${event.disk} of ${event.vm} is READY`);
   }
   draw();
 }
@@ -177,6 +192,10 @@ function live(is, why) {
 
 const actions = {
   look,
+  all: () => {
+    state.all = true;
+    draw();
+  },
   refresh: () => {
     loadSoon("commits", "groups", "windows");
     lookSoon(...looking());
@@ -287,7 +306,7 @@ function header() {
   const line = state.live === null ? badge("quiet", "connecting")
     : state.live ? badge("good", "live") : badge("wrong", "not live");
   bring(document.getElementById("live"), h("span", { id: "live" }, line,
-    state.live === false && ` ${state.why}; trying again`));
+    state.live === false && ` ${state.why}; what is shown may be old. Trying again`));
   document.getElementById("filter").hidden = !["", "log"].includes(view()[0]);
 }
 

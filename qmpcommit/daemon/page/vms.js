@@ -1,7 +1,6 @@
 // VMs, and their backing chains as they are now.
 import { h } from "./dom.js";
-import { question } from "./ask.js";
-import { badge, facts, file, size } from "./show.js";
+import { badge, file, size } from "./show.js";
 
 const STATES = {
   connected: "good",
@@ -9,6 +8,8 @@ const STATES = {
   away: "wrong",
   idle: "quiet",
 };
+
+const MANY = 60;
 
 /** Which layers a commit merges into which: [top, base] as indices, or null. */
 export function reach(chain, asked) {
@@ -24,6 +25,14 @@ export function reach(chain, asked) {
   return top >= 0 && base > top && base < chain.length ? [top, base] : null;
 }
 
+/** A window's disks, each with its VM. */
+export function windowDisks(window) {
+  const parts = window.windows.length ? window.windows
+    : [{ vm: window.vm, disks: window.disks }];
+  return parts.flatMap((part) => Object.values(part.disks)
+    .map((disk) => ({ vm: part.vm, ...disk })));
+}
+
 /** The disk of a VM that is called so, where it was looked at. */
 export function diskOf(state, vm, name) {
   return state.disks.get(vm)?.found?.find((disk) => [disk.name, disk.device, disk.qdev, disk.root]
@@ -33,13 +42,24 @@ export function diskOf(state, vm, name) {
 
 /** All VMs whose names hold the filter's text. */
 export function vms(state, actions) {
-  const wanted = state.vms.filter((vm) => vm.name.includes(state.filter));
+  const rank = (vm) => (busy(state, vm) ? 0 : vm.state === "idle" ? 2 : 1);
+  const wanted = state.vms.filter((vm) => vm.name.includes(state.filter))
+    .sort((a, b) => rank(a) - rank(b) || (a.name < b.name ? -1 : 1));
   if (!wanted.length)
     return h("p", { class: "none" }, state.vms.length
       ? `No VM's name has '${state.filter}' in it.`
       : "The daemon knows no VM that you may see.");
-  return h("div", { class: "cards" }, wanted.map((vm) => card(state, vm, actions)));
+  const shown = state.all ? wanted : wanted.slice(0, MANY);
+  const more = wanted.length - shown.length;
+  return [h("div", { class: "cards" }, shown.map((vm) => card(state, vm, actions))),
+    more > 0 && h("p", { class: "more" }, `${more} more are not shown. `,
+      h("button", { type: "button", onclick: actions.all }, "Show all"))];
 }
+
+/** Whether something is done with it: such VMs come first. */
+const busy = (state, vm) => state.commits.some((one) => one.vm === vm.name && !one.ended)
+  || state.windows.some((one) => !one.ended && one.vm.split(",").includes(vm.name))
+  || (state.disks.get(vm.name)?.jobs ?? []).length > 0;
 
 function card(state, vm, actions) {
   const looked = state.disks.get(vm.name);
@@ -50,10 +70,13 @@ function card(state, vm, actions) {
     looked?.error && !vm.error && h("p", { class: "error" }, looked.error),
     vm.state === "idle" && !looked && h("p", {},
       "Its monitor is held only while something needs it. ",
-      h("button", { type: "button", onclick: () => actions.look(vm.name) }, "Look at its disks")),
+      h("button", { type: "button", onclick: () => actions.look(vm.name) }, "Look at its disks",
+        h("span", { class: "unseen" }, ` (${vm.name})`))),
     (looked?.found ?? []).map((disk) => drawn(state, vm, disk)),
     looked?.found && !looked.found.length && h("p", { class: "none" }, "It has no disks."),
-    jobs.map((job) => foreignJob(state, vm, job, actions)),
+    jobs.map((job) => h("p", { key: `job ${job.device}` },
+      badge(job.ready ? "ready" : "busy", job.ready ? "READY" : job.status || job.type),
+      ` ${job.device}: a ${job.type} job that others began`)),
     h("p", { class: "small" }, vm.qmp, vm.pid && `, process ${vm.pid}`,
       vm.origin === "api" ? ", added by a client" : "",
       vm.connect === "on-demand" ? ", connected on demand" : ""));
@@ -63,6 +86,8 @@ function drawn(state, vm, disk) {
   const work = state.commits.find((commit) => commit.vm === vm.name && !commit.ended
     && diskOf(state, vm.name, commit.disk)?.name === disk.name);
   const merged = work && work.state === "running" ? reach(disk.chain, work.request) : null;
+  const still = state.windows.filter((window) => !window.ended).flatMap(windowDisks)
+    .filter((one) => one.vm === vm.name).map((one) => one.filename);
   const most = Math.max(1, ...disk.chain.map((image) => image.allocated_size ?? 0));
   return h("section", { class: "disk", key: `disk ${disk.name}` },
     h("h4", {}, disk.name, " ", h("span", { class: "small" },
@@ -71,11 +96,11 @@ function drawn(state, vm, disk) {
     disk.chain.length
       ? h("ol", { class: "chain", "aria-label": `backing chain of ${disk.name} of ${vm.name},`
         + " active layer first" },
-      disk.chain.map((image, at) => layer(disk, image, at, most, merged, work)))
+      disk.chain.map((image, at) => layer(image, at, most, merged, work, still)))
       : h("p", { class: "none" }, "No medium is inserted."));
 }
 
-function layer(disk, image, at, most, merged, work) {
+function layer(image, at, most, merged, work, still) {
   const into = merged && at === merged[1];
   const from = merged && at >= merged[0] && at < merged[1];
   const role = into ? " target" : from ? " merging" : "";
@@ -84,6 +109,7 @@ function layer(disk, image, at, most, merged, work) {
     h("div", { class: "line" }, file(image.filename),
       h("span", { class: "badges" },
         at === 0 && badge("good", "active"),
+        still.includes(image.filename) && badge("quiet", "stands still in a window"),
         from && badge("busy", "being committed"),
         into && badge("busy", work.phase === "ready" ? "holds all of it" : "takes the data"),
         (image.bitmaps ?? []).length > 0 && badge("quiet", `${image.bitmaps.length} bitmaps`))),
@@ -94,30 +120,6 @@ function layer(disk, image, at, most, merged, work) {
         `${image.driver}, node ${image.node_name}`)),
     (image.warnings ?? []).map((told) => h("p", { class: "error", key: told }, told)),
     image.astray && h("p", { class: "error" }, image.astray));
-}
-
-function foreignJob(state, vm, job, actions) {
-  const may = state.asker.operates.includes(vm.name) && job.type === "commit";
-  const choose = (action, word, told, grave) => h("button",
-    { type: "button", onclick: () => question({
-      title: `${word} ${job.device} of ${vm.name}`,
-      lines: ["Somebody else began this job. It becomes a commit of the daemon's, with this end.",
-        told],
-      word,
-      grave,
-      path: `/v1/vms/${encodeURIComponent(vm.name)}/jobs/${encodeURIComponent(job.device)}/decision`,
-      body: { action },
-      done: actions.refresh,
-    }) }, `${word} …`);
-  return h("section", { class: "foreign", key: `job ${job.device}` },
-    h("p", {}, badge(job.ready ? "ready" : "busy", job.ready ? "READY" : job.status || job.type),
-      ` ${job.device}: a ${job.type} job that others began, ${size(job.offset)} of `,
-      size(job.len)),
-    facts(["speed limit", job.speed ? `${size(job.speed)}/s` : null]),
-    may && h("div", { class: "buttons" },
-      job.ready && choose("pivot", "Pivot", PIVOT),
-      job.ready && choose("keep", "Keep", KEEP),
-      choose("abort", "Abort", ABORT, true)));
 }
 
 export const PIVOT = "The base becomes the active image. The overlay is invalid from then on:"

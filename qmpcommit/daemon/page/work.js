@@ -2,10 +2,11 @@
 import { question } from "./ask.js";
 import { h } from "./dom.js";
 import { badge, bar, facts, file, moment, plot, size, span } from "./show.js";
-import { ABORT, diskOf, KEEP, PIVOT, reach } from "./vms.js";
+import { ABORT, diskOf, KEEP, PIVOT, reach, windowDisks } from "./vms.js";
 
 const LATELY = 20;
 const LONG = 300;
+const LOOK_ON = "You may look on; deciding needs the role 'operate' here.";
 
 const named = (commit) => `${commit.disk} of ${commit.vm}`;
 
@@ -33,8 +34,13 @@ const since = (state, at) => state.now() - at;
 
 const isReady = (commit) => commit.phase === "ready" && !commit.decision;
 
+/** Whether it is READY and nobody but a person will decide. */
+export const waits = (commit) => isReady(commit) && !commit.ended
+  && commit.request.policy?.kind === "hold";
+
 /** The number of those that are READY. */
-export const waiting = (state) => state.commits.filter((c) => !c.ended && isReady(c)).length;
+export const waiting = (state) => state.commits.filter((c) => !c.ended && isReady(c)).length
+  + foreign(state).filter((job) => job.ready).length;
 
 /** Commits and groups that have not ended, those that are READY first. */
 export function underWay(state, actions) {
@@ -42,9 +48,11 @@ export function underWay(state, actions) {
   const alone = state.commits.filter((commit) => !commit.ended && !commit.group);
   const rank = (one) => (isReady(one) ? 0 : one.state === "running" ? 1 : 2);
   const all = [...groups, ...alone].sort((a, b) => rank(a) - rank(b) || a.created - b.created);
-  if (!all.length)
+  const others = foreign(state);
+  if (!all.length && !others.length)
     return h("p", { class: "none" }, "No commit waits or runs.");
   return h("div", { class: "cards" },
+    others.map((job) => foreignCard(state, job, actions)),
     all.map((one) => (one.members ? groupCard : commitCard)(state, one, actions)));
 }
 
@@ -105,6 +113,41 @@ function commitCard(state, commit, actions) {
   }, actions));
 }
 
+/** The commit jobs of other clients, each with its VM. */
+export const foreign = (state) => [...state.disks].flatMap(([vm, { jobs }]) => (jobs ?? [])
+  .filter((job) => !job.commit && job.type === "commit").map((job) => ({ vm, ...job })));
+
+function foreignCard(state, job, actions) {
+  const what = `${job.device} of ${job.vm}`;
+  const choose = (action, word, told) => h("button", {
+    type: "button",
+    onclick: () => question({
+      title: `${word} ${what}`,
+      lines: ["Somebody else began this job. It becomes a commit of the daemon's, with this end.",
+        told],
+      word: `${word} ${what}`,
+      grave: action === "abort",
+      path: `/v1/vms/${encodeURIComponent(job.vm)}/jobs/${encodeURIComponent(job.device)}/decision`,
+      body: { action },
+      done: actions.refresh,
+    }),
+  }, word, h("span", { class: "unseen" }, ` ${what}`), " …");
+  return h("article", { class: `card work ${job.ready ? "asks" : ""}`,
+    key: `job ${job.vm} ${job.device}` },
+  h("header", {}, h("h3", {}, what), job.ready ? badge("ready", "READY")
+    : badge("busy", job.status || "running")),
+  job.ready
+    ? h("p", { class: "age" }, "READY for at least ",
+      h("strong", {}, span(Date.now() / 1000 - job.seen)), ". Another client began it: it may wait"
+      + " for somebody who has gone.")
+    : [bar(job.offset, job.len, `${what}: copied`),
+      h("p", { class: "small" }, `${size(job.offset)} of ${size(job.len)}; another client began it`)],
+  state.asker.operates.includes(job.vm)
+    ? h("div", { class: "buttons" }, job.ready && choose("pivot", "Pivot", PIVOT),
+      job.ready && choose("keep", "Keep", KEEP), choose("abort", "Abort", ABORT))
+    : h("p", { class: "small" }, LOOK_ON));
+}
+
 const by = (asker) => (asker ? ` by ${asker.who}` : "");
 
 /** What a decision does to which files, where they are known. */
@@ -136,7 +179,7 @@ function told(known, action) {
 function decisions(state, vms, given, actions) {
   const { what, path, ready, files: known, decided, members = [] } = given;
   if (!vms.every((vm) => state.asker.operates.includes(vm)))
-    return h("p", { class: "small" }, "You may look on; deciding needs the role 'operate' here.");
+    return h("p", { class: "small" }, LOOK_ON);
   const choose = (action, word, grave) => h("button", {
     type: "button",
     class: action === "pivot" ? "first" : "",
@@ -151,7 +194,7 @@ function decisions(state, vms, given, actions) {
         : { path: `${path}/decision`, body: { action } }),
       done: actions.refresh,
     }),
-  }, `${word} …`);
+  }, word, h("span", { class: "unseen" }, ` ${what}`), " …");
   return h("div", { class: "buttons" },
     ready && choose("pivot", "Pivot"),
     ready && choose("keep", "Keep"),
@@ -201,14 +244,6 @@ export function windows(state, actions) {
   return h("div", { class: "cards" }, open.map((window) => windowCard(state, window, actions)));
 }
 
-/** A window's disks, each with its VM. */
-export function windowDisks(window) {
-  const parts = window.windows.length ? window.windows
-    : [{ vm: window.vm, disks: window.disks }];
-  return parts.flatMap((part) => Object.values(part.disks)
-    .map((disk) => ({ vm: part.vm, ...disk })));
-}
-
 function windowCard(state, window, actions) {
   const vms = window.vm.split(",");
   const left = window.expires ? window.expires - state.now() : null;
@@ -239,7 +274,7 @@ function windowCard(state, window, actions) {
         path: `/v1/windows/${window.id}`,
         method: "DELETE",
         done: actions.refresh,
-      }) }, "Close …")));
+      }) }, "Close", h("span", { class: "unseen" }, ` the window on ${vms.join(", ")}`), " …")));
 }
 
 function windowDisk(state, window, disk) {
