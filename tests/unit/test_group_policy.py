@@ -10,7 +10,9 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.policy import Settled
+from qmpcommit.group.machine import Recorded
 from qmpcommit.group.policy import Deciding
+from qmpcommit.group.run import GroupCommit
 
 FAILED = qc.CommitFailed("no space")
 
@@ -73,3 +75,32 @@ async def test_what_the_caller_decides_before_the_policy_is_asked_is_not_lost() 
         await asking.ask(members)
     assert decided == [(n, Settled(qc.Pivot(), "caller")) for n in (0, 1)]
     assert failed == []
+
+
+# -- the decision is written down while all disks are held -----------------------------------------
+
+
+class Silent:
+    """A VM that answers nothing."""
+
+    async def query_jobs(self) -> list[Any]:
+        await asyncio.Event().wait()
+        return []
+
+
+async def never(jobs: list[str]) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("on_decision", [None, never])
+async def test_nothing_holds_the_disks_for_longer_than_they_may_be(on_decision: Any) -> None:
+    group: Any = object.__new__(GroupCommit)
+    told: list[Recorded] = []
+    group.__dict__ |= {
+        "state": SimpleNamespace(hold_limit=0.01), "book": None, "_on_decision": on_decision,
+        "members": [SimpleNamespace(vm=Silent())], "jobs": [Member("vda")], "_tell": told.append,
+    }  # fmt: skip
+    async with asyncio.timeout(10):
+        await group._written_down()
+    (recorded,) = told
+    assert (recorded.why == "") is (on_decision is None)
