@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qmpcommit.commit import report
@@ -68,6 +68,11 @@ QUIET = [0, 1, 2, 3, 4, 5, 0, 1, 4, 5, 0, 1]
     replaced=st.booleans(),
     stale=st.booleans(),
 )
+@example(  # killed when nothing was sent, and unplugged then
+    script=[0, 19], draws=[1, 1, 1], two_phase=False, defers=False, adopted=False,
+    auto_dismiss=False, auto_finalize=False, prepares=False, answers=list(Choice), dies=None,
+    lost=0, replaced=False, stale=False,
+)  # fmt: skip
 def test_every_interleaving_ends_and_tells_the_truth(
     script: list[int],
     draws: list[int],
@@ -176,7 +181,8 @@ def check_truth(state: State, world: World) -> None:
         check_word(state, world)
         return
     unsent = verdict in (Verdict.CHANGED, Verdict.NEVER_BEGAN)
-    assert world.starts == 1 or unsent or (world.stale and verdict is Verdict.UNCLEAR)
+    unseen = (world.stale or world.unplugged) and verdict is Verdict.UNCLEAR
+    assert world.starts == 1 or unsent or unseen
     assert world.starts == 0 or verdict is not Verdict.CHANGED
     assert not world.guest_paused or not world.alive, "a guest frozen by us"
     assert world.job is None or not world.alive, "a job was left behind"
