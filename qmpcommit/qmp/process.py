@@ -26,11 +26,13 @@ def is_alive(identity: str) -> bool:
 def is_seen_ended(identity: str) -> bool:
     """Whether that very process is seen to have ended, though nobody may have waited for it yet."""
     pid = identity.partition(".")[0]
+    if not pid:
+        return False
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             state, *rest = file.read().rpartition(b")")[2].split()
     except FileNotFoundError:
-        return bool(identity) and os.path.exists("/proc/self/stat")
+        return os.path.exists("/proc/self/stat")
     except (OSError, ValueError):
         return False
     return state in (b"Z", b"X") or f"{pid}.{rest[18].decode()}" != identity

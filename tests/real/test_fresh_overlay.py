@@ -19,9 +19,9 @@ import qmpcommit as qc
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.commit.overlay import file as overlay_file
 from qmpcommit.commit.overlay import fresh as fresh_overlay
+from qmpcommit.commit.overlay import place as overlay_place
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.options import OverlayOptions
-from qmpcommit.cycles import run as cycle
 from qmpcommit.errors import CommandRefused
 from qmpcommit.window import run as window
 from tests.ground.daemons import many_disks
@@ -534,7 +534,7 @@ async def test_beside_a_block_device_no_overlay_is_laid(
     chain, place = make_chain(folder), folder / "place"
     place.mkdir()
     async with serving(folder, chain) as vm:
-        for module in (cycle, window):
+        for module in (overlay_place, window):
             monkeypatch.setattr(module, "is_device", lambda path: path == str(chain.top))
         asking = qc.open_window(vm, ["top"]) if verb == "window" else vm.discard("top")
         with pytest.raises(qc.QmpCommitError, match=r"name a folder for it.*Nothing was changed"):
