@@ -6,6 +6,7 @@ import { ABORT, diskOf, KEEP, PIVOT, reach, windowDisks } from "./vms.js";
 
 const LATELY = 20;
 const LONG = 300;
+const NEVER_BEGUN = "It waits in the queue, and is never begun: no file is touched.";
 const LOOK_ON = "You may look on; deciding needs the role 'operate' here.";
 
 const named = (commit) => `${commit.disk} of ${commit.vm}`;
@@ -109,6 +110,7 @@ function commitCard(state, commit, actions) {
     path: `/v1/commits/${commit.id}`,
     ready: isReady(commit),
     files: files(state, commit),
+    queued: commit.state === "queued",
     decided: commit.decision,
   }, actions));
 }
@@ -155,29 +157,28 @@ function files(state, commit) {
   const disk = diskOf(state, commit.vm, commit.disk);
   const found = disk && reach(disk.chain, commit.request);
   if (!found) return null;
-  return { overlay: disk.chain[found[0]].filename, base: disk.chain[found[1]].filename,
-    between: disk.chain.slice(found[0] + 1, found[1]).map((image) => image.filename) };
+  const names = disk.chain.map((image) => image.filename);
+  return { active: names[0], base: names[found[1]], stale: names.slice(...found) };
 }
 
 function told(known, action) {
   if (!known) return { pivot: [PIVOT], keep: [KEEP], abort: [ABORT] }[action];
-  const stale = [known.overlay, ...known.between];
   switch (action) {
     case "pivot": return [
       h("span", {}, "The guest goes on to write to ", file(known.base), "."),
       h("span", {}, "Invalid from then on, never to be booted again: ",
-        stale.map((name, at) => [at ? ", " : "", file(name)]), ".")];
+        known.stale.map((name, at) => [at ? ", " : "", file(name)]), ".")];
     case "keep": return [
-      h("span", {}, "The guest goes on to write to ", file(known.overlay), "."),
+      h("span", {}, "The guest goes on to write to ", file(known.active), "."),
       h("span", {}, file(known.base), " holds everything up to this instant.")];
     default: return [
-      h("span", {}, "The guest goes on to write to ", file(known.overlay), ", which loses nothing."),
+      h("span", {}, "The guest goes on to write to ", file(known.active), ", which loses nothing."),
       h("span", {}, file(known.base), " is left half-written, or ahead of what it held before.")];
   }
 }
 
 function decisions(state, vms, given, actions) {
-  const { what, path, ready, files: known, decided, members = [] } = given;
+  const { what, path, ready, files: known, queued, decided, members = [] } = given;
   if (!vms.every((vm) => state.asker.operates.includes(vm)))
     return h("p", { class: "small" }, LOOK_ON);
   const choose = (action, word, grave) => h("button", {
@@ -186,7 +187,7 @@ function decisions(state, vms, given, actions) {
     onclick: () => question({
       title: `${word} ${what}`,
       lines: [members.length > 0 && `All of them, at one instant: ${members.map(named).join(", ")}.`,
-        ...told(known, action)].filter(Boolean),
+        ...queued ? [NEVER_BEGUN] : told(known, action)].filter(Boolean),
       word: `${word} ${what}`,
       grave,
       ...(action === "abort"
@@ -220,7 +221,8 @@ function groupCard(state, group, actions) {
       ["asked for", `${moment(group.created)}${by(group.asked_by)}`],
       ["group", group.id]),
     decisions(state, members.map((member) => member.vm), {
-      what, path: `/v1/groups/${group.id}`, ready, files: null, members, decided: group.decision,
+      what, path: `/v1/groups/${group.id}`, ready, files: null, members,
+      queued: group.state === "queued", decided: group.decision,
     }, actions));
 }
 
