@@ -381,7 +381,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
 
     @app.get(
         "/v1/commits",
-        responses={**problems(422), 200: {"model": list[CommitView]}},
+        responses={**problems(404, 422), 200: {"model": list[CommitView]}},
         tags=["commits"],
     )
     async def list_commits(

@@ -53,7 +53,7 @@ def routes(app: FastAPI, groups: Groups) -> None:
 
     @app.get(
         "/v1/groups",
-        responses={**problems(422), 200: {"model": list[GroupView]}},
+        responses={**problems(404, 422), 200: {"model": list[GroupView]}},
         tags=["groups"],
     )
     async def list_groups(

@@ -98,8 +98,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
             if any(each["name"] == "idempotency-key" for each in operation.get("parameters", ())):
                 made = next(each for code, each in operation["responses"].items() if code < "3")
                 made["headers"] = copy.deepcopy(_MADE)
-            if any(each["name"] == "fields" for each in operation.get("parameters", ())):
-                _parts(operation["responses"]["200"], schemas)
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "fields":
+                    names = "|".join(_parts(operation["responses"]["200"], schemas))
+                    parameter["schema"]["pattern"] = f"^({names})(,({names}))*$"
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     _problem(int(status), response)
@@ -114,8 +116,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return found
 
 
-def _parts(response: dict[str, Any], schemas: dict[str, Any]) -> None:
-    """A list's items: all of each, or the members of it that were asked for."""
+def _parts(response: dict[str, Any], schemas: dict[str, Any]) -> list[str]:
+    """A list's items: all of each, or the members of it that were asked for; these are told."""
     schema = response["content"]["application/json"]["schema"]
     whole = schema["items"]
     name = whole["$ref"].rpartition("/")[2]
@@ -125,6 +127,7 @@ def _parts(response: dict[str, Any], schemas: dict[str, Any]) -> None:
     schemas[part] = {**copy.deepcopy(given), "title": part, "description": told}
     schema["items"] = {"anyOf": [whole, {"$ref": f"#/components/schemas/{part}"}]}
     response["headers"] = copy.deepcopy(_PAGED)
+    return [*schemas[name]["properties"]]
 
 
 def _for_generators(schema: Any, schemas: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.rights import sees, sees_all
-from qmpcommit.errors import InvalidRequest
+from qmpcommit.errors import CommitNotFound, InvalidRequest, QmpCommitError
 
 MOST = 1000
 """Rows of one page."""
@@ -67,11 +67,17 @@ def members(fields: str | None, of: type[BaseModel]) -> set[str] | None:
 
 
 async def newest(
-    journal: Journal, table: str, wanted: Wanted, after: str | None, limit: int
+    journal: Journal,
+    table: str,
+    wanted: Wanted,
+    after: str | None,
+    limit: int,
+    *,
+    missing: type[QmpCommitError] = CommitNotFound,
 ) -> tuple[list[dict[str, Any]], bool]:
     """The newest first, of the VMs that who asks may see; and whether there are more.
 
-    Raises `InvalidRequest` where `after` is known no more.
+    Raises `missing` where `after` is known no more.
     """
     wanted = [each for each in wanted if each[1] is not None]
     if not sees_all():
@@ -88,7 +94,7 @@ async def newest(
     )  # fmt: skip
     there = f"SELECT 1 FROM {table} WHERE id = ?"
     if not (after is None or rows or await journal.read(there, after)):
-        raise InvalidRequest(
+        raise missing(
             f"after: nothing is called '{after}' any more; begin with the first page again"
         )
     return rows[:limit], len(rows) > limit

@@ -92,7 +92,7 @@ def routes(  # noqa: PLR0915  (one table of routes)
 
     @app.get(
         "/v1/windows",
-        responses={**problems(422), 200: {"model": list[WindowView]}},
+        responses={**problems(404, 422), 200: {"model": list[WindowView]}},
         tags=["windows"],
     )
     async def list_windows(
@@ -115,7 +115,9 @@ def routes(  # noqa: PLR0915  (one table of routes)
             await windows.watch.look_again(vm)
             parts += [each.view for each in windows.watch.orphans(vm) if sees(each.vm)]
         wanted = [*windows.rows_of(vm, disk), ("state = ?", state)]
-        rows, more = await pages.newest(engine.journal, "undertakings", wanted, after, limit)
+        rows, more = await pages.newest(
+            engine.journal, "undertakings", wanted, after, limit, missing=WindowNotFound
+        )
         for row in rows:
             live = windows.live.get(row["id"])
             parts.append(live.view if live is not None else partial(windows.view_of, row))

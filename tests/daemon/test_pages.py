@@ -65,9 +65,12 @@ async def test_a_list_is_read_in_pages_to_its_end(folder: Path) -> None:
         names = [[each["name"] for each in page] for page in await all_of("/v1/vms?limit=2")]
         assert names == [["a", "b"], ["c"]]
         assert (await d.get("/v1/vms?state=connected")).json == []
-        for wrong in ("fields=colour", "fields=", "after=0123", "state=odd"):
+        for wrong in ("fields=colour", "fields=", "state=odd"):
             said = await d.get(f"/v1/commits?{wrong}")
             assert said.status == 422, wrong
+        for path, kind in (("commits", "Commit"), ("windows", "Window"), ("groups", "Commit")):
+            said = await d.get(f"/v1/{path}?after=0123")
+            assert (said.status, said.json["type"]) == (404, f"urn:qmpcommit:{kind}NotFound")
         for path in ("/v1/windows", "/v1/groups"):
             asked = await d.get(f"{path}?vm=a&disk=vda&state=done&fields=id,state&limit=5")
             assert (asked.status, asked.json) == (200, [])
