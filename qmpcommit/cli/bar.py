@@ -120,8 +120,9 @@ class Bar:
         async for now in job.progress(EVERY):
             if keys is not None and now.phase == "ready" and self._drawn is not None:
                 keys.begin()
-                self._ready = keys.text
             facts = self._facts(job, now, clock())
+            if keys is not None and now.phase == "ready":
+                facts += f": {keys.text}"
             if self._drawn is None:
                 if now.phase != said[0] or clock() - said[1] >= LINES:
                     said = now.phase, clock()
@@ -150,7 +151,7 @@ class Bar:
         )
         if now.phase == "ready":
             age = f" for {show_seconds(pace.ready_for)}" if pace.ready_for else ""
-            return f"READY{age} ({self._ready or take_up(self._options, self._qmp, job.id)})"
+            return f"READY ({self._ready or take_up(self._options, self._qmp, job.id)}){age}"
         if now.phase == "queued":
             return "queued"
         done = percent(now.current, now.total, status)

@@ -31,7 +31,7 @@ SECTIONS = {
 VM = "/run/vms/web1/qmp.sock"
 
 EXAMPLES: dict[str, tuple[str, ...]] = {
-    "vms": ("vms", "vms --watch", "vms '/run/vms/*/qmp.sock' --json"),
+    "vms": ("vms", "vms '/run/vms/*/qmp.sock' --watch", "vms '/run/vms/web*/*.sock' --json"),
     "top": ("top", "top '/run/vms/*/qmp.sock'", "--daemon top 'web*'"),
     "chain": (f"chain {VM}", f"chain {VM} vda --json", f"chain {VM} --dot"),
     "commit": (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -12,7 +15,7 @@ import pytest
 from qmpcommit.cli.commands import COMMANDS
 from qmpcommit.cli.main import cli
 from qmpcommit.cli.sections import EXAMPLES, SECTIONS, Command
-from tests.cli.command import on_a_terminal, qmpcommit
+from tests.cli.command import ENVIRONMENT, on_a_terminal, qmpcommit
 from tests.ground.images import make_chain
 from tests.ground.machines import machine
 
@@ -34,17 +37,40 @@ async def test_the_usual_monitor_may_be_left_out(folder: Path) -> None:
         await qemu.quit()
 
 
+ONE_AFTER_ANOTHER = """
+import json, sys
+from qmpcommit.cli.main import main
+ends = []
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        ends.append(end.code)
+print()
+print(json.dumps(ends))
+"""
+"""Many command lines in one process, which imports all that they need once."""
+
+
 def test_examples_are_right_usage() -> None:
     assert EXAMPLES.keys() == COMMANDS.keys()
+    wanted: dict[str, int] = {}
+    asked = []
     for name, lines in EXAMPLES.items():
         for line in lines:
-            if name in ("daemon", "demo"):
+            if name in ("daemon", "demo", "top"):
                 continue  # what they do is tested elsewhere
             words = shlex.split(line.partition(" > ")[0])
             if words == ["vms"] or "--all" in words:
                 continue  # it asks all VMs of the host, those of other tests too
             alone = name in ("help", "completion") or words == ["explain", "recycle"]
-            assert qmpcommit(*words).status == (0 if alone else 4), line
+            wanted[line] = 0 if alone else 4
+            asked.append(words)
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(asked)],
+        capture_output=True, text=True, env=ENVIRONMENT, check=True, timeout=80,
+    )  # fmt: skip
+    assert dict(zip(wanted, json.loads(done.stdout.splitlines()[-1]), strict=True)) == wanted
 
 
 @pytest.mark.parametrize("name", COMMANDS)
