@@ -45,6 +45,7 @@ class Bar:
 
         self._options, self._qmp, self._ready = options, qmp, ready
         self._how = how(options)
+        self._hints: dict[str, str] = {}
         self._rates = Rates()
         self._drawn: Any = None
         if self._how != "bar":
@@ -118,6 +119,8 @@ class Bar:
         said: tuple[str, float] = "", 0.0
         task: Any = None
         async for now in job.progress(EVERY):
+            if now.phase == "ready" and self._ready is None and job.id not in self._hints:
+                self._hints[job.id] = await asyncio.to_thread(self._hint, job)
             if keys is not None and now.phase == "ready" and self._drawn is not None:
                 keys.begin()
             facts = self._facts(job, now, clock())
@@ -142,6 +145,17 @@ class Bar:
         if task is not None:
             self._drawn.remove_task(task)
 
+    def _hint(self, job: Job) -> str:
+        """How the job is taken up meanwhile: over a monitor that is not the one held here.
+
+        Looks at the host's processes.
+        """
+        if self._options.daemon is not None:
+            return take_up(self._options, self._qmp, job.id)
+        from qmpcommit.recovery.monitors import others_of
+
+        return take_up(self._options, (others_of(self._qmp) or [self._qmp])[0], job.id)
+
     def _facts(self, job: Job, now: JobProgress, at: float) -> str:
         from qmpcommit.commit.rates import percent
 
@@ -151,7 +165,7 @@ class Bar:
         )
         if now.phase == "ready":
             age = f" for {show_seconds(pace.ready_for)}" if pace.ready_for else ""
-            return f"READY ({self._ready or take_up(self._options, self._qmp, job.id)}){age}"
+            return f"READY ({self._ready or self._hints.get(job.id)}){age}"
         if now.phase == "queued":
             return "queued"
         done = percent(now.current, now.total, status)

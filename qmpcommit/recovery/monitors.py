@@ -59,6 +59,13 @@ def served() -> Served:
     return Served(tuple(vms.values()), frozenset(others))
 
 
+def others_of(address: str) -> list[str]:
+    """The further monitors of the QEMU that serves this one, as far as one may see its process."""
+    real = _real(address.removeprefix("unix:"))
+    mine = next((vm for vm in served().vms if real in vm), ())
+    return [path for path in mine if path != real]
+
+
 def find(globs: Sequence[str] = ()) -> list[Place]:
     """The VMs whose monitors these globs name, or where there are none all of this host.
 

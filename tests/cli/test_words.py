@@ -172,5 +172,5 @@ async def test_a_narrow_bar_says_all_that_is_to_be_typed(folder: Path) -> None:
         said = await on_a_terminal("commit", qemu.qmp, "vda", "--hold", "2", columns=60)
         assert said.status == 3
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\s\u2500-\u257f]", "", said.out)
-        assert re.search(rf"READY\(qmpcommitpivot\|keep\|abort{qemu.qmp}qmpcommit-vda-", shown)
+        assert re.search(rf"READY\(qmpcommitpivot\|keep\|abort{qemu.qmp2}qmpcommit-vda-", shown)
         await qemu.quit()
