@@ -45,7 +45,7 @@ class Failed(Exception):
 def said_of(error: BaseException) -> str:
     """An error in words, for the middle of a sentence."""
     if isinstance(error, QmpCommitError):
-        return error.message
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return repr(error)  # of the program's own, which knows it

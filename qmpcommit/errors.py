@@ -14,9 +14,11 @@ from typing import ClassVar, Self
 class QmpCommitError(Exception):
     """Base of all errors of this package.
 
-    Keyword arguments become attributes (``error.vm``, ``error.disk``, ``error.job_id``, ...);
-    those that a subclass declares in `FACTS` exist always, as None where nothing is known, those
-    of them that are in `LISTS` as an empty list.
+    `message` is what happened and what to do next; `hint` is what a person types for that, where a
+    command of ours does it: nothing for a program, which may hold the only monitor. The text of an
+    error (``str``) is both. Other keyword arguments become attributes (``error.vm``,
+    ``error.disk``, ``error.job_id``, ...); those that a subclass declares in `FACTS` exist always,
+    as None where nothing is known, those of them that are in `LISTS` as an empty list.
     """
 
     FACTS: ClassVar[tuple[str, ...]] = ("vm", "disk", "job_id")
@@ -27,6 +29,10 @@ class QmpCommitError(Exception):
     job_id: str | None
 
     def __init__(self, message: str, **facts: object) -> None:
+        hint = facts.pop("hint", None)
+        self.hint = str(hint) if hint else None
+        if self.hint:  # what comes from a daemon has it in its message
+            message = message.removesuffix(f". {self.hint}")
         super().__init__(message)
         self.message = message
         for name in self.FACTS:
@@ -43,6 +49,9 @@ class QmpCommitError(Exception):
                 self.facts[name] = value
                 setattr(self, name, value)
 
+    def __str__(self) -> str:
+        return f"{self.message}. {self.hint}" if self.hint else self.message
+
     def __repr__(self) -> str:
         where = "".join(
             f", {name}={value!r}"
@@ -53,11 +62,15 @@ class QmpCommitError(Exception):
 
     def again(self) -> Self:
         """The same error for somebody else, who may add facts of their own."""
-        return type(self)(self.message, **self.facts)
+        return type(self)(self.message, hint=self.hint, **self.facts)
 
     def to_dict(self) -> dict[str, object]:
-        """The error as JSON-ready members: ``type``, ``message`` and the known facts."""
-        return {"type": type(self).__name__, "message": self.message, **self.facts}
+        """The error as JSON-ready members: ``type``, ``message`` and the known facts.
+
+        Where there is a `hint` it is one of them, and the end of the message as well.
+        """
+        hint = {"hint": self.hint} if self.hint else {}
+        return {"type": type(self).__name__, "message": str(self), **hint, **self.facts}
 
     def as_json(self) -> dict[str, object]:
         """The same of JSON's own types only."""

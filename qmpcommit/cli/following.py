@@ -63,7 +63,7 @@ class Following:
             if self._left is not None and "outcome" not in error.facts:
                 raise await self._has_left(job.id, disk) from None
             if self._run.signals:
-                raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
+                raise Interrupted(f"interrupted. {error}", **error.facts) from None
             raise
         self._ended = True
         if self._run.signals:

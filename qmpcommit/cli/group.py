@@ -221,7 +221,7 @@ class Asking:
         try:
             calls[self._answer]()
         except (NotReady, JobConflict) as error:
-            click.echo(f"qmpcommit: {error.message}", err=True)
+            click.echo(f"qmpcommit: {error}", err=True)
 
     def _end(self) -> None:
         if self._answer or self._timeout is not None:
@@ -254,7 +254,7 @@ def _left(group: GroupCommit) -> str:
     said = [DECIDED if all(done) else "its disks may not have ended alike: look at each"]
     for end in group.ends:
         if isinstance(end.error, QmpCommitError):
-            said.append(end.error.message)
+            said.append(str(end.error))
         elif end.outcome is not None and not all(done):
             said.append(outcome_text(end.outcome))
     return ". ".join(said)

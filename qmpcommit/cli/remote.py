@@ -198,7 +198,7 @@ class RemoteForeground(Following):
         except asyncio.CancelledError as cancelled:
             why = "nothing is left of it"
             if isinstance(cancelled.__cause__, QmpCommitError):
-                why = cancelled.__cause__.message
+                why = str(cancelled.__cause__)
             if self._run.timed_out:
                 raise self._run.too_late(f"the daemon did not promise it ({why})") from None
             raise Interrupted(f"interrupted before the daemon had promised it; {why}") from None
@@ -232,7 +232,7 @@ class RemoteForeground(Following):
             return await self._end(job, job.disk)
         except DaemonLost as error:
             raise DaemonLost(
-                f"{error.message}. Take it up again with '{self._take_up(job.id)}'", **error.facts
+                f"{error}. Take it up again with '{self._take_up(job.id)}'", **error.facts
             ) from None
         finally:
             for task in list(self._tasks):

@@ -31,7 +31,7 @@ async def cycle(running: Run, name: str, disk: str) -> Answer:
             raise DeadlineExceeded(text, **where) from None
         raise Interrupted(f"interrupted. {_goes_on(begun)}", **where) from None
     except DaemonLost as error:
-        raise DaemonLost(f"{error.message}. {_goes_on(begun)}", **error.facts) from None
+        raise DaemonLost(f"{error}. {_goes_on(begun)}", **error.facts) from None
     return Answer(
         done.model_dump(mode="json"),
         "\n".join([_said(done), *(f"  Warning: {text}." for text in done.warnings)]),

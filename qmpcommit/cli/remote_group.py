@@ -88,7 +88,7 @@ class _Following:
         except asyncio.CancelledError as cancelled:
             why = "nothing is left of it"
             if isinstance(cancelled.__cause__, QmpCommitError):
-                why = cancelled.__cause__.message
+                why = str(cancelled.__cause__)
             if self._run.timed_out:
                 raise self._run.too_late(f"the daemon did not promise it ({why})") from None
             raise Interrupted(f"interrupted before the daemon had promised it; {why}") from None
@@ -113,9 +113,9 @@ class _Following:
             raise Interrupted(f"interrupted twice. {goes_on}")
         error = waiting.exception()
         if isinstance(error, DaemonLost):
-            raise DaemonLost(f"{error.message}. {goes_on}", **error.facts) from None
+            raise DaemonLost(f"{error}. {goes_on}", **error.facts) from None
         if self._run.signals and isinstance(error, QmpCommitError):
-            raise Interrupted(f"interrupted. {error.message}", **error.facts) from None
+            raise Interrupted(f"interrupted. {error}", **error.facts) from None
         if self._run.signals:
             outcome = waiting.result()
             sent = CANCELLED

@@ -341,16 +341,16 @@ class CommitJob:
             for warning in driver.outcome.warnings if driver.outcome is not None else ():
                 self.log.warning("outcome_warning", warning=warning)
         except asyncio.CancelledError:
-            goes_on = (
-                f"it goes on in QEMU. Take it up with 'qmpcommit pivot|keep|abort QMP {self.id}'"
-            )
+            goes_on = "it goes on in QEMU, for whoever takes it up"
+            hint: str | None = f"Take it up with 'qmpcommit pivot|keep|abort QMP {self.id}'"
             ended: dict[str, object] = {}
             if driver.outcome is not None:
-                goes_on = report.ended_before(driver.outcome)
+                goes_on, hint = report.ended_before(driver.outcome), None
                 ended["outcome"] = driver.outcome.model_dump(mode="json")
             driver.error = driver.error or JobDetached(
                 f"job {self.id} on {self.plan.disk} of {self.plan.vm} is no longer followed from"
                 f" here; {goes_on}",
+                hint=hint,
                 **self._where(),
                 **ended,
             )

@@ -132,7 +132,7 @@ async def name_pending(vm: VM, conflict: JobConflict) -> JobConflict:
 
     And where a guest is quiesced, as a group that was killed leaves it beside its jobs.
     """
-    job_id, qmp, text = str(conflict.job_id), str(vm.address or "QMP"), conflict.message
+    job_id, qmp, text = str(conflict.job_id), str(vm.address or "QMP"), str(conflict)
     with suppress(QmpCommitError):
         if job_id in _held(await vm.execute("query-jobs"), ()):
             text = (

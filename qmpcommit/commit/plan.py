@@ -156,9 +156,10 @@ def _layers(disk: Disk, request: Request, cwd: str | None) -> tuple[int, int]:
 def _no_job(disk: Disk) -> None:
     if disk.jobs:
         raise JobConflict(
-            f"{disk} has a block job already: {', '.join(disk.jobs)}. Wait for it, or end it"
-            " (qmpcommit jobs shows it; qmpcommit pivot, keep or abort end a commit's second"
-            " phase). Nothing was sent",
+            f"{disk} has a block job already: {', '.join(disk.jobs)}. Wait for it, or end it."
+            " Nothing was sent",
+            hint="'qmpcommit jobs' shows it; 'qmpcommit pivot', 'keep' or 'abort' end a commit's"
+            " second phase",
             job_id=disk.jobs[0],
         )
 

@@ -207,15 +207,15 @@ def _by_verdict(
         case Verdict.VM_GONE:
             return _gone(plan, state, lost, left)
         case Verdict.MONITOR_LOST if state.unsent:
-            why = lost.message if lost else "the monitor was lost"
+            why = str(lost) if lost else "the monitor was lost"
             return MonitorLost(f"{subject}: {why}. Nothing was sent. Run it again")
         case Verdict.MONITOR_LOST:
             return MonitorLost(
-                f"{subject}: {lost.message if lost else 'the monitor was lost'}. The job"
-                f" {plan.job_id} may be running in QEMU still; when the monitor answers again, see"
-                " 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'"
+                f"{subject}: {str(lost) if lost else 'the monitor was lost'}. The job"
+                f" {plan.job_id} may be running in QEMU still: end it when the monitor is back"
                 f"{_until_it_has_ended(plan)}"
                 + (". The guest may be paused: let it go on with 'cont'" if state.frozen else ""),
+                hint="See 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'",
             )
     return None
 
@@ -274,7 +274,7 @@ def _gone(plan: Plan, state: State, lost: QmpCommitError | None, left: Left | No
         )
     if left is not None and not laid:
         what += f". The fresh overlay {left.filename} was never used: delete it if it is there"
-    why = lost.message if lost is not None else f"QEMU of {plan.vm} has ended"
+    why = str(lost) if lost is not None else f"QEMU of {plan.vm} has ended"
     if state.stale:  # "not pivoted" would have a stale overlay booted
         pivoted = None
     gone = VMGone(f"{_subject(plan)}: {why}. {what}", pivoted=pivoted, base=base, top=top)
@@ -306,7 +306,7 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
 def not_noted(plan: Plan, failed: CommitFailed) -> CommitFailed:
     """The error of a commit whose ledger failed before anything was sent."""
     error = CommitFailed(
-        f"{_subject(plan)} was not begun: {failed.message}. Nothing was sent",
+        f"{_subject(plan)} was not begun: {failed}. Nothing was sent",
         **{**failed.facts, "vm": plan.vm, "disk": plan.disk.name, "job_id": plan.job_id},
     )
     error.__cause__ = failed.__cause__
@@ -332,17 +332,20 @@ def deadline_error(
     plan: Plan, state: State, timeout: float, outcome: CommitOutcome | None = None
 ) -> DeadlineExceeded:
     """The error of a commit that took too long; one that has an `outcome` has ended."""
+    hint = None
     if outcome is not None:
         what = ended_before(outcome)
     elif state.verdict is Verdict.CANCELLED:
         what = f"the job was cancelled. {_still_active(plan)}"
     else:
         what = (
-            f"the job did not end when it was cancelled and is left in QEMU; see 'qmpcommit jobs',"
-            f" and end it with 'qmpcommit abort QMP {plan.job_id}'{_until_it_has_ended(plan)}"
+            "the job did not end when it was cancelled and is left in QEMU: abort it once more"
+            f"{_until_it_has_ended(plan)}"
         )
+        hint = f"See 'qmpcommit jobs', and end it with 'qmpcommit abort QMP {plan.job_id}'"
     return DeadlineExceeded(
         f"{_subject(plan)} did not end within {timeout:g} s: {what}",
+        hint=hint,
         vm=plan.vm,
         disk=plan.disk.name,
         job_id=plan.job_id,

@@ -134,7 +134,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if status == 503 and request.app.state.engine.stopping:
         return _problem(503, "http:503", "Stopping", "the daemon is stopping; ask the next one")
     facts = json.loads(json.dumps(error.to_dict(), default=str))
-    return _problem(status, type(error).__name__, title, error.message, error=facts)
+    return _problem(status, type(error).__name__, title, str(error), error=facts)
 
 
 _NOT_FOUND: dict[str, type[QmpCommitError]] = {"vm": VMNotFound, "window_id": WindowNotFound}
@@ -192,7 +192,7 @@ def _facts_of_vm(vm: VM) -> dict[str, Any]:
         "name": vm.name, "qmp": vm.qmp, "connect": vm.connect, "origin": vm.origin,
         "state": vm.state,
         "pid": vm.session.peer_pid if vm.session is not None and vm.state == "connected" else None,
-        "error": vm.error.message if vm.error is not None else None,
+        "error": str(vm.error) if vm.error is not None else None,
     }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ class Rules(Story):
                 graph = await session.graph()
                 disks = read_disks(graph)
         except QmpCommitError as error:
-            standing.away[vm.name] = error.message
+            standing.away[vm.name] = str(error)
             return
         standing.away.pop(vm.name, None)
         mine = [disk for disk in disks if disk.chain and is_for(standing.rule, disk)]
@@ -267,7 +267,7 @@ class Rules(Story):
                 said = (promise.error or {}).get("message") or f"its commit was {promise.state}"
                 self._failed(standing, seen, str(said), promise.state)
         except QmpCommitError as error:
-            self._failed(standing, seen, error.message, "refused")
+            self._failed(standing, seen, str(error), "refused")
         except Exception as error:  # a bug of ours must not be tried again and again
             self._failed(standing, seen, f"internal error: {error!r}", "refused")
         finally:

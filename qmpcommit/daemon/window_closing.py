@@ -163,7 +163,7 @@ class Closing:
                 return outcome
             why = (promise.error or {}).get("message") or f"it ended with {outcome.get('action')}"
             error = WindowError(f"commit {promise.id}: {why}", vm=part.vm)
-            part.log.warning("window_not_merged", disk=each.disk, why=error.message)
+            part.log.warning("window_not_merged", disk=each.disk, why=str(error))
             await part.note("close", jobs={**part.jobs, asked: _job_id(each)})
         assert error is not None
         if await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each)) is None:
@@ -198,7 +198,7 @@ class Closing:
             try:
                 promise, _ = await self._engine.take(part.vm, request, None, "")
             except (QueueFull, JournalFull, *AWAY) as error:
-                part.problem = error.message
+                part.problem = str(error)
                 await ask(self._engine, part, nothing)
                 await asyncio.sleep(AGAIN)
             else:
@@ -238,7 +238,7 @@ async def release(engine: Engine, part: Part) -> None:
 
 def _what_stays(part: Part, failed: list[_End]) -> str:
     mine = [end for end in failed if end.part is part and end.error is not None]
-    what = "; ".join(f"{end.each.overlay}: {end.error.message}" for end in mine if end.error)
+    what = "; ".join(f"{end.each.overlay}: {end.error!s}" for end in mine if end.error)
     return (
         f"the window {part.name} on {part.vm} could not be closed. It stays, and was not deleted,"
         f" since it may hold the newest data: {what}"

@@ -75,7 +75,7 @@ class Windows(Kind[LeasedWindow]):
                 try:
                     await thaw(session, part.held, part.agent, patience=0.0)
                 except QmpCommitError as error:  # it is tried again when the window is recovered
-                    part.log.warning("thaw_failed", error=error.message)
+                    part.log.warning("thaw_failed", error=str(error))
         for part in [part for window in self.live.values() for part in window.parts]:
             stale = not part.claims or part.claimed_in != vm.identity
             if part.vm == vm.name and part.is_open and stale:
@@ -269,15 +269,15 @@ class Windows(Kind[LeasedWindow]):
 
     async def _fail(self, window: LeasedWindow, error: QmpCommitError) -> None:
         undo = window.undo
-        if undo is not None and error is not window.failure and undo["message"] != error.message:
+        if undo is not None and error is not window.failure and undo["message"] != str(error):
             why = (
                 f"the window on {window.vm} did not open on all of its VMs, and what it had begun"
-                f" could not all be undone: {error.message}"
+                f" could not all be undone: {error}"
             )
             error = WindowError(why, **error.facts)
         error.add(vm=window.vm)
         window.failure = error
-        window.log.warning("window_failed", error=type(error).__name__, why=error.message)
+        window.log.warning("window_failed", error=type(error).__name__, why=str(error))
         opening = window.state == "opening" or undo is not None
         # One that was never open may be asked for again with the same key.
         sql = "DELETE FROM keys WHERE commit_id = ?"

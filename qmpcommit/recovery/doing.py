@@ -203,7 +203,7 @@ class Recovery:
         except QmpCommitError as error:
             if not vm.connected:
                 raise
-            return [replace(each, result=error.message) for each in alike]
+            return [replace(each, result=str(error)) for each in alike]
         return [replace(each, done=True, result=result) for each in alike]
 
     def _of_its_group(

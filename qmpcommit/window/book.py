@@ -172,7 +172,7 @@ def _worst(failed: Iterable[BaseException]) -> BaseException:
     if len(ours) == 1:
         return ours[0]
     overlays = [overlay for error in ours for overlay in error.overlays or []]
-    return WindowError(". ".join(error.message for error in ours), overlays=overlays)
+    return WindowError(". ".join(str(error) for error in ours), overlays=overlays)
 
 
 def _plain(value: Any) -> Any:

@@ -130,6 +130,6 @@ async def _close(
             raise end
     if failed:
         raise WindowError(
-            ". ".join(end.message for end in failed),
+            ". ".join(str(end) for end in failed),
             overlays=[overlay for end in failed for overlay in end.overlays or []],
         )

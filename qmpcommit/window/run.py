@@ -259,7 +259,7 @@ async def _open(
         except WindowError as stays:
             if not isinstance(error, asyncio.CancelledError):
                 raise
-            error.add_note(stays.message)
+            error.add_note(str(stays))
         if isinstance(error, QmpCommitError):
             error.add(vm=vm.name)
         raise
@@ -297,7 +297,7 @@ async def close_window(
                 outcomes = await _close_named(vm, disks, bandwidth, {})
         except WindowError as error:
             if error.overlays is None:  # it is closed
-                told = {"message": error.message, "facts": error.facts}
+                told = {"message": str(error), "facts": error.facts}
                 await end(noting, notes, error=told)
             raise
         await end(noting, notes, outcomes=outcomes)
@@ -324,7 +324,7 @@ async def _close_own(vm: VM, window: Window, bandwidth: int | str | None) -> lis
     except WindowError as error:
         if not why:
             raise
-        raise WindowError(f"{error.message}. And {text}", **error.facts) from None
+        raise WindowError(f"{error}. And {text}", **error.facts) from None
     if why:
         raise WindowError(
             f"{text}. The window is closed",
@@ -396,7 +396,7 @@ async def close_windows(
         )
     if conflicts:
         closed = f" ({len(outcomes)} others were closed)" if outcomes else ""
-        told = ". ".join(each.message for each in conflicts)
+        told = ". ".join(str(each) for each in conflicts)
         raise JobConflict(f"{told}{closed}", **{**conflicts[0].facts, **facts})
     return outcomes
 
@@ -504,7 +504,8 @@ def _place(
     if MARK in active.filename:
         raise WindowError(
             f"{disk} of {vm.name} is in a window already, and writes to {active.filename}: close"
-            " it first (qmpcommit window --close). Nothing was changed",
+            " it first. Nothing was changed",
+            hint="'qmpcommit window --close' does that",
             vm=vm.name,
             disk=disk.name,
         )
@@ -562,7 +563,7 @@ async def _undo(vm: VM, overlays: Sequence[FreshOverlay], claims: Mapping[str, C
             try:
                 await overlay.undo()
             except QmpCommitError as error:  # why there is no window is the news
-                vm.log.warning("window_remains", what=overlay.filename, message=error.message)
+                vm.log.warning("window_remains", what=overlay.filename, message=str(error))
     if left:
         held = dict(zip((each.filename for each in overlays), claims.values(), strict=True))
         await _close(vm, left, None, held)
@@ -602,17 +603,21 @@ async def _close(
         what = "; ".join(f"{each.overlay}: {error}" for each, error in failed)
         text = (
             f"the window on {vm.name} could not be closed. These overlays stay, for they hold what"
-            f" was written since it was opened: {what}. Nothing is lost; close it with"
-            f" 'qmpcommit window --close {vm.address}'"
+            f" was written since it was opened: {what}. Nothing is lost; close it again"
         )
+        hint = f"'qmpcommit window --close {vm.address}' does that"
         if any(isinstance(error, (MonitorLost, VMGone)) for _, error in failed):
             text += (
                 ". If its QEMU has ended, start the VM from that file, never from the one below,"
-                " before you close it; or merge it while the VM is off: 'qmpcommit commit"
-                f" --offline {shlex.quote(failed[0][0].overlay)} --shallow --pivot --delete'"
+                " before you close it; or merge it while the VM is off"
+            )
+            hint += (
+                ", and where the VM is off 'qmpcommit commit --offline"
+                f" {shlex.quote(failed[0][0].overlay)} --shallow --pivot --delete' merges it"
             )
         raise WindowError(
             text,
+            hint=hint,
             vm=vm.name,
             overlays=[each.overlay for each, _ in failed],
             outcomes=[outcome.model_dump(mode="json") for outcome in outcomes],

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.callback import said_of
+from qmpcommit.client.problems import error_from
 from qmpcommit.commit import phases
 
 
@@ -69,3 +71,16 @@ def test_each_error_says_who_is_to_do_something_and_where() -> None:
     assert repr(session) == "<Session 'web1', address='/run/q', not connected>"
     assert repr(qc.Client("/run/d").vm("web1")) == "<RemoteVM 'web1' of the daemon at '/run/d'>"
     assert repr(qc.Window("w", {})) == "<Window w over nothing>"
+
+
+def test_what_a_person_types_is_a_hint_and_is_lost_nowhere() -> None:
+    error = qc.JobConflict("it has a job. Nothing was sent", hint="See 'qmpcommit jobs'", vm="web1")
+    assert (error.message, error.hint) == ("it has a job. Nothing was sent", "See 'qmpcommit jobs'")
+    assert str(error) == said_of(error) == "it has a job. Nothing was sent. See 'qmpcommit jobs'"
+    described = error.to_dict()
+    assert (described["message"], described["hint"]) == (str(error), error.hint)
+    for again in (error.again(), error_from(described)):
+        assert (str(again), again.message, again.hint) == (str(error), error.message, error.hint)
+        assert again.facts == {"vm": "web1"}
+    plain = qc.JobConflict("it has a job")
+    assert (plain.hint, "hint" in plain.to_dict()) == (None, False)
