@@ -1,7 +1,7 @@
 # Sourced by the scripts of this repository, from its top folder: brings what is missing.
 #
 #   need_qemu            qemu-system-x86_64, qemu-storage-daemon, qemu-img, qemu-io
-#   need_venv [EXTRA]    a virtual environment with the package (and an extra of it), in $VENV
+#   need_venv [EXTRA]    a virtual environment with the package and an extra of it (cli), in $VENV
 #   need_guest           a kernel, busybox and guest agent for a real guest, in $GUEST
 # shellcheck shell=bash
 
@@ -55,7 +55,7 @@ find_python() {
 }
 
 need_venv() {
-    local extra=${1:+[$1]} python stamp want
+    local extra="[${1:-cli}]" python stamp want
     python=$(find_python)
     if [ -z "$python" ]; then
         apt_install python3 python3-venv

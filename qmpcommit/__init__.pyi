@@ -1,5 +1,6 @@
 """The public names, for type checkers; `__init__.py` loads them when they are used."""
 
+from qmpcommit import client as client
 from qmpcommit import events as events
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
@@ -114,3 +115,5 @@ from qmpcommit.window.run import open_window as open_window
 from qmpcommit.window.run import recover_window as recover_window
 
 __version__: str
+
+def preload() -> None: ...

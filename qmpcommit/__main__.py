@@ -27,7 +27,7 @@ def _without(missing: str, words: list[str]) -> str | None:
     elif words[:1] in (["--help"], ["-h"]):
         sys.stdout.write(help_without(missing))
     else:
-        return f"qmpcommit: the package {missing} is not installed: pip install qmpcommit"
+        return f"qmpcommit: the package {missing} is not installed: pip install 'qmpcommit[cli]'"
     return None
 
 

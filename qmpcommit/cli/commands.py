@@ -86,7 +86,7 @@ Commands:
 
 {statuses}
 The package {missing} is not installed, so nothing but this can be said here:
-pip install qmpcommit
+pip install 'qmpcommit[cli]'
 """
 
 

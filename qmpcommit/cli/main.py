@@ -40,6 +40,9 @@ from qmpcommit.errors import (
 
 FAILED, USAGE, OTHERWISE, NOT_FOUND, NOT_READY, INTERRUPTED = 1, 2, 3, 4, 5, signals.INTERRUPTED
 
+_EXTRA = ("h11", "rich")
+"""Packages of the extra "cli" that are imported only where they are needed."""
+
 _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
     (Interrupted, INTERRUPTED),
     (InvalidRequest, USAGE),
@@ -263,6 +266,9 @@ def _complain(error: Exception, as_json: bool) -> int:
     elif isinstance(error, click.ClickException):
         said = {"type": "UsageError", "message": _usage_message(error)}
         status = USAGE
+    elif isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] in _EXTRA:
+        what = f"the package {str(error.name).split('.')[0]} is not installed"
+        said = {"type": "MissingPackage", "message": f"{what}: pip install 'qmpcommit[cli]'"}
     else:
         said = {
             "type": type(error).__name__,

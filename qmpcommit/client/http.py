@@ -12,7 +12,12 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import h11
+try:
+    import h11
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "the daemon's client needs the package h11: pip install 'qmpcommit[cli]'", name="h11"
+    ) from None
 
 from qmpcommit.errors import InvalidRequest
 from qmpcommit.qmp.address import Address

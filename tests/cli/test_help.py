@@ -82,7 +82,8 @@ def test_with_nothing_else_installed() -> None:
         assert "130" in said.stdout
     said = alone("chain", "/nowhere", "--json")
     assert (said.returncode, said.stdout) == (1, "")
-    assert said.stderr == "qmpcommit: the package click is not installed: pip install qmpcommit\n"
+    installs = "pip install 'qmpcommit[cli]'"
+    assert said.stderr == f"qmpcommit: the package click is not installed: {installs}\n"
 
 
 @pytest.mark.parametrize(
