@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from qmpcommit.group.run import CommitGroupOptions
     from qmpcommit.recovery.findings import Recovered
     from qmpcommit.window.overlays import Snapshot
-    from qmpcommit.window.records import OpenWindow, Window
+    from qmpcommit.window.records import Frozen, NotedWindow, OpenWindow, Window
+    from qmpcommit.window.run import OpenOptions
 
 
 class Session(VM):
@@ -145,6 +146,59 @@ class Session(VM):
             agent=agent,
             override=override,
         )
+
+    async def open_window(self, disks: Iterable[str], **options: Unpack[OpenOptions]) -> Window:
+        """Open a window that stays open until `close_window`; `snapshot` closes it by itself.
+
+        `name` is one that ``qc.new_window_name()`` made. `ledger` is told of each step before it is
+        taken: ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at
+        last ``open``. From ``create`` on `recover_window` can go on in another process; a `Ledger`
+        keeps what ``qc.resume`` has to know, which closes it. `meet` is awaited when the guest
+        stands still, and again when the overlays are laid and it does so yet: windows of several
+        VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``).
+
+        Raises what `snapshot` raises, and then nothing is left of it.
+        """
+        from qmpcommit.window.run import open_window
+
+        return await open_window(self, disks, **options)
+
+    async def close_window(
+        self,
+        window: Window | Iterable[Frozen],
+        *,
+        bandwidth: int | str | None = None,
+        ledger: Notes | None = None,
+    ) -> list[CommitOutcome]:
+        """Commit the overlays of a window back, pivot, close and delete them.
+
+        `window` is what `open_window` or `recover_window` gave, or the disks that were noted. A
+        commit of an overlay that a killed process left behind is taken up where it is; an overlay
+        that no disk uses any more has no outcome. `ledger` is told ``close``, with the files of the
+        overlays, before the first commit is sent. A cancellation is raised when it has ended.
+
+        Raises `WindowError` that names the overlays that stay; or says, where it is closed, that
+        what was read is no instant's image, for somebody else has worked on its disks.
+        """
+        from qmpcommit.window.run import close_window
+
+        return await close_window(self, window, bandwidth=bandwidth, ledger=ledger)
+
+    async def recover_window(self, noted: NotedWindow, *, held: bool = True) -> Window | None:
+        """Take up a window whose process was killed at any step, from its ``create`` note on.
+
+        The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
+        which the caller may leave open or close; of what was not laid, or was closed already,
+        nothing is left. None where no disk writes to an overlay of it. Safe to repeat. Whoever
+        knows that its guest was let go on, or was never quiesced, says so with `held`: its agent
+        need not answer then.
+
+        Raises `QuiesceFailed` where the guest may still be frozen, `WindowError` where QEMU still
+        creates an overlay of it.
+        """
+        from qmpcommit.window.run import recover_window
+
+        return await recover_window(self, noted, held=held)
 
     async def windows(self) -> list[OpenWindow]:
         """The overlays of snapshot windows that are open, with their age and size."""

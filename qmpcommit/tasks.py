@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Waiting(Coroutine[Any, Any, T]):
+class Awaited(Coroutine[Any, Any, T]):
     """Something to wait for that may be left unawaited: `begin` is called when somebody waits.
 
     It can be awaited again and again, and a task takes it as the coroutine that it is.

@@ -24,7 +24,7 @@ from qmpcommit.commit.policy import Decision, Recycle
 from qmpcommit.commit.stale_layers import Around
 from qmpcommit.errors import JobConflict, JobDetached, NotReady, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
-from qmpcommit.tasks import Waiting, stop, to_the_end
+from qmpcommit.tasks import Awaited, stop, to_the_end
 
 if TYPE_CHECKING:
     from qmpcommit.commit.claim import Claim
@@ -220,7 +220,7 @@ class CommitJob:
 
         await set_bandwidth(self._monitor, self.id, bandwidth)
 
-    def pivot(self) -> Waiting[None]:
+    def pivot(self) -> Awaited[None]:
         """Decide for the base, at once; awaiting it, as a task may, waits until the job has ended.
 
         Raises `NotReady` before READY (the job goes on unharmed), `JobConflict` when the
@@ -228,18 +228,18 @@ class CommitJob:
         """
         return self._order(Choice.PIVOT)
 
-    def recycle(self, overlay: str | os.PathLike[str]) -> Waiting[None]:
+    def recycle(self, overlay: str | os.PathLike[str]) -> Awaited[None]:
         """Pivot, with a fresh `overlay` over the base before the guest can write; as `pivot`."""
         recycle = Recycle(os.fspath(overlay))
         if phases.objection(self.state, Choice.RECYCLE) is None:
             self._driver.recycle = recycle
         return self._order(Choice.RECYCLE)
 
-    def keep(self) -> Waiting[None]:
+    def keep(self) -> Awaited[None]:
         """Decide for the overlay; as `pivot`."""
         return self._order(Choice.KEEP)
 
-    def abort(self) -> Waiting[None]:
+    def abort(self) -> Awaited[None]:
         """Cancel the job by force, in either phase; the overlay stays active."""
         return self._order(Choice.ABORT)
 
@@ -380,7 +380,7 @@ class CommitJob:
                 self._driver.outcome, converge=report.model_dump(), warnings=warnings
             )
 
-    def _order(self, choice: Choice) -> Waiting[None]:
+    def _order(self, choice: Choice) -> Awaited[None]:
         match phases.objection(self.state, choice):
             case "not ready" if not self.plan.two_phase:
                 raise NotReady(
@@ -411,7 +411,7 @@ class CommitJob:
                     )
             case _:
                 self._driver.tell(facts.Decided(choice, "caller"))
-        return Waiting(lambda: self._until(lambda: False))
+        return Awaited(lambda: self._until(lambda: False))
 
     def _time_is_up(self) -> None:
         self.log.warning("deadline", seconds=self._driver.timeout)

@@ -16,7 +16,7 @@ from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.errors import InvalidRequest
-from qmpcommit.tasks import Waiting
+from qmpcommit.tasks import Awaited
 
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
@@ -39,7 +39,7 @@ def next_step(layers: int, keep: int) -> Step | None:
     return Step(layers - 2, layers - 1) if layers > max(keep, 1) else None
 
 
-class Flattening(Waiting[list[CommitOutcome]], AsyncIterator[CommitOutcome]):
+class Flattening(Awaited[list[CommitOutcome]], AsyncIterator[CommitOutcome]):
     """The commits that bring a chain down: iterate over their outcomes, or await all of them.
 
     A task may await them, too.

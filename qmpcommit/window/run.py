@@ -25,7 +25,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from qmpcommit.block.chain import (
     Disk,
@@ -143,6 +143,20 @@ async def snapshot(
         await close_window(vm, window, bandwidth=bandwidth, ledger=ledger)
 
 
+class OpenOptions(TypedDict, total=False):
+    """What `open_window` takes beside the disks."""
+
+    overlay_dir: str | os.PathLike[str] | None
+    overlay_options: Mapping[str, Any] | None
+    overlay_secret: str | None
+    freeze: How | None
+    agent: str | os.PathLike[str] | None
+    name: str | None
+    ledger: Notes | None
+    meet: Callable[[], Awaitable[object]] | None
+    override: Collection[str]
+
+
 async def open_window(
     vm: VM,
     disks: Iterable[str],
@@ -157,18 +171,7 @@ async def open_window(
     meet: Callable[[], Awaitable[object]] | None = None,
     override: Collection[str] = (),
 ) -> Window:
-    """Open a window that stays open until `close_window`; `Session.snapshot` closes it by itself.
-
-    `name` is one that `new_window_name` made. `ledger` is told of each step before it is taken:
-    ``create`` (with `window`, a `NotedWindow`), ``freeze``, ``lay``, ``thaw``, and at last
-    ``open``. From ``create`` on `recover_window` can go on in another process; a `Ledger` keeps
-    what ``qc.resume`` has to know, which closes it. `meet` is awaited
-    when the guest stands still, and again when the overlays are laid and it does so yet: windows
-    of several VMs that meet there show one instant (``meet=asyncio.Barrier(2).wait``). With
-    "claim" in `override` disks are taken over from whoever holds them.
-
-    Raises what `Session.snapshot` raises, and then nothing is left of it.
-    """
+    """Open a window that stays open until it is closed; see `Session.open_window`."""
     asks = OverlayOptions.of(overlay_options, overlay_secret)
     disks = [] if isinstance(disks, str) else [str(disk) for disk in disks]
     if not disks:
@@ -273,16 +276,7 @@ async def close_window(
     bandwidth: int | str | None = None,
     ledger: Notes | None = None,
 ) -> list[CommitOutcome]:
-    """Commit the overlays of a window back, pivot, close and delete them.
-
-    `window` is what `open_window` or `recover_window` gave, or the disks that were noted. A
-    commit of an overlay that a killed process left behind is taken up where it is; an overlay
-    that no disk uses any more has no outcome. `ledger` is told ``close``, with the files of the
-    overlays, before the first commit is sent. A cancellation is raised when it has ended.
-
-    Raises `WindowError` that names the overlays that stay; or says, where it is closed, that what
-    was read of a `Window` is no instant's image, for somebody else has worked on its disks.
-    """
+    """Close a window, whose overlays are merged back; see `Session.close_window`."""
     disks = list(window.values() if isinstance(window, Window) else window)
     notes = await notes_again(ledger, vm, window if isinstance(window, Window) else disks)
     noting = Noting.of(notes, vm.log)
@@ -402,17 +396,7 @@ async def close_windows(
 
 
 async def recover_window(vm: VM, noted: NotedWindow, *, held: bool = True) -> Window | None:
-    """Take up a window whose process was killed at any step, from its ``create`` note on.
-
-    The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
-    which the caller may leave open or close (`close_window` takes up commits that were begun);
-    of what was not laid, or was closed already, nothing is left. None where no disk writes to an
-    overlay of it. Safe to repeat. Whoever knows that its guest was let go on, or was never
-    quiesced, says so with `held`: its agent need not answer then.
-
-    Raises `QuiesceFailed` where the guest may still be frozen, `WindowError` where QEMU still
-    creates an overlay of it.
-    """
+    """Take up a window whose process was killed; see `Session.recover_window`."""
     if noted.freeze is not None and held:
         await thaw(vm, noted.freeze, noted.agent)
     await end_jobs(vm, [each.overlay for each in noted.disks.values()])

@@ -218,6 +218,8 @@ async def windows(vm: qc.Session, others: Sequence[qc.Session]) -> None:
         print(window["vda"].filename, window.quiesced)
     async with qc.snapshot([(vm, "vda"), *((other, "vda") for other in others)]) as wide:
         print(wide[vm, "vda"].filename)
+    opened = await vm.open_window(["vda"], name=qc.new_window_name(), freeze="pause")
+    await vm.close_window(opened, bandwidth="10MiB")
     left = await vm.windows()
     assert_type(left, list[qc.OpenWindow])
     closed = await vm.close_windows()

@@ -46,6 +46,9 @@ SESSION: dict[str, Story] = {
     "Session.set_bandwidth": unit._steered,
     "Session.snapshot": real._window,
     "Session.windows": real._window,
+    "Session.open_window": real._recovered,
+    "Session.close_window": real._recovered,
+    "Session.recover_window": real._in_pieces,
 }
 JOBS: dict[str, Story] = {
     **{f"CommitJob.{name}": call for name, call in unit.IN_A_JOB.items()},

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from qmpcommit.tasks import Waiting
+from qmpcommit.tasks import Awaited
 
 
 async def test_it_may_be_dropped_awaited_twice_and_run_by_a_task() -> None:
@@ -17,14 +17,14 @@ async def test_it_may_be_dropped_awaited_twice_and_run_by_a_task() -> None:
         await asyncio.sleep(0)
         return len(begun)
 
-    Waiting(work).close()  # nobody waits for it, and nobody complains
-    waiting = Waiting(work)
+    Awaited(work).close()  # nobody waits for it, and nobody complains
+    waiting = Awaited(work)
     assert (await waiting, await waiting) == (1, 2)
     async with asyncio.TaskGroup() as group:
-        first = group.create_task(Waiting(work))
-        second = group.create_task(Waiting(work))
+        first = group.create_task(Awaited(work))
+        second = group.create_task(Awaited(work))
     assert {first.result(), second.result()} == {4}
-    assert "Waiting" in repr(first)
+    assert "Awaited" in repr(first)
 
 
 async def test_a_task_that_is_cancelled_cancels_it() -> None:
@@ -37,13 +37,13 @@ async def test_a_task_that_is_cancelled_cancels_it() -> None:
             heard.set()
             raise
 
-    task = asyncio.create_task(Waiting(work))
+    task = asyncio.create_task(Awaited(work))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert heard.is_set()
-    never = asyncio.create_task(Waiting(work))
+    never = asyncio.create_task(Awaited(work))
     never.cancel()  # before its first step
     with pytest.raises(asyncio.CancelledError):
         await never
