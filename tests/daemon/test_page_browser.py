@@ -19,6 +19,7 @@ from qmpcommit import manual
 from tests.daemon.daemons import Daemon, host_of
 from tests.daemon.test_page import READER, opened
 from tests.ground.images import assert_disk, make_chain
+from tests.ground.machines import storage_daemon
 
 CHROMIUM = shutil.which("chromium")
 playwright = pytest.importorskip(
@@ -123,15 +124,51 @@ async def test_a_commit_is_decided_by_keyboard_after_a_question(folder: Path) ->
     assert_disk(chain.base, chain.pictures[-1])
 
 
+SCHEDULES = """
+[[vm]]
+name = "db1"
+qmp = "{folder}/db1/qmp"
+[[vm]]
+name = "mail"
+qmp = "{folder}/mail/qmp"
+[[flatten]]
+vm = "web*"
+keep = 2
+depth = 9
+[[cycle]]
+vm = "db1"
+disk = "vda"
+at = "03:00"
+keep_if = ["/bin/false"]
+guest = "stop"
+"""
+
+
 async def test_it_is_narrow_dark_and_light_and_has_no_serious_fault(folder: Path) -> None:
     found = importlib.util.find_spec("axe_playwright_python")
     assert found is not None
     assert found.origin is not None
     axe = (Path(found.origin).parent / "axe.min.js").read_text()
-    chain = make_chain(folder)
-    async with host_of(folder, chain) as (d, _), browsed(d) as page:
-        commit = await d.commit("web1", disk="top", policy={"kind": "hold"})
-        await page.get_by_text("READY for").wait_for()
+    chains = {}
+    for name in ("web1", "db1", "mail"):
+        (folder / name).mkdir()
+        chains[name] = make_chain(folder / name)
+    async with (
+        storage_daemon(folder / "db1", chains["db1"]),
+        storage_daemon(folder / "mail", chains["mail"]),
+        host_of(folder, chains["web1"], SCHEDULES.format(folder=folder)) as (d, _),
+        browsed(d) as page,
+    ):
+        await d.connected("db1")
+        await d.connected("mail")
+        disks = [{"vm": "web1", "disk": "top"}, {"vm": "db1", "disk": "top"}]
+        group = await d.post("/v1/groups", {"members": disks, "policy": {"kind": "hold"}})
+        window = await d.post("/v1/vms/mail/windows", {"disks": ["top"], "lease": 600})
+        assert (group.status, window.status) == (202, 201)
+        card = page.locator("article.asks", has_text="Group of 2 disks")
+        await card.get_by_text("READY for").nth(1).wait_for()
+        await page.get_by_text("its lease ends in 9 min").wait_for()
+        await page.get_by_text("stands still in a window").wait_for()
         await page.evaluate(axe)
         for width, scheme in ((1280, "light"), (360, "dark")):
             await page.set_viewport_size({"width": width, "height": 800})
@@ -152,8 +189,18 @@ async def test_it_is_narrow_dark_and_light_and_has_no_serious_fault(folder: Path
             await page.evaluate("to => { location.hash = to }", f"#manual/{topic}")
             title = manual.page(topic).partition("\n")[0].removeprefix("# ").replace("`", "")
             await page.locator(".page h2", has_text=title).wait_for()
-        await d.request("DELETE", f"/v1/commits/{commit}")
-        await d.end_of(commit)
+        await page.evaluate("location.hash = '#schedules'")
+        await page.get_by_text("more than 9 layers").wait_for()
+        await page.get_by_text("daily at 03:00 of the daemon's host").wait_for()
+        await page.evaluate("location.hash = ''")
+        await d.request("DELETE", f"/v1/windows/{window.json['id']}")
+        await d.post(f"/v1/groups/{group.json['id']}/decision", {"action": "keep"})
+        await page.locator(".ended li", has_text="window on mail").wait_for()
+        ended = page.locator(".ended li", has_text="group: top of web1, top of db1")
+        await ended.locator("summary").click()
+        held = await ended.locator(".facts div", has_text="I/O held").inner_text()
+        assert "top of web1: " in held
+        assert "top of db1: " in held
 
 
 async def test_it_goes_on_with_the_next_daemon(folder: Path) -> None:

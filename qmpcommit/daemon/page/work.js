@@ -379,8 +379,9 @@ export function ended(state) {
       facts(["committed", outcome?.bytes_committed !== undefined
         && size(outcome.bytes_committed)],
       ["took", span(each.ended - each.created)],
-      ["I/O held", outcomes.some((one) => one.held) && outcomes.filter((one) => one.held)
-        .map((one) => `${one.disk}: ${span(one.held)}`).join(", ")],
+      ["I/O held", outcomes.map((one, at) => one.held
+        && `${each.members ? named(each.members[at]) : one.disk}: ${span(one.held)}`)
+        .filter(Boolean).join(", ")],
       ["guest writes to", outcomes.length > 0 && outcomes[0].active
         && file(outcomes[0].active.filename)],
       ["never boot again", stale.length > 0 && stale.map((name, at) => [at ? ", " : "",
