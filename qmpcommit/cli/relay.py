@@ -1,7 +1,8 @@
 """What brings the daemon's page to a browser: a loopback port before the daemon's socket.
 
 Any process of this host can connect to the port, and any page of the browser can send requests
-there, so it is for one browser alone: a token that works once is exchanged for a cookie.
+there. So it is for one browser of the same user alone: a token that works once is exchanged for a
+cookie. Other users may have seen the token among a browser's arguments, and are refused.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -81,7 +84,8 @@ class Relay:
             )
         except OSError as error:
             raise InvalidRequest(
-                f"can't listen on 127.0.0.1:{self._port}: {error.strerror}; give another --port"
+                f"can't listen on 127.0.0.1:{self._port}: {os.strerror(error.errno or 0)}; give"
+                " another --port"
             ) from None
         self._port = self._server.sockets[0].getsockname()[1]
         self._hosts = {f"127.0.0.1:{self._port}", f"localhost:{self._port}"}
@@ -110,6 +114,7 @@ class Relay:
         try:
             async with asyncio.timeout(HEAD):
                 asked = await _receive(reader, answer.h11)
+            self._check_user(*writer.get_extra_info("peername"))
             await self._answer(asked, reader, answer)
         except _Refused as refused:
             answer.problem(refused.status, str(refused))
@@ -150,6 +155,13 @@ class Relay:
         answer.head(reply.status, reply.headers.items(), len(reply.body))
         answer.data(reply.body)
         await answer.end()
+
+    def _check_user(self, host: str, port: int) -> None:
+        """Only this user's processes, and root's; under sudo those of whoever called it."""
+        uid = _uid_of(host, port, self._port)
+        allowed = {"0", str(os.geteuid()), os.environ.get("SUDO_UID")}
+        if uid is not None and uid not in allowed:
+            raise _Refused(403, f"user {uid} did not run this 'qmpcommit ui'")
 
     def _check_host(self, asked: _Asked) -> None:
         """Only by the address that was printed: no other name leads here (DNS rebinding)."""
@@ -278,6 +290,17 @@ async def _receive(reader: asyncio.StreamReader, connection: h11.Connection) -> 
             return _Asked(head.method.decode(), target, headers, bytes(body))
         else:
             raise EOFError
+
+
+def _uid_of(host: str, port: int, to: int) -> str | None:
+    """Whose socket it is that is connected from there to our port; None where nobody tells."""
+    local = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+    with suppress(OSError), open("/proc/net/tcp", encoding="ascii") as sockets:
+        for line in sockets:
+            fields = line.split()
+            if fields[1] == local and fields[2].endswith(f":{to:04X}"):
+                return fields[7]
+    return None
 
 
 def _same(given: str, secret: str) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
+    metavar="N",
     help="The port on 127.0.0.1; by default any that is free.",
 )
 @common

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from qmpcommit import manual
 from qmpcommit.daemon.page_api import FILES
 from tests.cli.command import end, start
 from tests.daemon.daemons import Answer, Daemon, daemon
+from tests.daemon.test_access import NOBODY, needs_root
 
 FOLDER = Path(manual.__file__).parent.parent / "daemon" / "page"
 OFF = '[[vm]]\nname = "off"\nqmp = "/nowhere/qmp"\nconnect = "on-demand"\n'
@@ -25,6 +27,19 @@ POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 READER, OPERATOR = "0123456789abcdef-reads", "0123456789abcdef-operates"
+
+
+STRANGER = f"""
+import os, socket, sys
+os.setgid({NOBODY})
+os.setuid({NOBODY})
+port, path = int(sys.argv[1]), sys.argv[2]
+sock = socket.socket()
+sock.connect(("127.0.0.1", port))
+sock.sendall(f"GET {{path}} HTTP/1.1\\r\\nHost: 127.0.0.1:{{port}}\\r\\n\\r\\n".encode())
+while data := sock.recv(65536):
+    sys.stdout.buffer.write(data)
+"""
 
 
 async def asked(
@@ -192,6 +207,17 @@ async def test_the_address_opens_once_and_for_one_browser(folder: Path) -> None:
             {**cookie, "Sec-Fetch-Site": "cross-site"},
         ):
             assert (await asked(port, "GET", "/v1/vms", headers)).status == 403, headers
+
+
+@needs_root
+async def test_other_users_are_refused_though_they_know_the_address(folder: Path) -> None:
+    async with daemon(folder, OFF) as d, opened(d) as (url, port):
+        words = [sys.executable, "-c", STRANGER, str(port), url.partition(str(port))[2]]
+        process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+        text, _ = await process.communicate()
+        assert b" 403 " in text.partition(b"\r\n")[0]
+        assert f"user {NOBODY} did not run this".encode() in text
+        assert (await asked(port, "GET", "/v1/vms", await entered(url))).status == 200
 
 
 async def test_what_is_sent_through_it_is_json_of_the_page(folder: Path) -> None:
