@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from qmpcommit.block.backing_name import (
     BackingName,
@@ -73,12 +74,26 @@ def is_bare(graph: BlockGraph, name: str) -> bool:
     return name in graph.nodes and not graph.nodes[name].children
 
 
+class WrongHeader(NamedTuple):
+    """What a header says that is not what QEMU has, and the command that mends it, VM off.
+
+    `astray` tells that it is the one right over the base, and leads elsewhere.
+    """
+
+    message: str
+    command: str
+    astray: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.message}. Mend it while the VM is off: {self.command}"
+
+
 async def wrong_headers(
     monitor: Monitor, cwd: str | None, base: str, *, rewritten: bool
-) -> tuple[list[str], bool]:
-    """What the headers of the chain of `base` say that is not what QEMU has, and how to mend it.
+) -> list[WrongHeader]:
+    """What the headers of the chain of `base` say that is not what QEMU has.
 
-    And whether the one right over the base leads astray. Only of that, if it was `rewritten`, is
+    Only of the one right over the base, if it was `rewritten`, is
     another format or part of the same file told as well: elsewhere somebody wants it so. Headers
     are read; what can't be seen from here is judged by what QEMU read of it, or not at all.
     """
@@ -87,23 +102,20 @@ async def wrong_headers(
     chain = next((each for each in chains if base in each), [])
     over = chain[chain.index(base) - 1] if base in chain[1:] else ""
 
-    def look() -> list[tuple[str, bool]]:
+    def look() -> list[WrongHeader]:
         view = View.of(monitor.peer_pid, cwd)
         return [
-            (text, astray and overlay == over)
+            each._replace(astray=each.astray and overlay == over)
             for overlay, below in pairwise(chain)
-            for text, astray in _wrong(
-                graph, overlay, below, view, rewritten=rewritten and overlay == over
-            )
+            for each in _wrong(graph, overlay, below, view, rewritten=rewritten and overlay == over)
         ]
 
-    found = await asyncio.to_thread(look)
-    return [text for text, _ in found], any(astray for _, astray in found)
+    return await asyncio.to_thread(look)
 
 
 def _wrong(
     graph: BlockGraph, overlay: str, below: str, view: View, *, rewritten: bool
-) -> Iterator[tuple[str, bool]]:
+) -> Iterator[WrongHeader]:
     file = graph.file(graph.leaf(overlay))
     written = next(written_below(graph, overlay, view))
     verdict = leads_to(graph, overlay, below, written, view) if written.text else "same"
@@ -117,10 +129,10 @@ def _wrong(
             if astray
             else "it opens, but not in programs that know formats of images only"
         )
-        yield (
+        yield WrongHeader(
             f"the header of {file} names '{written.text}' ({written.format or 'no format'}) below"
-            f" it, while QEMU has '{name.text}' ({name.format}): {what}. Mend it while the VM is"
-            f" off: {mending(file, name)}",
+            f" it, while QEMU has '{name.text}' ({name.format}): {what}",
+            mending(file, name),
             astray,
         )
 

@@ -161,10 +161,11 @@ async def clear_away(
         if rewritten or plan.stale != "leave":
             from qmpcommit.commit.headers import wrong_headers
 
-            wrong, astray = await wrong_headers(
+            wrong = await wrong_headers(
                 monitor, around.cwd, plan.base.node_name, rewritten=rewritten
             )
-            warnings += wrong
+            astray = any(each.astray for each in wrong)
+            warnings += map(str, wrong)
         why = "" if around.in_migration else await objection(monitor)
         if why:
             warnings.append(f"{', '.join(plan.invalidated)} stays, and is stale: {why}")

@@ -212,11 +212,11 @@ class Exchange:
     async def _wrong_headers(self) -> list[str]:
         base = self.plan.base.node_name
         try:
-            wrong, _ = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
+            wrong = await wrong_headers(self.vm, self.vm.cwd, base, rewritten=True)
         except QmpCommitError as error:  # the guest has gone on, and may have ended since
             self.vm.log.warning("headers_not_seen", disk=self.plan.disk.name, why=error.message)
             return []
-        return wrong
+        return [str(each) for each in wrong]
 
     async def back(self) -> None:
         """Have the old overlay again, however far it was; the guest stands still still."""

@@ -186,6 +186,9 @@ class VersionTriple(Return):
     minor: int
     micro: int
 
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
 
 class VersionInfo(Return):
     """VersionInfo: for people; what QEMU can do is asked of its schema."""

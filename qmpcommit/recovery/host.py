@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmpcommit.commit.claim import lives, owner_in, told
 from qmpcommit.errors import CommandRefused, QmpCommitError
@@ -100,7 +100,7 @@ async def _state(place: Place, within: float) -> VMState:
 
 async def look(vm: VM) -> VMState:
     """One VM as it is now. Raises what `Monitor.execute` raises."""
-    name, qemu = await name_of(vm), await version_of(vm)
+    name, version = await name_of(vm), await vm.query_version()
     seen = await see(vm)
     speeds: dict[str, int] = {}
     if seen.jobs:
@@ -111,7 +111,7 @@ async def look(vm: VM) -> VMState:
     return VMState(
         address=str(vm.address),
         name=name,
-        qemu=qemu,
+        qemu=str(version.qemu),
         status=seen.status or "",
         disks=tuple(_disk(seen, disk) for disk in seen.disks if disk.chain),
         jobs=tuple(
@@ -164,14 +164,6 @@ def stopped(seen: Seen) -> list[str]:
         if disk.io_status not in ("", "ok"):
             found.append(f"the guest's requests on {disk} fail: {disk.io_status}")
     return found
-
-
-async def version_of(vm: VM) -> str:
-    """QEMU's version, as ``7.2.22``; "" where it does not tell."""
-    with suppress(CommandRefused):
-        said: dict[str, Any] = (await vm.execute("query-version")).get("qemu") or {}
-        return ".".join(str(said.get(part)) for part in ("major", "minor", "micro"))
-    return ""
 
 
 async def name_of(vm: VM) -> str:

@@ -22,8 +22,9 @@ from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.request import Request
 from qmpcommit.commit.vm import VM
 from qmpcommit.errors import CommandRefused, QmpCommitError
+from qmpcommit.guest.marks import marks_among
 from qmpcommit.recovery.findings import Finding
-from qmpcommit.recovery.host import name_of, stopped, version_of
+from qmpcommit.recovery.host import name_of, stopped
 from qmpcommit.recovery.lookup import look_up
 from qmpcommit.recovery.monitors import WITHIN, Place, ask
 from qmpcommit.recovery.seen import Seen, see
@@ -44,8 +45,6 @@ A shared base is what clones of a template have for all their lives: it is no fa
 
 GONE = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
 """What says that no VM is there, and not that it can't be asked."""
-
-MENDING = ". Mend it while the VM is off: "
 
 
 @record
@@ -125,7 +124,7 @@ def _of_death(finding: Finding, at: Seen, seen: Sequence[Seen]) -> Symptom:
     words = shlex.join(["qmpcommit", "recover", *(group or [at.address])])
     if finding.kind in ("ready", "copying"):
         words += " --decide DECISION"  # no words that a shell would take for commands
-    elif finding.kind == "frozen" and "--agent" in finding.next:
+    elif any(mark.how == "agent" for mark in marks_among([finding.what])):
         words += " --agent SOCKET"
     elif not finding.does:
         words = ""
@@ -145,13 +144,9 @@ async def _examine(vm: VM) -> tuple[Verdict, Seen]:
 
 async def _headers(vm: VM, disk: Disk) -> list[Symptom]:
     """Names on disk with which the next start would open another disk, or none."""
-    wrong, _ = await wrong_headers(vm, vm.cwd, disk.chain[0].node_name, rewritten=False)
-    found = []
-    for text in wrong:
-        message, mends, command = text.partition(MENDING)
-        todo = "Mend it while the VM is off" if mends else ""
-        found.append(Symptom("header", "wrong", message, todo, command, disk.name))
-    return found
+    wrong = await wrong_headers(vm, vm.cwd, disk.chain[0].node_name, rewritten=False)
+    todo = "Mend it while the VM is off"
+    return [Symptom("header", "wrong", w.message, todo, w.command, disk.name) for w in wrong]
 
 
 def _commit(vm: VM, seen: Seen, disk: Disk) -> list[Symptom]:
@@ -171,12 +166,11 @@ def _commit(vm: VM, seen: Seen, disk: Disk) -> list[Symptom]:
 
 async def _traps(vm: VM, seen: Seen) -> list[Symptom]:
     """What this QEMU's version is known to do to a VM that is built so."""
-    version = await version_of(vm)
-    major = int(version.partition(".")[0] or 0)
+    version = (await vm.query_version()).qemu
     found = []
-    if 0 < major < 6 and await _some(vm, "query-iothreads"):
+    if version.major < 6 and await _some(vm, "query-iothreads"):
         found.append(f"QEMU {version} with an iothread may abort in a recycle, and the guest ends")
-    if 6 <= major < 8 and any(disk.exports for disk in seen.disks):
+    if 6 <= version.major < 8 and any(disk.exports for disk in seen.disks):
         found.append(
             f"in QEMU {version} a client that connects to an export while a job is PENDING can"
             " write past it: connect none while a group is committed"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qmpcommit.qmp.monitor import Monitor
-from qmpcommit.recovery import verdict
+from qmpcommit.qmp.schema import VersionInfo, VersionTriple
 from qmpcommit.recovery.findings import Finding
 from qmpcommit.recovery.monitors import Place
 from qmpcommit.recovery.seen import Seen
@@ -53,7 +53,7 @@ async def test_a_sound_vm_is_well_and_nothing_but_questions_is_sent(
         (found,) = await examine([Place((qemu.qmp,))], within=30)
         assert found.well
         assert sent
-        assert [each for each in sent if "query-" not in each] == []
+        assert [each for each in sent if "query-" not in each and each != "qom-list"] == []
         await qemu.quit()
 
 
@@ -155,16 +155,25 @@ async def test_a_trap_of_this_version_that_concerns_the_vm_is_a_note(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with storage_daemon(folder, make_chain(folder)) as daemon:
-        for version, kinds in (("7.2.0", ["trap"]), ("10.0.0", []), ("", [])):
+        for major, kinds in ((7, ["trap"]), (10, [])):
 
-            async def told(vm: Any, version: str = version) -> str:
-                return version
+            async def told(vm: Any, major: int = major) -> VersionInfo:
+                version = VersionTriple(major=major, minor=0, micro=0)
+                return VersionInfo(qemu=version, package="")
 
-            monkeypatch.setattr(verdict, "version_of", told)
+            monkeypatch.setattr(Monitor, "query_version", told)
             (found,) = await examine([Place((daemon.qmp,))], within=30)
             assert [each.kind for each in found.symptoms] == kinds
             assert found.well
         await daemon.quit()
+
+
+@pytest.mark.parametrize(("how", "more"), [("frozen", " --agent SOCKET"), ("paused", "")])
+def test_what_was_frozen_through_an_agent_needs_its_socket(how: str, more: str) -> None:
+    graph: Any = None
+    seen = Seen("a", "/a.sock", None, {}, graph)
+    finding = Finding("frozen", "a", f"qmpcommit-w0a0b0c0d-{how}", "It stands still", "It goes on")
+    assert _of_death(finding, seen, [seen]).command == f"qmpcommit recover /a.sock{more}"
 
 
 def test_a_group_is_put_right_on_all_its_vms() -> None:
