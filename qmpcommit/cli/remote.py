@@ -121,13 +121,31 @@ async def wait(running: Run, name: str, job_id: str, until: str) -> Answer:
     """``qmpcommit --daemon wait``."""
     async with reach(running.options, name) as vm:
         foreground = RemoteForeground(running, vm, adopted=True)
-        job = await vm.job(job_id)
+        try:
+            job = await vm.job(job_id)
+        except JobNotFound:
+            if any(each.get("device") == job_id for each in await vm.jobs()):
+                raise _not_the_daemons(running, name, job_id) from None
+            raise
         if until == "ready":
             await job.ready()
             if not job.done:
                 return left_at_ready(running, name, job)
         outcome = await foreground.finish(job)
     return waited(running, outcome)
+
+
+def _not_the_daemons(running: Run, name: str, job_id: str) -> InvalidRequest:
+    """Why nobody waits here for a job that others have begun and others will decide."""
+    on = f"{running.options.program} wait {shlex.quote(name)} {shlex.quote(job_id)} --then pivot"
+    return InvalidRequest(
+        f"job {job_id} of {name} is not the daemon's, which answers for the end of commits of its"
+        f" own alone, and takes one over only with the word how it is to end: '{on}' (or --then"
+        " keep). To wait and decide nothing, name the VM's monitor instead: 'qmpcommit wait QMP"
+        f" {shlex.quote(job_id)}'. Nothing was done",
+        vm=name,
+        job_id=job_id,
+    )
 
 
 def left_at_ready(running: Run, name: str, job: RemoteJob) -> Answer:

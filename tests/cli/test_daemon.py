@@ -171,6 +171,8 @@ async def test_the_chain_and_the_jobs_are_as_without_a_daemon(folder: Path) -> N
         await job_of(qemu, "ready")
         said = await run(through(d), "jobs", "web1")
         assert f"qmpcommit pivot|keep|abort {qemu.qmp} theirs" in said.out  # not the daemon's
+        said = await run(through(d), "wait", "web1", "theirs")  # nobody has said how it ends
+        assert (said.status, "wait web1 theirs --then pivot" in said.err) == (2, True)
         said = await run(through(d), "abort", "web1", "theirs", "--json")  # it becomes its own
         assert (said.status, said.json["action"]) == (0, "abort")
         assert await qemu.execute("query-jobs") == []
