@@ -7,6 +7,10 @@ passed on to it, and then ours goes on. Before the point of no return what was b
 after it it is brought to its end, and the outcome's warnings tell. One that hangs is given up
 where a disk is held or a guest stands still, and at the deadline; one that does not heed its
 cancellation is left behind.
+
+What is none of these and no `Exception` is nothing that a callable ends with: whoever runs the
+program has thrown it in from outside, as a test's time-out does by a signal's handler. What was
+begun is undone for that likewise, and then it goes up as it is to whoever waits.
 """
 
 from __future__ import annotations
@@ -40,6 +44,15 @@ class Failed(Exception):
     def __init__(self, cause: BaseException) -> None:
         super().__init__(said_of(cause))
         self.cause = cause
+
+
+_ITS_OWN = (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit)
+
+
+def going_up(error: BaseException) -> BaseException:
+    """What is raised of an error: itself, or its cause where that was thrown in from outside."""
+    cause = error.__cause__
+    return error if cause is None or isinstance(cause, _ITS_OWN) else cause
 
 
 def said_of(error: BaseException) -> str:

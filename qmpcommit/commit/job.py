@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from qmpcommit.callback import going_up
 from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.driver import Adopted, Driver, Resumed
 from qmpcommit.commit.facts import Choice
@@ -150,7 +151,7 @@ class CommitJob:
         """Wait until QEMU has taken the job; raises what `wait` would if it did not."""
         await self._until(lambda: self.state.phase is not Phase.STARTING)
         if self._failure is not None and not self.state.began:
-            raise self._failure
+            raise going_up(self._failure)
 
     async def seen(self) -> None:
         """Wait until an adopted job's status is known."""
@@ -164,7 +165,7 @@ class CommitJob:
         """
         await self._until(lambda: self.state.phase in (Phase.READY, Phase.DECIDED))
         if self.done and self._failure is not None:
-            raise self._failure
+            raise going_up(self._failure)
 
     async def wait(self) -> CommitOutcome:
         """The outcome, or the `QmpCommitError` that the commit ended with.
@@ -173,7 +174,7 @@ class CommitJob:
         """
         await self._until(lambda: False)
         if self._failure is not None:
-            raise self._failure
+            raise going_up(self._failure)
         assert self._driver.outcome is not None
         return self._driver.outcome
 

@@ -46,7 +46,7 @@ from qmpcommit.block.chain import (
 )
 from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import identify
-from qmpcommit.callback import Failed, ask
+from qmpcommit.callback import Failed, ask, going_up
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import Claim, Verb, release_all, take
 from qmpcommit.commit.in_use import check_unchanged
@@ -545,14 +545,18 @@ async def deserves(plans: Sequence[Plan], keep_if: KeepAllIf, timeout: float) ->
     which = " and ".join(f"{p.top.filename} of {p.disk} of {p.vm}" for p in plans)
     where = {"vm": ready.vm, "disk": ready.disk}
     if callable(keep_if):
+        unknown: CommitFailed | None = None
         try:
             answer = await ask(keep_if, ready, limit=timeout)
         except Failed as failed:
-            raise CommitFailed(
+            unknown = CommitFailed(
                 f"whether the overlay {which} is to be kept is not known: keep_if failed"
                 f" ({failed}). Nothing was changed",
                 **where,
-            ) from failed.cause
+            )
+            unknown.__cause__ = failed.cause
+        if unknown is not None:
+            raise going_up(unknown)
         if not isinstance(answer, bool):  # as of one that forgot to return it, or to await
             raise CommitFailed(
                 f"whether the overlay {which} is to be kept is not known: keep_if answered"

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, assert_never
 
-from qmpcommit.callback import Failed, Notes, ask, said_of
+from qmpcommit.callback import Failed, Notes, ask, going_up, said_of
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import let_go, take_for
 from qmpcommit.commit.facts import Choice
@@ -320,7 +320,7 @@ class GroupCommit:
             if self._stood_still:
                 error.add(quiesced=max(self._stood_still.values()))
             await self._note_end(error=error.as_json())
-            raise error
+            raise going_up(error)
         outcome = self._outcome(ends)
         self._tell_of_warnings(outcome)
         await self._note_end(outcome=outcome.model_dump(mode="json"))

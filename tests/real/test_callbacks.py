@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +124,53 @@ async def test_a_policy_of_a_group_that_fails_cancels_all(way: Callback, folder:
             await vm.commit_group(["vda", "vdb"], policy=way)
         assert isinstance(failed.value.__cause__, cause_of(way))
         assert [disk.chain[0].filename for disk in await vm.disks()] == [str(c.top) for c in chains]
+
+
+# -- what is thrown in from outside ----------------------------------------------------------------
+
+
+class TimeIsUp(BaseException):
+    """As pytest-timeout raises in whatever runs when its signal comes."""
+
+
+async def interrupts(*arguments: Any, **named: Any) -> Any:
+    """The signal comes while it runs."""
+    signal.raise_signal(signal.SIGUSR2)
+
+
+async def interrupted_in(where: str, vm: qc.Session) -> None:
+    """Some work in which one callable is interrupted."""
+    both = {"vda": qc.Keep(), "vdb": qc.Keep()}
+    ledger: Any = SimpleNamespace(note=interrupts, moved=lambda state: None)
+    match where:
+        case "policy":
+            await (await vm.commit("vda", policy=interrupts)).wait()
+        case "ledger":
+            await (await vm.commit("vda", policy=qc.Keep(), ledger=ledger)).wait()
+        case "group's policy":
+            await vm.commit_group(["vda", "vdb"], policy=interrupts)
+        case "on_decision":
+            await vm.commit_group(both, on_decision=interrupts)
+        case "keep_if":
+            await vm.cycle(["vda"], keep_if=interrupts, guest="reset")
+
+
+@pytest.mark.parametrize("where", ["policy", "ledger", "group's policy", "on_decision", "keep_if"])
+async def test_what_is_thrown_in_from_outside_undoes_all_and_goes_up(
+    where: str, folder: Path
+) -> None:
+    def handler(number: int, frame: Any) -> None:
+        raise TimeIsUp
+
+    former = signal.signal(signal.SIGUSR2, handler)
+    try:
+        async with guests(folder) as (vm, chains):
+            with pytest.raises(TimeIsUp):
+                await interrupted_in(where, vm)
+            actives = [disk.chain[0].filename for disk in await vm.disks()]
+            assert actives == [str(chain.top) for chain in chains]
+    finally:
+        signal.signal(signal.SIGUSR2, former)
 
 
 # -- a group's decision is written down ------------------------------------------------------------
