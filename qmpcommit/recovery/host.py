@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpcommit.commit.claim import lives, owner_in, told
 from qmpcommit.errors import CommandRefused, QmpCommitError
