@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,28 @@ class Bar:
         finally:
             await self._end([looking])
             await self._end(drawing.values())
+
+    @asynccontextmanager
+    async def of_found(
+        self, find: Callable[[], Awaitable[Iterable[tuple[Job, str]]]]
+    ) -> AsyncIterator[None]:
+        """The same of jobs, with their titles, that are looked for when something is drawn."""
+        if self._how == "none":
+            yield
+            return
+        drawing: list[asyncio.Task[None]] = []
+
+        async def look() -> None:
+            await asyncio.sleep(EVERY)
+            for job, title in await find():
+                drawing.append(asyncio.create_task(self._draw(job, title)))
+
+        looking = asyncio.create_task(look())
+        try:
+            yield
+        finally:
+            await self._end([looking])
+            await self._end(drawing)
 
     async def _look(self, vms: Collection[Session], drawing: dict[Job, asyncio.Task[None]]) -> None:
         while True:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpcommit.cli.bar import Bar
 from qmpcommit.cli.group import (
     CANCELLED,
     DECIDED,
@@ -28,6 +29,7 @@ from qmpcommit.tasks import stop
 if TYPE_CHECKING:
     from qmpcommit.client.group import RemoteGroup
     from qmpcommit.client.host import Client
+    from qmpcommit.client.job import RemoteJob
     from qmpcommit.commit.policy import AnyPolicy
     from qmpcommit.group.outcome import GroupOutcome
 
@@ -96,12 +98,27 @@ class _Following:
             self._beside(self._abort(group))
         self._waiting = asyncio.create_task(group.wait())
         try:
-            await asyncio.wait({self._waiting})
+            async with Bar(self._run.options, "", ready="of a group").of_found(
+                lambda: self._members(group)
+            ):
+                await asyncio.wait({self._waiting})
             return self._result(group, self._waiting)
         finally:
             await stop(self._waiting)
             for task in list(self._tasks):
                 await stop(task)
+
+    async def _members(self, group: RemoteGroup) -> list[tuple[RemoteJob, str]]:
+        """Its commits, with what they are called in a bar."""
+        members = group.view.members
+        several = len({each.vm for each in members}) > 1
+        return [
+            (
+                await self._host.commit(each.commit),
+                f"{each.vm} {each.disk}" if several else each.disk,
+            )
+            for each in members
+        ]
 
     def _result(self, group: RemoteGroup, waiting: asyncio.Task[GroupOutcome]) -> GroupOutcome:
         doing = "was told to cancel it" if self._run.signals else "goes on with it"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.cli.command import end, on_a_terminal, run, start
 from tests.cli.test_commit import BULK, SLOW
+from tests.daemon.daemons import daemon
 from tests.ground.images import MIB, assert_disk, make_chain, two_chains
 from tests.ground.machines import Machine, machine
 
@@ -36,6 +37,25 @@ async def test_lines_where_no_terminal_is(folder: Path) -> None:
         assert quiet.err == ""
         await qemu.quit()
     assert_disk(first.base, first.pictures[-1])
+
+
+async def test_lines_of_a_daemons_group(folder: Path) -> None:
+    first, second = two_chains(folder, bulk=BULK)
+    text = f'[[vm]]\nname = "web1"\nqmp = "{folder}/qmp"\n'
+    async with machine(folder, first, second) as qemu, daemon(folder, text) as d:
+        await d.connected("web1")
+        words = ("commit", "web1", "vda", "vdb", "--pivot", "--progress", "plain", *SLOW)
+        group = await start(f"--daemon={d.socket}", *words)
+        assert group.stderr is not None
+        async with asyncio.timeout(30):
+            lines = sorted([(await group.stderr.readline()).decode() for _ in range(2)])
+        for line, disk in zip(lines, ("vda", "vdb"), strict=True):
+            assert line.startswith(f"qmpcommit: {disk}: "), line
+        await faster(qemu)
+        said = await end(group)
+        assert said.status == 0, said.err
+        await qemu.quit()
+    assert_disk(second.base, second.pictures[-1])
 
 
 async def test_a_bar_of_a_flatten_and_none_of_it(folder: Path) -> None:
