@@ -87,6 +87,8 @@ def test_help_has_sections_and_examples(name: str) -> None:
                 ("demo", "storage_daemon"),
                 ("daemon", "check_config"),
                 ("doctor", "everything"),
+                ("ui", "no_browser"),
+                ("ui", "port"),
             }
         if isinstance(each, click.Option):
             assert f"{each.opts[0]}" in text
