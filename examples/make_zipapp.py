@@ -2,8 +2,8 @@
 
     python examples/make_zipapp.py [OUT]        # beside it: ./qmpcommit.pyz chain QMP
 
-It holds what is installed here: qmpcommit and the packages that it needs, not those of its extras
-(so not the daemon's). One of them, pydantic-core, is compiled, and a compiled module can't be
+It holds what is installed here: qmpcommit and the packages that it and its command need, not those
+of its other extras (so not the daemon's). One of them, pydantic-core, is compiled, and a compiled module can't be
 imported from a zip: the file unpacks it when it is first run, into a folder of its user alone,
 ``$XDG_CACHE_HOME/qmpcommit`` or ``~/.cache/qmpcommit``, or for this one run where there is no
 such place. So the file serves the version of Python, the system and the processor that it was
@@ -105,7 +105,9 @@ def needed(name: str) -> Iterator[Distribution]:
         yield found
         for line in found.requires or ():
             requirement, _, marker = line.partition(";")
-            if "extra" not in marker and _applies(marker):
+            extra = re.search(r"extra\s*==\s*[\"']([^\"']+)", marker)
+            wanted = extra is None or (called, extra[1]) == ("qmpcommit", "cli")
+            if wanted and _applies(marker):
                 match = re.match(r"[A-Za-z0-9._-]+", requirement.strip())
                 assert match
                 waiting.append(match[0])
