@@ -3,10 +3,10 @@
     python examples/make_zipapp.py [OUT]        # beside it: ./qmpcommit.pyz chain QMP
 
 It holds what is installed here: qmpcommit and the packages that it and its command need, not those
-of its other extras (so not the daemon's). One of them, pydantic-core, is compiled, and a compiled module can't be
-imported from a zip: the file unpacks it when it is first run, into a folder of its user alone,
-``$XDG_CACHE_HOME/qmpcommit`` or ``~/.cache/qmpcommit``, or for this one run where there is no
-such place. So the file serves the version of Python, the system and the processor that it was
+of its other extras (so not the daemon's). One of them, pydantic-core, is compiled, and a compiled
+module can't be imported from a zip: the file unpacks it when it is first run, into a folder of its
+user alone, ``$XDG_CACHE_HOME/qmpcommit`` or ``~/.cache/qmpcommit``, or for this one run where there
+is no such place. So the file serves the version of Python, the system and the processor that it was
 made with; it says so on another one. Make one with each Python that your hosts have.
 """
 
