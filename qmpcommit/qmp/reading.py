@@ -40,6 +40,17 @@ VALUES = 1_000_000
 
 CHUNK = MESSAGE
 
+TURN = 16
+"""Messages of one monitor after which all else has its turn, although more of its have come."""
+
+FLOOD = 4000
+"""Messages in one second after which a monitor is read no faster than a turn in `SLOWLY` seconds.
+
+QEMU's own come to some hundred where fifty jobs end at once.
+"""
+
+SLOWLY = 0.005
+
 _DEEP = 3
 """Levels whose parts are read one by one: a message, what it returns, and the entries of that."""
 
@@ -63,12 +74,25 @@ class Lines:
     def __init__(self, reader: asyncio.StreamReader, bound: Callable[[], int]) -> None:
         self._reader, self._bound = reader, bound
         self._waiting = bytearray()
+        self._taken = 0
+        self._since = 0.0
+
+    async def _let_others(self) -> None:
+        """What has come is taken without waiting, and so a flood would be all that is done."""
+        self._taken += 1
+        if self._taken % TURN:
+            return
+        now = asyncio.get_running_loop().time()
+        if now - self._since > 1.0:
+            self._since, self._taken = now, 0
+        await asyncio.sleep(SLOWLY if self._taken > FLOOD else 0)
 
     async def next(self) -> bytes:
         """The next one; what comes before the end without a newline is one too.
 
         Raises EOFError, OSError, or `Breach` as soon as it is too long.
         """
+        await self._let_others()
         seen = 0
         while (end := self._waiting.find(b"\n", seen)) < 0:
             seen = len(self._waiting)
