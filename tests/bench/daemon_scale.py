@@ -102,13 +102,13 @@ class Host:
 
 
 @asynccontextmanager
-async def host(folder: Path, count: int) -> AsyncIterator[Host]:
-    """Monitors in a score of processes, as QEMUs have few open files each."""
+async def host(folder: Path, count: int, parts: int = HOSTS) -> AsyncIterator[Host]:
+    """Monitors in so many processes, as QEMUs have few open files each."""
     processes = []
-    for first in range(0, count, count // HOSTS):
+    for first in range(0, count, count // parts):
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.bench.fake_host", str(folder), str(first),
-            str(min(count, first + count // HOSTS)),
+            str(min(count, first + count // parts)),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=ENVIRONMENT,
             limit=1 << 24,
         )  # fmt: skip
