@@ -36,7 +36,7 @@ _HOMES = {
     "commit.plan": "Plan",
     "commit.steering": "JobNow",
     "guest.quiesce": "Quiet quiesced thaw",
-    "window.run": "close_window new_window_name open_window recover_window",
+    "window.run": "new_window_name",
     "window.group": "snapshot",
     "window.overlays": "LaidOverlay Snapshot",
     "window.records": "Frozen GroupWindow NotedWindow OpenWindow Window",
@@ -60,6 +60,9 @@ _HOMES = {
     "session": "Session",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+_FORMER = ("close_window", "open_window", "recover_window")
+"""Functions that are methods of a session now; they go with the next version."""
 
 _MODULES = ("client", "events")
 _PROGRAMS = ("__main__", "cli", "daemon")
@@ -90,6 +93,12 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if name in _MODULES:
         return import_module(f"qmpcommit.{name}")
+    if name in _FORMER:
+        from warnings import warn
+
+        now = f"qmpcommit.{name}(vm, ...) is vm.{name}(...) now, and goes with the next version"
+        warn(now, DeprecationWarning, stacklevel=2)
+        return getattr(import_module("qmpcommit.window.run"), name)
     if home is None:
         raise AttributeError(f"module 'qmpcommit' has no attribute {name!r}")
     value = getattr(import_module(f"qmpcommit.{home}"), name)

@@ -218,7 +218,7 @@ async def test_one_that_nobody_here_opened_is_listed_and_can_be_closed(folder: P
     chain = make_chain(folder)
     async with storage_daemon(folder, chain, style="implicit") as vm:
         async with qc.Session.connect(vm.qmp) as session:
-            window = await qc.open_window(session, ["top"])
+            window = await session.open_window(["top"])
         limits = "[limits]\nwindow_size = 1\nwindow_age = 0.01\n"
         config = f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n{limits}'
         async with daemon(folder, config) as d:

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import qmpcommit as qc
 from qmpcommit.session import Session
 from tests.ground.killing import places
 
@@ -49,8 +48,7 @@ async def main() -> None:
     how: Any = {"none": None, "pause": "pause"}.get(FREEZE, "agent")
     agent = FREEZE if how == "agent" else None
     async with Session.connect(QMP) as vm:
-        window = await qc.open_window(
-            vm,
+        window = await vm.open_window(
             ["vda", "vdb"],
             freeze=how,
             agent=agent,
@@ -65,7 +63,7 @@ async def main() -> None:
             said = await EXECUTE(vm, "human-monitor-command", {"command-line": line})
             assert not said, said
             place(f"wrote {number}")
-        await qc.close_window(vm, window, ledger=Notes())
+        await vm.close_window(window, ledger=Notes())
 
 
 os.unlink = unlink

@@ -46,7 +46,7 @@ async def test_nothing_is_laid_over_an_image_that_has_no_name(folder: Path) -> N
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await open_by_descriptor(qemu, vm, passed)
         with pytest.raises(qc.ChainError, match="open by a file descriptor"):
-            await qc.open_window(vm, ["vda"], overlay_dir=folder)
+            await vm.open_window(["vda"], overlay_dir=folder)
         over_it = {"node-name": "passed", "snapshot-file": str(over), "snapshot-node-name": "over"}
         await vm.execute("blockdev-snapshot-sync", over_it)
         with pytest.raises(qc.ChainError, match="open by a file descriptor"):
@@ -74,7 +74,7 @@ async def test_a_slice_of_a_raw_file_is_called_so(folder: Path) -> None:
             assert f'"offset": {2 * MIB}' in read["slice"].filename
         (image,) = (await vm.disk("slice")).chain
         assert (image.filename, f"a slice of {path}" in image.warnings[0]) == (str(path), True)
-        window = await qc.open_window(vm, ["slice"])
+        window = await vm.open_window(["slice"])
         overlay = Path(window["slice"].overlay)
         await daemon.quit()
     header = read_header(str(overlay))

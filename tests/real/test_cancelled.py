@@ -63,9 +63,8 @@ async def _paused_window(qemus: list[Machine]) -> None:
 
 async def _in_pieces(qemus: list[Machine]) -> None:
     async with qc.Session.connect(qemus[0].qmp) as vm:
-        window = await qc.open_window(vm, ["vda"])
-        assert await vm.recover_window(qc.NotedWindow(window.name, dict(window))) is not None
-        await qc.close_window(vm, window)
+        window = await vm.open_window(["vda"])
+        await vm.close_window(window)
 
 
 async def _recovered(qemus: list[Machine]) -> None:
@@ -73,7 +72,7 @@ async def _recovered(qemus: list[Machine]) -> None:
         window = await vm.open_window(["vda"], freeze="pause")
         try:
             noted = qc.NotedWindow(window.name, dict(window), freeze="pause")
-            assert await qc.recover_window(vm, noted) is not None
+            assert await vm.recover_window(noted) is not None
         finally:
             await vm.close_window(window)
 

@@ -212,7 +212,7 @@ async def test_a_window_whose_disk_was_taken_over_is_no_instants_image(folder: P
 async def test_what_lies_below_is_looked_at_when_a_window_closes(folder: Path) -> None:
     """Another program merges a layer meanwhile, and knows nothing of claims."""
     async with two(folder, "base", "low", "mid", "top") as (vm, other, chain):
-        window = await qc.open_window(vm, ["export0"])
+        window = await vm.open_window(["export0"])
         active, _, *merged = [image.node_name for image in (await vm.disk("export0")).chain]
         nodes = {"device": active, "top-node": merged[0], "base-node": merged[1]}
         with other.events("BLOCK_JOB_COMPLETED") as ended:
@@ -220,7 +220,7 @@ async def test_what_lies_below_is_looked_at_when_a_window_closes(folder: Path) -
             await anext(ended)
         await flush(other, merged[1])  # as that program had to: 5.2's storage daemon does not
         with pytest.raises(qc.WindowError, match=r"no instant's image.*has become") as told:
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         assert "The window is closed" in str(told.value)
         assert [each.action for each in window.outcomes] == ["pivot"]
     assert_disk(chain.top, chain.pictures[-1])
@@ -229,7 +229,7 @@ async def test_what_lies_below_is_looked_at_when_a_window_closes(folder: Path) -
 @pytest.mark.parametrize("what", ["the claim", "its overlay"])
 async def test_what_others_take_away_from_a_window_is_told(folder: Path, what: str) -> None:
     async with two(folder) as (vm, other, chain):
-        window = await qc.open_window(vm, ["export0"])
+        window = await vm.open_window(["export0"])
         if what == "the claim":
             await other.execute("blockdev-del", {"node-name": window.claims["export0"].owner.node})
         else:
@@ -242,7 +242,7 @@ async def test_what_others_take_away_from_a_window_is_told(folder: Path, what: s
                 await anext(heard)
         why = "claim on .* is gone" if what == "the claim" else "is under no disk any more"
         with pytest.raises(qc.WindowError, match=f"no instant's image.*{why}"):
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         assert await vm.windows() == []
     assert_disk(chain.top, chain.pictures[-1])
 
@@ -250,19 +250,19 @@ async def test_what_others_take_away_from_a_window_is_told(folder: Path, what: s
 async def test_a_window_is_closed_by_whoever_names_it(folder: Path) -> None:
     """Also while the claim is another process's; but not while the disk is held for more."""
     async with two(folder) as (vm, other, chain):
-        window = await qc.open_window(vm, ["export0"])
+        window = await vm.open_window(["export0"])
         frozen = list(window.values())
         for claim in window.claims.values():
             claim.abandon()
             await claims._let_go(vm, claim.owner)
         async with await take(vm, await vm.disk("export0"), "disc"):
             with pytest.raises(qc.WindowError, match=r"held by a discard.*Its window stays open"):
-                await qc.close_window(other, frozen)
+                await other.close_window(frozen)
         tag = window.name[-8:]
         theirs = await leave(vm, verb="window", place="abcdef", tag=tag)
         assert await owners_of(other) == [theirs]
-        assert [each.action for each in await qc.close_window(other, frozen)] == ["pivot"]
-        assert await qc.close_window(other, frozen) == []
+        assert [each.action for each in await other.close_window(frozen)] == ["pivot"]
+        assert await other.close_window(frozen) == []
     assert_disk(chain.top, chain.pictures[-1])
 
 

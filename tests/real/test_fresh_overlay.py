@@ -154,7 +154,7 @@ async def test_an_overlay_that_loses_its_name_is_left_or_told_of(
 
     async def work(vm: qc.Session) -> list[str]:
         if verb == "window":
-            await qc.open_window(vm, ["top"], overlay_dir=place)
+            await vm.open_window(["top"], overlay_dir=place)
         elif verb == "discard":
             return list((await vm.discard("top", guest="stop", overlay=place / "fresh")).warnings)
         job = await vm.commit("top", policy=qc.Recycle(str(place / "fresh")))
@@ -417,7 +417,7 @@ async def test_over_an_encrypted_disk_lies_an_encrypted_overlay_or_none(folder: 
         for refused in (
             vm.commit("top", policy=qc.Recycle(str(fresh)), override=["encrypted"]),
             vm.discard("top", guest="stop"),
-            qc.open_window(vm, ["top"]),
+            vm.open_window(["top"]),
         ):
             with pytest.raises(qc.ChainError, match=r"in clear.*--overlay-secret ID"):
                 await refused
@@ -522,7 +522,7 @@ async def test_a_window_that_could_not_be_closed_is_not_opened(folder: Path) -> 
         qc.Session.connect(daemon.qmp) as vm,
     ):  # fmt: skip
         with pytest.raises(qc.WindowError, match=r"could not be closed again.*read-only-base"):
-            await qc.open_window(vm, ["disk"])
+            await vm.open_window(["disk"])
         await daemon.quit()
     assert len(list(folder.glob("disk*"))) == 1
 
@@ -536,7 +536,7 @@ async def test_beside_a_block_device_no_overlay_is_laid(
     async with serving(folder, chain) as vm:
         for module in (overlay_place, window):
             monkeypatch.setattr(module, "is_device", lambda path: path == str(chain.top))
-        asking = qc.open_window(vm, ["top"]) if verb == "window" else vm.discard("top")
+        asking = vm.open_window(["top"]) if verb == "window" else vm.discard("top")
         with pytest.raises(qc.QmpCommitError, match=r"name a folder for it.*Nothing was changed"):
             await asking
         if verb == "window":

@@ -96,12 +96,12 @@ async def test_a_base_inside_a_file_is_named_with_its_place_in_it(inner: str, fo
         assert (merged.warnings, merged.deleted) == ([], [str(mid)])
         recycled = await (await vm.commit("l2", policy=qc.Recycle(str(fresh)))).wait()
         assert not any("header" in warning for warning in recycled.warnings)
-        window = await qc.open_window(vm, [str(fresh)])
+        window = await vm.open_window([str(fresh)])
         over = Path(window[str(fresh)].overlay)
         name, fmt = said(top)
         assert (said(fresh), fmt) == ((name, inner), inner)
         assert json.loads(name.removeprefix("json:")) == base
-        await qc.close_window(vm, window)
+        await vm.close_window(window)
         assert not over.exists()
         await daemon.quit()
     for file in (top, fresh):

@@ -106,7 +106,7 @@ async def test_an_overlay_over_a_base_that_was_replaced_is_not_discarded(folder:
         with pytest.raises(qc.ChainError, match=r"replaced or removed.*away.qcow2"):
             await vm.discard("vda", guest="stop", delete=True)
         with pytest.raises(qc.ChainError, match=r"replaced or removed.*away.qcow2"):
-            await qc.open_window(vm, ["vda"])
+            await vm.open_window(["vda"])
         assert [image.node_name for image in (await vm.disks())[0].chain] == ["top", "base"]
         (folder / "away.qcow2").rename(chain.base)
         await qemu.quit()

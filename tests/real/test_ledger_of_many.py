@@ -178,15 +178,15 @@ async def test_a_window_is_opened_by_one_process_and_closed_by_another(folder: P
     path = folder / "ledger"
     async with machine(folder, chain, other, running=True) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            window = await qc.open_window(vm, ["vda"], ledger=qc.FileLedger(path))
+            window = await vm.open_window(["vda"], ledger=qc.FileLedger(path))
             for claim in window.claims.values():
                 claim.abandon()  # as if killed
             with pytest.raises(qc.CommitFailed, match="holds a window that has not ended"):
-                await qc.open_window(vm, ["vdb"], ledger=qc.FileLedger(path))
+                await vm.open_window(["vdb"], ledger=qc.FileLedger(path))
         async with qc.Session.connect(qemu.qmp) as vm:
             with pytest.raises(qc.InvalidRequest, match=r"qc.resume\(ledger, vms\)"):
                 await vm.resume(qc.FileLedger(path))
-            (outcome,) = await qc.close_window(vm, [window["vda"]], ledger=qc.FileLedger(path))
+            (outcome,) = await vm.close_window([window["vda"]], ledger=qc.FileLedger(path))
             assert await qc.resume(qc.FileLedger(path), vm) == (outcome,)
             async with vm.snapshot(["vda"], ledger=qc.FileLedger(path)):  # the next one
                 pass
@@ -199,7 +199,7 @@ async def test_a_window_whose_qemu_has_ended_is_not_forgotten(folder: Path) -> N
     path = folder / "ledger"
     async with machine(folder, chain, running=True) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            window = await qc.open_window(vm, ["vda"], ledger=qc.FileLedger(path))
+            window = await vm.open_window(["vda"], ledger=qc.FileLedger(path))
             overlay = Path(window["vda"].overlay)
             line = f'qemu-io -d {DEVICE} "write -P 85 0 64k"'
             await vm.execute("human-monitor-command", {"command-line": line})

@@ -69,7 +69,7 @@ async def test_no_verb_changes_a_disk_of_a_vm_that_migrates(folder: Path) -> Non
             lambda: vm.commit("vda", top=1),
             lambda: vm.plan("vda", policy=qc.Pivot()),
             lambda: vm.commit_group(["vda"], policy=qc.Pivot()),
-            lambda: qc.open_window(vm, ["vda"]),
+            lambda: vm.open_window(["vda"]),
             vm.close_windows,
             lambda: vm.discard("vda", guest="reset", delete=True),
             lambda: vm.cycle("vda", keep_if=["false"], guest="reset", delete=True),
@@ -118,15 +118,15 @@ async def test_a_window_stays_open_while_its_vm_migrates(folder: Path) -> None:
         machine(folder, chain) as qemu,
         qc.Session.connect(qemu.qmp) as vm,
     ):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         await migrate(qemu)
         with pytest.raises(qc.WindowError, match="being migrated"):
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         overlay = Path(window["vda"].overlay)
         assert await files(vm) == [overlay, *chain.files[::-1]]
         assert overlay.exists()
         await cancel(qemu)
-        (outcome,) = await qc.close_window(vm, window)
+        (outcome,) = await vm.close_window(window)
         assert outcome.deleted == [str(overlay)]
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])

@@ -187,7 +187,7 @@ async def test_no_overlay_is_laid_over_one_that_became_stale(
         before(monkeypatch, vm, lambda: pivot(other, "top"), "blockdev-create")
         if verb == "window":
             with pytest.raises(qc.WindowError, match=r"writes to \S*base.* by now"):
-                await qc.open_window(vm, ["vda"])
+                await vm.open_window(["vda"])
         else:
             with pytest.raises(qc.ChainError, match="its chain is another one by now"):
                 await vm.discard("vda", guest="reset", delete=True)

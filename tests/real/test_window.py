@@ -184,7 +184,7 @@ async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
                 (["vda"], qc.JobConflict, job.id),
             ):
                 with pytest.raises(error, match=why):
-                    await qc.open_window(vm, disks)
+                    await vm.open_window(disks)
             await job.abort()
             with pytest.raises(qc.InvalidRequest, match="bandwidth"):
                 async with vm.snapshot(["vda"], bandwidth="fast"):

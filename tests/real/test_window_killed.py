@@ -139,7 +139,7 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
             async with qc.Session.connect(qemu.qmp) as vm:
                 if (folder / "noted").exists():
                     noted = qc.NotedWindow.model_validate_json((folder / "noted").read_text())
-                    window = await qc.recover_window(vm, noted)
+                    window = await vm.recover_window(noted)
                     assert not agent.frozen
                     assert (await vm.execute("query-status"))["status"] == "running"
                     seen = await vm.windows()
@@ -148,7 +148,7 @@ async def test_killed_anywhere_it_is_recovered_from_what_was_noted(
                     }
                     if window is not None:
                         open_again += 1
-                        await qc.close_window(vm, window)
+                        await vm.close_window(window)
                 else:  # it had claimed its disks, perhaps
                     await vm.close_windows()
                 for disk in await vm.disks():

@@ -49,17 +49,17 @@ async def test_a_window_is_opened_and_closed_by_different_sessions(folder: Path)
     async with machine(folder, *chains) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             name = qc.new_window_name()
-            opened = await qc.open_window(vm, ["vda", "vdb"], name=name, ledger=notes)
+            opened = await vm.open_window(["vda", "vdb"], name=name, ledger=notes)
             assert opened.name == name
         assert notes.noted is not None
         async with qc.Session.connect(qemu.qmp) as vm:
-            window = await qc.recover_window(vm, notes.noted)
+            window = await vm.recover_window(notes.noted)
             assert window is not None
             assert dict(window) == dict(opened)
-            outcomes = await qc.close_window(vm, window, ledger=notes)
+            outcomes = await vm.close_window(window, ledger=notes)
             assert [outcome.action for outcome in outcomes] == ["pivot", "pivot"]
-            assert await qc.recover_window(vm, notes.noted) is None
-            assert await qc.close_window(vm, notes.noted.disks.values()) == []
+            assert await vm.recover_window(notes.noted) is None
+            assert await vm.close_window(notes.noted.disks.values()) == []
         assert notes.steps == ["create", "lay", "open", "close"]
         await qemu.quit()
     assert not list(folder.glob("*qmpcommit-window*"))
@@ -74,7 +74,7 @@ async def test_a_recovery_that_is_repeated_lets_all_disks_go(
     notes = Notes()
     async with machine(folder, *chains) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            await qc.open_window(vm, ["vda", "vdb"], ledger=notes)
+            await vm.open_window(["vda", "vdb"], ledger=notes)
         assert notes.noted is not None
         async with qc.Session.connect(qemu.qmp) as vm:
             tried: list[str] = []
@@ -87,11 +87,11 @@ async def test_a_recovery_that_is_repeated_lets_all_disks_go(
 
             monkeypatch.setattr(commit_window, "claim_again", once_lost)
             with pytest.raises(qc.MonitorLost):
-                await qc.recover_window(vm, notes.noted)
-            window = await qc.recover_window(vm, notes.noted)
+                await vm.recover_window(notes.noted)
+            window = await vm.recover_window(notes.noted)
             assert window is not None
             assert all(claim.held for claim in window.claims.values())
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
             assert await owners_of(vm) == []
         await qemu.quit()
     for chain in chains:
@@ -110,12 +110,12 @@ async def test_overlays_in_a_folder_that_is_named_by_another_are_found_again(
             async with vm.snapshot(["top"], overlay_dir=over.format(folder)) as window:
                 assert len((await vm.disk("export0")).chain) == 3
             assert [each.action for each in window.outcomes] == ["pivot"]
-            await qc.open_window(vm, ["export0"], overlay_dir=over.format(folder), ledger=notes)
+            await vm.open_window(["export0"], overlay_dir=over.format(folder), ledger=notes)
         assert notes.noted is not None
         async with qc.Session.connect(qemu.qmp) as vm:
-            taken = await qc.recover_window(vm, notes.noted)
+            taken = await vm.recover_window(notes.noted)
             assert taken is not None
-            assert [each.action for each in await qc.close_window(vm, taken)] == ["pivot"]
+            assert [each.action for each in await vm.close_window(taken)] == ["pivot"]
         await qemu.quit()
     assert not list(folder.glob("*qmpcommit-window*"))
     assert_disk(chain.top, chain.pictures[-1])
@@ -125,7 +125,7 @@ async def test_a_name_that_is_none_is_refused(folder: Path) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         with pytest.raises(qc.InvalidRequest):
-            await qc.open_window(vm, ["top"], name="../x")
+            await vm.open_window(["top"], name="../x")
         await qemu.quit()
 
 
@@ -133,7 +133,7 @@ async def test_chain_and_jobs_tell_of_windows_that_are_open(folder: Path) -> Non
     chains = make_chain(folder), make_chain(folder, names=("base2", "mid2", "low2", "top2"))
     async with machine(folder, *chains) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            await qc.open_window(vm, ["vdb"])
+            await vm.open_window(["vdb"])
             (window,) = await vm.windows()
         for command in ("chain", "jobs"):
             said = await qmpcommit(command, qemu.qmp, "--json")
@@ -184,7 +184,7 @@ async def test_chain_and_jobs_tell_of_what_was_never_laid(folder: Path) -> None:
             await vm.execute("blockdev-add", {**node, "file": file})
             frozen = qc.Frozen("top", str(chain.top), str(folder / name), str(node["node-name"]))
             noted = qc.NotedWindow(window, {"top": frozen})
-            assert await qc.recover_window(vm, noted) is None
+            assert await vm.recover_window(noted) is None
         assert not (folder / name).exists()
         create(folder / name, 64 * MIB)
         said = await qmpcommit("window", "--close", qemu.qmp)

@@ -88,7 +88,7 @@ async def test_a_guest_that_a_killed_owner_left_quiesced_goes_on(
             assert "for a window, and perhaps still is" in told.message
             if recover:
                 noted = qc.NotedWindow(NAME, {}, how, agent.path)
-                assert await qc.recover_window(vm, noted) is None
+                assert await vm.recover_window(noted) is None
             else:
                 assert await vm.close_windows(agent=agent.path) == []
             assert not agent.frozen
@@ -114,11 +114,11 @@ async def test_a_guest_that_can_not_be_marked_is_quiesced_nevertheless(folder: P
         name = f"qmpcommit-w{NUMBER}-paused"  # somebody has a drive of that name: QEMU refuses
         drive = {"command-line": f"drive_add 0 if=none,driver=null-co,id={name}"}
         assert "OK" in await vm.execute("human-monitor-command", drive)
-        window = await qc.open_window(vm, ["vda"], freeze="pause", name=NAME)
+        window = await vm.open_window(["vda"], freeze="pause", name=NAME)
         assert window.quiesced is not None
         assert await runs(vm)
         assert name not in await nodes(vm)
-        await qc.close_window(vm, window)
+        await vm.close_window(window)
     assert overlays(folder) == []
 
 
@@ -137,7 +137,7 @@ async def test_a_cancellation_while_a_guest_is_marked_leaves_no_mark(
             return answer
 
         monkeypatch.setattr(vm, "execute", late)
-        opening = asyncio.create_task(qc.open_window(vm, ["vda"], freeze="pause"))
+        opening = asyncio.create_task(vm.open_window(["vda"], freeze="pause"))
         await marked.wait()
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -148,7 +148,7 @@ async def test_a_cancellation_while_a_guest_is_marked_leaves_no_mark(
 async def test_a_window_whose_guest_can_not_be_frozen_leaves_nothing(folder: Path) -> None:
     async with running(folder) as (_, vm, _):
         with pytest.raises(qc.QuiesceFailed, match="can't be reached"):
-            await qc.open_window(vm, ["vda"], freeze="agent", agent=folder / "nobody")
+            await vm.open_window(["vda"], freeze="agent", agent=folder / "nobody")
     assert overlays(folder) == []
 
 
@@ -160,7 +160,7 @@ async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
         with monkeypatch.context() as patched:
             thaws_once(patched)
             with pytest.raises(qc.QuiesceFailed, match="may still be frozen"):
-                await qc.open_window(vm, ["vda"], freeze="agent", agent=agent.path, name=NAME)
+                await vm.open_window(["vda"], freeze="agent", agent=agent.path, name=NAME)
         assert await nodes(vm) == [f"qmpcommit-w{NUMBER}-frozen"]
         agent.instead.clear()
         agent.frozen = 2
@@ -197,7 +197,7 @@ async def test_what_can_not_be_undone_hides_neither_the_reason_nor_the_other_dis
             patched.setattr(vm, "execute", refusing)
             patched.setattr(FreshOverlay, "undo", failing)
             with pytest.raises(qc.CommandRefused, match="no transactions today"):
-                await qc.open_window(vm, ["vda", "vdb"], name=NAME)
+                await vm.open_window(["vda", "vdb"], name=NAME)
         assert overlays(folder) == [overlay_of(chains[0])]
         assert await vm.close_windows() == []
         await qemu.quit()
@@ -227,7 +227,7 @@ async def test_an_overlay_that_was_laid_and_stays_is_told(
         laid = asyncio.Event()
         with monkeypatch.context() as patched:
             patched.setattr(vm, "commit", full)
-            opening = asyncio.create_task(qc.open_window(vm, ["vda"], name=NAME, ledger=Notes()))
+            opening = asyncio.create_task(vm.open_window(["vda"], name=NAME, ledger=Notes()))
             await laid.wait()
             if cancelled:
                 opening.cancel()
@@ -245,7 +245,7 @@ async def test_an_overlay_that_was_laid_and_stays_is_told(
 
 async def test_a_commit_that_a_killed_process_began_is_taken_up(folder: Path) -> None:
     async with running(folder) as (qemu, vm, _):
-        window = await qc.open_window(vm, ["vda"], name=NAME)
+        window = await vm.open_window(["vda"], name=NAME)
         forget(window)
         async with qc.Session.connect(qemu.qmp2) as killed:
             job_id = f"qmpcommit-w{NUMBER}-0-00000001"
@@ -264,7 +264,7 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(folder) as (_, vm, _):
-        window = await qc.open_window(vm, ["vda"], name=NAME)
+        window = await vm.open_window(["vda"], name=NAME)
         overlay, job_id = window["vda"].overlay, f"qmpcommit-w{NUMBER}-0-00000001"
         job = await vm.commit(
             overlay, policy=qc.Hold(), shallow=True, job_id=job_id, claim=window.claims["vda"]
@@ -278,7 +278,7 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
             return found
 
         monkeypatch.setattr(vm, "look", seen)
-        closing = asyncio.create_task(qc.close_window(vm, window))
+        closing = asyncio.create_task(vm.close_window(window))
         await looked.wait()
         await job.keep()
         (outcome,) = await closing
@@ -290,21 +290,21 @@ async def test_a_commit_of_an_overlay_that_is_kept_is_done_again(
 async def test_a_commit_that_another_client_began_is_left_alone_and_told(folder: Path) -> None:
     """It has written to the file that was to stand still, which is told to the end."""
     async with running(folder) as (_, vm, chain):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         overlay = window["vda"]
         with vm.events("BLOCK_JOB_READY") as heard:
             arguments = {"device": overlay.node_name, "base-node": chain.top.stem}
             await vm.execute("block-commit", {"job-id": "theirs", **arguments})
             await anext(heard)
         with pytest.raises(qc.WindowError, match=r"no instant's image.* works on vda: theirs"):
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         with pytest.raises(qc.WindowError, match="theirs"):
             await vm.close_windows()
         with vm.events("BLOCK_JOB_COMPLETED") as heard:
             await vm.execute("block-job-cancel", {"device": "theirs"})
             await anext(heard)
         with pytest.raises(qc.WindowError, match="no instant's image") as told:
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         (outcome,) = window.outcomes
         assert told.value.facts["outcomes"] == [outcome.model_dump(mode="json")]
         assert outcome.deleted == [overlay.overlay]
@@ -325,7 +325,7 @@ async def test_who_always_decides_otherwise_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(folder) as (_, vm, _):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         commit = vm.commit
 
         async def kept(overlay: str, **more: Any) -> qc.CommitJob:
@@ -334,10 +334,10 @@ async def test_who_always_decides_otherwise_is_told(
         with monkeypatch.context() as patched:
             patched.setattr(vm, "commit", kept)
             with pytest.raises(qc.WindowError, match="3 times without a pivot") as failed:
-                await qc.close_window(vm, window)
+                await vm.close_window(window)
         assert failed.value.overlays == [window["vda"].overlay]
         assert [each.overlay for each in await vm.windows()] == [window["vda"].overlay]
-        await qc.close_window(vm, window)
+        await vm.close_window(window)
     assert overlays(folder) == []
 
 
@@ -348,12 +348,12 @@ async def test_a_bug_is_not_told_as_a_window_that_stays(
         raise ZeroDivisionError
 
     async with running(folder) as (_, vm, _):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         with monkeypatch.context() as patched:
             patched.setattr(vm, "commit", broken)
             with pytest.raises(ZeroDivisionError):
-                await qc.close_window(vm, window)
-        await qc.close_window(vm, window)
+                await vm.close_window(window)
+        await vm.close_window(window)
     assert overlays(folder) == []
 
 
@@ -363,7 +363,7 @@ async def test_a_bug_is_not_told_as_a_window_that_stays(
 async def test_an_overlay_that_was_pivoted_away_from_goes(folder: Path) -> None:
     """As where a process is killed between its pivot and the deletion."""
     async with running(folder) as (_, vm, chain):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         forget(window)
         overlay = window["vda"]
         with vm.events("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED") as heard:
@@ -388,13 +388,13 @@ async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Pat
     chain, other = two_chains(folder)
     async with machine(folder, chain, other, device="scsi-hd") as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            window = await qc.open_window(vm, ["vda"])
+            window = await vm.open_window(["vda"])
             overlay = window["vda"]
             with vm.events("DEVICE_DELETED") as gone:
                 await vm.execute("device_del", {"id": "vda"})
                 await anext(gone)
             with pytest.raises(qc.WindowError, match="unplugged, and is left alone") as failed:
-                await qc.close_window(vm, window)
+                await vm.close_window(window)
             assert failed.value.facts["overlays"] == [overlay.overlay]
             with pytest.raises(qc.WindowError, match="unplugged, and is left alone") as failed:
                 await vm.close_windows()
@@ -411,13 +411,13 @@ async def test_an_overlay_of_a_disk_that_was_unplugged_is_left_alone(folder: Pat
 
 async def test_an_overlay_that_somebody_has_laid_one_over_is_told_to_stay(folder: Path) -> None:
     async with running(folder) as (_, vm, chain):
-        window = await qc.open_window(vm, ["vda"])
+        window = await vm.open_window(["vda"])
         overlay, theirs = window["vda"].overlay, folder / "theirs.qcow2"
         await vm.execute("blockdev-snapshot-sync", {
             "node-name": window["vda"].node_name, "snapshot-file": str(theirs),
             "snapshot-node-name": "theirs"})  # fmt: skip
         with pytest.raises(qc.WindowError, match=rf"--top {overlay} --shallow --delete") as failed:
-            await qc.close_window(vm, window)
+            await vm.close_window(window)
         assert failed.value.facts["overlays"] == [overlay]
         merged = await vm.commit("vda", top=overlay, shallow=True, delete=True)
         assert (await merged.wait()).deleted == [overlay]
@@ -498,7 +498,7 @@ async def test_the_creation_that_a_killed_process_left_is_ended(folder: Path) ->
                     break
         frozen = qc.Frozen("vda", str(chain.top), str(made), f"qmpcommit-w{NUMBER}-0-top")
         noted = qc.NotedWindow(NAME, {"vda": frozen})
-        assert await qc.recover_window(vm, noted) is None
+        assert await vm.recover_window(noted) is None
         assert not made.exists()
         assert [job["id"] for job in await vm.execute("query-jobs")] == [other]
         assert await vm.close_windows() == []
@@ -529,7 +529,7 @@ async def test_a_creation_under_way_is_waited_for(folder: Path, recover: bool) -
     async with creating(folder, 16 * MIB) as vm:
         if recover:
             frozen = qc.Frozen("vda", "", f"x.qmpcommit-window-{NAME}.qcow2", "")
-            assert await qc.recover_window(vm, qc.NotedWindow(NAME, {"vda": frozen})) is None
+            assert await vm.recover_window(qc.NotedWindow(NAME, {"vda": frozen})) is None
         else:
             assert await vm.close_windows() == []
         assert await vm.execute("query-jobs") == []

@@ -16,6 +16,7 @@ import qmpcommit as qc
 from qmpcommit.callback import said_of
 from qmpcommit.client.problems import error_from
 from qmpcommit.commit import phases
+from qmpcommit.window import run
 
 
 def test_commit_is_a_function_with_a_signature_and_help() -> None:
@@ -51,7 +52,12 @@ def test_commit_is_that_function_whatever_is_imported_and_its_package_is_found_t
 def test_what_the_stub_names_is_what_there_is() -> None:
     stub = Path(qc.__file__).with_suffix(".pyi").read_text()
     named = set(re.findall(r"^from qmpcommit\S* import (\w+) as \1$", stub, re.M))
-    assert named == set(dir(qc)) - {"__version__", "preload"}
+    former = {"open_window", "close_window", "recover_window"}
+    assert named == set(dir(qc)) - {"__version__", "preload"} | former
+    for name in former:
+        with pytest.warns(DeprecationWarning, match=rf"is vm\.{name}\(\.\.\.\) now") as told:
+            assert getattr(qc, name) is getattr(run, name)
+        assert told[0].filename == __file__
     for name in dir(qc):
         getattr(qc, name)
 
