@@ -99,15 +99,19 @@ class World:
             vms = [
                 await stack.enter_async_context(qc.Session.connect(qemu.qmp)) for qemu in self.qemus
             ]
-            found = await qc.recover(vms, decide=decide, folders=[self.folder])
-            print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
-            assert found.left == ()
+            await self.put_right(vms, decide)
             for vm, chains in zip(vms, self.chains, strict=True):
                 actives.append(await self._nothing_left(vm, chains))
             assert (await qc.recover(vms, look_only=True, folders=[self.folder])).findings == ()
         for qemu in self.qemus:
             await qemu.quit()
         self._whole(actives)
+
+    async def put_right(self, vms: Sequence[qc.Session], decide: Any) -> None:
+        """All of it, at once."""
+        found = await qc.recover(vms, decide=decide, folders=[self.folder])
+        print("\n".join(f"  {each} -> {each.result}" for each in found.findings))
+        assert found.left == ()
 
     async def _nothing_left(self, vm: qc.Session, chains: list[Chain]) -> list[Path]:
         assert [job["id"] for job in await vm.execute("query-jobs")] == []
