@@ -219,7 +219,9 @@ class Session(VM):
         A guest that is still quiesced for one goes on first (`agent` is its guest agent's socket,
         where it was frozen through that); commits that were begun are taken up. Nodes and files
         that were made and are not used are removed, the files beside the disks' own and in
-        `overlay_dir`. A window whose owner lives is not touched, unless "claim" is in `override`.
+        `overlay_dir`. A window whose owner lives is not touched, unless "claim" is in `override`,
+        nor one whose file another process still reads, as a backup that has outlived its owner
+        does, unless "reader" is.
 
         Raises `WindowError` that names what stays and why, `JobConflict` that names the owners of
         what is not theirs to close who ask.

@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-from qmpcommit.block.identity import LOCK_BYTES, FileId, is_locked, open_files
+from qmpcommit.block.identity import LOCK_BYTES, FileId, is_locked, open_files, writes
 
 _WRITES, _LETS_NOBODY_WRITE = 101, 201
 _IN_THE_WAY = (101, 103, 200, 201, 203)
@@ -195,7 +195,7 @@ def image_locks(path: str, pid: int | None) -> Locks:
             return Locks("own" if any(own.values()) else "unknown")
         if not attempt:
             time.sleep(0.01)
-    return Locks("others", tuple(_openers(FileId.of(this), but=pid)))
+    return Locks("others", tuple(openers(FileId.of(this), but=pid)))
 
 
 def _lock_name(found: os.stat_result) -> str:
@@ -239,13 +239,18 @@ def _count(line: str, wanted: set[str] | None, held: Counter[int], names: set[st
     held.update(byte for byte in LOCK_BYTES if int(first) <= byte <= end)
 
 
-def _openers(file: FileId, but: int) -> list[str]:
-    """The processes that have a file open, for a message: ``qemu-io (process 12)``."""
+def openers(file: FileId, but: int, *, writer_of: FileId | None = None) -> list[str]:
+    """The processes that have a file open, for a message: ``qemu-io (process 12)``.
+
+    Not those that write to the file `writer_of`, which are QEMU behind a monitor that is passed on.
+    """
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) not in (but, os.getpid()):
             pid = int(entry)
             if file in open_files(pid).values():
+                if writer_of is not None and writes(pid, writer_of):
+                    continue
                 name = "?"
                 with suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8") as comm:
                     name = comm.read().strip()

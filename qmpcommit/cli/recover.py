@@ -46,7 +46,8 @@ LEFT = 3
     "--override",
     multiple=True,
     metavar="CHECK",
-    help="With 'claim', also what somebody holds of whom it can't be seen whether they live.",
+    help="With 'claim', also what somebody holds of whom it can't be seen whether they live; with"
+    " 'reader', also windows whose file another process still reads.",
 )
 @common
 def recover(

@@ -256,6 +256,7 @@ async def _run(
     import asyncio
 
     from qmpcommit.cli.placeholders import filled, used, variables
+    from qmpcommit.cli.watchdog import watchdog
     from qmpcommit.errors import ChainError
 
     wanted = used(command, list(files))
@@ -271,29 +272,31 @@ async def _run(
     command = filled(command, files)
     early: list[int] = []  # the command gets them when it is there
     running.on_signal, running.on_deadline = early.append, lambda: early.append(0)
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdout=2 if running.options.as_json else None,
-            env={**os.environ, **variables(found)},
-            start_new_session=True,
-        )
-    except OSError as error:
-        click.echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)
-        return 127 if isinstance(error, FileNotFoundError) else 126
+    async with watchdog() as watch:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdout=2 if running.options.as_json else None,
+                env={**os.environ, **variables(found)},
+                start_new_session=True,
+            )
+        except OSError as error:
+            click.echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)
+            return 127 if isinstance(error, FileNotFoundError) else 126
+        watch(process.pid)
 
-    def end(times: int = 0) -> None:
-        number = signal.SIGINT if times == 1 else signal.SIGTERM
-        if running.signal == signal.SIGHUP and not running.timed_out:
-            number = signal.SIGHUP
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+        def end(times: int = 0) -> None:
+            number = signal.SIGINT if times == 1 else signal.SIGTERM
+            if running.signal == signal.SIGHUP and not running.timed_out:
+                number = signal.SIGHUP
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
 
-    running.on_signal, running.on_deadline = end, end
-    for times in early:
-        end(times)
-    status = await process.wait()
+        running.on_signal, running.on_deadline = end, end
+        for times in early:
+            end(times)
+        status = await process.wait()
     return status if status >= 0 else 128 - status
 
 

@@ -33,6 +33,7 @@ from qmpcommit.recovery import jobs, lookup, overlays
 from qmpcommit.recovery.findings import Decide, Finding, Kind, Recovered
 from qmpcommit.recovery.seen import Seen, see
 from qmpcommit.tasks import to_the_end
+from qmpcommit.window.run import close_windows
 
 if TYPE_CHECKING:
     from qmpcommit.block.bitmaps import Carrying
@@ -71,7 +72,8 @@ async def recover(
     `decide` says ("pivot", "keep" or "abort"). A guest that was frozen through its agent goes on
     by its socket in `agents`, by the VMs as named. With `look_only` nothing is changed. Empty files
     of ours are looked for beside the disks' files and in `folders`. Nothing is touched of whoever
-    lives, or of whom it can't be seen whether they live, unless "claim" is in `override`.
+    lives, or of whom it can't be seen whether they live, unless "claim" is in `override`. A window
+    whose file another process still reads stays open, unless "reader" is.
 
     Each finding says what it is, what was done and how that ended; what could not be done it says,
     and goes on. Raises what `Monitor.execute` raises where a VM is away. If it is cancelled, the
@@ -85,7 +87,7 @@ async def recover(
         if not named:
             raise InvalidRequest("name the VMs that are to be recovered, at least one")
         places = [os.fspath(each) for each in folders]
-        work = Recovery(named, decide, places, override=CLAIM in override)
+        work = Recovery(named, decide, places, override=override)
         return await (work.look() if look_only else work.run())
 
 
@@ -106,7 +108,7 @@ async def opened(
 
 async def clear_overlays(vm: VM, agent: str | os.PathLike[str] | None) -> list[Finding]:
     """Only what recycles and discards have left, and guests that stand still: what was done."""
-    work = Recovery({vm: agent}, None, (), override=False, only=OVERLAYS)
+    work = Recovery({vm: agent}, None, (), override=(), only=OVERLAYS)
     return [each for each in (await work.run()).findings if each.done]
 
 
@@ -122,7 +124,7 @@ class Recovery:
         decide: Decide | None,
         folders: Collection[str],
         *,
-        override: bool,
+        override: Collection[str],
         only: Collection[Kind] = lookup.ORDER,
     ) -> None:
         self._only = only
@@ -185,7 +187,7 @@ class Recovery:
             "copying": lambda: self._end_jobs(alike),
             "concluded": lambda: self._dismiss(vm, finding),
             "node": lambda: self._close(vm, finding),
-            "window": lambda: self._windows(vm),
+            "window": lambda: self._windows(vm, [each.what for each in alike]),
             "throttle": lambda: self._unthrottle(vm, finding),
             "file": lambda: self._unlink(finding),
             "claim": lambda: self._unclaim(vm, finding),
@@ -196,7 +198,7 @@ class Recovery:
                 kinds = ("pending",)
             alike = self._of_its_group(finding, found, kinds)
         elif finding.kind == "window":
-            alike = [e for e in found if e.kind == "window" and e.vm == finding.vm]
+            alike = [e for e in found if e.kind == "window" and e.vm == finding.vm and e.does]
         vm.log.info("recovers", kind=finding.kind, what=finding.what)
         try:
             result = await steps[finding.kind]()
@@ -431,9 +433,16 @@ class Recovery:
             raise CommitFailed("; ".join(warnings))
         return "it was closed"
 
-    async def _windows(self, vm: VM) -> str:
-        outcomes = await _close_windows(vm, self._vms[vm], self._folders, override=self._override)
-        return f"closed: {outcomes} overlays were merged back"
+    async def _windows(self, vm: VM, overlays: Collection[str]) -> str:
+        closed = 0
+        for folder in self._folders or (None,):
+            closed += len(
+                await close_windows(
+                    vm, agent=self._vms[vm], overlay_dir=folder, override=self._override,
+                    only=overlays,
+                )
+            )  # fmt: skip
+        return f"closed: {closed} overlays were merged back"
 
     async def _unthrottle(self, vm: VM, finding: Finding) -> str:
         noted = next(each for each in self._seen[vm].limits if each.message == finding.what)
@@ -452,25 +461,13 @@ class Recovery:
 
     async def _unclaim(self, vm: VM, finding: Finding) -> str:
         owners = [owner for owner in await owners_of(vm) if owner.node == finding.what]
-        if self._override:
+        if CLAIM in self._override:
             for owner in owners:
                 with suppress(CommandRefused):
                     await vm.execute("blockdev-del", {"node-name": owner.node})
         else:
             await clear_dead(vm, owners)
         return "it was let go"
-
-
-async def _close_windows(
-    vm: VM, agent: str | os.PathLike[str] | None, folders: Collection[str], *, override: bool
-) -> int:
-    from qmpcommit.window.run import close_windows
-
-    ended = 0
-    claim = (CLAIM,) if override else ()
-    for folder in folders or (None,):
-        ended += len(await close_windows(vm, agent=agent, overlay_dir=folder, override=claim))
-    return ended
 
 
 async def _no_note(step: str, **facts: Any) -> None:

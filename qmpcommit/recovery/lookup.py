@@ -24,6 +24,7 @@ from qmpcommit.recovery.jobs import (
 )
 from qmpcommit.recovery.overlays import discards, nodes_left, recycles, swapped_discards
 from qmpcommit.recovery.seen import Seen
+from qmpcommit.window.readers import WHAT_TO_DO, reading
 
 ORDER: Sequence[Kind] = get_args(Kind)
 
@@ -133,12 +134,16 @@ def _windows(seen: Seen) -> Iterator[Finding]:
             continue
         if left(active.filename) and not held(seen, disk):
             message = f"a window over {disk} was left open: its guest writes to {active.filename}"
+            readers = seen.readers.get(active.filename)
+            if readers:
+                message += f", and {reading(readers, disk.chain[1].filename)}"
             yield Finding(
                 "window",
                 seen.vm,
                 active.filename,
                 message,
-                "It is merged back, and deleted",
+                WHAT_TO_DO if readers else "It is merged back, and deleted",
+                does=not readers,
                 disk=disk.name,
             )
     laid = {image.filename for disk in seen.disks for image in disk.chain}

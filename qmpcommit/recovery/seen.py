@@ -17,6 +17,7 @@ from qmpcommit.block.chain import Disk, absolute, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.block.identity import file_id, names_are_ours, open_files
 from qmpcommit.block.throttle import Noted, noted_limits
+from qmpcommit.commit.checks import CLAIM, READER
 from qmpcommit.commit.claim import Owner, lives, owners_among
 from qmpcommit.commit.overlay.file import is_marked
 from qmpcommit.errors import CommandRefused
@@ -36,7 +37,8 @@ class Seen(NamedTuple):
     those that have ended. `followed` are the jobs that this session follows. `names` has for
     each overlay of ours the node of the layer that its header names; `files` are empty overlays
     of ours that nobody has open. `windows` are overlays that windows have left,
-    `limits` what notes tell of the limits that disks had before they were held back.
+    `limits` what notes tell of the limits that disks had before they were held back. `readers` are
+    the processes that read what stands still under an overlay that disks write to, by its file.
     """
 
     vm: str
@@ -53,10 +55,14 @@ class Seen(NamedTuple):
     files: tuple[str, ...] = ()
     windows: tuple[str, ...] = ()
     limits: tuple[Noted, ...] = ()
+    readers: Mapping[str, list[str]] = {}
 
 
-async def see(vm: VM, *, folders: Collection[str] = (), override: bool = False) -> Seen:
-    """Look at a VM; with `override` owners of whom it can't be told whether they live are dead."""
+async def see(vm: VM, *, folders: Collection[str] = (), override: Collection[str] = ()) -> Seen:
+    """Look at a VM; with "claim" in `override` owners who may live or not are taken for dead.
+
+    With "reader" nobody is taken for a reader of what stood still in a window.
+    """
     try:
         status = str((await vm.execute("query-status")).get("status"))
     except CommandRefused:
@@ -66,12 +72,14 @@ async def see(vm: VM, *, folders: Collection[str] = (), override: bool = False) 
     disks = tuple(read_disks(graph))
     owners = list(owners_among(graph.claims).values())
     alive = {owner.nonce: lives(owner) for owner in owners}
-    dead = [o for o in owners if alive[o.nonce] is False or (override and alive[o.nonce] is None)]
+    taken = (False, None) if CLAIM in override else (False,)
+    dead = [owner for owner in owners if alive[owner.nonce] in taken]
     names = await asyncio.to_thread(_names, vm, graph, disks)
     files = await asyncio.to_thread(_files, vm, graph, disks, folders)
     from qmpcommit.window.remains import unused
 
     windows = await unused(vm, folders)
+    readers = {} if READER in override else await asyncio.to_thread(_readers, vm, disks)
     return Seen(
         vm=vm.name,
         address=str(vm.address or "QMP"),
@@ -87,7 +95,15 @@ async def see(vm: VM, *, folders: Collection[str] = (), override: bool = False) 
         files=tuple(files),
         windows=tuple(each for each in windows if not each.startswith(JOB_PREFIX)),
         limits=tuple(await noted_limits(vm)),
+        readers=readers,
     )
+
+
+def _readers(vm: VM, disks: Collection[Disk]) -> dict[str, list[str]]:
+    from qmpcommit.window.readers import readers_of
+
+    found = {disk.active.filename: readers_of(vm, disk) for disk in disks if disk.active}
+    return {overlay: readers for overlay, readers in found.items() if readers}
 
 
 def _names(vm: VM, graph: BlockGraph, disks: Collection[Disk]) -> dict[str, str]:

@@ -8,11 +8,13 @@ Rests on what a claim rests on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.commit.checks import READER
 from qmpcommit.commit.claim import (
     Claim,
     Owner,
@@ -27,6 +29,7 @@ from qmpcommit.commit.claim import (
     told,
 )
 from qmpcommit.errors import JobConflict
+from qmpcommit.window.readers import WHAT_TO_DO, readers_of, reading
 from qmpcommit.window.records import Frozen, Window
 from qmpcommit.window.remains import disk_over, own_jobs, window_of
 
@@ -91,7 +94,10 @@ async def clear_named(vm: VM, window: str) -> None:
 async def closable(
     vm: VM, left: Iterable[Frozen], override: Collection[str]
 ) -> tuple[list[Frozen], list[JobConflict]]:
-    """Those of these overlays that nobody holds who lives; and why the others can't be closed."""
+    """Those of these overlays that nobody holds who lives, and over which nobody reads.
+
+    And why the others can't be closed.
+    """
     graph = await read_graph(vm)
     free: list[Frozen] = []
     held: list[JobConflict] = []
@@ -100,11 +106,24 @@ async def closable(
         try:
             if disk is not None:
                 check_free(vm, graph, disk, override=override)
+                if READER not in override:
+                    await _check_unread(vm, disk, each)
         except JobConflict as conflict:
             held.append(conflict)
         else:
             free.append(each)
     return free, held
+
+
+async def _check_unread(vm: VM, disk: Disk, each: Frozen) -> None:
+    readers = await asyncio.to_thread(readers_of, vm, disk)
+    if readers:
+        raise JobConflict(
+            f"the window over {disk} of {vm.name} stays open: {reading(readers, each.filename)}."
+            f" {WHAT_TO_DO}",
+            vm=vm.name,
+            disk=disk.name,
+        )
 
 
 def held_windows(owners: Iterable[Owner]) -> frozenset[str]:

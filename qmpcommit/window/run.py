@@ -363,8 +363,12 @@ async def close_windows(
     agent: str | os.PathLike[str] | None = None,
     overlay_dir: str | os.PathLike[str] | None = None,
     override: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> list[CommitOutcome]:
-    """Close the windows that somebody left open; see `Session.close_windows`."""
+    """Close the windows that somebody left open; see `Session.close_windows`.
+
+    With `only` those of these overlays.
+    """
     check_override(override)
     await end_jobs(vm)
     owners = await owners_of(vm)
@@ -376,6 +380,8 @@ async def close_windows(
     ]
     await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
+    if only is not None:
+        left = [each for each in left if each.overlay in only]
     free, conflicts = await closable(vm, left, override)
     outcomes = await to_the_end(_close_named(vm, free, bandwidth, {}, override))
     folders = () if overlay_dir is None else (os.fspath(overlay_dir),)

@@ -51,8 +51,11 @@ NAMES = tuple(CHECKS)
 CLAIM = "claim"
 """Overrides that somebody else holds the disk (`qmpcommit.commit.claim`)."""
 
-OVERRIDES = (*NAMES, CLAIM)
-"""All that can be overridden: a check's refusal, and that somebody else holds the disk."""
+READER = "reader"
+"""Overrides that somebody still reads what stood still in a window (`qmpcommit.window.readers`)."""
+
+OVERRIDES = (*NAMES, CLAIM, READER)
+"""All that can be overridden: a check's refusal, that somebody else holds the disk, or reads it."""
 
 _ABOUT_SPACE = frozenset(("free-space", "size"))
 
