@@ -53,6 +53,7 @@ _HOMES = {
         " JobDetached OperationError RemoteJobDetached RequestError SessionClosed"
     ),
     "offline_session": "offline",
+    "preloading": "preload",
     "qmp.events": "Event UnknownEvent",
     "recovery.doing": "recover",
     "recovery.findings": "Finding Recovered",
@@ -65,9 +66,8 @@ _FORMER = ("close_window", "open_window", "recover_window")
 """Functions that are methods of a session now; they go with the next version."""
 
 _MODULES = ("client", "events")
-_PROGRAMS = ("__main__", "cli", "daemon")
 
-__all__ = ["__version__", "commit", "preload", *_MODULES, *_HOME]  # noqa: PLE0604  (all of them are strings)
+__all__ = ["__version__", "commit", *_MODULES, *_HOME]  # noqa: PLE0604  (all of them are strings)
 
 __version__ = "0.1.0"
 
@@ -104,25 +104,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"qmpcommit.{home}"), name)
     globals()[name] = value
     return value
-
-
-def preload() -> None:
-    """Load all of the library now, so that nothing is imported while an event loop runs.
-
-    For a host that minds the milliseconds which the first use of a name takes otherwise. The
-    daemon and the command are left out, and the daemon's client where h11 is not installed.
-    """
-    from pkgutil import walk_packages
-
-    for name in ("structlog", "concurrent.futures.thread", "encodings.ascii", "encodings.idna"):
-        import_module(name)  # Python itself has some of its own loaded at their first use
-    for found in walk_packages(__path__, "qmpcommit."):
-        if found.name.split(".")[1] not in _PROGRAMS:
-            try:
-                import_module(found.name)
-            except ModuleNotFoundError as missing:
-                if missing.name != "h11":
-                    raise
 
 
 def __dir__() -> list[str]:

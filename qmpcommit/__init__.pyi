@@ -1,9 +1,15 @@
 """The public names, for type checkers; `__init__.py` loads them when they are used."""
 
+from collections.abc import Iterable
+from typing import Unpack
+
+from typing_extensions import deprecated
+
 from qmpcommit import client as client
 from qmpcommit import events as events
 from qmpcommit.block.chain import Disk as Disk
 from qmpcommit.block.chain import Image as Image
+from qmpcommit.callback import Notes
 from qmpcommit.client.events import DaemonEvent as DaemonEvent
 from qmpcommit.client.group import RemoteGroup as RemoteGroup
 from qmpcommit.client.host import Client as Client
@@ -93,6 +99,7 @@ from qmpcommit.guest.quiesce import Quiet as Quiet
 from qmpcommit.guest.quiesce import quiesced as quiesced
 from qmpcommit.guest.quiesce import thaw as thaw
 from qmpcommit.offline_session import offline as offline
+from qmpcommit.preloading import preload as preload
 from qmpcommit.qmp.events import Event as Event
 from qmpcommit.qmp.events import UnknownEvent as UnknownEvent
 from qmpcommit.recovery.doing import recover as recover
@@ -109,11 +116,24 @@ from qmpcommit.window.records import GroupWindow as GroupWindow
 from qmpcommit.window.records import NotedWindow as NotedWindow
 from qmpcommit.window.records import OpenWindow as OpenWindow
 from qmpcommit.window.records import Window as Window
-from qmpcommit.window.run import close_window as close_window
+from qmpcommit.window.run import OpenOptions
 from qmpcommit.window.run import new_window_name as new_window_name
-from qmpcommit.window.run import open_window as open_window
-from qmpcommit.window.run import recover_window as recover_window
 
 __version__: str
 
-def preload() -> None: ...
+@deprecated("it is vm.open_window(disks, ...) now")
+async def open_window(
+    vm: Session, disks: Iterable[str], **options: Unpack[OpenOptions]
+) -> Window: ...
+@deprecated("it is vm.close_window(window, ...) now")
+async def close_window(
+    vm: Session,
+    window: Window | Iterable[Frozen],
+    *,
+    bandwidth: int | str | None = None,
+    ledger: Notes | None = None,
+) -> list[CommitOutcome]: ...
+@deprecated("it is vm.recover_window(noted, ...) now")
+async def recover_window(
+    vm: Session, noted: NotedWindow, *, held: bool = True
+) -> Window | None: ...

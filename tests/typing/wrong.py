@@ -43,6 +43,7 @@ async def wrong(vm: qc.Session, host: qc.Client, ledger: qc.FileLedger) -> None:
     outcome.action  # type: ignore[union-attr]  # noqa: B018
     await host.vm("web1").commit("vda", ledger=ledger)  # type: ignore[call-arg]
     await host.commit_group([("web1", "vda", 7)])  # type: ignore[list-item]
+    await qc.open_window(vm, "vda", name=7)  # type: ignore[arg-type]
     opened: str = await vm  # type: ignore[assignment]
     pivoted: bool = qc.VMGone("").pivoted  # type: ignore[assignment]
     print(opened, pivoted)

@@ -53,7 +53,7 @@ def test_what_the_stub_names_is_what_there_is() -> None:
     stub = Path(qc.__file__).with_suffix(".pyi").read_text()
     named = set(re.findall(r"^from qmpcommit\S* import (\w+) as \1$", stub, re.M))
     former = {"open_window", "close_window", "recover_window"}
-    assert named == set(dir(qc)) - {"__version__", "preload"} | former
+    assert named == set(dir(qc)) - {"__version__"}
     for name in former:
         with pytest.warns(DeprecationWarning, match=rf"is vm\.{name}\(\.\.\.\) now") as told:
             assert getattr(qc, name) is getattr(run, name)

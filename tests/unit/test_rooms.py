@@ -9,7 +9,7 @@ from pathlib import Path
 import qmpcommit
 
 FLOORS = (
-    {"errors", "manual"},
+    {"errors", "manual", "preloading"},
     {"log", "tasks", "units", "values", "names"},
     {"callback"},
     {"qmp"},
