@@ -50,7 +50,7 @@ def _of(
     yield from nodes_left(seen)
     yield from _windows(seen)
     yield from _throttles(seen)
-    for path in seen.files:
+    for path in () if seen.living else seen.files:  # whoever lives may have made it just now
         message = f"{path} has no byte, and was made for a fresh overlay that never began"
         yield Finding("file", seen.vm, path, message, "It is deleted")
     yield from _claims(seen)

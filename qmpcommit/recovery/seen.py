@@ -19,7 +19,7 @@ from qmpcommit.block.identity import file_id, names_are_ours, open_files
 from qmpcommit.block.throttle import Noted, noted_limits
 from qmpcommit.commit.checks import CLAIM, READER
 from qmpcommit.commit.claim import Owner, lives, owners_among
-from qmpcommit.commit.overlay.file import is_marked
+from qmpcommit.commit.overlay.file import is_being_made, maker_of
 from qmpcommit.errors import CommandRefused
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 
@@ -134,7 +134,9 @@ def _files(
         with suppress(OSError):
             for name in sorted(os.listdir(folder)):
                 path = os.path.join(folder, name)
-                if WINDOW_MARK in name or not (_CYCLES.search(name) or is_marked(path)):
+                if WINDOW_MARK in name or not (_CYCLES.search(name) or maker_of(path)):
+                    continue
+                if is_being_made(path):
                     continue
                 if os.path.islink(path) or not os.path.isfile(path) or os.path.getsize(path):
                     continue  # an empty image may be the disk of a VM that is off: no bytes are not

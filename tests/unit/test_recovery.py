@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.block.graph import build_graph
 from qmpcommit.block.throttle import Noted
 from qmpcommit.commit.claim import job_number, number_of, owners_among
+from qmpcommit.commit.overlay.file import is_being_made, make_file, maker_of
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.guest.marks import mark_of_discard, mark_of_flush, mark_of_recycle
+from qmpcommit.qmp.process import is_alive, process_identity
 from qmpcommit.recovery.findings import Decide, Finding
 from qmpcommit.recovery.jobs import Groups, pending_order
 from qmpcommit.recovery.lookup import ORDER, look_up
@@ -341,3 +345,23 @@ def test_limits_that_a_killed_commit_has_noted_are_put_back(group: str) -> None:
 def test_an_empty_file_is_deleted() -> None:
     found = look_up([show(owner="nobody")._replace(files=("/vms/fresh",))])
     assert [(each.kind, each.what, each.does) for each in found] == [("file", "/vms/fresh", True)]
+
+
+def test_a_file_that_whoever_lives_may_have_made_just_now_is_left_alone() -> None:
+    for owner, found in (("living", []), ("dead", ["file", "claim"]), ("nobody", ["file"])):
+        seen = show(owner=owner)._replace(files=("/vms/fresh.qcow2",))
+        assert [each.kind for each in look_up([seen])] == found
+
+
+def test_who_made_a_file_is_seen_by_it(tmp_path: Path) -> None:
+    made = make_file(str(tmp_path / "fresh"), "")
+    made.close()
+    maker = maker_of(made.path)
+    if not maker:
+        pytest.skip("no extended attributes here")
+    assert is_alive(maker)
+    assert not is_being_made(made.path)  # by another process, that is
+    os.setxattr(made.path, "user.qmpcommit", process_identity(os.getppid()).encode())
+    assert is_being_made(made.path)
+    os.setxattr(made.path, "user.qmpcommit", f"{os.getppid()}.1".encode())
+    assert not is_being_made(made.path)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 from qmpcommit.block.files import read_header
 from qmpcommit.block.identity import FileId
 from qmpcommit.block.qcow2 import LONGEST_NAME, MAGIC, holds_data
+from qmpcommit.qmp.process import is_alive, process_identity
 
 _LABELS = ("security.selinux", "system.posix_acl_access")
 _OURS = "user.qmpcommit"
-"""Tells of a file that it was made here, whose maker is killed before QEMU has opened it."""
+"""Tells of a file which process made it here, that may be killed before QEMU has opened it."""
 
 _ODD = 4096
 """Sizes that a new file is known by are multiples of this many bytes (O_DIRECT's), up to 1 GiB."""
@@ -67,18 +68,25 @@ def make_file(path: str, like: str) -> NewFile:
     opened = os.open(path, flags, 0o600)
     made = NewFile(path, FileId.of(os.fstat(opened)), opened)
     with suppress(OSError):
-        os.setxattr(opened, _OURS, b"fresh")
+        os.setxattr(opened, _OURS, process_identity(os.getpid()).encode() or b"fresh")
     if like:
         with suppress(OSError):  # what could not be made alike is looked for afterwards
             _resemble(opened, like)
     return made
 
 
-def is_marked(path: str) -> bool:
-    """Whether a file was made here for a fresh overlay, as far as its file system can tell."""
+def maker_of(path: str) -> str:
+    """Who made a file for a fresh overlay (`process_identity`); "" where nothing tells that."""
     with suppress(OSError):
-        return bool(os.getxattr(path, _OURS, follow_symlinks=False))
-    return False
+        return os.getxattr(path, _OURS, follow_symlinks=False).decode(errors="replace")
+    return ""
+
+
+def is_being_made(path: str) -> bool:
+    """Whether another process made this file for a fresh overlay, and lives."""
+    maker = maker_of(path)
+    pid = maker.partition(".")[0]
+    return pid.isdigit() and int(pid) != os.getpid() and is_alive(maker)
 
 
 def _resemble(opened: int, like: str) -> None:
