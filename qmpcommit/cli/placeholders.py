@@ -28,6 +28,9 @@ _TAKES_APART = frozenset(
 )  # fmt: skip
 """Programs that hand all their arguments to a shell, or run one of them, whatever its place."""
 
+_NAME = re.compile(r"(?<!\$)\{((?:\d+\.)?[A-Za-z][\w-]*)\}")
+"""What may be meant as a disk; ``${NAME}`` is a shell's."""
+
 _OPTION = re.compile(r"-[A-Za-z]*[cCeErSp]|--(command|eval|execute|exec|run|split-string|print)")
 
 
@@ -50,6 +53,25 @@ def used(command: Sequence[str], disks: Sequence[str]) -> set[str]:
     """The disks whose files the command asks for by {DISK}."""
     pattern = _placeholder(disks)
     return {disk for word in command for disk in pattern.findall(word)}
+
+
+def check_known(command: Sequence[str], disks: Sequence[str]) -> None:
+    """Refuse {vdb}, and the like, of a disk that is not in the window; raises `InvalidRequest`.
+
+    Only what looks like a disk: other braces are the command's own.
+    """
+    stems = {_stem(disk) for disk in disks} | {"vd", "sd", "hd"}
+    for word in command:
+        for name in _NAME.findall(word):
+            if name not in disks and _stem(name) in stems:
+                raise InvalidRequest(
+                    f"{{{name}}} stands in '{word}', and {name} is no disk of this window"
+                    f" ({', '.join(disks)}). Name it before '--' too. Nothing was sent"
+                )
+
+
+def _stem(disk: str) -> str:
+    return re.sub(r"^\d+\.|[a-z]$|\d+$", "", disk)
 
 
 def filled(command: Sequence[str], files: Mapping[str, str]) -> list[str]:

@@ -121,11 +121,23 @@ def window(
             "Several VMs have one instant only while their guests stand still: --freeze pause, or"
             " --freeze agent"
         )
+    from qmpcommit.cli.placeholders import check_known
+
+    check_known(command, _names(wanted))
     sockets = sockets_of(freeze, wanted, agents)
     if len(wanted) == 1:
         request |= {"disks": wanted[qmp], "agent": sockets.get(qmp)}
         return run(options, lambda running: _window(running, qmp, command, request))
     return run(options, lambda running: _windows(running, wanted, sockets, command, request))
+
+
+def _names(wanted: Mapping[str, list[str]]) -> list[str]:
+    """What the disks' files are asked for by: {vda}, or {1.vda} where several VMs have one."""
+    if len(wanted) == 1:
+        return [disk for disks in wanted.values() for disk in disks]
+    names = [disk for disks in wanted.values() for disk in disks]
+    numbered = [f"{n}.{disk}" for n, disks in enumerate(wanted.values(), 1) for disk in disks]
+    return [*numbered, *(disk for disk in names if names.count(disk) == 1)]
 
 
 def _parted(context: click.Context, words: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -242,6 +254,8 @@ def _closed(
 ) -> Answer:
     names = ", ".join(dict.fromkeys(files.values()))
     text = f"the window on {names} is closed; the command ended with status {status}"
+    if running.timed_out:
+        text += f"; it was told to end, for the time was up ({running.options.timeout:g} s)"
     text = "\n".join([text, *remarks(outcomes)])
     return Answer(data, text, status=status, quiet=running.options.quiet)
 

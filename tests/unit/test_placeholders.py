@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.cli.placeholders import filled, used, variables
+from qmpcommit.cli.options import Options
+from qmpcommit.cli.placeholders import check_known, filled, used, variables
+from qmpcommit.cli.running import Run
+from qmpcommit.cli.window import _closed, _names
 
 PLAIN, SHARP = "/vms/web1/vda.qcow2", "/vms/my disk; touch stray"
 
@@ -64,3 +67,25 @@ def test_variables() -> None:
         "QMPCOMMIT_FILE_2_vda": "/c",
         "QMPCOMMIT_FILES": "/a b\n/c\n/d\n/e",
     }
+
+
+@pytest.mark.parametrize("word", ["{vdb}", "/b/{vdb}.qcow2", "{1.vda}", "{sda}"])
+def test_a_disk_that_is_not_in_the_window_is_refused(word: str) -> None:
+    with pytest.raises(qc.InvalidRequest, match=r"no disk of this window \(vda\)"):
+        check_known(["ls", word], ["vda"])
+    check_known(["ls", "{vda}", "${vdb}", "{print}", "{1..3}", "{}", "{a,b}"], ["vda"])
+
+
+def test_over_several_vms_a_name_that_two_have_is_refused() -> None:
+    names = _names({"one": ["vda", "vdb"], "two": ["vda"]})
+    check_known(["{1.vda}", "{2.vda}", "{vdb}", "{1.vdb}"], names)
+    for word in ("{vda}", "{2.vdb}", "{3.vda}"):
+        with pytest.raises(qc.InvalidRequest):
+            check_known([word], names)
+
+
+async def test_a_command_that_was_ended_for_its_time_is_told_so() -> None:
+    running = Run(Options.of(False, False, 0, "3"))
+    running.timed_out = True
+    answer = _closed(running, {}, {"vda": PLAIN}, 143, [])
+    assert answer.text.endswith("status 143; it was told to end, for the time was up (3 s)")
