@@ -318,19 +318,21 @@ def _program(pid: int) -> str:
 def conflict(vm: VM, disk: Disk, owner: Owner, state: str = "Nothing was sent") -> JobConflict:
     """The error of whoever comes second; it names the first."""
     alive = lives(owner)
+    hint = None
     text = f"{disk} of {vm.name} is held by {told(owner)}"
     if disk.jobs:
         text += f"; it has a block job already: {', '.join(disk.jobs)}"
     if alive is None:
         text += (
             ". Whether that process lives can't be seen from here. Wait for its end; or, if it is"
-            f" gone for certain, take the disk over from it: --override {CLAIM}"
-            f" (override=['{CLAIM}'])"
+            f" gone for certain, take the disk over from it: override {CLAIM}"
         )
+        hint = f"--override {CLAIM} does that"
     else:
         text += ". Wait for its end, or end that program"
     return JobConflict(
         f"{text}. {state}",
+        hint=hint,
         vm=vm.name,
         disk=disk.name,
         job_id=disk.jobs[0] if disk.jobs else None,

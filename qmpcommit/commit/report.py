@@ -202,6 +202,7 @@ def _by_verdict(
         case Verdict.UNCLEAR:
             return CommitFailed(
                 f"{subject}: {state.error}. {_newest_unknown(plan)}{_spared(plan, state)}",
+                hint="'qmpcommit chain' shows what the guest writes to",
                 error=state.error,
             )
         case Verdict.VM_GONE:
@@ -380,8 +381,8 @@ def _newest_unknown(plan: Plan) -> str:
     if not plan.top.node_name:
         return _still_active(plan)
     return (
-        f"Whether {plan.top.filename} or {plan.base.filename} is the newer one is not known:"
-        " 'qmpcommit chain' shows what the guest writes to; of a disk that nothing uses compare"
+        f"Whether {plan.top.filename} or {plan.base.filename} is the newer one is not known: it is"
+        " what the guest writes to now (query-block); of a disk that nothing uses compare"
         f" them before booting ('qemu-img compare {plan.top.filename} {plan.base.filename}')"
     )
 
