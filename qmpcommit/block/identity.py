@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk, Image
@@ -75,7 +74,8 @@ def writes(pid: int, file: FileId) -> bool:
     for number, opened in open_files(pid).items():
         if opened == file:
             with suppress(OSError, ValueError, LookupError):
-                told = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+                with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii") as info:
+                    told = info.read()
                 flags = int(told.split("flags:")[1].split()[0], 8)
                 if flags & os.O_ACCMODE != os.O_RDONLY:
                     return True

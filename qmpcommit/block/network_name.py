@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 _UNIX = "nbd+unix://"
 _TCP = "nbd://"
@@ -32,6 +31,8 @@ class Export(NamedTuple):
         """
         if set(self.path) & set("%&;#?="):
             return ""
+        from urllib.parse import quote  # which takes time, and few disks have such a name
+
         name = quote(self.name, safe="" if self.name.startswith("/") else "/")
         if self.path:
             return f"{_UNIX}/{name}?socket={quote(self.path, safe='/')}"
@@ -67,6 +68,10 @@ def written_export(text: str) -> Export | None:
             return Export(path=where.removeprefix("unix:"), name=name)
         host, _, port = where.rpartition(":")
         return Export(host=_bare(host), port=port, name=name)
+    if text[:3].lower() != "nbd":
+        return None
+    from urllib.parse import parse_qs, unquote, urlsplit
+
     try:
         parts = urlsplit(text)
         host, port = parts.hostname or "localhost", str(parts.port or 10809)

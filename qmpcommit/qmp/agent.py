@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -126,7 +125,7 @@ class Agent:
         return reply.get("return")
 
     async def _synchronize(self) -> None:
-        mark = random.randrange(1, 1 << 53)
+        mark = 1 + int.from_bytes(os.urandom(6), "big")
         self._send(_SENTINEL, "guest-sync-delimited", {"id": mark})
         answer = None
         while answer != mark:  # but one to somebody who has left

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import socket
 from collections.abc import Coroutine, Generator, Mapping
 from contextlib import suppress
@@ -411,7 +410,7 @@ class Monitor(Queries):
                     f" {self.patience:g} s, and broke each time before it answered anything",
                     vm=self.name,
                 )
-            await asyncio.sleep(random.uniform(0.05, 0.1))
+            await asyncio.sleep(_between(0.05, 0.1))
         while not self.connected:
             try:
                 await self.open()
@@ -440,7 +439,7 @@ class Monitor(Queries):
                         f" {self.patience:g} s: {error.message}",
                         vm=self.name,
                     ) from error
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            await asyncio.sleep(pause * _between(0.5, 1.0))
             pause = min(pause * 1.6, 0.5)
         return None if before is None or self.peer_pid is None else before == self.peer_pid
 
@@ -557,3 +556,8 @@ class Monitor(Queries):
         if message["event"] == "SHUTDOWN":
             self.shutting_down = True
         self.subscribers.message(message)
+
+
+def _between(low: float, high: float) -> float:
+    """A number at random, so that many who were lost at once come back one after the other."""
+    return low + (high - low) * os.urandom(1)[0] / 255  # random itself takes time to import

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Iterable
@@ -43,7 +42,7 @@ class NewFile(NamedTuple):
 
     def mark(self) -> int:
         """Give it a size by which QEMU can tell that it has opened this very file."""
-        size = _ODD * (1 + secrets.randbelow((1 << 30) // _ODD))
+        size = _ODD * (1 + int.from_bytes(os.urandom(8), "big") % ((1 << 30) // _ODD))
         os.ftruncate(self.descriptor, size)
         return size
 
