@@ -8,7 +8,10 @@ timestamps. Per contestant, medians of:
 
 * reaction: from ``BLOCK_JOB_READY`` to the job's next status change, on QEMU's own clock;
 * job: from the job's creation to ``BLOCK_JOB_COMPLETED``, on QEMU's own clock;
-* process: the contestant's whole process, interpreter start included.
+* process: the contestant's whole process, interpreter start included;
+* CPU: what that took of a processor, which a busy machine changes least.
+
+The package's modules are compiled before, as an installation compiles them.
 
 The command's start without a job is measured too (``--help``). Nothing here asserts.
 """
@@ -16,9 +19,11 @@ The command's start without a job is measured too (``--help``). Nothing here ass
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import statistics
@@ -42,6 +47,7 @@ class Sample:
     reaction: float
     job: float
     process: float
+    cpu: float
 
 
 def contestants() -> dict[str, list[str]]:
@@ -121,9 +127,9 @@ def one_run(folder: Path, command: list[str]) -> Sample:
     try:
         _until(lambda: all(path.exists() for path in sockets))
         listener = Listener(sockets[1])
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _cpu()
         subprocess.run([*command, str(sockets[0]), "top"], check=True, stdout=subprocess.DEVNULL)
-        process = (time.perf_counter() - start) * 1e3
+        process, cpu = (time.perf_counter() - start) * 1e3, _cpu() - before
         heard = listener.until_concluded()
         listener.close()
     finally:
@@ -133,7 +139,13 @@ def one_run(folder: Path, command: list[str]) -> Sample:
     ended = next(when for when, event, _ in heard if event == "BLOCK_JOB_COMPLETED")
     ready = next(i for i, (_, event, _) in enumerate(heard) if event == "BLOCK_JOB_READY")
     reaction = heard[ready + 1][0] - heard[ready][0]
-    return Sample(reaction, ended - created, process)
+    return Sample(reaction, ended - created, process, cpu)
+
+
+def _cpu() -> float:
+    """Milliseconds of a processor that children have taken that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) * 1e3
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -167,14 +179,16 @@ def report(size: int, samples: dict[str, list[Sample]]) -> None:
     print(f"\n{size} MiB overlay, {len(samples[reference])} runs each, medians in ms")
     print(
         f"{'':16}{'reaction':>9} {'ratio':>6}{'job':>10}{'process':>10} {'ratio':>6}"
-        f"{'beyond job':>12}"
+        f"{'beyond job':>12}{'CPU':>8} {'ratio':>6}"
     )
     for name in samples:
-        reaction, job, process = (median(name, w) for w in ("reaction", "job", "process"))
+        reaction, job, process, cpu = (
+            median(name, what) for what in ("reaction", "job", "process", "cpu")
+        )
         print(
             f"{name:16}{reaction:9.2f} {reaction / median(reference, 'reaction'):6.2f}"
             f"{job:10.1f}{process:10.1f} {process / median(reference, 'process'):6.2f}"
-            f"{process - job:12.1f}"
+            f"{process - job:12.1f}{cpu:8.1f} {cpu / median(reference, 'cpu'):6.2f}"
         )
     ratio = median("our command", "job") / median(reference, "job")
     print(f"QEMU's own job time under our command: {ratio:.3f} times that under {reference}")
@@ -210,6 +224,7 @@ def main() -> None:
     )
     print(version.stdout.splitlines()[0])
     print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, images in {options.folder}")
+    compileall.compile_dir(HERE.parent.parent / "qmpcommit", quiet=1)
     start_up(options.runs)
     for size in (int(text) for text in options.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="qc-") as folder:
