@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
 
+READ_ONLY = (
+    "is read-only, so that its guest writes nothing, and an overlay could never be merged back"
+)
+
+
 async def lay_all(
     vm: VM,
     pairs: Sequence[tuple[Disk, FreshOverlay]],

@@ -31,7 +31,7 @@ from qmpcommit.guest.quiesce import How, check_sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 from qmpcommit.tasks import to_the_end
 from qmpcommit.values import Record, record
-from qmpcommit.window.laying import check_idle, lay_all
+from qmpcommit.window.laying import READ_ONLY, check_idle, lay_all
 
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
@@ -178,6 +178,8 @@ def _plan(vm: VM, disk: Disk, name: str) -> Plan:
             " changed",
             **where,
         )
+    if active.read_only:
+        raise ChainError(f"{disk} of {vm.name} {READ_ONLY}. Nothing was changed", **where)
     check_idle(vm, disk)
     check_nameable(active, vm.name, disk.name)
     return Plan(

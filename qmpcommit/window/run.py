@@ -81,7 +81,7 @@ from qmpcommit.window.claims import (
     disturbances,
     held_windows,
 )
-from qmpcommit.window.laying import check_idle, lay_all
+from qmpcommit.window.laying import READ_ONLY, check_idle, lay_all
 from qmpcommit.window.records import (
     MARK,
     NAME,
@@ -496,6 +496,13 @@ def _place(
             f"{disk} of {vm.name} is in a window already, and writes to {active.filename}: close"
             " it first. Nothing was changed",
             hint="'qmpcommit window --close' does that",
+            vm=vm.name,
+            disk=disk.name,
+        )
+    if active.read_only:
+        raise WindowError(
+            f"{disk} of {vm.name} {READ_ONLY}. {active.filename} stands still already, and can be"
+            " read without a window. Nothing was changed",
             vm=vm.name,
             disk=disk.name,
         )

@@ -395,3 +395,20 @@ async def test_over_a_guest_that_a_killed_process_left_paused_it_is_not_opened(
     assert not list(folder.glob("*qmpcommit-window*"))
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("device", ["virtio-blk-pci", "ide-cd"])
+async def test_over_a_disk_that_is_read_only_nothing_is_laid(folder: Path, device: str) -> None:
+    chain, other = make_chain(folder), make_chain(folder, names=("b2", "m2", "l2", "t2"))
+    node = f"driver=qcow2,node-name=ro,read-only=on,file.driver=file,file.filename={other.top}"
+    extra = ["-blockdev", f"{node},file.read-only=on", "-device", f"{device},drive=ro,id=vdb"]
+    async with machine(folder, chain, extra=extra, running=True) as qemu:
+        there = sorted(folder.iterdir())
+        async with qc.Session.connect(qemu.qmp) as vm:
+            with pytest.raises(qc.WindowError, match=r"vdb.* is read-only.* stands still already"):
+                await qc.open_window(vm, ["vda", "vdb"])
+            with pytest.raises(qc.ChainError, match=r"vdb.* is read-only"):
+                await vm.overlay(["vdb"])
+            assert await vm.windows() == []
+        assert sorted(folder.iterdir()) == there
+        await qemu.quit()
