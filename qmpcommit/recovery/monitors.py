@@ -17,6 +17,7 @@ from qmpcommit.commit.vm import VM
 from qmpcommit.errors import ConnectError, DeadlineExceeded, VMNotFound
 from qmpcommit.names import SOCKETS
 from qmpcommit.qmp.address import is_socket
+from qmpcommit.qmp.bound import file_of
 
 T = TypeVar("T")
 
@@ -25,22 +26,31 @@ WITHIN = 2.0
 
 
 class Place(NamedTuple):
-    """One VM's monitors, each by its address: the first one that answers is asked."""
+    """One VM's monitors, each by its address: the first one that answers is asked.
+
+    `why` is why none of them can be reached from here, "" where they may be.
+    """
 
     addresses: tuple[str, ...]
+    why: str = ""
 
 
 class Served(NamedTuple):
-    """What the processes of this host listen on: monitors, a tuple a VM, and other sockets."""
+    """What the processes of this host listen on: monitors, a tuple a VM, and other sockets.
+
+    `lost` are VMs whose monitors have names that lead nowhere from here.
+    """
 
     vms: tuple[tuple[str, ...], ...]
     others: frozenset[str]
+    lost: tuple[Place, ...] = ()
 
 
 def served() -> Served:
     """Of the processes that one may see; by their real paths, and only what is there."""
     vms: dict[str, tuple[str, ...]] = {}
     others: set[str] = set()
+    lost: list[Place] = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         line = read_command_line(int(pid))
         if line is None or not line.monitors:
@@ -50,13 +60,37 @@ def served() -> Served:
         except OSError:
             cwd = "/"  # absolute names are right from there too
         found, rest = (
-            tuple(path for name in names if is_socket(path := _real(os.path.join(cwd, name))))
+            tuple(path for name in names if is_socket(path := _path(int(pid), cwd, name)))
             for names in (line.monitors, line.sockets)
         )
+        gone = () if found else _unreachable(int(pid), line.monitors)
+        if gone:
+            where = f"{', '.join(gone)} (process {pid})"
+            lost.append(Place((where,), _WHY.format(pid=pid, names=", ".join(gone))))
         if found:
             vms.setdefault(found[0], found)  # a wrapper has the same words as what it runs
         others.update(rest)
-    return Served(tuple(vms.values()), frozenset(others))
+    return Served(tuple(vms.values()), frozenset(others), tuple(lost))
+
+
+_WHY = (
+    "QEMU (process {pid}) was started with the relative name {names} for its monitor and has left"
+    " the folder from which that counts, as with -daemonize. Give the socket's path, as in:"
+    " qmpcommit vms /vms/web1/qmp.sock; and start the VM with -qmp unix:$PWD/qmp.sock the next time"
+)
+
+
+def _path(pid: int, cwd: str, name: str) -> str:
+    """Where a socket is from here that a process was given."""
+    path = _real(os.path.join(cwd, name))
+    if os.path.isabs(name) or is_socket(path):
+        return path
+    return _real(file_of(pid, name) or path)
+
+
+def _unreachable(pid: int, names: Iterable[str]) -> tuple[str, ...]:
+    """Of these relative names those on which that very process listens; a wrapper does not."""
+    return tuple(name for name in names if not os.path.isabs(name) and file_of(pid, name) == "")
 
 
 def others_of(address: str) -> list[str]:
@@ -77,7 +111,8 @@ def find(globs: Sequence[str] = ()) -> list[Place]:
         return _grouped([path for pattern in globs for path in _named(pattern)], known)
     usual = [path for path in sorted(glob(SOCKETS)) if is_socket(path)]
     there = [path for path in usual if _real(path) not in known.others]
-    return _grouped([*there, *(path for vm in sorted(known.vms) for path in vm)], known)
+    found = _grouped([*there, *(path for vm in sorted(known.vms) for path in vm)], known)
+    return [*found, *known.lost]
 
 
 def _named(pattern: str) -> list[str]:
@@ -115,6 +150,8 @@ async def ask(
     where none greets, `DeadlineExceeded` where one greets and does not answer in time, and what
     `Monitor.execute` raises.
     """
+    if place.why:
+        raise ConnectError(place.why, vm=place.addresses[0])
     missing: ConnectError | None = None
     try:
         async with asyncio.timeout(within):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +15,15 @@ from qmpcommit.block.command_line import parse_command_line
 from qmpcommit.cli.options import Options
 from qmpcommit.cli.running import Run
 from qmpcommit.cli.vms import _vms
+from qmpcommit.qmp import bound
 from qmpcommit.recovery import monitors
 from qmpcommit.recovery.host import states
 from qmpcommit.recovery.monitors import Place, Served
 from tests.cli.command import on_a_terminal, qmpcommit, run
 from tests.ground.images import make_chain
+from tests.ground.images import run as run_tool
 from tests.ground.machines import machine, storage_daemon
+from tests.ground.qemu import QEMU
 
 PATIENT = ("--timeout", "30")
 """What a busy machine needs that no test fails of it."""
@@ -141,6 +147,35 @@ async def test_processes_tell_where_their_monitors_are(
         assert [place.addresses for place in monitors.find([str(agent)])] == [(str(agent),)]
         await daemon.quit()
         await qemu.quit()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_monitors_by_relative_names_are_found_or_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    """QEMU is in ``/`` then; where it was started its environment tells."""
+    assert QEMU.system
+    line = [QEMU.system, "-daemonize", "-pidfile", "pid", "-display", "none", "-nodefaults", "-S",
+            "-machine", "none", "-qmp", "unix:qmp.sock,server=on,wait=off"]  # fmt: skip
+    run_tool("sh", "-c", f'cd "$1"; shift; export PWD={folder if known else "/"}; exec "$@"', "sh",
+             folder, *line)  # fmt: skip
+    pid = int((folder / "pid").read_text())
+    try:
+        if not known:
+            monkeypatch.setattr(bound, "_folders", lambda pid: [])
+        served = monitors.served()
+        mine = (str(folder / "qmp.sock"),)
+        lost = [each for each in served.lost if str(pid) in each.why]
+        assert (mine in served.vms, len(lost)) == (known, not known)
+        for place in lost:
+            (state,) = await states([place], within=10)
+            assert (state.asked, state.address) == (False, f"qmp.sock (process {pid})")
+            assert "-qmp unix:$PWD/qmp.sock" in state.wrong[0]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            while os.path.exists(f"/proc/{pid}"):
+                await asyncio.sleep(0.01)  # it is no child of ours
 
 
 def test_a_command_line_tells_monitors_from_other_sockets() -> None:
