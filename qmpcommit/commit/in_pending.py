@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from qmpcommit.block.bitmaps import carry, lethal_bitmaps
 from qmpcommit.block.chain import Image, absolute
@@ -19,7 +20,6 @@ from qmpcommit.callback import Failed, ask
 from qmpcommit.commit import facts
 from qmpcommit.commit.facts import Fact
 from qmpcommit.commit.migration import look_at_owner
-from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlays_above import OverlaysAbove
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Recycle
@@ -33,6 +33,9 @@ from qmpcommit.errors import (
     VMStateError,
 )
 from qmpcommit.qmp.monitor import Monitor
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.overlay.fresh import FreshOverlay
 
 HOLD_LIMIT = 2.0
 """Seconds that the disk's I/O may be held while the job is PENDING."""
@@ -179,6 +182,8 @@ class Care:
 
     def _fresh(self, recycle: Recycle) -> FreshOverlay:
         around = self._around
+        from qmpcommit.commit.overlay.fresh import FreshOverlay  # which most commits do not need
+
         return FreshOverlay(
             self._monitor, self._plan, recycle.overlay, around.cwd, around.ledger,
             asked=recycle.asked, alone=around.barrier is None,

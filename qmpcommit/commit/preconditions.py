@@ -14,8 +14,6 @@ from qmpcommit.block.graph import BlockGraph
 from qmpcommit.block.identity import OpenFiles, told_where
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.objections import may_pivot
-from qmpcommit.commit.overlay.fresh import FreshOverlay
-from qmpcommit.commit.overlay.like import unfit
 from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
@@ -91,6 +89,8 @@ async def check_free(monitor: Monitor, plan: Plan, cwd: str | None) -> None:
     than at READY.
     """
     for recycle in _recycles(plan):
+        from qmpcommit.commit.overlay.fresh import FreshOverlay  # which most commits do not need
+
         overlay = FreshOverlay(monitor, plan, recycle.overlay, cwd, asked=recycle.asked)
         where: dict[str, object] = {"vm": plan.vm, "disk": plan.disk.name}
         obstacle = await overlay.obstacle()
@@ -109,6 +109,8 @@ async def check_follows(
     Or where QEMU has no such secret, as far as it tells (``qom-list``).
     """
     top, base = plan.top.node_name, plan.base.node_name
+    from qmpcommit.commit.overlay.like import unfit
+
     why = unfit(graph, top, base, asked, lasting=lasting)
     if why is None and asked.secret is not None:
         with suppress(CommandRefused):  # it has none, or does not tell
