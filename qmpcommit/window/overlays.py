@@ -25,7 +25,14 @@ from qmpcommit.commit.overlay.place import overlay_files
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_follows
-from qmpcommit.errors import ChainError, InvalidRequest, QmpCommitError, WindowError
+from qmpcommit.errors import (
+    ChainError,
+    InvalidRequest,
+    MonitorLost,
+    QmpCommitError,
+    VMGone,
+    WindowError,
+)
 from qmpcommit.guest.marks import thaw_abandoned
 from qmpcommit.guest.quiesce import How, check_sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
@@ -126,13 +133,23 @@ async def _laid(
         FreshOverlay(vm, plan, file, vm.cwd, asked=asked)
         for plan, file, asked in zip(plans, files, own, strict=True)
     ]
+    begun = False
+
+    async def begin() -> None:
+        nonlocal begun
+        begun = True
+
     try:
         quiet = await lay_all(
             vm, list(zip(found, overlays, strict=True)), number, freeze=freeze, agent=agent,
             what="its overlay was being laid", again="take the snapshot again", bitmaps=True,
+            meet=begin,
         )  # fmt: skip
     except BaseException as error:
         stay = await to_the_end(_undo(vm, overlays))
+        if stay is None and begun and isinstance(error, (MonitorLost, VMGone)):
+            raise _unknown(vm, error, plans, files) from error
+        stay = stay or []
         text = (
             f"The overlays {' and '.join(stay)} are laid nevertheless, and the guest writes to them"
         )
@@ -193,8 +210,28 @@ def _plan(vm: VM, disk: Disk, name: str) -> Plan:
     )
 
 
-async def _undo(vm: VM, overlays: Sequence[FreshOverlay]) -> list[str]:
-    """Remove what was made and does not lie; the files of those that lie (a reply was lost)."""
+def _unknown(
+    vm: VM, error: QmpCommitError, plans: Sequence[Plan], files: Sequence[str]
+) -> WindowError:
+    """Whether the guest wrote to them nobody knows; to start from them is right in either case."""
+    pairs = " and ".join(
+        f"{file}, not from {plan.top.filename}" for plan, file in zip(plans, files, strict=True)
+    )
+    return WindowError(
+        f"{error.message}. The overlays {' and '.join(files)} were made, and may have been laid:"
+        f" then they hold what the guest wrote since. If its QEMU has ended, start the VM from"
+        f" {pairs}."
+        f" If it runs, 'qmpcommit chain {vm.address or 'QMP'}' shows what it writes to",
+        vm=vm.name,
+        overlays=list(files),
+    )
+
+
+async def _undo(vm: VM, overlays: Sequence[FreshOverlay]) -> list[str] | None:
+    """Remove what was made and does not lie; the files of those that lie (a reply was lost).
+
+    None where the VM is away.
+    """
     try:
         nodes = (await vm.graph()).nodes
         laid = [
@@ -207,5 +244,5 @@ async def _undo(vm: VM, overlays: Sequence[FreshOverlay]) -> list[str]:
                 await each.undo()
     except QmpCommitError as error:  # the VM is away: why is the news, and `recover` finds the rest
         vm.log.warning("overlays_remain", message=error.message)
-        return []
+        return None
     return [each.filename for each in laid]

@@ -117,3 +117,30 @@ async def test_what_a_killed_one_has_made_is_removed_and_never_laid(folder: Path
         assert set((await vm.graph()).nodes) == nodes
         assert len((await vm.disk("vda")).chain) == 2
         await qemu.quit()
+
+
+async def test_where_qemu_dies_while_they_are_laid_the_files_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started from the overlay, the VM has what its guest wrote, whether it lay or not."""
+    chain = make_chain(folder)
+    execute = qc.Session.execute
+    async with machine(folder, chain, running=True) as qemu:
+
+        async def dies(self: qc.Session, command: str, *given: Any, **more: Any) -> Any:
+            answer = await execute(self, command, *given, **more)
+            if command == "transaction":
+                await writes(qemu, "vda", 9)
+                qemu.kill()
+                await qemu.ended()
+                return await execute(self, "query-status")
+            return answer
+
+        async with qc.Session.connect(qemu.qmp) as vm:
+            monkeypatch.setattr(qc.Session, "execute", dies)
+            with pytest.raises(qc.WindowError, match=r"start the VM from .*, not from ") as told:
+                await vm.overlay(["vda"], overlay=folder / "new.qcow2")
+        monkeypatch.undo()
+    assert told.value.overlays == [str(folder / "new.qcow2")]
+    chain.pictures[-1].write(5 * MIB, bytes([9]) * 65536)
+    assert_disk(folder / "new.qcow2", chain.pictures[-1])
