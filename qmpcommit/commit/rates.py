@@ -84,6 +84,8 @@ class Rates:
             now.looks.popleft()
         since, before = now.looks[0]
         rate = (current - before) / (at - since) if at > since else None
+        if speed and not rate and at - since < WINDOW:
+            rate = None  # it copies no faster than that, in bursts, and none was seen yet
         at_most = float(speed) if speed and (rate is None or rate > speed) else rate
         left = max(0, total - current)
         return JobPace(rate, left / at_most if at_most else None)

@@ -50,3 +50,12 @@ def test_no_job_is_done_before_it_is_ready() -> None:
     assert percent(10, 10, "running") == 99.9
     assert percent(0, 0, "running") is None
     assert percent(0, 0, "ready") == 100.0
+
+
+def test_between_the_bursts_of_a_limited_job_its_limit_tells_how_long_it_takes() -> None:
+    rates = Rates()
+    for at in (0.0, 0.25, 4.0):
+        pace = rates.look("j", at, status="running", current=0, total=20 * MIB, speed=2 * MIB)
+        assert pace == JobPace(None, 10.0)
+    pace = rates.look("j", 10.0, status="running", current=0, total=20 * MIB, speed=2 * MIB)
+    assert pace == JobPace(0.0, None)  # it copies nothing
