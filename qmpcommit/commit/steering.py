@@ -6,9 +6,13 @@ Rests on ``query-block-jobs``, ``block-job-set-speed``, ``job-pause`` and ``job-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpcommit.errors import CommandRefused, JobConflict, JobNotFound
+from qmpcommit.block.chain import read_disks
+from qmpcommit.block.graph import read_graph
+from qmpcommit.errors import CommandRefused, JobConflict, JobNotFound, QmpCommitError
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
@@ -46,11 +50,22 @@ async def block_job(monitor: Monitor, job_id: str) -> Mapping[str, Any]:
     if found is None:
         raise JobNotFound(
             f"QEMU of {monitor.name} has no block job '{job_id}'"
-            f" (its block jobs: {', '.join(jobs) or 'none'})",
+            f" (its block jobs: {', '.join(jobs) or 'none'}){await _of_disk(monitor, job_id)}",
             vm=monitor.name,
             job_id=job_id,
         )
     return found
+
+
+async def _of_disk(monitor: Monitor, name: str) -> str:
+    """Which job was meant by one who gave a disk's name; "" where it is none."""
+    if name.startswith(JOB_PREFIX):
+        return ""
+    with suppress(QmpCommitError):  # what was asked wrongly is the news
+        for disk in read_disks(await read_graph(monitor)):
+            if name in (disk.name, disk.qdev, disk.device):
+                return f". {name} is a disk; its job: {', '.join(disk.jobs) or 'none'}"
+    return ""
 
 
 async def set_speed(monitor: Monitor, job_id: str, bandwidth: int | str) -> JobNow:

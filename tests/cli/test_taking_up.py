@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import qmpcommit as qc
 from tests.cli.command import end, run, start
 from tests.cli.test_commit import (
     BULK,
@@ -176,3 +177,15 @@ async def test_ctrl_c_while_waiting_leaves_the_job(folder: Path) -> None:
         assert said.status == 0
         await qemu.quit()
     assert_kept(chain)
+
+
+async def test_who_names_the_disk_is_told_its_job(folder: Path) -> None:
+    async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        with pytest.raises(qc.JobNotFound, match=r"no block job 'vda' .*its job: none$"):
+            await vm.adopt("vda")
+        job = await vm.commit("vda", policy=qc.Hold())
+        with pytest.raises(qc.JobNotFound, match=rf"vda is a disk; its job: {job.id}$"):
+            await vm.adopt("vda")
+        job.abort()
+        await job.wait()
+        await qemu.quit()
