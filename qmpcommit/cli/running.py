@@ -128,7 +128,8 @@ async def _run(options: Options, work: Callable[[Run], Coroutine[Any, Any, Answe
             if not remaining:
                 raise running.too_late("nothing could be done, and nothing was sent,")
             loop.call_later(remaining, running.time_is_up)
-        return await work(running)
+        with signals.waking(loop):
+            return await work(running)
     except asyncio.CancelledError:
         if running.unconnected is not None:  # why is the news, and not that it took too long
             raise running.unconnected from None

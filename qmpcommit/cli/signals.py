@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,28 @@ def deliver(take: Callable[[int], None]) -> None:
     """Have the signals' numbers given to `take`, in the main thread, between two bytecodes."""
     global _take  # noqa: PLW0603
     _take = take
+
+
+@contextmanager
+def waking(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """While this lasts a signal wakes the loop, also one that comes when it is about to wait.
+
+    Python takes a signal between two bytecodes, and there is none between the last look for one
+    and the wait for the next event, which may never come.
+    """
+    import socket
+
+    ours, wakes = socket.socketpair()
+    with ours, wakes:
+        ours.setblocking(False)
+        wakes.setblocking(False)
+        before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        loop.add_reader(ours, ours.recv, 64)
+        try:
+            yield
+        finally:
+            loop.remove_reader(ours)
+            signal.set_wakeup_fd(before)
 
 
 def let_say() -> None:
