@@ -64,3 +64,8 @@ def show_size(size: float | None) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 100 else f"{size:.3g} {unit}"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

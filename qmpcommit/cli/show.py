@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qmpcommit.units import show_size
+from qmpcommit.units import counted, show_size
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -49,6 +49,25 @@ def outcome_text(outcome: CommitOutcome) -> str:
     if outcome.decided_by not in ("", "policy", "caller"):
         lines.append(f"  Decided by: {outcome.decided_by}.")
     lines += [f"  Warning: {warning}." for warning in outcome.warnings]
+    return "\n".join(lines)
+
+
+def flattened_text(outcomes: Sequence[CommitOutcome], chain: Sequence[Image]) -> str:
+    """What a flatten has merged, which files are stale, and which image is active if that changed.
+
+    `chain` is the disk's now, the active layer first.
+    """
+    merged = sum(outcome.action != "abort" for outcome in outcomes)
+    names = " -> ".join(image.filename for image in reversed(chain))
+    lines = [f"{counted(merged, 'layer')} merged: {names}"]
+    if any(outcome.action == "pivot" for outcome in outcomes):
+        lines.append(f"  The disk's active image is {chain[0].filename} now.")
+    gone = [file for outcome in outcomes for file in outcome.deleted]
+    stale = [f for outcome in outcomes for f in outcome.invalidated if f not in gone]
+    if stale:
+        lines.append(f"  Invalid from now on, never boot it again: {', '.join(stale)}.")
+    if gone:
+        lines.append(f"  Deleted: {', '.join(gone)}.")
     return "\n".join(lines)
 
 

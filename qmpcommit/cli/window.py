@@ -30,7 +30,7 @@ from qmpcommit.cli.options import (
     progress_option,
 )
 from qmpcommit.cli.sections import Command
-from qmpcommit.cli.show import remarks
+from qmpcommit.cli.show import flattened_text, remarks
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -411,9 +411,8 @@ async def _flatten(running: Run, qmp: str, disk: str, asked: dict[str, Any]) -> 
         "outcomes": [outcome.model_dump(mode="json") for outcome in outcomes],
         "chain": [image.model_dump(mode="json") for image in now.chain],
     }
-    chain = " -> ".join(image.filename for image in reversed(now.chain))
     merged = sum(outcome.action != "abort" for outcome in outcomes)
-    said = f"{merged} layers merged: {chain}"
+    said = flattened_text(outcomes, now.chain)
     if merged < len(outcomes):
         said += "\n  The last step was aborted by another client; run it again to go on."
     return Answer(

@@ -33,6 +33,7 @@ from qmpcommit.recovery import jobs, lookup, overlays
 from qmpcommit.recovery.findings import Decide, Finding, Kind, Recovered
 from qmpcommit.recovery.seen import Seen, see
 from qmpcommit.tasks import to_the_end
+from qmpcommit.units import counted
 from qmpcommit.window.run import close_windows
 
 if TYPE_CHECKING:
@@ -442,7 +443,7 @@ class Recovery:
                     only=overlays,
                 )
             )  # fmt: skip
-        return f"closed: {closed} overlays were merged back"
+        return f"closed: {counted(closed, 'overlay')} merged back"
 
     async def _unthrottle(self, vm: VM, finding: Finding) -> str:
         noted = next(each for each in self._seen[vm].limits if each.message == finding.what)

@@ -147,3 +147,18 @@ async def test_out_of_time_or_interrupted_a_flatten_tells_how_far_it_was(folder:
         assert "layers were merged" in said.error["message"]
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_flatten_says_what_is_stale_and_what_the_guest_writes_to(folder: Path) -> None:
+    chain = make_chain(folder, 3)
+    async with machine(folder, chain) as qemu:
+        said = await run("flatten", qemu.qmp, "vda", "--keep", "2")
+        middle = chain.files[1]
+        assert said.out.startswith(f"1 layer merged: {chain.base} -> {chain.top}\n"), said
+        assert f"never boot it again: {middle}.\n" in said.out
+        assert "active image" not in said.out
+        said = await run("flatten", qemu.qmp, "vda", "--keep", "1")
+        assert f"  The disk's active image is {chain.base} now.\n" in said.out
+        assert f"never boot it again: {chain.top}.\n" in said.out
+        await qemu.quit()
+    assert_disk(chain.base, chain.pictures[-1])
