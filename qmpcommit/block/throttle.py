@@ -175,6 +175,8 @@ class Throttle(ABC):
         if self.former is None or not (self._ours or self._note):
             return ""
         present = await self._read()
+        if present in self._ours:
+            self.former = await self._of_group(self.former)
         if present != self.former:
             if present not in self._ours:
                 await self._forget()
@@ -186,6 +188,10 @@ class Throttle(ABC):
         self._ours = []
         await self._forget()
         return ""
+
+    async def _of_group(self, former: dict[str, Any]) -> dict[str, Any]:
+        """The former limits, or those that others of their group have been given meanwhile."""
+        return former
 
     async def _noted(self) -> dict[str, Any] | None:
         """The former limits, where a process has noted them that did not put them back."""
@@ -294,8 +300,7 @@ class DeviceThrottle(Throttle):
         for device in await self.monitor.execute("query-block"):
             if (device.get("qdev") or "", device.get("device") or "") == wanted:
                 found = device.get("inserted") or {}
-                limits = {n: int(found.get(n, NO_LIMITS[q])) for n, q in DEVICE_NAMES.items()}
-                return {**limits, **({"group": found["group"]} if "group" in found else {})}
+                return {**_shown(found), **({"group": found["group"]} if "group" in found else {})}
         raise CommandRefused(
             f"{self._disk} of {self.monitor.name} is gone: query-block does not show it",
             vm=self.monitor.name,
@@ -304,6 +309,19 @@ class DeviceThrottle(Throttle):
             error_class="DeviceNotFound",
             desc="no such device",
         )
+
+    async def _of_group(self, former: dict[str, Any]) -> dict[str, Any]:
+        """Who joins a group brings it their limits: those that a member of it has now count."""
+        group = former.get("group")
+        for device in await self.monitor.execute("query-block") if group else ():
+            member = device.get("inserted") or {}
+            if member.get("group") == group:
+                return {**_shown(member), "group": group}
+        if group:
+            with suppress(CommandRefused):  # an object, which throttle filters may be in
+                limits = await _limits_of(self.monitor, str(group))
+                return {**{n: limits[q] for n, q in DEVICE_NAMES.items()}, "group": group}
+        return former
 
     def _limited(self, former: dict[str, Any], rate: int) -> dict[str, Any]:
         limits = write_limits({q: former[n] for n, q in DEVICE_NAMES.items()}, rate)
@@ -326,6 +344,11 @@ class DeviceThrottle(Throttle):
 
     def _command(self, limits: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "block_set_io_throttle", {**self._device, **limits}
+
+
+def _shown(inserted: Mapping[str, Any]) -> dict[str, int]:
+    """A device's limits, as ``query-block`` shows them."""
+    return {n: int(inserted.get(n, NO_LIMITS[q])) for n, q in DEVICE_NAMES.items()}
 
 
 async def _limits_of(monitor: Monitor, group: str) -> dict[str, int]:

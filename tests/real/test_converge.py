@@ -523,3 +523,19 @@ async def test_the_bandwidth_of_a_running_job(folder: Path) -> None:
         with pytest.raises(JobNotFound):
             await set_bandwidth(vm, job.id, 0)
         await end(vm, qemu)
+
+
+async def test_what_its_group_was_given_meanwhile_stays(folder: Path) -> None:
+    (folder / "b").mkdir()
+    chains = make_chain(folder), make_chain(folder / "b", names=("base2", "top2"))
+    async with machine(folder, *chains) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        other = {**DEVICE, "id": str(DEVICE["id"]).replace("vda", "vdb"), "group": "theirs"}
+        for device in ({**DEVICE, "group": "theirs"}, other):
+            await vm.execute("block_set_io_throttle", {**device, "bps": 200 * MIB})
+        throttle = await Throttle.find(vm, await vm.disk("vda"), await vm.graph())
+        assert throttle is not None
+        await throttle.limit(MIB)
+        await vm.execute("block_set_io_throttle", {**other, "bps": 50 * MIB})
+        assert await throttle.restore() == ""
+        limits = [d["inserted"] for d in await vm.execute("query-block") if d.get("inserted")]
+        assert [(each["group"], each["bps"]) for each in limits] == [("theirs", 50 * MIB)] * 2
