@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CHOICES = ("pivot", "keep", "abort")
 KEYS = {choice[0]: choice for choice in CHOICES}
+READING = 0.3
+"""Seconds after which a question takes its answer: a word is typed faster than that."""
+
 OFFER = "[p]ivot, [k]eep, [a]bort or [e]xplain"
 
 
@@ -108,18 +111,26 @@ def _explained(plans: Sequence[Plan]) -> Iterator[str]:
 class Keys:
     """What is typed while a job is READY: a key for each decision, and ``y`` after it.
 
-    A stray key decides nothing. `text` is what the bar says; nothing is read before `begin`.
+    A stray key decides nothing, nor does a word that is pasted, or typed for something else: each
+    key has to come alone, and the ``y`` when it is asked for. `text` is what is drawn; nothing is
+    read before `begin`.
     """
 
     def __init__(self, job: CommitJob | RemoteJob, files: Sequence[str] = ()) -> None:
         self._job, self._files = job, files
         self._asked = ""
+        self._asks: asyncio.TimerHandle | None = None
+        self._redraw: Callable[[], None] = lambda: None
         self._before: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.text = OFFER
 
-    def begin(self) -> None:
-        """Have the terminal give each key at once."""
+    def begin(self, redraw: Callable[[], None]) -> None:
+        """Have the terminal give each key at once, and drop what was typed before.
+
+        `redraw` draws `text` anew.
+        """
+        self._redraw = redraw
         if self._before is not None:
             return
         import termios
@@ -139,6 +150,8 @@ class Keys:
             with suppress(OSError, termios.error):
                 termios.tcsetattr(0, termios.TCSADRAIN, self._before)
             self._before = None
+        if self._asks is not None:
+            self._asks.cancel()
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -151,18 +164,29 @@ class Keys:
             data = b""
         if not data:  # nobody is there any more
             asyncio.get_running_loop().remove_reader(0)
-        for key in data.decode(errors="replace"):
-            self._typed(key.lower())
+            return
+        if self._asks is not None:
+            self._asks.cancel()
+            self._asks = None
+        self._typed(data.decode(errors="replace").lower())
+        self._redraw()
+
+    def _ask_for_yes(self) -> None:
+        self._asks = None
+        self.text += "y for yes"
+        self._redraw()
 
     def _typed(self, key: str) -> None:
-        if self._asked and key == "y":
+        """What one read gave: more than one key is a word, which answers nothing."""
+        if self._asked and key == "y" and self.text.endswith("y for yes"):
             self._decide(self._asked)
             self.text = f"{self._asked}: as you say"
             self._asked = ""
-        elif key in KEYS:
+        elif key in KEYS and not self._asked:
             self._asked = KEYS[key]
             note = last_note(self._asked, self._files) if self._files else ""
-            self.text = f"{self._asked}? {f'{note}. ' if note else ''}y for yes"
+            self.text = f"{self._asked}? {f'{note}. ' if note else ''}"
+            self._asks = asyncio.get_running_loop().call_later(READING, self._ask_for_yes)
         elif key == "e" and self._files:
             for choice in CHOICES:
                 click.echo("\n".join([f"\r\x1b[K{choice}:", *drawn(choice, self._files)]), err=True)

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -143,10 +144,9 @@ class Bar:
         async for now in job.progress(EVERY):
             if now.phase == "ready" and self._ready is None and job.id not in self._hints:
                 self._hints[job.id] = await asyncio.to_thread(self._hint, job)
-            if keys is not None and now.phase == "ready" and self._drawn is not None:
-                keys.begin()
-            facts = self._facts(job, now, clock())
-            if keys is not None and now.phase == "ready":
+            facts = told = self._facts(job, now, clock())
+            asks = keys is not None and now.phase == "ready"
+            if keys is not None and asks:
                 facts += f": {keys.text}"
             if self._drawn is None:
                 if now.phase != said[0] or clock() - said[1] >= LINES:
@@ -156,6 +156,8 @@ class Bar:
             if task is None:
                 self._drawn.start()
                 task = self._drawn.add_task(title, total=None, facts="")
+            if keys is not None and asks:
+                keys.begin(partial(self._ask, task, told, keys))
             # QEMU's total grows while the guest writes, so it is the bytes left that tell.
             self._drawn.update(
                 task,
@@ -166,6 +168,9 @@ class Bar:
             )
         if task is not None:
             self._drawn.remove_task(task)
+
+    def _ask(self, task: Any, told: str, keys: Keys) -> None:
+        self._drawn.update(task, facts=f"{told}: {keys.text}", refresh=True)
 
     def _hint(self, job: Job) -> str:
         """How the job is taken up meanwhile: over a monitor that is not the one held here.

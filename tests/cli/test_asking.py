@@ -41,8 +41,8 @@ async def test_the_bar_takes_a_key_and_a_yes(folder: Path) -> None:
     async with machine(folder, chain) as qemu:
         said = await on_a_terminal(
             "commit", qemu.qmp, "vda", columns=300,
-            answers=[(ASKED, "hold\n"), ("[p]ivot, ", "k"), ("keep? ", "n"), ("[p]ivot, ", "p"),
-                     ("never boot it again. y for yes", "y")],
+            answers=[(ASKED, "hold\n"), ("[p]ivot, ", "k"), ("keep? ", "n"), ("[p]ivot, ", "ay"),
+                     ("[p]ivot, ", "p"), ("never boot it again. y for yes", "y")],
         )  # fmt: skip
         assert said.status == 0, said.out
         assert "vda: pivoted." in said.out
