@@ -174,6 +174,9 @@ async def test_one_disk_that_is_not_fit_leaves_nothing_of_the_others(folder: Pat
 async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
     chain = make_chain(folder)
     tray = ["-device", "ide-cd,id=cd0,bus=ide.0"]
+    create(folder / "ro.qcow2", MIB)
+    node = f"qcow2,node-name=ro,read-only=on,file.driver=file,file.filename={folder / 'ro.qcow2'}"
+    tray += ["-blockdev", node, "-device", "virtio-blk-pci,drive=ro,id=ro"]
     async with machine(folder, chain, extra=tray) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             job = await vm.commit("vda", policy=qc.Hold())
@@ -182,6 +185,7 @@ async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
                 ([], qc.WindowError, "at least one"),
                 (["cd0"], qc.WindowError, "cd0 .*has no medium"),
                 (["vda"], qc.JobConflict, job.id),
+                (["ro"], qc.WindowError, "ro .*is read-only: .*leave the disk out"),
             ):
                 with pytest.raises(error, match=why):
                     await vm.open_window(disks)
@@ -190,7 +194,9 @@ async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
                 async with vm.snapshot(["vda"], bandwidth="fast"):
                     pytest.fail("it is open")
             assert await vm.close_windows() == []
-            assert [len(disk.chain) for disk in await vm.disks()] == [2, 0]
+            with pytest.raises(qc.WindowError, match="is read-only"):
+                await vm.overlay(["vda", "ro"])
+            assert [len(disk.chain) for disk in await vm.disks()] == [2, 0, 1]
         await qemu.quit()
     assert overlays(folder) == []
     assert_disk(chain.top, chain.pictures[-1])
