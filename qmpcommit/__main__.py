@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
     """Run the command, or say what is missing for it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Nothing is begun while all is imported; the command listens for itself from then on.
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     try:
         from qmpcommit.cli.main import main as command
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import signal
+import sys
 import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -237,3 +238,13 @@ async def test_no_guest_is_left_paused_by_a_terminal_that_goes(folder: Path) -> 
         await qemu.quit()
     for chain in chains:
         assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_an_interrupt_while_all_is_imported_has_its_status(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "qmpcommit", "jobs", "nowhere",
+        stderr=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    _, said = await process.communicate()
+    assert (process.returncode, said) == (130, b"")
