@@ -270,7 +270,10 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
     app.state.engine = engine
 
     async def vms_of_commit(commit_id: str) -> list[str]:
-        return [(await engine.commit(commit_id)).vm]
+        vm = (await engine.commit(commit_id)).vm
+        if not sees([vm]):
+            raise engine.unknown(commit_id)
+        return [vm]
 
     app.state.vms_of = {"commit_id": vms_of_commit}
     app.add_exception_handler(Exception, _on_bug)

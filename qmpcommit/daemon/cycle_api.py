@@ -18,7 +18,10 @@ def routes(app: FastAPI, cycles: Cycles) -> None:
     """Add them to the app."""
 
     async def vms_of(round_id: str) -> list[str]:
-        return (await cycles.find(round_id)).vms
+        vms = (await cycles.find(round_id)).vms
+        if not sees(vms):
+            raise cycles.unknown(round_id)
+        return vms
 
     app.state.vms_of["round_id"] = vms_of
 

@@ -465,6 +465,11 @@ class Engine:
         async with self.registry.use(vm, wait=1.0) as session:
             return await session.plan(check=check, **vars(request.asked))
 
+    @staticmethod
+    def unknown(commit_id: str) -> CommitNotFound:
+        """What is raised for an id of none, and for one that who asks may not see."""
+        return CommitNotFound(f"there is no commit '{commit_id}'")
+
     async def commit(self, commit_id: str) -> Promise:
         """The commit of that id, ended ones included; raises `CommitNotFound`."""
         promise = self.live.get(commit_id)
@@ -472,7 +477,7 @@ class Engine:
             return promise
         rows = await self.journal.read("SELECT * FROM commits WHERE id = ?", commit_id)
         if not rows:
-            raise CommitNotFound(f"there is no commit '{commit_id}'")
+            raise self.unknown(commit_id)
         with readable(f"commit '{commit_id}'"):
             return Promise.load(rows[0], self.journal, self.metrics)
 

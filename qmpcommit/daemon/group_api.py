@@ -13,7 +13,7 @@ from qmpcommit.daemon.groups import Groups
 from qmpcommit.daemon.kinds import for_a_while
 from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promised_group import Group
-from qmpcommit.daemon.rights import require
+from qmpcommit.daemon.rights import require, sees
 from qmpcommit.wire.commit import CommitState, Decision
 from qmpcommit.wire.group import GroupRequest, GroupView
 
@@ -24,7 +24,10 @@ def routes(app: FastAPI, groups: Groups) -> None:
     """Add them to the app."""
 
     async def vms_of(group_id: str) -> list[str]:
-        return [member.vm for member in (await groups.find(group_id)).members]
+        vms = [member.vm for member in (await groups.find(group_id)).members]
+        if not sees(vms):
+            raise groups.unknown(group_id)
+        return vms
 
     app.state.vms_of["group_id"] = vms_of
     places = app.state.engine.places

@@ -85,9 +85,13 @@ class Kind(Story, Generic[U]):
             return self.live[known_as]
         rows = await self._rows("id = ?", known_as)
         if not rows:
-            raise self.missing(f"there is no {self.called} '{known_as}'{self.hint}")
+            raise self.unknown(known_as)
         with readable(f"{self.called} '{known_as}'", self.missing):
             return await self._load(rows[0])
+
+    def unknown(self, known_as: str) -> QmpCommitError:
+        """What is raised for an id of none, and for one that who asks may not see."""
+        return self.missing(f"there is no {self.called} '{known_as}'{self.hint}")
 
     async def promise(self, made: U, *beside: Statement) -> None:
         """Begin a new one when it is durable; raises `JournalFull`."""

@@ -80,10 +80,13 @@ async def newest(
     Raises `missing` where `after` is known no more.
     """
     wanted = [each for each in wanted if each[1] is not None]
+    known: list[tuple[str, object]] = [("id = ?", after)]
     if not sees_all():
         named = await journal.read(f"SELECT DISTINCT vm FROM {table}")
         seen = [each["vm"] for each in named if sees(each["vm"])]
-        wanted.append(("vm IN (SELECT value FROM json_each(?))", json.dumps(seen)))
+        visible = ("vm IN (SELECT value FROM json_each(?))", json.dumps(seen))
+        wanted.append(visible)
+        known.append(visible)  # an id that may not be seen tells nothing, not even that it is one
     if after is not None:
         behind = f"(created, rowid) < (SELECT created, rowid FROM {table} WHERE id = ?)"
         wanted.append((behind, after))
@@ -92,8 +95,8 @@ async def newest(
         f"SELECT * FROM {table} WHERE {where} ORDER BY created DESC, rowid DESC LIMIT ?",
         *(value for _, value in wanted), limit + 1,
     )  # fmt: skip
-    there = f"SELECT 1 FROM {table} WHERE id = ?"
-    if not (after is None or rows or await journal.read(there, after)):
+    there = f"SELECT 1 FROM {table} WHERE {' AND '.join(sql for sql, _ in known)}"
+    if after is not None and not await journal.read(there, *(value for _, value in known)):
         raise missing(
             f"after: nothing is called '{after}' any more; begin with the first page again"
         )

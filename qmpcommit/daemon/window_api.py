@@ -36,12 +36,15 @@ def routes(  # noqa: PLR0915  (one table of routes)
 
     async def vms_of(window_id: str) -> list[str]:
         try:
-            return (await windows.find(window_id)).vms
+            vms = (await windows.find(window_id)).vms
         except WindowNotFound:
             orphan = windows.watch.orphan(window_id)
             if orphan is None:
                 raise
-            return [orphan.vm]
+            vms = [orphan.vm]
+        if not sees(vms):
+            raise windows.unknown(window_id)
+        return vms
 
     app.state.vms_of["window_id"] = vms_of
 

@@ -114,6 +114,11 @@ async def test_what_is_of_other_vms_is_not_seen(folder: Path, free_port: int) ->
             assert {each[name] for each in (await h.ask("reader", "GET", path))[1]} == {
                 "web1", "db1",
             }  # fmt: skip
+        none = "f" * len(db)
+        for path in ("/v1/commits/{}", "/v1/commits?after={}"):
+            status, said = await h.ask("webs", "GET", path.format(db))
+            expected = await h.ask("webs", "GET", path.format(none))
+            assert (status, json.loads(json.dumps(said).replace(db, none))) == expected
         assert (await h.ask("webs", "GET", f"/v1/commits/{db}"))[0] == 404
         keep = {"action": "keep"}
         assert (await h.ask("webs", "POST", f"/v1/commits/{db}/decision", keep))[0] == 404
