@@ -2,22 +2,24 @@
 
 Any process of this host can connect to the port, and any page of the browser can send requests
 there. So it is for one browser of the same user alone: a token that works once is exchanged for a
-cookie. Other users may have seen the token among a browser's arguments, and are refused.
+secret, which all paths of the page begin with. A cookie would not do: it goes to every port of a
+host, and so to the servers of other users.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import html
 import json
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 import h11
 
@@ -34,20 +36,26 @@ LARGEST = 1 << 16
 """Bytes of a request's body; the daemon takes no more."""
 
 MANY = 64
-"""Connections that are served at once."""
+"""Connections that are served at once, and as many that have not shown the secret yet."""
 
 _STREAM = "/v1/events"
 _ASKED = ("accept", "content-type", "if-none-match", "last-event-id")
 _HOPS = ("connection", "keep-alive", "transfer-encoding", "content-length", "date", "server")
+_REPLACED = ("location", "referrer-policy")
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
-    ("Referrer-Policy", "no-referrer"),
     ("X-Content-Type-Options", "nosniff"),
 ]
-_ENTER = b"""<!doctype html><html lang="en"><title>qmpcommit</title>
-<meta http-equiv="refresh" content="0;url=/ui"><p><a href="/ui">To the page</a>"""
-"""A redirect that the browser follows as a page of ours, so that the strict cookie goes with it."""
+_LEAD = """<!doctype html><html lang="en"><title>qmpcommit</title>
+<meta name="referrer" content="no-referrer">
+<meta http-equiv="refresh" content="0;url={url}"><p><a href="{url}">To the page</a>
+"""
+
+
+def lead_to(url: str) -> str:
+    """A page that leads a browser there; what it then asks for was asked by that page."""
+    return _LEAD.format(url=html.escape(url))
 
 
 class _Refused(Exception):
@@ -66,16 +74,19 @@ class _Asked(NamedTuple):
 class Relay:
     """Serves the daemon that `wire` leads to on 127.0.0.1; raises `InvalidRequest` on entering.
 
-    `url` opens it, once; with `port` 0 any free port is taken.
+    `url` opens it, once, and `on_enter` is called then; with `port` 0 any free port is taken.
     """
 
     def __init__(self, wire: Wire, port: int = 0) -> None:
         self._wire, self._port = wire, port
         self._token: str | None = secrets.token_urlsafe(32)
-        self._cookie = secrets.token_urlsafe(32)
+        self._secret = secrets.token_urlsafe(32)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        """Those that have not shown the secret yet, the oldest one first."""
         self._server: asyncio.Server | None = None
         self.url = ""
+        self.on_enter: Callable[[], None] = lambda: None
 
     async def __aenter__(self) -> Relay:
         try:
@@ -101,12 +112,19 @@ class Relay:
         await self._server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._tasks) >= MANY:
-            writer.transport.abort()
+        try:
+            self._check_user(writer.get_extra_info("peername"))
+        except _Refused as refused:
+            _Answer(writer).problem(refused.status, str(refused))
+            writer.close()
             return
+        if len(self._strangers) >= MANY:  # whoever says nothing makes room for whoever comes
+            self._strangers.pop(next(iter(self._strangers))).transport.abort()
         task = asyncio.create_task(self._serve(reader, writer), name="a browser's request")
         self._tasks.add(task)
+        self._strangers[task] = writer
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda ended: self._strangers.pop(ended, None))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, with one request on it."""
@@ -114,7 +132,6 @@ class Relay:
         try:
             async with asyncio.timeout(HEAD):
                 asked = await _receive(reader, answer.h11)
-            self._check_user(*writer.get_extra_info("peername"))
             await self._answer(asked, reader, answer)
         except _Refused as refused:
             answer.problem(refused.status, str(refused))
@@ -134,31 +151,34 @@ class Relay:
         path, _, query = asked.target.partition("?")
         given = parse_qs(query).get("token", [""])[0] if path == "/ui" else ""
         if given and asked.method == "GET":
-            self._enter(given, asked, answer)
+            self._enter(given, answer)
             return
-        self._check_browser(asked)
+        target = self._check_browser(asked)
         headers = {name: asked.headers[name] for name in _ASKED if name in asked.headers}
+        if not all(value.isascii() for value in headers.values()):
+            raise _Refused(400, "a header that the daemon reads is ASCII")
         headers.pop("content-type", None)  # JSON, and said again where there is a body
+        path = unquote(target.partition("?")[0])  # as the daemon will read it
         if path == _STREAM and asked.method == "GET":
-            await self._stream(asked.target, headers, reader, answer)
+            await self._stream(target, headers, reader, answer)
             return
         body = asked.body or None
         reply = None
         if asked.method == "GET":  # over a kept connection that may have ended meanwhile
             with suppress(Lost):
-                reply = await self._wire.exchange(
-                    "GET", asked.target, headers, body, timeout=ANSWER
-                )
+                reply = await self._wire.exchange("GET", target, headers, body, timeout=ANSWER)
         reply = reply or await self._wire.exchange(
-            asked.method, asked.target, headers, body, timeout=ANSWER
+            asked.method, target, headers, body, timeout=ANSWER
         )
         answer.head(reply.status, reply.headers.items(), len(reply.body))
         answer.data(reply.body)
         await answer.end()
 
-    def _check_user(self, host: str, port: int) -> None:
+    def _check_user(self, peer: tuple[str, int] | None) -> None:
         """Only this user's processes, and root's; under sudo those of whoever called it."""
-        uid = _uid_of(host, port, self._port)
+        uid = "" if peer is None else _uid_of(*peer, self._port)
+        if uid == "":
+            raise _Refused(403, "whoever asked has gone")
         allowed = {"0", str(os.geteuid()), os.environ.get("SUDO_UID")}
         if uid is not None and uid not in allowed:
             raise _Refused(403, f"user {uid} did not run this 'qmpcommit ui'")
@@ -176,26 +196,32 @@ class Relay:
         if asked.body and asked.headers.get("content-type", "") != "application/json":
             raise _Refused(415, "what is sent is JSON, and says so")
 
-    def _check_browser(self, asked: _Asked) -> None:
+    def _check_browser(self, asked: _Asked) -> str:
+        """What is asked of the daemon: the target behind the secret, which is checked."""
         if asked.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
             raise _Refused(403, "only the daemon's own page may ask here")
-        name, cookies = f"qmpcommit-{self._port}", asked.headers.get("cookie", "").split(";")
-        found = [c.partition("=")[2] for c in cookies if c.partition("=")[0].strip() == name]
-        if not any(_same(each.strip(), self._cookie) for each in found):
+        shown, _, rest = asked.target.removeprefix("/").partition("/")
+        if not _same(shown, self._secret):
             raise _Refused(
                 403, "open the address that 'qmpcommit ui' printed; it opens once, in one browser"
             )
+        if len(self._tasks) - len(self._strangers) >= MANY:
+            raise _Refused(503, f"{MANY} requests of this page are being answered; ask again")
+        task = asyncio.current_task()
+        assert task is not None
+        self._strangers.pop(task, None)
+        return f"/{rest}"
 
-    def _enter(self, given: str, asked: _Asked, answer: _Answer) -> None:
+    def _enter(self, given: str, answer: _Answer) -> None:
         if self._token is None or not _same(given, self._token):
             raise _Refused(
                 403, "this address was opened before, or is wrong: run 'qmpcommit ui' again"
             )
         self._token = None
-        cookie = f"qmpcommit-{self._port}={self._cookie}; HttpOnly; SameSite=Strict; Path=/"
-        kind = ("Content-Type", "text/html; charset=utf-8")
-        answer.head(200, [kind, ("Set-Cookie", cookie), *_HEADERS], len(_ENTER))
-        answer.data(_ENTER)
+        self.on_enter()
+        body = lead_to(f"/{self._secret}/ui").encode()
+        answer.head(200, [("Content-Type", "text/html; charset=utf-8"), *_HEADERS], len(body))
+        answer.data(body)
 
     async def _stream(
         self,
@@ -237,10 +263,11 @@ class _Answer:
         self.h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 14)
 
     def head(self, status: int, headers: Iterable[tuple[str, str]], length: int | None) -> None:
-        kept = [(name, value) for name, value in headers if name.lower() not in _HOPS]
+        dropped = (*_HOPS, *_REPLACED)
+        kept = [(name, value) for name, value in headers if name.lower() not in dropped]
         if length is not None and status != 304:
             kept.append(("Content-Length", str(length)))
-        kept.append(("Connection", "close"))
+        kept += [("Referrer-Policy", "no-referrer"), ("Connection", "close")]
         self._send(h11.Response(status_code=status, headers=kept))
 
     def data(self, part: bytes) -> None:
@@ -293,13 +320,16 @@ async def _receive(reader: asyncio.StreamReader, connection: h11.Connection) -> 
 
 
 def _uid_of(host: str, port: int, to: int) -> str | None:
-    """Whose socket it is that is connected from there to our port; None where nobody tells."""
+    """Whose socket it is that is connected from there to our port; None where nobody tells.
+
+    "" where it is nobody's: a process that has closed it, of whatever user, waits for no answer.
+    """
     local = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
     with suppress(OSError), open("/proc/net/tcp", encoding="ascii") as sockets:
         for line in sockets:
             fields = line.split()
             if fields[1] == local and fields[2].endswith(f":{to:04X}"):
-                return fields[7]
+                return "" if fields[9] == "0" else fields[7]  # without an inode it says uid 0
     return None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,9 +62,11 @@ async def _ui(running: Run, port: int, *, opens: bool) -> Answer:
             running.on_signal = lambda _: ending.set()
             running.on_deadline = ending.set
             _tell(running.options, relay.url)
-            if opens:
-                _open(relay.url)
-            await ending.wait()
+            with ExitStack() as file:
+                if opens:
+                    relay.on_enter = file.close
+                    _open(_leading_to(relay.url, file))
+                await ending.wait()
     return Answer({"address": str(host.wire.address), "ended": "in order"}, "", quiet=True)
 
 
@@ -71,6 +76,44 @@ def _tell(options: Options, url: str) -> None:
     if stream is not None and not options.quiet:
         stream.write(f"{url}\n")
         stream.flush()
+
+
+def _leading_to(url: str, until: ExitStack) -> str:
+    """A file that leads a browser there, as a URL; it is there `until` that is closed.
+
+    All users of the host can read what a browser was started with: so that names only the file,
+    which this user alone can read.
+    """
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from qmpcommit.cli.relay import lead_to
+    from qmpcommit.errors import InvalidRequest
+
+    try:
+        folder = tempfile.mkdtemp(prefix="qmpcommit-ui-", dir=_own_folder())  # mode 0700
+        until.callback(shutil.rmtree, folder, ignore_errors=True)
+        file = Path(folder, "open.html")
+        file.touch(0o600)
+        file.write_text(lead_to(url), encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequest(
+            f"can't write the file that leads the browser to the page: {error}; run it with"
+            " --no-browser, and open the address that it prints"
+        ) from None
+    return file.as_uri()
+
+
+def _own_folder() -> str | None:
+    """``$XDG_RUNTIME_DIR`` where it is this user's and nobody else's; else the temporary folder."""
+    folder = os.environ.get("XDG_RUNTIME_DIR", "")
+    try:
+        seen = os.stat(folder)
+    except OSError:
+        return None
+    own = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.geteuid()
+    return folder if own and not seen.st_mode & 0o077 and os.path.isabs(folder) else None
 
 
 def _open(url: str) -> None:

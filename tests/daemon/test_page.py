@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from qmpcommit import manual
+from qmpcommit.cli.relay import MANY
 from qmpcommit.daemon.page_api import FILES
 from tests.cli.command import end, start
 from tests.daemon.daemons import Answer, Daemon, daemon
@@ -52,7 +53,7 @@ async def asked(
         if body:
             given["Content-Length"] = str(len(body))
         lines = [f"{method} {path} HTTP/1.1", *(f"{n}: {v}" for n, v in given.items() if v)]
-        writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+        writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         async with asyncio.timeout(30):
             text = await reader.read()
     finally:
@@ -74,8 +75,8 @@ def test_the_files_name_no_other_host_and_read_no_markup() -> None:
                     "Function(", "DOMParser", "createContextualFragment", "srcdoc"):  # fmt: skip
             assert way not in text, name
     text = (FOLDER / "index.html").read_text()
-    assert not re.findall(r"\son\w+=|\sstyle=|<style|<script(?! type=\"module\" src=\"/ui/)", text)
-    assert set(re.findall(r"(?:src|href)=\"([^\"#]+)", text)) <= {f"/ui/{name}" for name in FILES}
+    assert not re.findall(r"\son\w+=|\sstyle=|<style|<script(?! type=\"module\" src=\"ui/)", text)
+    assert set(re.findall(r"(?:src|href)=\"([^\"#]+)", text)) <= {f"ui/{name}" for name in FILES}
     for name in FILES:
         if name.endswith(".js"):
             for source in re.findall(r'from "([^"]+)"', (FOLDER / name).read_text()):
@@ -156,31 +157,59 @@ async def test_a_reader_sees_it_and_may_not_decide(folder: Path, free_port: int)
 @asynccontextmanager
 async def opened(d: Daemon, *through: str, **more: str) -> AsyncIterator[tuple[str, int]]:
     """``qmpcommit ui``: the address that it printed, and its port; it ends in order."""
-    words = through or (f"--daemon={d.socket}",)
-    process = await start(*words, "ui", "--no-browser", more=more)
+    words = (*(through or (f"--daemon={d.socket}",)), "ui", "--no-browser")
+    async with started(*words, lines=1, **more) as (url,):
+        yield url, urlsplit(url).port or 0
+
+
+@asynccontextmanager
+async def started(*words: str, lines: int, **more: str) -> AsyncIterator[list[str]]:
+    """The command, with the first lines that it printed; it ends in order."""
+    process = await start(*words, more=more)
     try:
         assert process.stdout is not None
         async with asyncio.timeout(30):
-            url = (await process.stdout.readline()).decode().strip()
-        yield url, urlsplit(url).port or 0
+            said = [(await process.stdout.readline()).decode().strip() for _ in range(lines)]
+        yield said
         process.send_signal(signal.SIGINT)
-        said = await end(process)
-        assert (said.status, said.err) == (0, "")
+        ended = await end(process)
+        assert (ended.status, ended.err) == (0, "")
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
 
 
-async def entered(url: str) -> dict[str, str]:
-    """The cookie that the address is exchanged for, as a browser sends it."""
+async def entered(url: str) -> str:
+    """The path that the address is exchanged for, which all paths of the page begin with."""
     parts = urlsplit(url)
     answer = await asked(parts.port or 0, "GET", f"{parts.path}?{parts.query}", {})
     assert answer.status == 200
-    cookie, *bounds = answer.headers["set-cookie"].split("; ")
-    assert {"HttpOnly", "SameSite=Strict"} <= set(bounds)
+    assert "set-cookie" not in answer.headers
     assert answer.headers["referrer-policy"] == "no-referrer"
-    return {"Cookie": cookie}
+    found = re.search(rb"0;url=(/[\w-]{40,})/ui\"", answer.body)
+    assert found is not None
+    return found[1].decode()
+
+
+@pytest.mark.parametrize("used", [True, False])
+async def test_a_browser_is_given_a_file_that_its_user_alone_reads(
+    folder: Path, used: bool
+) -> None:
+    async with daemon(folder, OFF) as d:
+        run = folder / "run"
+        run.mkdir(0o700)
+        more = {"BROWSER": "/bin/echo %s", "XDG_RUNTIME_DIR": str(run)}
+        async with started(f"--daemon={d.socket}", "ui", lines=2, **more) as (url, given):
+            file = Path(urlsplit(given).path)
+            assert given == file.as_uri(), "every user of the host can read what this is given"
+            assert file.parent.parent == run
+            assert [each.stat().st_mode & 0o777 for each in (file.parent, file)] == [0o700, 0o600]
+            assert f'content="0;url={url}"' in file.read_text()
+            if used:
+                await entered(url)
+                assert not list(run.iterdir())
+        assert not list(run.iterdir())
 
 
 async def test_the_address_opens_once_and_for_one_browser(folder: Path) -> None:
@@ -188,26 +217,29 @@ async def test_the_address_opens_once_and_for_one_browser(folder: Path) -> None:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ui\?token=[\w-]{40,}", url)
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.2", port)  # this host's, and not only that port
-        for path in ("/ui", "/ui?token=", "/ui?token=wrong", "/v1/vms", "/ui/app.js"):
+        for path in ("/ui", "/ui?token=", "/ui?token=wrong", "/v1/vms", "/ui/app.js", "//ui"):
             assert (await asked(port, "GET", path, {})).status == 403
-        cookie = await entered(url)
+        base = await entered(url)
         assert (await asked(port, "GET", url.partition(str(port))[2], {})).status == 403
-        page = await asked(port, "GET", "/ui", cookie)
+        page = await asked(port, "GET", f"{base}/ui", {})
         assert (page.status, page.headers["content-security-policy"]) == (200, POLICY)
         tag = {"If-None-Match": page.headers["etag"]}
-        assert (await asked(port, "GET", "/ui", {**cookie, **tag})).status == 304
-        assert (await asked(port, "GET", "/v1/vms", cookie)).json[0]["name"] == "off"
-        assert (await asked(port, "GET", "/v1/vms/x", cookie)).status == 404
+        assert (await asked(port, "GET", f"{base}/ui", tag)).status == 304
+        vms = await asked(port, "GET", f"{base}/v1/vms", {})
+        assert (vms.json[0]["name"], vms.headers["referrer-policy"]) == ("off", "no-referrer")
+        assert (await asked(port, "GET", f"{base}/v1/vms/x", {})).status == 404
+        for path in ("/v1/vms", f"{base[:-1]}/v1/vms", f"/{base}/v1/vms", f"http://x{base}/v1/vms"):
+            headers = {"Cookie": f"qmpcommit-{port}={base[1:]}"}
+            assert (await asked(port, "GET", path, headers)).status == 403, path
         for headers in (
-            {"Cookie": cookie["Cookie"][:-1]},
-            {**cookie, "Host": f"evil.example:{port}"},
-            {**cookie, "Host": "127.0.0.1"},
-            {**cookie, "Origin": "http://evil.example"},
-            {**cookie, "Origin": f"http://127.0.0.1:{port + 1}"},
-            {**cookie, "Sec-Fetch-Site": "same-site"},
-            {**cookie, "Sec-Fetch-Site": "cross-site"},
+            {"Host": f"evil.example:{port}"},
+            {"Host": "127.0.0.1"},
+            {"Origin": "http://evil.example"},
+            {"Origin": f"http://127.0.0.1:{port + 1}"},
+            {"Sec-Fetch-Site": "same-site"},
+            {"Sec-Fetch-Site": "cross-site"},
         ):
-            assert (await asked(port, "GET", "/v1/vms", headers)).status == 403, headers
+            assert (await asked(port, "GET", f"{base}/v1/vms", headers)).status == 403, headers
 
 
 @needs_root
@@ -218,34 +250,53 @@ async def test_other_users_are_refused_though_they_know_the_address(folder: Path
         text, _ = await process.communicate()
         assert b" 403 " in text.partition(b"\r\n")[0]
         assert f"user {NOBODY} did not run this".encode() in text
-        assert (await asked(port, "GET", "/v1/vms", await entered(url))).status == 200
+        base = await entered(url)
+        assert (await asked(port, "GET", f"{base}/v1/vms", {})).status == 200
 
 
 async def test_what_is_sent_through_it_is_json_of_the_page(folder: Path) -> None:
     async with daemon(folder, OFF) as d, opened(d) as (url, port):
-        ours = {**await entered(url), "Origin": f"http://127.0.0.1:{port}"}
+        base = await entered(url)
+        ours, path = {"Origin": f"http://127.0.0.1:{port}"}, f"{base}/v1/vms"
         kind = {"Content-Type": "application/json"}
         new = json.dumps({"name": "web1", "qmp": "/x", "connect": "on-demand"}).encode()
-        assert (await asked(port, "POST", "/v1/vms", ours, new)).status == 415
+        assert (await asked(port, "POST", path, ours, new)).status == 415
         text = {**ours, "Content-Type": "text/plain"}
-        assert (await asked(port, "POST", "/v1/vms", text, new)).status == 415
-        alone = {**ours, **kind, "Origin": ""}
-        assert (await asked(port, "POST", "/v1/vms", alone, new)).status == 403
-        assert (await asked(port, "PUT", "/v1/vms", {**ours, **kind}, new)).status == 405
+        assert (await asked(port, "POST", path, text, new)).status == 415
+        assert (await asked(port, "POST", path, kind, new)).status == 403
+        assert (await asked(port, "PUT", path, {**ours, **kind}, new)).status == 405
         assert [each["name"] for each in (await d.get("/v1/vms")).json] == ["off"]
-        assert (await asked(port, "POST", "/v1/vms", {**ours, **kind}, new)).status == 201
-        assert (await asked(port, "DELETE", "/v1/vms/web1", ours)).status == 204
-        # Events pass as they come, from where the browser was.
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = {"Host": f"127.0.0.1:{port}", "Cookie": ours["Cookie"], "Last-Event-ID": "0"}
-        lines = ["GET /v1/events HTTP/1.1", *(f"{n}: {v}" for n, v in head.items()), "", ""]
+        assert (await asked(port, "POST", path, {**ours, **kind}, new)).status == 201
+        assert (await asked(port, "DELETE", f"{path}/web1", ours)).status == 204
+        for name in ("If-None-Match", "Last-Event-ID"):
+            assert (await asked(port, "GET", path, {name: "\xe9"})).status == 400
+        assert (await asked(port, "GET", path, {"Cookie": "of-another-server=\xe9"})).status == 200
+        # Events pass as they come, however their path is written, from where the browser was.
+        # Those that say nothing are never in the way of the page.
+        async with events(port, f"{base}/v1/%65vents") as first:
+            assert b'"change": "added"' in await first.readuntil(b'"added"')
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MANY + 1)]
+            late = new.replace(b"web1", b"web2")
+            assert (await asked(port, "POST", path, {**ours, **kind}, late)).status == 201
+            assert b'"added"' in await first.readuntil(b'"web2"')
+            for _, writer in silent:
+                writer.close()
+        # The daemon goes, and the browser is told so.
+        assert await d.stop() == 0
+        lost = await asked(port, "GET", path, {})
+        assert (lost.status, lost.json["detail"][:10]) == (502, "the daemon")
+
+
+@asynccontextmanager
+async def events(port: int, path: str) -> AsyncIterator[asyncio.StreamReader]:
+    """The stream of events from its beginning, behind its head."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Last-Event-ID: 0", "", ""]
         writer.write("\r\n".join(lines).encode())
         async with asyncio.timeout(30):
             assert b"text/event-stream" in await reader.readuntil(b"\r\n\r\n")
-            assert b'"change": "added"' in await reader.readuntil(b'"added"')
+            yield reader
+    finally:
         writer.close()
         await writer.wait_closed()
-        # The daemon goes, and the browser is told so.
-        assert await d.stop() == 0
-        lost = await asked(port, "GET", "/v1/vms", {"Cookie": ours["Cookie"]})
-        assert (lost.status, lost.json["detail"][:10]) == (502, "the daemon")

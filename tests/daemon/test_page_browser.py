@@ -6,6 +6,7 @@ It needs Chromium (Debian's package) and the extra ``page``: ``./tests/run.sh --
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -60,7 +61,9 @@ async def browsed(
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         await page.goto(url)
         await page.locator("#live .good").wait_for()
-        assert page.url == f"http://127.0.0.1:{port}/ui", "the token stays in the address"
+        secret = page.url.removeprefix(f"http://127.0.0.1:{port}/").removesuffix("/ui")
+        assert re.fullmatch(r"[\w-]{40,}", secret), "it went elsewhere, or the token is there still"
+        assert not await page.context.cookies(), "every port of a host gets its cookies"
         yield page
         await browser.close()
     if restarts:

@@ -8,11 +8,14 @@ export class Refused extends Error {
   }
 }
 
+/** The address of a path of the daemon; something may lead here by a path before it. */
+const at = (path) => new URL(`..${path}`, import.meta.url);
+
 /** One request; its JSON, or null. */
 export async function ask(path, method = "GET", body = undefined) {
   let answer;
   try {
-    answer = await fetch(path, {
+    answer = await fetch(at(path), {
       method,
       headers: body === undefined ? {} : { "Content-Type": "application/json" },
       body: body === undefined ? undefined : JSON.stringify(body),
@@ -80,7 +83,7 @@ async function begin() {
 async function open(path, headers, cut) {
   let answer;
   try {
-    answer = await fetch(path, { headers, signal: cut.signal, credentials: "same-origin" });
+    answer = await fetch(at(path), { headers, signal: cut.signal, credentials: "same-origin" });
   } catch {
     throw new Error("the daemon does not answer");
   }
@@ -119,8 +122,8 @@ async function read(after, event, opened) {
 function parse(text, event) {
   const found = { data: "" };
   for (const line of text.split("\n")) {
-    const at = line.indexOf(": ");
-    if (at > 0) found[line.slice(0, at)] = line.slice(at + 2);
+    const end = line.indexOf(": ");
+    if (end > 0) found[line.slice(0, end)] = line.slice(end + 2);
   }
   if (!found.data) return;
   try {
@@ -132,7 +135,7 @@ function parse(text, event) {
 
 /** A page of the manual. */
 export async function text(path) {
-  const answer = await fetch(path, { credentials: "same-origin" }).catch(() => null);
+  const answer = await fetch(at(path), { credentials: "same-origin" }).catch(() => null);
   if (!answer?.ok) throw new Refused(answer?.status ?? 0, "the manual can't be read now");
   return answer.text();
 }
