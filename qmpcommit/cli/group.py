@@ -278,7 +278,11 @@ def status_of(policy: AnyPolicy, outcome: GroupOutcome) -> int:
 
 def group_text(outcome: GroupOutcome) -> str:
     """Each disk's own end, and how long they were held for the one instant."""
-    lines = [outcome_text(each) for each in outcome.outcomes]
+    several = len({each.vm for each in outcome.outcomes}) > 1
+    lines = [
+        outcome_text(each, disk=f"{each.disk} of {each.vm}" if several else "")
+        for each in outcome.outcomes
+    ]
     if outcome.status == "completed" and outcome.held is not None:
         many = len(outcome.outcomes)
         held = show_seconds(outcome.held)

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from qmpcommit.commit.plan import Plan
 
 
-def outcome_text(outcome: CommitOutcome) -> str:
-    """What happened, which image is active now, what is invalid, how much and how long."""
+def outcome_text(outcome: CommitOutcome, *, disk: str = "") -> str:
+    """What happened, which image is active now, what is invalid, how much and how long.
+
+    `disk` is what it is called, where its own name does not tell its VM.
+    """
     active: object = outcome.active or outcome.top
     who = {"guest": "The guest", "export": "The export"}.get(outcome.used_by)
     base, top = outcome.base.filename, outcome.top.filename
@@ -35,7 +38,7 @@ def outcome_text(outcome: CommitOutcome) -> str:
         "abort": f"aborted. {goes_on} {active}, which is whole.",
         "none": f"merged {top} into {base}. {goes_on} {active}.",
     }.get(outcome.action, f"{outcome.action}.")
-    lines = [f"{outcome.disk}: {happened}"]
+    lines = [f"{disk or outcome.disk}: {happened}"]
     if outcome.invalidated:
         files = ", ".join(outcome.invalidated)
         lines.append(f"  Invalid from now on, never boot it again: {files}.")

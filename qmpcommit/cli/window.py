@@ -404,7 +404,8 @@ async def _flatten(running: Run, qmp: str, disk: str, asked: dict[str, Any]) -> 
                         now_called = outcome.active.filename
             now = await vm.disk(now_called)
     except asyncio.CancelledError:
-        said = f"{len(outcomes)} layers were merged, and the chain is valid: run it again to go on"
+        many = "1 layer was" if len(outcomes) == 1 else f"{len(outcomes)} layers were"
+        said = f"{many} merged, and the chain is valid: run it again to go on"
         dumped = [outcome.model_dump(mode="json") for outcome in outcomes]
         raise commits.error(said, vm=vm.name, disk=disk, outcomes=dumped) from None
     data = {

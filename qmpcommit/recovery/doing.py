@@ -432,7 +432,8 @@ class Recovery:
         warnings = await close_nodes(vm, [finding.what])
         if warnings:
             raise CommitFailed("; ".join(warnings))
-        return "it was closed"
+        stale = finding.next.startswith(overlays.STALE)
+        return "it was closed; its file is stale: never boot it" if stale else "it was closed"
 
     async def _windows(self, vm: VM, overlays: Collection[str]) -> str:
         closed = 0

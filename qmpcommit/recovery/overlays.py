@@ -6,13 +6,16 @@ from collections.abc import Collection, Iterable, Iterator
 
 from qmpcommit.block.chain import Disk
 from qmpcommit.block.flush import FLUSH
-from qmpcommit.commit.claim import owner_in
+from qmpcommit.commit.claim import layer_number, owner_in
 from qmpcommit.commit.overlay.trial import TRIAL
 from qmpcommit.commit.stale_layers import users
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK, node_stem
 from qmpcommit.recovery.findings import Finding, Kind
 from qmpcommit.recovery.jobs import DISCARD, READY, RUNNING, SNAPSHOT, disk_of, followed, held
 from qmpcommit.recovery.seen import Seen
+
+STALE = "It is closed; its file stays"
+"""What is done about a layer that a disk has been committed from."""
 
 
 def unlaid(seen: Seen) -> dict[str, str]:
@@ -58,6 +61,13 @@ def recycles(seen: Seen) -> Iterator[Finding]:
             continue
         status = str(seen.jobs.get(job_id, {}).get("status") or "")
         name = on.name if on is not None else ""
+        left = _was_active(seen, f"{stem}-top")
+        if left is not None:
+            for node in (f"{stem}-top", f"{stem}-file"):
+                if node in seen.graph.nodes:
+                    yield _stale(seen, left, node, file)
+                    break
+            continue
         kind: Kind = "discard" if discards else "recycle"
         what = "a discard" if discards else "a snapshot" if snapshots else "a recycle"
         message = f"{what} was interrupted: its empty overlay {file} is open, and does not lie"
@@ -101,6 +111,24 @@ def recycles(seen: Seen) -> Iterator[Finding]:
                 does=False,
                 disk=name,
             )
+
+
+def _was_active(seen: Seen, layer: str) -> Disk | None:
+    """The disk that wrote to this layer when a process claimed it that has died, and does not now.
+
+    It may itself have been a recycle's overlay once, and is no empty one.
+    """
+    for disk in seen.disks:
+        owner = owner_in(seen.graph, disk)
+        if owner is not None and owner in seen.dead and owner.layer == layer_number(layer):
+            return None if layer in {image.node_name for image in disk.chain} else disk
+    return None
+
+
+def _stale(seen: Seen, disk: Disk, node: str, file: str) -> Finding:
+    now = f", and its guest writes to {disk.active.filename} now" if disk.active else ""
+    message = f"{file} is stale: {disk} has been committed from it{now}. Node {node} is open"
+    return Finding("node", seen.vm, node, message, f"{STALE}. Never boot it", disk=disk.name)
 
 
 def laid_discards(seen: Seen) -> dict[str, list[tuple[Disk, bool]]]:
@@ -186,12 +214,4 @@ def nodes_left(seen: Seen) -> Iterator[Finding]:
             continue
         for name in stale_nodes(seen, disk):
             file = seen.graph.file(seen.graph.leaf(name))
-            message = f"{file} is stale: {disk} has been committed from it, and node {name} is open"
-            yield Finding(
-                "node",
-                seen.vm,
-                name,
-                message,
-                "It is closed; its file stays. Never boot it",
-                disk=disk.name,
-            )
+            yield _stale(seen, disk, name, file)

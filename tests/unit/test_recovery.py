@@ -13,7 +13,7 @@ import pytest
 from qmpcommit.block.chain import Disk, read_disks
 from qmpcommit.block.graph import build_graph
 from qmpcommit.block.throttle import Noted
-from qmpcommit.commit.claim import job_number, number_of, owners_among
+from qmpcommit.commit.claim import job_number, layer_number, number_of, owners_among
 from qmpcommit.commit.overlay.file import is_being_made, make_file, maker_of
 from qmpcommit.commit.pending import group_job_id
 from qmpcommit.guest.marks import mark_of_discard, mark_of_flush, mark_of_recycle
@@ -56,6 +56,7 @@ def show(
     vm: str = "vm1",
     group: str = "",
     of: str = "",
+    was: str = "",
 ) -> Seen:
     """A VM with the disk vda, on which these nodes are left, and whom its claim names."""
     below = [*chain[1:], None]
@@ -78,6 +79,8 @@ def show(
         claims.add(f"qmpc-{number}f{tag}")
     if of:
         claims.add(f"qmpc-{number}j{job_number(of)}")
+    if was:
+        claims.add(f"qmpc-{number}b{layer_number(was)}")
     (held,) = owners_among(claims).values()
     graph = graph._replace(claims=frozenset(claims))
     shown = _seen(vm, status, jobs, graph, names)
@@ -365,3 +368,16 @@ def test_who_made_a_file_is_seen_by_it(tmp_path: Path) -> None:
     assert is_being_made(made.path)
     os.setxattr(made.path, "user.qmpcommit", f"{os.getppid()}.1".encode())
     assert not is_being_made(made.path)
+
+
+def test_a_recycle_s_overlay_that_was_active_is_no_empty_one() -> None:
+    """Its format node is closed already, and its file's node is not."""
+    file = {"node-name": f"{JOB}-file", "drv": "file", "file": "/vms/r9"}
+    seen = show(chain=["r13", "base"], others=[file], was=FRESH)
+    found = look_up([seen])
+    assert kinds(found) == ["node"]
+    assert "/vms/r9 is stale" in found[0].message
+    assert "writes to /vms/r13 now" in found[0].message
+    assert "Never boot it" in found[0].next
+    other = look_up([show(chain=["r13", "base"], others=[file], was="another")])
+    assert kinds(other) == ["recycle"]
