@@ -41,7 +41,7 @@ async def main(qmp: str, policy: qc.Pivot | qc.Keep) -> int:
 
 if __name__ == "__main__":
     arguments = [word for word in sys.argv[1:] if word != "--keep"]
-    if len(arguments) != 1:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.exit(__doc__)
     try:
         keep = "--keep" in sys.argv

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from qmpcommit.client import DEFAULT_SOCKET
+from qmpcommit.client import default_daemon
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.units import parse_seconds
 
@@ -96,11 +96,6 @@ def progress_option(command: F) -> F:
         expose_value=False,
         help="A bar (as on a terminal), lines every 5 s, or nothing (as elsewhere).",
     )(command)
-
-
-def default_daemon() -> str:
-    """The daemon that is asked where none is named."""
-    return os.environ.get("QMPCOMMIT_DAEMON") or DEFAULT_SOCKET
 
 
 _COMMON = (

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpcommit.cli.options import Answer, Options, common, default_daemon
+from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
+from qmpcommit.client import default_daemon
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run

@@ -3,6 +3,7 @@
 ``from qmpcommit.client import Client``; it needs h11, which the extra "cli" brings.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 DEFAULT_SOCKET = "/run/qmpcommit/qmpcommitd.sock"
 """Where the daemon listens, where nothing else is said."""
+
+
+def default_daemon() -> str:
+    """The daemon that is asked where none is named: $QMPCOMMIT_DAEMON, else `DEFAULT_SOCKET`."""
+    return os.environ.get("QMPCOMMIT_DAEMON") or DEFAULT_SOCKET
+
 
 _HOMES = {
     "events": "DaemonEvent Events",

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 from urllib.parse import quote, urlencode
 
-from qmpcommit.client import DEFAULT_SOCKET
+from qmpcommit.client import default_daemon
 from qmpcommit.client.events import Events
 from qmpcommit.client.http import Lost, Reply, Wire
 from qmpcommit.client.problems import problem, sensible, transient
@@ -46,22 +46,23 @@ class Client:
     """A client of ``qmpcommitd``; ``async with Client(...) as host`` connects.
 
     `socket` is the path of the daemon's socket or ``tcp:HOST:PORT``, which needs the bearer
-    `token`. A request has `timeout` seconds; a daemon that was there and does not answer (it is
-    being restarted) is asked again for `patience` seconds. Every request is made so that asking
-    again has no second effect. Leaving the block ends the waiting, never a commit: the daemon
-    has promised it. Entering raises `DaemonUnreachable`, or `DaemonError` for a refusal.
+    `token`; where it is left out, $QMPCOMMIT_DAEMON or the system's daemon. A request has `timeout`
+    seconds; a daemon that was there and does not answer (it is being restarted) is asked again for
+    `patience` seconds. Every request is made so that asking again has no second effect. Leaving the
+    block ends the waiting, never a commit: the daemon has promised it. Entering raises
+    `DaemonUnreachable`, or `DaemonError` for a refusal.
     """
 
     def __init__(
         self,
-        socket: str | os.PathLike[str] = DEFAULT_SOCKET,
+        socket: str | os.PathLike[str] | None = None,
         *,
         token: str | None = None,
         timeout: float = 30.0,
         patience: float = 30.0,
     ) -> None:
         try:
-            address = Address.parse(socket)
+            address = Address.parse(default_daemon() if socket is None else socket)
         except InvalidRequest as error:
             raise InvalidRequest(f"the daemon's address is wrong: {error.message}") from None
         self.timeout = parse_seconds(timeout, "timeout")
