@@ -151,6 +151,7 @@ async def _round(
     request: dict[str, Any],
 ) -> Sequence[Round]:
     from qmpcommit.cycles.run import cycle
+    from qmpcommit.guest.run_state import runs
 
     async with AsyncExitStack() as stack:
         for qmp, vm in vms.items():
@@ -158,6 +159,11 @@ async def _round(
             await tell_of_held(vm, qmp)
             if request["freeze"] is None:  # else it is thawed first
                 await tell_of_frozen(vm, qmp)
+            if request["guest"] is None and await runs(vm):
+                raise click.UsageError(
+                    f"The guest of {vm.name} runs, and what it has in memory belongs to the overlay"
+                    " that would be discarded: give --reset or --stop. Nothing was changed"
+                )
         agents = {vms[qmp]: socket for qmp, socket in sockets.items()}
         return await cycle([(vms[qmp], disk) for qmp, disk in disks], agents=agents, **request)
 
