@@ -74,7 +74,7 @@ async def test_a_window_is_not_merged_back_under_who_reads_it_still(folder: Path
 async def test_only_who_reads_this_window_is_in_its_way(folder: Path) -> None:
     one, two = make_chain(folder), make_chain(folder, names=("b2", "m2", "l2", "t2"))
     async with machine(folder, one, two, running=True) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        window = await qc.open_window(vm, ["vda", "vdb"])
+        window = await vm.open_window(["vda", "vdb"])
         for claim in window.claims.values():
             claim.abandon()
         with one.top.open("rb") as file:

@@ -145,7 +145,7 @@ async def test_a_window_whose_qemu_is_killed_tells_how_nothing_is_lost(folder: P
 
         with pytest.raises(qc.WindowError, match="never from the one below") as failed:
             await body()
-    words = failed.value.message.partition("'qmpcommit commit ")[2].split("'")[0].split()
+    words = str(failed.value).partition("'qmpcommit commit ")[2].split("'")[0].split()
     said = await qmpcommit("commit", *words, "--json")
     assert (said.status, said.json["deleted"]) == (0, failed.value.overlays)
     assert overlays(folder) == []
@@ -185,7 +185,7 @@ async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
                 ([], qc.WindowError, "at least one"),
                 (["cd0"], qc.WindowError, "cd0 .*has no medium"),
                 (["vda"], qc.JobConflict, job.id),
-                (["ro"], qc.WindowError, "ro .*is read-only: .*leave the disk out"),
+                (["ro"], qc.WindowError, "ro .*is read-only, .*can be read without a window"),
             ):
                 with pytest.raises(error, match=why):
                     await vm.open_window(disks)
@@ -412,7 +412,7 @@ async def test_over_a_disk_that_is_read_only_nothing_is_laid(folder: Path, devic
         there = sorted(folder.iterdir())
         async with qc.Session.connect(qemu.qmp) as vm:
             with pytest.raises(qc.WindowError, match=r"vdb.* is read-only.* stands still already"):
-                await qc.open_window(vm, ["vda", "vdb"])
+                await vm.open_window(["vda", "vdb"])
             with pytest.raises(qc.ChainError, match=r"vdb.* is read-only"):
                 await vm.overlay(["vdb"])
             assert await vm.windows() == []
