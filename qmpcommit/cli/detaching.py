@@ -80,6 +80,7 @@ async def detach(running: Run, qmp: str, request: dict[str, Any]) -> Answer:
         await tell_of_held(vm, qmp, [request["disk"]])
         if request["top"] is not None:
             await _refuse_intermediate(vm, request)
+        vm.detaches = True
         job = await Foreground(running, vm, qmp).start(**{**request, "policy": Hold()})
         await job.detach(claimed=True)
     return _left(running, qmp, job, "keep" if then == "keep" else "pivot")

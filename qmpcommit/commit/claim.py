@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.plan import Plan
     from qmpcommit.commit.vm import VM
 
-Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc", "snap"]
+Verb = Literal["commit", "group", "window", "close", "flat", "cycle", "disc", "snap", "detach"]
 
 WORK: Mapping[str, str] = {
     "commit": "a commit",
@@ -62,6 +62,7 @@ WORK: Mapping[str, str] = {
     "cycle": "a round of a cycle",
     "disc": "a discard",
     "snap": "a snapshot",
+    "detach": "a detached commit",
 }
 """What a disk is claimed for, in words."""
 
@@ -523,6 +524,8 @@ async def take_for(
     """
     if job.claim is None:
         plan = job.plan
+        if vm.detaches and verb == "commit":
+            verb = "detach"
         job.inherit(
             await take(vm, plan.disk, verb, tag=tag, override=override, looked=True, plan=plan)
         )

@@ -21,6 +21,8 @@ def owners_of(disks: Iterable[Disk], graph: BlockGraph) -> list[dict[str, Any]]:
             continue
         alive = lives(owner)
         gone = ", which has ended: whoever comes next takes it over" if alive is False else ""
+        if gone and owner.verb == "detach":
+            gone = ", which left it in QEMU on purpose: it waits to be taken up"
         found.append(
             {
                 "disk": disk.name,

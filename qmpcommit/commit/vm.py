@@ -78,7 +78,8 @@ class VM(Monitor):
 
     `private` tells that nobody else can reach what this VM exports; `gate` bounds how many
     commits, of many sessions, are cleared up after at once; `claims` are the disks that are
-    held, `left_claims` those that could not be let go while the monitor was away.
+    held, `left_claims` those that could not be let go while the monitor was away; `detaches` has
+    its commits claim their disks as what will be left in QEMU on purpose.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class VM(Monitor):
         super().__init__(address, **options)
         self._jobs: set[CommitJob] = set()
         self.private = False
+        self.detaches = False
         self.claims: set[Claim] = set()
         self.left_claims: list[Owner] = []
         self.gate: asyncio.Semaphore | None = None

@@ -235,16 +235,18 @@ class Monitor(Queries):
         """Connect, once more if the handshake failed.
 
         QEMU can send an event before its greeting, or between greeting and capabilities, to a
-        client that comes while a job moves; `qemu.qmp` takes that for a foreign protocol.
+        client that comes while a job moves; `qemu.qmp` takes that for a foreign protocol. And it
+        sends the rest of a long reply whose client has gone to the next one that comes.
         """
         try:
-            await self._connect()
+            await self._connect(again=True)
         except ConnectError as error:
-            if self.breach or not isinstance(error.__cause__, QMPError):
+            if not isinstance(error.__cause__, QMPError):
                 raise
             await self._connect()
 
-    async def _connect(self) -> None:
+    async def _connect(self, *, again: bool = False) -> None:
+        """Connect; what breaks the bounds is noted, if it is not tried `again`."""
         address = self.address
         assert address is not None
         client = new_client(f"qmpcommit.{os.getpid()}", self._tap)
@@ -267,7 +269,8 @@ class Monitor(Queries):
             raise self._no_monitor(error) from error
         finally:
             self.awaits = ""
-            self._note(client, 0.0)
+            if not again:
+                self._note(client, 0.0)
             if client.runstate is not Runstate.RUNNING and sock is not None:
                 sock.close()
         if client.runstate is not Runstate.RUNNING:

@@ -29,6 +29,12 @@ def held(seen: Seen, disk: Disk) -> bool:
     return owner is not None and owner in seen.living
 
 
+def detached(seen: Seen, disk: Disk | None) -> bool:
+    """Whether who began a disk's commit has left it in QEMU on purpose."""
+    owner = owner_in(seen.graph, disk) if disk is not None else None
+    return owner is not None and owner.verb == "detach" and owner in seen.dead
+
+
 def disk_of(seen: Seen, job_id: str) -> Disk | None:
     """The disk that a job is on, or that its name tells."""
     for disk in seen.disks:
@@ -203,6 +209,9 @@ def ended_or_not(seen: Seen, groups: Groups, decide: Decide | None) -> Iterator[
             message = f"{on} is READY, and nobody decides it"
             if ready == "copying":
                 message = f"{on} copies, and nobody decides it when it is READY"
+            if detached(seen, disk):
+                does = "copies" if ready == "copying" else "is READY"
+                message = f"{on} {does}; it was detached, and waits to be taken up"
             if decide is None:
                 said = f"Say what is to become of it: --decide pivot, keep or abort ({qmp})"
                 yield Finding(ready, seen.vm, job_id, message, said, does=False, disk=name)

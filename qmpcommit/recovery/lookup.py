@@ -198,7 +198,8 @@ def _claims(seen: Seen) -> Iterator[Finding]:
     for owner in seen.dead:
         mine = next((d for d in seen.disks if owner_in(seen.graph, d) == owner), None)
         name = mine.name if mine is not None else ""
-        message = f"{mine or 'a disk'} is held by {told(owner)}, which has ended"
+        left = "left it in QEMU on purpose" if owner.verb == "detach" else "has ended"
+        message = f"{mine or 'a disk'} is held by {told(owner)}, which {left}"
         there = [job for job in jobs if mine is not None and disk_of(seen, job) == mine]
         if there:
             said = f"It is let go with job {there[0]}"

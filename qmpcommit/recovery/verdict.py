@@ -25,6 +25,7 @@ from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.guest.marks import marks_among
 from qmpcommit.recovery.findings import Finding
 from qmpcommit.recovery.host import name_of, stopped
+from qmpcommit.recovery.jobs import detached
 from qmpcommit.recovery.lookup import look_up
 from qmpcommit.recovery.monitors import WITHIN, Place, ask
 from qmpcommit.recovery.seen import Seen, see
@@ -128,7 +129,14 @@ def _of_death(finding: Finding, at: Seen, seen: Sequence[Seen]) -> Symptom:
         words += " --agent SOCKET"
     elif not finding.does:
         words = ""
-    return Symptom(finding.kind, "wrong", finding.message, finding.next, words, finding.disk)
+    level: Level = "wrong"
+    if finding.kind in ("ready", "copying", "claim") and not finding.does:
+        disk = next((each for each in at.disks if each.name == finding.disk), None)
+        level = "note" if detached(at, disk) else "wrong"
+    if level == "note" and finding.kind != "claim":
+        words = shlex.join(["qmpcommit", "wait", at.address, finding.what])
+        return Symptom(finding.kind, level, finding.message, "Take it up", words, finding.disk)
+    return Symptom(finding.kind, level, finding.message, finding.next, words, finding.disk)
 
 
 async def _examine(vm: VM) -> tuple[Verdict, Seen]:

@@ -35,6 +35,12 @@ async def test_a_commit_is_left_and_waited_for(then: str, folder: Path) -> None:
         job = said.json["job_id"]
         assert (said.json["disk"], said.json["base"]["filename"]) == ("vda", str(chain.base))
         assert f"wait {qemu.qmp} {job} --then pivot" in said.json["next"]
+        told = await run("doctor", qemu.qmp)
+        assert told.status == 0, told.out
+        assert f"job {job} on vda copies; it was detached, and waits to be taken up" in told.out
+        assert f"qmpcommit wait {qemu.qmp} {job}" in told.out
+        told = await run("jobs", qemu.qmp)
+        assert "left it in QEMU on purpose: it waits to be taken up" in told.err
         for verb, *words in (
             ("commit", "--pivot"), ("window", "--", "true"), ("flatten", "--keep", "2"),
         ):  # fmt: skip

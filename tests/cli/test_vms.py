@@ -71,7 +71,7 @@ async def test_what_a_killed_client_has_left_is_told(folder: Path) -> None:
         (job,) = vm["jobs"]
         assert (job["type"], job["status"], job["disk"]) == ("commit", "ready", "vda")
         assert job["current"] == job["total"] > 0
-        assert any("is READY, and nobody decides it" in each for each in vm["wrong"])
+        assert any("is READY; it was detached, and waits" in each for each in vm["wrong"])
         shown = await run("vms", qemu.qmp, *PATIENT)
         assert f"    job {job['id']} on vda: commit, ready, " in shown.out
         assert "    WARNING: job " in shown.out

@@ -464,3 +464,20 @@ async def test_a_refused_command_is_told_with_qemus_words(folder: Path) -> None:
             await vm.execute("stop")
         assert error.value.error_class == "DeviceNotActive"
     assert isinstance(fake, FakeMonitor)
+
+
+async def test_who_comes_after_one_that_has_gone_amid_a_long_reply(folder: Path) -> None:
+    """QEMU sends the next client the rest of it, before its greeting."""
+    async with machine(folder, make_chain(folder)) as qemu:
+        for _ in range(10):
+            with socket.socket(socket.AF_UNIX) as gone:
+                gone.connect(qemu.qmp)
+                asks = [
+                    b'{"execute": "qmp_capabilities"}',
+                    *[b'{"execute": "query-qmp-schema"}'] * 3,
+                ]
+                gone.sendall(b"\n".join(asks))
+                assert gone.recv(64)
+            async with qc.Session.connect(qemu.qmp) as vm:
+                assert (await vm.execute("query-status"))["status"] == "prelaunch"
+        await qemu.quit()
