@@ -88,8 +88,8 @@ async def test_disks_of_two_vms(folder: Path) -> None:
     ):
         said = await run("commit", one.qmp, "top", "--and", two.qmp, "top2", "--pivot", "--delete")
         assert (said.status, said.err) == (0, "")
-        assert "top: pivoted" in said.out
-        assert "top2: pivoted" in said.out
+        assert f"top of {one.qmp}: pivoted" in said.out
+        assert f"top2 of {two.qmp}: pivoted" in said.out
         assert "One instant for 2 disks" in said.out
         assert not chains[0].top.exists()
         await one.quit()
