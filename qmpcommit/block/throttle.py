@@ -422,9 +422,12 @@ async def put_back(monitor: Monitor, noted: Noted) -> str:
         with suppress(CommandRefused):
             await monitor.execute("object-del", {"id": noted.id})
         return f"{noted.message} is gone, and its limits with it"
+    noted_then = throttle.former
     problem = await throttle.restore()
     if throttle._note:
         raise CommitFailed(problem)
+    if not problem and throttle.former != noted_then:
+        return f"it is in the throttle group {noted.group} again, with the limits that this has now"
     return problem or "the limits that it had before are back"
 
 
