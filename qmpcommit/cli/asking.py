@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qmpcommit.cli.explain import drawn, last_note
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.options import Options
@@ -51,20 +50,20 @@ async def ask_policy(plans: Sequence[Plan]) -> AnyPolicy | None:
         "hold": policies.Hold(),
     }
     words = [*made, "explain"]
-    click.echo("\n".join(_offered(plans)), err=True)
+    echo("\n".join(_offered(plans)), err=True)
     while True:
-        click.echo(f"{', '.join(words[:-1])} or explain? ", nl=False, err=True)
+        echo(f"{', '.join(words[:-1])} or explain? ", nl=False, err=True)
         line = await _line()
         word = line.strip().lower()
         found = [each for each in words if word and each.startswith(word)]
         if not word:
             return None
         if found == ["explain"]:
-            click.echo("\n".join(_explained(plans)), err=True)
+            echo("\n".join(_explained(plans)), err=True)
         elif len(found) == 1:
             return made[found[0]]
         else:
-            click.echo(f"'{word}' is none of these; an empty line leaves it", err=True)
+            echo(f"'{word}' is none of these; an empty line leaves it", err=True)
 
 
 async def _line() -> str:
@@ -189,7 +188,7 @@ class Keys:
             self._asks = asyncio.get_running_loop().call_later(READING, self._ask_for_yes)
         elif key == "e" and self._files:
             for choice in CHOICES:
-                click.echo("\n".join([f"\r\x1b[K{choice}:", *drawn(choice, self._files)]), err=True)
+                echo("\n".join([f"\r\x1b[K{choice}:", *drawn(choice, self._files)]), err=True)
         else:
             self._asked, self.text = "", OFFER
 
@@ -204,7 +203,7 @@ class Keys:
         try:
             done = calls[choice]()
         except QmpCommitError as error:
-            click.echo(f"\r\x1b[Kqmpcommit: {error.message}", err=True)
+            echo(f"\r\x1b[Kqmpcommit: {error.message}", err=True)
             return
         if asyncio.iscoroutine(done):
             task = asyncio.get_running_loop().create_task(self._ask(done))
@@ -218,4 +217,4 @@ class Keys:
         try:
             await deciding
         except QmpCommitError as error:
-            click.echo(f"\r\x1b[Kqmpcommit: {error.message}", err=True)
+            echo(f"\r\x1b[Kqmpcommit: {error.message}", err=True)

@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qmpcommit.cli.following import take_up
 from qmpcommit.cli.show import show_seconds
+from qmpcommit.cli.telling import echo
 from qmpcommit.units import show_size
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ class Bar:
             if self._drawn is None:
                 if now.phase != said[0] or clock() - said[1] >= LINES:
                     said = now.phase, clock()
-                    click.echo(f"qmpcommit: {title}: {facts}", err=True)
+                    echo(f"qmpcommit: {title}: {facts}", err=True)
                 continue
             if task is None:
                 self._drawn.start()

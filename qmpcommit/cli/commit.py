@@ -27,6 +27,7 @@ from qmpcommit.cli.options import (
     stale_options,
 )
 from qmpcommit.cli.sections import Command
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.asking import Keys
@@ -370,7 +371,7 @@ def persisting(hook: list[str]) -> OnPivot:
 
 def tell_of_stall(file: str) -> None:
     """The job waits for its storage."""
-    click.echo(
+    echo(
         f"qmpcommit: the storage under {file} failed or is full, and the job waits; trying again"
         f" in {STALL_PAUSE:g} s",
         err=True,

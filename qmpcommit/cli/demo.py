@@ -13,6 +13,7 @@ import click
 
 from qmpcommit.cli.options import Answer, Interrupted, Options, common
 from qmpcommit.cli.sections import Command
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.demo_qemu import Chain, Programs
@@ -198,4 +199,4 @@ class Demo:
         if self._console is not None:
             self._console.print(drawn, style=style, markup=False)
         elif not (self._running.options.as_json or self._running.options.quiet):
-            click.echo(plain)
+            echo(plain)

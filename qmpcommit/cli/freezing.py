@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qmpcommit.cli.telling import echo
+
 if TYPE_CHECKING:
     from qmpcommit.session import Session
 
@@ -44,7 +46,7 @@ async def tell_of_frozen(vm: Session, qmp: str) -> None:
     from qmpcommit.guest.marks import marks, what_to_do
 
     for mark in await marks(vm):
-        click.echo(
+        echo(
             f"qmpcommit: {qmp}: {mark.message}. If whoever did it is gone: {what_to_do(mark, qmp)}",
             err=True,
         )

@@ -19,6 +19,7 @@ from qmpcommit.cli.freezing import tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
+from qmpcommit.cli.telling import echo
 from qmpcommit.errors import InvalidRequest, JobConflict, NotReady, QmpCommitError
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Asking:
             self._carry_out()
             return
         limit = "" if self._timeout is None else f"; after {show_seconds(self._timeout)}: keep"
-        click.echo(f"qmpcommit: all are READY: type pivot, keep or abort{limit}", err=True)
+        echo(f"qmpcommit: all are READY: type pivot, keep or abort{limit}", err=True)
 
     def _listen(self) -> None:
         rest = b""
@@ -208,26 +209,26 @@ class Asking:
 
     def _decide(self, word: str) -> None:
         if word not in ("pivot", "keep", "abort"):
-            click.echo(f"qmpcommit: type pivot, keep or abort, not '{word}'", err=True)
+            echo(f"qmpcommit: type pivot, keep or abort, not '{word}'", err=True)
             return
         self._answer = word
         if self._ready or word == "abort":
             self._carry_out()
         else:
-            click.echo(f"qmpcommit: {word}, as soon as all are READY", err=True)
+            echo(f"qmpcommit: {word}, as soon as all are READY", err=True)
 
     def _carry_out(self) -> None:
         calls = {"pivot": self._group.pivot, "keep": self._group.keep, "abort": self._group.abort}
         try:
             calls[self._answer]()
         except (NotReady, JobConflict) as error:
-            click.echo(f"qmpcommit: {error}", err=True)
+            echo(f"qmpcommit: {error}", err=True)
 
     def _end(self) -> None:
         if self._answer or self._timeout is not None:
             return
         if self._group.state.stage == "gathering":
-            click.echo("qmpcommit: nobody can decide any more, so all are aborted", err=True)
+            echo("qmpcommit: nobody can decide any more, so all are aborted", err=True)
             self.closed = True
             self._group.abort()
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import click
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -39,4 +39,4 @@ async def tell_of_held(
 def warn_of_held(held: Iterable[dict[str, str]]) -> None:
     """One line each."""
     for job in held:
-        click.echo(f"qmpcommit: job {job['id']} {job['next']}", err=True)
+        echo(f"qmpcommit: job {job['id']} {job['next']}", err=True)

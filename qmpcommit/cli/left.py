@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.session import Session
@@ -21,5 +21,5 @@ async def tell_of_left(vm: Session, qmp: str) -> list[dict[str, Any]]:
     other = [each for each in found if each.does and each.kind not in _TOLD_BESIDE]
     if other:
         what = "; ".join(each.message for each in other)
-        click.echo(f"qmpcommit: {what}. {recovers(qmp)} puts that right", err=True)
+        echo(f"qmpcommit: {what}. {recovers(qmp)} puts that right", err=True)
     return [each.model_dump(mode="json") for each in found]

@@ -23,6 +23,7 @@ from qmpcommit import __version__
 from qmpcommit.cli import signals
 from qmpcommit.cli.commands import COMMANDS, NO_DAEMON, STATUSES
 from qmpcommit.cli.options import Answer, Interrupted
+from qmpcommit.cli.telling import visible
 from qmpcommit.client import DEFAULT_SOCKET
 from qmpcommit.errors import (
     CommitNotFound,
@@ -281,7 +282,7 @@ def _complain(error: Exception, as_json: bool) -> int:
         except OSError as unwritten:
             return _unheard(unwritten, status)
     elif sys.stderr is not None:
-        paragraph = " ".join(str(said["message"]).split())
+        paragraph = visible(" ".join(str(said["message"]).split()))
         with suppress(OSError):  # nobody may be reading any more: the status is left
             sys.stderr.write(f"qmpcommit: {paragraph}\n")
     return status
@@ -320,10 +321,12 @@ def _print(text: str, *, told: bool = False) -> None:
     """To standard output, `told` to a person; raises OSError where it can't be written."""
     if sys.stdout is None:
         raise OSError(errno.EBADF, "it is closed")
-    if told and sys.stdout.isatty():
-        from qmpcommit.cli.tables import coloured
+    if told:
+        text = visible(text)
+        if sys.stdout.isatty():
+            from qmpcommit.cli.tables import coloured
 
-        text = coloured(text)
+            text = coloured(text)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

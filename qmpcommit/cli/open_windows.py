@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from qmpcommit.cli.show import show_seconds
+from qmpcommit.cli.telling import echo
 from qmpcommit.units import show_size
 
 if TYPE_CHECKING:
@@ -36,14 +35,14 @@ def tell_of_windows(
     for window in windows:
         age = "" if window["age"] is None else f", open for {show_seconds(window['age'])}"
         size = "" if window["size"] is None else f", {show_size(window['size'])} by now"
-        click.echo(
+        echo(
             f"qmpcommit: {window['disk']} is in a window: its guest writes to {window['overlay']}"
             f"{age}{size}, which grows until the window is closed. If whoever opened it is gone:"
             f" '{close}'",
             err=True,
         )
     for each in remains:
-        click.echo(
+        echo(
             f"qmpcommit: {each['what']}: {each['message']}. If whoever did it is gone:"
             f" '{close}' (--agent SOCKET if it was frozen through its agent)",
             err=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import click
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.block.chain import Disk
@@ -24,5 +24,5 @@ def tell_of_owners(disks: Iterable[Disk], graph: BlockGraph) -> list[dict[str, A
 def tell(owners: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of those that a daemon has named."""
     for each in owners:
-        click.echo(f"qmpcommit: {each['message']}", err=True)
+        echo(f"qmpcommit: {each['message']}", err=True)
     return owners

@@ -11,6 +11,7 @@ import click
 from qmpcommit.cli.completing import complete_monitor
 from qmpcommit.cli.options import Answer, Options, common, here
 from qmpcommit.cli.sections import Command
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -118,7 +119,7 @@ async def _agreed(running: Run, found: Recovered) -> bool:
 
     if running.options.as_json or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    click.echo(_text(found), err=True)
+    echo(_text(found), err=True)
     return await asyncio.to_thread(click.confirm, "Do it?", err=True)
 
 

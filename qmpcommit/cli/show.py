@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from qmpcommit.cli.telling import one_line
 from qmpcommit.units import counted, show_size
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"  block-commit {json.dumps(plan.arguments)}")
     for finding in plan.findings:
         lines.append(f"  [{finding.level}] {finding.name}: {finding.message}")
-    return "\n".join([*lines, "Nothing was sent."])
+    return "\n".join(map(one_line, [*lines, "Nothing was sent."]))
 
 
 def _times(outcome: CommitOutcome) -> str:

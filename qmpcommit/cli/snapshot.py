@@ -20,6 +20,7 @@ from qmpcommit.cli.options import (
     override_option,
 )
 from qmpcommit.cli.sections import Command
+from qmpcommit.cli.telling import one_line
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -94,4 +95,4 @@ def _said(laid: Snapshot) -> str:
         lines += [f"  Warning: {text}." for text in each.warnings]
     if laid.quiesced is not None:
         lines.append(f"the guest stood still for {show_seconds(laid.quiesced)}")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))

@@ -9,11 +9,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
+from qmpcommit.cli.telling import one_line, visible
+
 _ALARMS = re.compile(r"\bWARNING: |\bWarning: |\bNOT DONE: ")
 
 
 def wrapped(text: str, width: int | None, indent: int) -> Iterator[str]:
     """One line in so many columns, its further lines indented; None has no bound."""
+    text = one_line(text)
     if width is None or len(text) <= width:
         yield text
         return
@@ -29,7 +32,7 @@ def table(
     Where they don't fit the last cells have lines of their own, which the terminal breaks: so a
     file's name can be copied.
     """
-    lines = [heads, *(cells for cells, _ in rows)]
+    lines = [heads, *([one_line(cell) for cell in cells] for cells, _ in rows)]
     sizes = [max(len(cells[place]) for cells in lines) for place in range(len(heads) - 1)]
     longest = 2 + sum(sizes) + 2 * len(sizes) + max(len(cells[-1]) for cells in lines)
     apart = width is not None and longest > width
@@ -54,5 +57,5 @@ def coloured(text: str) -> str:
 def draw(text: Callable[[int], str]) -> None:
     """Write a text to the terminal, made for its columns."""
     columns = max(20, shutil.get_terminal_size().columns)
-    sys.stdout.write(f"{coloured(text(columns))}\n")
+    sys.stdout.write(f"{coloured(visible(text(columns)))}\n")
     sys.stdout.flush()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qmpcommit.cli.options import Answer
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -71,5 +72,5 @@ def _show(answer: Answer, before: str | None) -> str:
         sys.stdout.write("\x1b[H\x1b[2J" if before is None else "\x1b[H\x1b[J")
         answer.draw()
     elif answer.text != before:
-        click.echo(answer.text if before is None else f"\n{answer.text}")
+        echo(answer.text if before is None else f"\n{answer.text}")
     return answer.text

@@ -31,6 +31,7 @@ from qmpcommit.cli.options import (
 )
 from qmpcommit.cli.sections import Command
 from qmpcommit.cli.show import flattened_text, remarks
+from qmpcommit.cli.telling import echo
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
@@ -281,7 +282,7 @@ async def _run(
                 " run it where QEMU's names mean the same files"
             )
         if why and "." not in disk:
-            click.echo(f"qmpcommit: the command is not told the file of {disk}: {why}", err=True)
+            echo(f"qmpcommit: the command is not told the file of {disk}: {why}", err=True)
     found = {disk: name for disk, name in files.items() if not lost.get(disk)}
     command = filled(command, files)
     early: list[int] = []  # the command gets them when it is there
@@ -295,7 +296,7 @@ async def _run(
                 start_new_session=True,
             )
         except OSError as error:
-            click.echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)
+            echo(f"qmpcommit: {command[0]} can't be run: {error.strerror}", err=True)
             return 127 if isinstance(error, FileNotFoundError) else 126
         watch(process.pid)
 
