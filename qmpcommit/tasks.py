@@ -15,30 +15,40 @@ T = TypeVar("T")
 class Awaited(Coroutine[Any, Any, T]):
     """Something to wait for that may be left unawaited: `begin` is called when somebody waits.
 
-    It can be awaited again and again, and a task takes it as the coroutine that it is.
+    It can be awaited again and again, and a task takes it as the coroutine that it is; each task
+    that runs it begins it anew, also where another runs it or has run it.
     """
 
     def __init__(self, begin: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._begin = begin
-        self._begun: Coroutine[Any, Any, T] | None = None
+        self._begun: dict[asyncio.Task[Any] | None, Coroutine[Any, Any, T]] = {}
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._begin().__await__()
 
     def send(self, value: Any, /) -> Any:
         """Called by the task that runs it."""
-        self._begun = self._begun or self._begin()
-        return self._begun.send(value)
+        return self._step(lambda begun: begun.send(value))
 
     def throw(self, *error: Any) -> Any:
         """Called by the task that runs it, as when it is cancelled."""
-        self._begun = self._begun or self._begin()
-        return self._begun.throw(*error)
+        return self._step(lambda begun: begun.throw(*error))
 
     def close(self) -> None:
         """Called where it is given up."""
-        if self._begun is not None:
-            self._begun.close()
+        while self._begun:
+            self._begun.popitem()[1].close()
+
+    def _step(self, step: Callable[[Coroutine[Any, Any, T]], Any]) -> Any:
+        task = asyncio.current_task()
+        begun = self._begun.get(task)
+        if begun is None:
+            begun = self._begun[task] = self._begin()
+        try:
+            return step(begun)
+        except BaseException:  # it has ended, also where it has an answer
+            self._begun.pop(task, None)
+            raise
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -25,6 +25,10 @@ async def test_it_may_be_dropped_awaited_twice_and_run_by_a_task() -> None:
         second = group.create_task(Awaited(work))
     assert {first.result(), second.result()} == {4}
     assert "Awaited" in repr(first)
+    async with asyncio.TaskGroup() as group:  # the same by two tasks at a time
+        tasks = [group.create_task(waiting), group.create_task(waiting)]
+    assert [task.result() for task in tasks] == [6, 6]
+    assert await asyncio.create_task(waiting) == await waiting - 1 == 7
 
 
 async def test_a_task_that_is_cancelled_cancels_it() -> None:
