@@ -59,8 +59,8 @@ _STATUS: tuple[tuple[type[QmpCommitError], int], ...] = (
 )
 
 
-_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What a write may end with whose reader is a file."""
+_UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+"""What a write may end with whose reader is a file, or nobody."""
 
 _OF_ALL = re.compile(r"--json|--quiet|--verbose|--timeout(=.*)?|-[qv]+", re.DOTALL)
 

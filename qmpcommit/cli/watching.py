@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,8 +68,10 @@ async def watched(
 
 
 def _show(answer: Answer, before: str | None) -> str:
-    """Write it; what was written."""
-    if sys.stdout is not None and sys.stdout.isatty() and answer.draw is not None:
+    """Write it; what was written. Raises `OSError` where it can't be."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed")
+    if sys.stdout.isatty() and answer.draw is not None:
         sys.stdout.write("\x1b[H\x1b[2J" if before is None else "\x1b[H\x1b[J")
         answer.draw()
     elif answer.text != before:

@@ -36,4 +36,11 @@ async def test_a_name_gives_the_terminal_no_order_and_a_full_disk_is_told(folder
                 )  # fmt: skip
                 _, err = await asyncio.wait_for(process.communicate(), 30)
             assert (process.returncode, b"No space left" in err) == (1, True), (command, err)
+        watch = [*COMMAND, "jobs", qemu.qmp, "--watch", "--timeout", "20"]
+        shell = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *watch]
+        process = await asyncio.create_subprocess_exec(
+            *shell, stderr=asyncio.subprocess.PIPE, env=ENVIRONMENT
+        )
+        _, err = await asyncio.wait_for(process.communicate(), 30)
+        assert (process.returncode, err) == (1, b"")
         await qemu.quit()
