@@ -19,7 +19,7 @@ from qmpcommit.cli.freezing import tell_of_frozen
 from qmpcommit.cli.held import tell_of_held
 from qmpcommit.cli.options import Answer, Interrupted
 from qmpcommit.cli.show import outcome_text, show_seconds
-from qmpcommit.cli.telling import echo
+from qmpcommit.cli.telling import echo, one_line
 from qmpcommit.errors import InvalidRequest, JobConflict, NotReady, QmpCommitError
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ CANCELLED = (
     "all jobs were cancelled; no disk was pivoted or kept. The bases may hold part of the overlays'"
     " data and are valid only under them"
 )
+WORD = 40
+"""Characters of what was typed that are told again."""
+
 DECIDED = "the disks had been decided already and were committed, all of them"
 """What an interrupted command says of its group, where it was in time and where it was too late."""
 
@@ -209,7 +212,8 @@ class Asking:
 
     def _decide(self, word: str) -> None:
         if word not in ("pivot", "keep", "abort"):
-            echo(f"qmpcommit: type pivot, keep or abort, not '{word}'", err=True)
+            shown = one_line(word if len(word) <= WORD else f"{word[:WORD]}...")
+            echo(f"qmpcommit: type pivot, keep or abort, not '{shown}'", err=True)
             return
         self._answer = word
         if self._ready or word == "abort":

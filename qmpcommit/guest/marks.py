@@ -28,9 +28,10 @@ from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor
 
-_NAME = re.compile(rf"{JOB_PREFIX}([wgrdf][0-9a-f]{{8}})-(paused|frozen|reset)")
+_NAME = re.compile(rf"{JOB_PREFIX}([wsgrdf][0-9a-f]{{8}})-(paused|frozen|reset)")
 _FOR = {
     "w": "a window",
+    "s": "a snapshot",
     "g": "a group commit or cycle",
     "r": "a recycle",
     "d": "a discard",
@@ -69,6 +70,11 @@ class Mark(NamedTuple):
 def mark_of_window(window: str) -> str:
     """The owner that the marks of a window of that name have."""
     return f"w{window[-8:]}"
+
+
+def mark_of_snapshot(number: str) -> str:
+    """The owner that the marks of a snapshot's overlays have; `number` are its eight digits."""
+    return f"s{number}"
 
 
 def mark_of_group(group: str) -> str:

@@ -62,7 +62,7 @@ def _of(
 def mark_is_held(seen: Seen, mark: Mark, groups: Groups) -> bool:
     """Whether whoever has the guest stand still may live."""
     digits = mark.owner[1:]
-    if mark.owner[0] == "w":
+    if mark.owner[0] in "ws":
         return any(owner.tag == digits for owner in seen.living)
     if mark.owner[0] == "g":
         if groups.of(digits):

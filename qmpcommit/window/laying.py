@@ -17,7 +17,7 @@ from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.callback import Noting
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.errors import CommandRefused, JobConflict, WindowError
-from qmpcommit.guest.marks import mark_of_window, marked
+from qmpcommit.guest.marks import marked
 from qmpcommit.guest.quiesce import LIMIT, How, Quiet, quiesced
 
 if TYPE_CHECKING:
@@ -32,28 +32,30 @@ READ_ONLY = (
 async def lay_all(
     vm: VM,
     pairs: Sequence[tuple[Disk, FreshOverlay]],
-    name: str,
+    mark: str,
     *,
     freeze: How | None,
     agent: str | os.PathLike[str] | None,
     what: str,
     again: str,
+    name: str = "",
     ledger: Noting | None = None,
     meet: Callable[[], Awaitable[object]] | None = None,
     bitmaps: bool = False,
 ) -> Quiet:
     """Make and open the overlays, quiesce the guest, and lay them; how it was quiesced.
 
-    The guest's mark tells the `name`; `what` and `again` are for messages. With `bitmaps` those of
-    the layers below go on in the overlays. Whoever calls this undoes what it has made if it raises:
-    `WindowError`, `JobConflict`, what making an overlay or quiescing raises.
+    The guest's mark has the owner `mark`, and a ledger notes the `name`; `what` and `again` are for
+    messages. With `bitmaps` those of the layers below go on in the overlays. Whoever calls this
+    undoes what it has made if it raises: `WindowError`, `JobConflict`, what making an overlay or
+    quiescing raises.
     """
     for disk, _ in pairs:
         _check_writable(vm, disk)
     for _, overlay in pairs:
         await overlay.open()
     async with (
-        marked(vm, mark_of_window(name), freeze),
+        marked(vm, mark, freeze),
         quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
     ):
         if meet is not None:

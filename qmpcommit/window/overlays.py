@@ -33,7 +33,7 @@ from qmpcommit.errors import (
     VMGone,
     WindowError,
 )
-from qmpcommit.guest.marks import thaw_abandoned
+from qmpcommit.guest.marks import mark_of_snapshot, thaw_abandoned
 from qmpcommit.guest.quiesce import How, check_sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 from qmpcommit.tasks import to_the_end
@@ -141,9 +141,9 @@ async def _laid(
 
     try:
         quiet = await lay_all(
-            vm, list(zip(found, overlays, strict=True)), number, freeze=freeze, agent=agent,
-            what="its overlay was being laid", again="take the snapshot again", bitmaps=True,
-            meet=begin,
+            vm, list(zip(found, overlays, strict=True)), mark_of_snapshot(number),
+            freeze=freeze, agent=agent, what="its overlay was being laid",
+            again="take the snapshot again", bitmaps=True, meet=begin,
         )  # fmt: skip
     except BaseException as error:
         stay = await to_the_end(_undo(vm, overlays))

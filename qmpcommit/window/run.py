@@ -250,8 +250,9 @@ async def _open(
     try:
         pairs = [(found[asked], overlays[asked]) for asked in found]
         quiet = await lay_all(
-            vm, pairs, window, freeze=freeze, agent=agent, ledger=ledger, meet=meet,
-            what="its window was being opened", again="open the window again",
+            vm, pairs, mark_of_window(window), name=window, freeze=freeze, agent=agent,
+            ledger=ledger, meet=meet, what="its window was being opened",
+            again="open the window again",
         )  # fmt: skip
         made.quiesced = quiet.seconds
         if ledger is not None:

@@ -9,6 +9,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.overlay.fresh import FreshOverlay
+from qmpcommit.guest.marks import mark_of_snapshot, set_mark
 from qmpcommit.window.overlays import _plan
 from tests.cli.command import run
 from tests.ground.images import MIB, assert_disk, make_chain, two_chains
@@ -144,3 +145,18 @@ async def test_where_qemu_dies_while_they_are_laid_the_files_are_named(
     assert told.value.overlays == [str(folder / "new.qcow2")]
     chain.pictures[-1].write(5 * MIB, bytes([9]) * 65536)
     assert_disk(folder / "new.qcow2", chain.pictures[-1])
+
+
+async def test_a_killed_snapshots_pause_is_called_so(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            assert await set_mark(vm, mark_of_snapshot("0123abcd"), "pause")
+            await vm.execute("stop")
+            found = (await vm.recover(look_only=True)).findings
+            assert [each.message for each in found] == [
+                "the guest was paused for a snapshot, and perhaps still is"
+            ]
+            assert (await vm.recover()).findings[0].done
+        assert await runs(qemu)
+        await qemu.quit()
