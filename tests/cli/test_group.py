@@ -201,7 +201,7 @@ async def test_each_disk_is_recycled_onto_an_overlay_of_its_own(folder: Path, wh
     ("typed", "status", "action"),
     [
         (b"pivot\n", 0, "pivot"),
-        (b"what\nkeep\n", 0, "keep"),
+        (b"what\x1b" + b"t" * 90 + b"\nkeep\npivot\n", 0, "keep"),
         (b"abort\n", 0, "abort"),
         (b"", 3, "abort"),
         (b"keep\npivot", 0, "pivot"),  # all of it before READY, and the end of input after it
@@ -230,7 +230,8 @@ async def test_a_hold_is_decided_on_standard_input(
             out, err = await process.communicate()
         assert process.returncode == status, err
         assert json.loads(out)["action"] == action
-        assert (b"not 'what'" in err) == (b"what" in typed)
+        told = rb"not 'what\x1b" + b"t" * 35 + b"...'"
+        assert (told in err) == (b"what" in typed), err
         assert (b"nobody can decide" in err) == (not typed)
         await qemu.quit()
     for chain in chains:
