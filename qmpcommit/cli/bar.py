@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit.cli.following import take_up
 from qmpcommit.cli.show import show_seconds
-from qmpcommit.cli.telling import echo
+from qmpcommit.cli.telling import echo, one_line
 from qmpcommit.units import show_size
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Bar:
                 continue
             if task is None:
                 self._drawn.start()
-                task = self._drawn.add_task(title, total=None, facts="")
+                task = self._drawn.add_task(one_line(title), total=None, facts="")
             if keys is not None and asks:
                 keys.begin(partial(self._ask, task, told, keys))
             # QEMU's total grows while the guest writes, so it is the bytes left that tell.

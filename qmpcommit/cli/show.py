@@ -53,7 +53,7 @@ def outcome_text(outcome: CommitOutcome, *, disk: str = "") -> str:
     if outcome.decided_by not in ("", "policy", "caller"):
         lines.append(f"  Decided by: {outcome.decided_by}.")
     lines += [f"  Warning: {warning}." for warning in outcome.warnings]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def flattened_text(outcomes: Sequence[CommitOutcome], chain: Sequence[Image]) -> str:
