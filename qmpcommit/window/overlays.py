@@ -133,7 +133,7 @@ async def _laid(
         FreshOverlay(vm, plan, file, vm.cwd, asked=asked)
         for plan, file, asked in zip(plans, files, own, strict=True)
     ]
-    begun = False
+    begun, pid = False, vm.peer_pid
 
     async def begin() -> None:
         nonlocal begun
@@ -146,7 +146,7 @@ async def _laid(
             again="take the snapshot again", bitmaps=True, meet=begin,
         )  # fmt: skip
     except BaseException as error:
-        stay = await to_the_end(_undo(vm, overlays))
+        stay = await to_the_end(_undo(vm, overlays, pid))
         if stay is None and begun and isinstance(error, (MonitorLost, VMGone)):
             raise _unknown(vm, error, plans, files) from error
         stay = stay or []
@@ -227,13 +227,16 @@ def _unknown(
     )
 
 
-async def _undo(vm: VM, overlays: Sequence[FreshOverlay]) -> list[str] | None:
+async def _undo(vm: VM, overlays: Sequence[FreshOverlay], pid: int | None) -> list[str] | None:
     """Remove what was made and does not lie; the files of those that lie (a reply was lost).
 
-    None where the VM is away.
+    None where the VM is away, or another QEMU than that of `pid` answers: what lay in that one may
+    hold what its guest wrote.
     """
     try:
         nodes = (await vm.graph()).nodes
+        if None not in (pid, vm.peer_pid) and vm.peer_pid != pid:
+            return None
         laid = [
             each
             for each in overlays
