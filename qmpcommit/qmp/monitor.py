@@ -246,11 +246,12 @@ class Monitor(Queries):
             await self._connect()
 
     async def _connect(self, *, again: bool = False) -> None:
-        """Connect; what breaks the bounds is noted, if it is not tried `again`."""
+        """Connect; what breaks the bounds in the handshake is not noted if it is tried `again`."""
         address = self.address
         assert address is not None
         client = new_client(f"qmpcommit.{os.getpid()}", self._tap)
         sock: socket.socket | None = None
+        noted = True
         self.awaits = "answer"
         try:
             async with asyncio.timeout(self.timeout):
@@ -264,12 +265,13 @@ class Monitor(Queries):
         except OSError as error:
             raise self._unreachable(error.strerror or str(error), error) from error
         except QemuConnectError as error:
+            noted = not again
             raise self._no_monitor(Breach(client.breach) if client.breach else error.exc) from error
         except (QMPError, ValueError, RecursionError) as error:
             raise self._no_monitor(error) from error
         finally:
             self.awaits = ""
-            if not again:
+            if noted:
                 self._note(client, 0.0)
             if client.runstate is not Runstate.RUNNING and sock is not None:
                 sock.close()
