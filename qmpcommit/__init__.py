@@ -79,11 +79,17 @@ class _Front(ModuleType):
     def commit(self) -> Any:
         from qmpcommit.commit.vm import commit
 
-        return commit
+        return self.__dict__.get("_commit", commit)
 
     @commit.setter
-    def commit(self, package: ModuleType) -> None:
-        """Called by the import of the package of that name, which stays in `sys.modules`."""
+    def commit(self, value: Any) -> None:
+        """What a program's test puts there; the import of the package of that name does nothing."""
+        if not isinstance(value, ModuleType):
+            self.__dict__["_commit"] = value
+
+    @commit.deleter
+    def commit(self) -> None:
+        self.__dict__.pop("_commit", None)
 
 
 sys.modules[__name__].__class__ = _Front

@@ -296,9 +296,10 @@ class DeviceThrottle(Throttle):
         self._device = {"id": disk.qdev} if disk.qdev else {"device": disk.device}
 
     async def _read(self) -> dict[str, Any]:
-        wanted = (self._disk.qdev, self._disk.device)
+        by = "qdev" if self._disk.qdev else "device"  # a note of a dead process tells only one
+        wanted = self._disk.qdev or self._disk.device
         for device in await self.monitor.execute("query-block"):
-            if (device.get("qdev") or "", device.get("device") or "") == wanted:
+            if device.get(by) == wanted:
                 found = device.get("inserted") or {}
                 return {**_shown(found), **({"group": found["group"]} if "group" in found else {})}
         raise CommandRefused(

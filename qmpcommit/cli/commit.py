@@ -457,6 +457,7 @@ def _ask(
     options: Options, named: list[tuple[str, str]], given: Mapping[str, Any], *, offline: bool
 ) -> AnyPolicy | None:
     """Ask on a terminal what nobody has said; None where there is none, or no answer."""
+    from qmpcommit.cli import signals
     from qmpcommit.cli.asking import ask_policy, may_ask
 
     if not may_ask(options):
@@ -476,6 +477,7 @@ def _ask(
         return Answer({}, "", quiet=True)
 
     run(options, work)
+    signals.go_on()
     return chosen[0]
 
 

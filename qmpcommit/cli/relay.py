@@ -319,18 +319,26 @@ async def _receive(reader: asyncio.StreamReader, connection: h11.Connection) -> 
             raise EOFError
 
 
+_MAPPED = int.from_bytes(b"\0\0\xff\xff", sys.byteorder)
+"""What stands before an IPv4 address that a socket of IPv6 has."""
+
+
 def _uid_of(host: str, port: int, to: int) -> str | None:
-    """Whose socket it is that is connected from there to our port; None where nobody tells.
+    """Whose socket it is that is connected from there to our port; None where nobody can tell.
 
     "" where it is nobody's: a process that has closed it, of whatever user, waits for no answer.
     """
     local = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
-    with suppress(OSError), open("/proc/net/tcp", encoding="ascii") as sockets:
-        for line in sockets:
-            fields = line.split()
-            if fields[1] == local and fields[2].endswith(f":{to:04X}"):
-                return "" if fields[9] == "0" else fields[7]  # without an inode it says uid 0
-    return None
+    mapped = f"{0:016X}{_MAPPED:08X}{local}"
+    told = False
+    for table, wanted in (("tcp", local), ("tcp6", mapped)):
+        with suppress(OSError), open(f"/proc/net/{table}", encoding="ascii") as sockets:
+            told = True
+            for line in sockets:
+                fields = line.split()
+                if fields[1] == wanted and fields[2].endswith(f":{to:04X}"):
+                    return "" if fields[9] == "0" else fields[7]  # without an inode it says uid 0
+    return "" if told else None
 
 
 def _same(given: str, secret: str) -> bool:

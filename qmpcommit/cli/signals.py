@@ -74,6 +74,13 @@ def let_say() -> None:
     deliver(_hurry)
 
 
+def go_on() -> None:
+    """What was said was not the end: signals interrupt again, one that came meanwhile now."""
+    deliver(_interrupt)
+    if signal.alarm(0):
+        raise KeyboardInterrupt
+
+
 def _interrupt(number: int) -> None:
     raise KeyboardInterrupt
 

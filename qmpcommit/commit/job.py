@@ -178,6 +178,16 @@ class CommitJob:
         assert self._driver.outcome is not None
         return self._driver.outcome
 
+    async def ended(self) -> BaseException | None:
+        """Wait for its end, for whoever has others to see to; what `wait` raises of it, or None."""
+        await self._until(lambda: False)
+        return self._failure
+
+    async def reached(self) -> bool:
+        """Wait as `ready` does; whether it got there, for whoever has others to see to."""
+        await self._until(lambda: self.state.phase in (Phase.READY, Phase.DECIDED))
+        return not (self.done and self._failure is not None)
+
     async def note(self, step: str) -> None:
         """Have its ledger note what is done around it, as for a whole group.
 

@@ -19,7 +19,6 @@ from qmpcommit.commit.policy import (
     immediate,
     settle,
 )
-from qmpcommit.errors import QmpCommitError
 from qmpcommit.tasks import stop
 from qmpcommit.values import record
 
@@ -106,11 +105,9 @@ class Deciding:
         return self._called
 
     async def _ask_once(self, policy: AnyPolicy | PolicyCall, jobs: Sequence[CommitJob]) -> None:
-        try:
-            for job in jobs:
-                await job.ready()
-        except QmpCommitError:
-            return
+        for job in jobs:
+            if not await job.reached():
+                return
         ready = group_ready([_ready_of(job) for job in jobs])
         settled = await self._settle(policy, ready)
         if settled is not None:
@@ -118,9 +115,7 @@ class Deciding:
                 self._decided(number, settled)
 
     async def _ask_one(self, number: int, policy: AnyPolicy | PolicyCall, job: CommitJob) -> None:
-        try:
-            await job.ready()
-        except QmpCommitError:
+        if not await job.reached():
             return
         settled = await self._settle(policy, _ready_of(job))
         if settled is not None:

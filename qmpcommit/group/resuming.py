@@ -255,8 +255,7 @@ class _Resumption:
             job = await self._resume(number, way, None)
             settling = asyncio.create_task(job.settled())
             settling.add_done_callback(lambda _: self._settled[number].set())
-            with suppress(QmpCommitError):  # it is kept in the job
-                await job.wait()
+            await job.ended()
             await settling
             state = job.state
             return MemberEnd(job.plan, state, job.timings, job.outcome, job.error, state.ordered)

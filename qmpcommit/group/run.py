@@ -12,7 +12,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, assert_never
@@ -289,9 +289,7 @@ class GroupCommit:
     async def ready(self) -> None:
         """Wait until all members are READY; raises what `wait` raises where one gets not there."""
         for job in self.jobs:
-            try:
-                await job.ready()
-            except QmpCommitError:
+            if not await job.reached():
                 await self.wait()  # which raises what came of all of them
 
     async def wait(self) -> GroupOutcome:
@@ -416,8 +414,7 @@ class GroupCommit:
 
     async def _follow(self, number: int) -> None:
         """One member's end."""
-        with suppress(Exception):  # it is kept in the job
-            await self.jobs[number].wait()
+        await self.jobs[number].ended()
         self._tell(machine.Ended(number))
 
     async def _meet(self, number: int) -> str | None:

@@ -35,7 +35,7 @@ from qmpcommit.errors import (
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, is_socket, peer_pid
 from qmpcommit.qmp.client import Client, Tap, client_pid, dispose, hang_up, new_client
-from qmpcommit.qmp.process import is_seen_ended, process_identity
+from qmpcommit.qmp.process import is_qemu, is_seen_ended, process_identity
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.reading import Breach
 from qmpcommit.qmp.subscriptions import EventStream, Subscribers
@@ -226,7 +226,9 @@ class Monitor(Queries):
         pid = told or client_pid(client)
         if pid != self.peer_pid:
             self._features = None
-        self.peer_pid, self._peer = pid, process_identity(pid)
+        self.peer_pid = pid
+        # The end of a proxy or a launcher, which made the socket, is not QEMU's.
+        self._peer = process_identity(pid) if told or is_qemu(pid) else ""
         if pid is None and not self._blind:
             self._blind = True
             self.log.warning("qemu_process_unknown", without=WITHOUT_PID)

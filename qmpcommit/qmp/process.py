@@ -23,6 +23,16 @@ def is_alive(identity: str) -> bool:
     return bool(identity) and process_identity(int(pid)) == identity
 
 
+def is_qemu(pid: int | None) -> bool:
+    """Whether a process is seen to be a QEMU, which also a loader or another name may run."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[:6]
+    except OSError:
+        return False
+    return any(os.path.basename(word).startswith((b"qemu", b"kvm")) for word in words)
+
+
 def is_seen_ended(identity: str) -> bool:
     """Whether that very process is seen to have ended, though nobody may have waited for it yet."""
     pid = identity.partition(".")[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.block.chain import Disk, check_nameable, find_disk, read_disks
@@ -27,10 +28,9 @@ from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.errors import (
     ChainError,
+    CommandRefused,
     InvalidRequest,
-    MonitorLost,
     QmpCommitError,
-    VMGone,
     WindowError,
 )
 from qmpcommit.guest.marks import mark_of_snapshot, thaw_abandoned
@@ -147,8 +147,11 @@ async def _laid(
         )  # fmt: skip
     except BaseException as error:
         stay = await to_the_end(_undo(vm, overlays, pid))
-        if stay is None and begun and isinstance(error, (MonitorLost, VMGone)):
-            raise _unknown(vm, error, plans, files) from error
+        if stay is None and begun:
+            unknown = _unknown(vm, error, plans, files)
+            if isinstance(error, QmpCommitError):
+                raise unknown from error
+            error.add_note(str(unknown))
         stay = stay or []
         text = (
             f"The overlays {' and '.join(stay)} are laid nevertheless, and the guest writes to them"
@@ -211,14 +214,15 @@ def _plan(vm: VM, disk: Disk, name: str) -> Plan:
 
 
 def _unknown(
-    vm: VM, error: QmpCommitError, plans: Sequence[Plan], files: Sequence[str]
+    vm: VM, error: BaseException, plans: Sequence[Plan], files: Sequence[str]
 ) -> WindowError:
     """Whether the guest wrote to them nobody knows; to start from them is right in either case."""
     pairs = " and ".join(
         f"{file}, not from {plan.top.filename}" for plan, file in zip(plans, files, strict=True)
     )
+    why = error.message if isinstance(error, QmpCommitError) else "it was interrupted"
     return WindowError(
-        f"{error.message}. The overlays {' and '.join(files)} were made, and may have been laid:"
+        f"{why}. The overlays {' and '.join(files)} were made, and may have been laid:"
         f" then they hold what the guest wrote since. If its QEMU has ended, start the VM from"
         f" {pairs}."
         f" If it runs, 'qmpcommit chain {vm.address or 'QMP'}' shows what it writes to",
@@ -244,7 +248,8 @@ async def _undo(vm: VM, overlays: Sequence[FreshOverlay], pid: int | None) -> li
         ]
         for each in overlays:
             if each not in laid:
-                await each.undo()
+                with suppress(CommandRefused):  # `recover` finds it, and the others are undone
+                    await each.undo()
     except QmpCommitError as error:  # the VM is away: why is the news, and `recover` finds the rest
         vm.log.warning("overlays_remain", message=error.message)
         return None

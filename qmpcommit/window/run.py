@@ -60,6 +60,8 @@ from qmpcommit.errors import (
 )
 from qmpcommit.guest.marks import (
     Mark,
+    mark_of_group,
+    mark_of_snapshot,
     mark_of_window,
     marks_among,
     thaw_abandoned,
@@ -374,9 +376,11 @@ async def close_windows(
     await end_jobs(vm)
     owners = await owners_of(vm)
     held = frozenset() if CLAIM in override else held_windows(owners)
+    marking = (mark_of_window, mark_of_snapshot, mark_of_group)
+    living = {mark_of(tag) for tag in held for mark_of in marking}
     remains = [
         Remains(mark.node, f"{mark.message}, so that its writes hang: {_left_still(vm, mark)}")
-        for mark in await thaw_marked(vm, agent, but={mark_of_window(tag) for tag in held})
+        for mark in await thaw_marked(vm, agent, but=living)
         if not mark.with_disks  # whoever recycles or discards lets it go on
     ]
     await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.block.throttle import DeviceThrottle, FilterThrottle, Throttle
+from qmpcommit.block.throttle import (
+    DeviceThrottle,
+    FilterThrottle,
+    Throttle,
+    noted_limits,
+    put_back,
+)
 from qmpcommit.commit.converge import ConvergeReport, converge, query_job, set_bandwidth
 from qmpcommit.commit.pace import Converge
 from qmpcommit.errors import InvalidRequest, JobNotFound
@@ -501,6 +507,10 @@ async def test_a_drive_is_throttled_by_its_device(folder: Path) -> None:
         await found.limit(MIB)
         assert (await device_limits(vm))["bps_wr"] == MIB
         assert await found.restore() == ""
+        assert await device_limits(vm) == former
+        await found.limit(MIB)
+        (noted,) = await noted_limits(vm)  # as whoever comes after its death finds it
+        assert await put_back(vm, noted) == "the limits that it had before are back"
         assert await device_limits(vm) == former
         await end(vm, qemu)
 

@@ -138,7 +138,10 @@ class Vm(Monitor):
         return [{"name": name, "type": "child<throttle-group>"} for name in self.objects]
 
     def _qom_get(self, arguments: Any) -> Any:
-        return self.objects[arguments["path"].removeprefix("/objects/")]["limits"]
+        name = arguments["path"].removeprefix("/objects/")
+        if name not in self.objects:
+            raise refused(f"Path '{arguments['path']}' was not found")
+        return self.objects[name]["limits"]
 
     def _object_add(self, arguments: Any) -> Any:
         if arguments["id"] in self.objects:

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
+from unittest import mock
 
 import pytest
 
@@ -90,3 +92,12 @@ def test_what_a_person_types_is_a_hint_and_is_lost_nowhere() -> None:
         assert again.facts == {"vm": "web1"}
     plain = qc.JobConflict("it has a job")
     assert (plain.hint, "hint" in plain.to_dict()) == (None, False)
+
+
+def test_commit_can_be_replaced_as_in_a_test_of_a_program() -> None:
+    real = qc.commit
+    with mock.patch("qmpcommit.commit", "replaced"):
+        assert cast(object, qc.commit) == "replaced"
+        importlib.import_module("qmpcommit.commit")
+        assert cast(object, qc.commit) == "replaced"
+    assert qc.commit is real

@@ -27,9 +27,8 @@ class Member:
         self.state = SimpleNamespace(done=7)
         self._error = error
 
-    async def ready(self) -> None:
-        if self._error is not None:
-            raise self._error
+    async def reached(self) -> bool:
+        return self._error is None
 
 
 def deciding(

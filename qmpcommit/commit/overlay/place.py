@@ -32,10 +32,10 @@ def overlay_files(
     files = []
     for vm, cwd, plan in plans:
         path = absolute(plan.top, cwd)
-        if given is None:
+        if not given:
             check_place(vm, plan, path)
         place = os.path.join(cwd or "", given or os.path.dirname(path))
-        if given is None or os.path.isdir(os.path.join(cwd or os.getcwd(), place)):
+        if not given or os.path.isdir(os.path.join(cwd or os.getcwd(), place)):
             files.append(new_overlay(place, path, why))
         elif len(plans) == 1:
             files.append(place)
