@@ -50,8 +50,6 @@ async def lay_all(
     undoes what it has made if it raises: `WindowError`, `JobConflict`, what making an overlay or
     quiescing raises.
     """
-    for disk, _ in pairs:
-        _check_writable(vm, disk)
     for _, overlay in pairs:
         await overlay.open()
     async with (
@@ -74,18 +72,6 @@ def check_idle(vm: VM, disk: Disk) -> None:
         raise JobConflict(
             f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
             " Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
-
-
-def _check_writable(vm: VM, disk: Disk) -> None:
-    """Raise `WindowError` where the guest can't write: no overlay could be merged away again."""
-    if disk.active is not None and disk.active.read_only:
-        raise WindowError(
-            f"{disk} of {vm.name} is read-only: its guest changes nothing in {disk.active}, and an"
-            " overlay over it could never be merged back. Nothing was changed; read its file as it"
-            " is, and leave the disk out",
             vm=vm.name,
             disk=disk.name,
         )

@@ -194,7 +194,7 @@ async def test_what_is_not_fit_for_a_window_is_told_why(folder: Path) -> None:
                 async with vm.snapshot(["vda"], bandwidth="fast"):
                     pytest.fail("it is open")
             assert await vm.close_windows() == []
-            with pytest.raises(qc.WindowError, match="is read-only"):
+            with pytest.raises(qc.ChainError, match="is read-only"):
                 await vm.overlay(["vda", "ro"])
             assert [len(disk.chain) for disk in await vm.disks()] == [2, 0, 1]
         await qemu.quit()
