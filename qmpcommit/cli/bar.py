@@ -74,9 +74,11 @@ class Bar:
         try:
             yield
         finally:
-            await self._end([drawing])
-            if keys is not None:
-                await keys.end()
+            try:
+                await self._end([drawing])
+            finally:
+                if keys is not None:
+                    await keys.end()
 
     @asynccontextmanager
     async def of_all(self, vms: Collection[Session]) -> AsyncIterator[None]:
@@ -162,14 +164,14 @@ class Bar:
                 task,
                 completed=now.current,
                 total=max(now.total, 1),
-                facts=facts,
+                facts=one_line(facts),
                 refresh=True,
             )
         if task is not None:
             self._drawn.remove_task(task)
 
     def _ask(self, task: Any, told: str, keys: Keys) -> None:
-        self._drawn.update(task, facts=f"{told}: {keys.text}", refresh=True)
+        self._drawn.update(task, facts=one_line(f"{told}: {keys.text}"), refresh=True)
 
     def _hint(self, job: Job) -> str:
         """How the job is taken up meanwhile: over a monitor that is not the one held here.

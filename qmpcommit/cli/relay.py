@@ -142,9 +142,15 @@ class Relay:
         except (OSError, EOFError, TimeoutError, h11.LocalProtocolError):
             pass  # the browser has gone
         finally:
-            with suppress(OSError):
-                writer.close()
-                await writer.wait_closed()
+            writer.close()
+            try:
+                async with asyncio.timeout(HEAD):
+                    await writer.wait_closed()
+            except (OSError, TimeoutError):
+                writer.transport.abort()  # it does not read what it asked for
+            except asyncio.CancelledError:
+                writer.transport.abort()
+                raise
 
     async def _answer(self, asked: _Asked, reader: asyncio.StreamReader, answer: _Answer) -> None:
         self._check_host(asked)

@@ -266,7 +266,8 @@ class Journal:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         for each in self.path.parent.glob(f"{self.path.stem}.*"):
             try:
-                if each.is_file() and stat.S_IMODE(each.stat().st_mode) != 0o600:
+                private = stat.S_IMODE(each.lstat().st_mode) == 0o600
+                if not private and each.is_file() and not each.is_symlink():
                     each.chmod(0o600)
             except OSError as error:  # another user's
                 self._log.warning("journal_not_private", path=str(each), why=error.strerror)
