@@ -20,8 +20,15 @@ from hypothesis import HealthCheck, settings
 
 from tests.ground import forked
 
-# Whoever runs the tests may ignore it (nohup), and daemons and commands would inherit that.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Whoever runs the tests may ignore them (nohup, a shell's background), and daemons and commands
+# would inherit that.
+for ignored, default in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, default)
 
 # No test fails because the machine is busy.
 BUSY = [HealthCheck.too_slow]
