@@ -29,7 +29,7 @@ from qmpcommit.group.noted import NotedGroup, Shown, Way, resume, shown_of
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, is_clean, outcome_of
 from qmpcommit.group.resume import ResumableGroup
 from qmpcommit.guest.marks import mark_of_group, unmark
-from qmpcommit.guest.quiesce import Sockets, thaw
+from qmpcommit.guest.quiesce import HOW, Sockets, thaw
 from qmpcommit.guest.run_state import go_on
 from qmpcommit.qmp.process import is_same, process_identity
 from qmpcommit.tasks import to_the_end
@@ -294,14 +294,13 @@ class _Resumption:
                     with suppress(Exception):  # it goes on, and is continued again at the worst
                         await self._book.of(number).note("cont")
                 self._paused[key] = asyncio.get_running_loop().time() - since
-            if any("stopped" in self._group.members[number].noted for number in mine):
-                await unmark(vm, owner, "pause")  # it may be there although "cont" was noted
             if guest is not None and self._same_vm(key, guest._asdict()) is not False:
                 await thaw(vm, guest.how, self._agents[key] or guest.agent, ran=True)
-                await unmark(vm, owner, guest.how)
                 self._book.goes_on_again(key, time.time() - guest.since)
             elif guest is not None:
                 self._book.goes_on_again(key)  # with its QEMU the guest has gone
+            for how in HOW:  # a mark is set before anything is noted, and stays until all is
+                await unmark(vm, owner, how)
         except QmpCommitError as error:
             self._problems.append(error.message)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qmpcommit.qmp.monitor import Monitor
 
 How = Literal["agent", "pause"]
+HOW: tuple[How, ...] = ("agent", "pause")
 
 V = TypeVar("V")
 
