@@ -20,10 +20,11 @@ DEVICE = "/machine/peripheral/{}/virtio-backend"
 
 
 async def writes(qemu: Machine, disk: str, pattern: int) -> None:
-    """The guest writes 64 KiB at 5 MiB."""
-    line = f'qemu-io -d {DEVICE.format(disk)} "write -P {pattern} 5M 64k"'
-    said = await qemu.execute("human-monitor-command", command_line=line)
-    assert not said, said
+    """The guest writes 64 KiB at 5 MiB, and flushes them."""
+    for what in (f"write -P {pattern} 5M 64k", "flush"):
+        line = f'qemu-io -d {DEVICE.format(disk)} "{what}"'
+        said = await qemu.execute("human-monitor-command", command_line=line)
+        assert not said, said
 
 
 async def test_the_guest_writes_to_overlays_of_one_instant(folder: Path) -> None:
