@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from qmpcommit.qmp.process import command_words
+
 Flat = Mapping[str, Any]
 """Options by their dotted names, as on a command line."""
 
@@ -60,11 +62,8 @@ class CommandLine(NamedTuple):
 
 def read_command_line(pid: int | None) -> CommandLine | None:
     """That of a process; None where it can't be read."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return parse_command_line([os.fsdecode(word) for word in file.read().split(b"\0")])
-    except OSError:
-        return None
+    words = command_words(pid)
+    return None if words is None else parse_command_line([os.fsdecode(word) for word in words])
 
 
 def parse_command_line(words: list[str]) -> CommandLine:

@@ -38,6 +38,8 @@ from qmpcommit.errors import (
     MonitorLost,
     QmpCommitError,
 )
+from qmpcommit.qmp.process import began as process_began
+from qmpcommit.qmp.process import command_words
 from qmpcommit.tasks import to_the_end
 from qmpcommit.values import Record, record
 
@@ -238,7 +240,7 @@ def here() -> Here:
 def _here(pid: int) -> Here:
     began = None
     try:
-        began = _began("self")
+        began = process_began("self")
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             where = f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
         known = os.readlink("/proc/self") == str(pid)  # else /proc is another namespace's
@@ -246,19 +248,6 @@ def _here(pid: int) -> Here:
         known = False
     place = hashlib.sha256(where.encode()).hexdigest()[:6] if known else ""
     return Here(pid, began or 0, place if began else "")
-
-
-def _began(pid: int | str) -> int | None:
-    """When a process began, in clock ticks since boot; None for one that has ended.
-
-    Raises `PermissionError` where that is hidden from us.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            facts = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if facts[0] in (b"Z", b"X") else int(facts[19])
 
 
 def lives(owner: Owner) -> bool | None:
@@ -279,7 +268,7 @@ def lives(owner: Owner) -> bool | None:
     try:
         if not os.path.exists(f"/proc/{owner.pid}"):
             return None  # it is hidden from us, or has ended just now
-        return _began(owner.pid) == owner.began
+        return process_began(owner.pid) == owner.began
     except PermissionError:
         return None
 
@@ -303,11 +292,7 @@ def told(owner: Owner) -> str:
 
 def _program(pid: int) -> str:
     """What a process is called: a script's name where an interpreter runs one."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = [w.decode(errors="replace") for w in file.read().split(b"\0") if w]
-    except OSError:
-        return ""
+    words = [word.decode(errors="replace") for word in command_words(pid) or () if word]
     if words and os.path.basename(words[0]).startswith("python"):
         words = [word for word in words[1:] if not word.startswith("-")] or words
     return os.path.basename(words[0]) if words else ""

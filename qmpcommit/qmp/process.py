@@ -5,6 +5,28 @@ from __future__ import annotations
 import os
 
 
+def began(pid: int | str) -> int | None:
+    """When a process began, in clock ticks since boot; None for one that has ended.
+
+    Raises `PermissionError` where that is hidden from us.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            facts = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if facts[0] in (b"Z", b"X") else int(facts[19])
+
+
+def command_words(pid: int | None) -> list[bytes] | None:
+    """The words of a process's command line; None where they can't be read."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:
+        return None
+
+
 def process_identity(pid: int | None) -> str:
     """Its id and when it began; empty where nobody can tell."""
     if not pid:
@@ -25,27 +47,19 @@ def is_alive(identity: str) -> bool:
 
 def is_qemu(pid: int | None) -> bool:
     """Whether a process is seen to be a QEMU, which also a loader or another name may run."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read().split(b"\0")[:6]
-    except OSError:
-        return False
-    return any(os.path.basename(word).startswith((b"qemu", b"kvm")) for word in words)
+    words = command_words(pid) or []
+    return any(os.path.basename(word).startswith((b"qemu", b"kvm")) for word in words[:6])
 
 
 def is_seen_ended(identity: str) -> bool:
     """Whether that very process is seen to have ended, though nobody may have waited for it yet."""
-    pid = identity.partition(".")[0]
+    pid, _, then = identity.partition(".")
     if not pid:
         return False
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            state, *rest = file.read().rpartition(b")")[2].split()
-    except FileNotFoundError:
-        return os.path.exists("/proc/self/stat")
+        return began(pid) != int(then) and os.path.exists("/proc/self/stat")
     except (OSError, ValueError):
         return False
-    return state in (b"Z", b"X") or f"{pid}.{rest[18].decode()}" != identity
 
 
 def is_same(before: str, now: str) -> bool | None:

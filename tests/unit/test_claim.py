@@ -30,6 +30,7 @@ from qmpcommit.commit.claim import (
     told,
 )
 from qmpcommit.names import NODE_NAME_LENGTH
+from qmpcommit.qmp.process import began as process_began
 
 DIGITS = st.text("0123456789abcdef", min_size=8, max_size=8)
 OWNERS = st.builds(
@@ -153,7 +154,7 @@ def test_whether_a_process_lives_is_known_of_those_that_can_be_seen() -> None:
         process.stdin.write(b"x")
         process.stdin.flush()
         process.stdout.read(1)  # it runs what it was started for
-        began = claim._began(process.pid)
+        began = process_began(process.pid)
         assert began is not None
         here = claim.here()
         assert lives(of(process.pid, began, here.place)) is True
@@ -177,7 +178,7 @@ def refused(*_: object) -> None:
     ("hidden", "known"),
     [
         ({"claim.os.path.exists": lambda path: False}, None),
-        ({"claim._began": refused}, None),
+        ({"claim.process_began": refused}, None),
         ({"claim.os.kill": refused}, True),
     ],
 )
@@ -185,7 +186,7 @@ def test_a_process_that_is_hidden_counts_as_living(
     hidden: dict[str, Any], known: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, here = os.getppid(), claim.here()
-    began = claim._began(parent)
+    began = process_began(parent)
     assert began is not None
     for name, value in hidden.items():
         monkeypatch.setattr(f"qmpcommit.commit.{name}", value)
@@ -204,12 +205,12 @@ def test_where_proc_is_another_namespaces_nothing_is_known(monkeypatch: pytest.M
 
 
 def test_without_proc_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "_began", refused)
+    monkeypatch.setattr(claim, "process_began", refused)
     assert claim._here.__wrapped__(7) == Here(7, 0, "")
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_dead() -> None:
-    assert claim._began(2**22) is None
+    assert process_began(2**22) is None
 
 
 def test_a_script_is_called_by_its_name() -> None:
