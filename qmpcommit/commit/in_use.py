@@ -27,6 +27,17 @@ FRESH = 1.0
 """Seconds for which a look at the VM's migration is good: no reaction to READY waits for it."""
 
 
+def check_idle(vm: str, disk: Disk) -> None:
+    """Raise `JobConflict` where a disk has a block job."""
+    if disk.jobs:
+        raise JobConflict(
+            f"{disk} of {vm} has a block job ({', '.join(disk.jobs)}); wait for its end."
+            " Nothing was changed",
+            vm=vm,
+            disk=disk.name,
+        )
+
+
 def changed_since(plan: Plan, graph: BlockGraph) -> QmpCommitError | None:
     """Why the plan does not fit the disk any more; None where it does."""
     where = {"vm": plan.vm, "disk": plan.disk.name, "job_id": plan.job_id}

@@ -49,7 +49,7 @@ from qmpcommit.block.identity import identify
 from qmpcommit.callback import Failed, ask, going_up
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import Claim, Verb, release_all, take
-from qmpcommit.commit.in_use import check_unchanged
+from qmpcommit.commit.in_use import check_idle, check_unchanged
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.overlay.fresh import FreshOverlay
@@ -75,7 +75,6 @@ from qmpcommit.errors import (
     ChainError,
     CommitFailed,
     InvalidRequest,
-    JobConflict,
     MonitorLost,
     QmpCommitError,
     VMGone,
@@ -455,13 +454,7 @@ def _plans(found: Sequence[Found], stem: str | None = None) -> list[Plan]:
     stem = stem or f"d{os.urandom(4).hex()}"
     plans = []
     for vm, disk in found:
-        if disk.jobs:
-            raise JobConflict(
-                f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-                " Nothing was changed",
-                vm=vm.name,
-                disk=disk.name,
-            )
+        check_idle(vm.name, disk)
         job_id = f"{JOB_PREFIX}{stem}-{os.urandom(2).hex()}"
         plans.append(plan_round(vm.name, disk, job_id))
     return plans

@@ -15,8 +15,9 @@ from qmpcommit.block.bitmaps import fresh_actions, plan_carrying
 from qmpcommit.block.chain import Disk, find_again, read_disks, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.callback import Noting
+from qmpcommit.commit.in_use import check_idle
 from qmpcommit.commit.overlay.fresh import FreshOverlay
-from qmpcommit.errors import CommandRefused, JobConflict, WindowError
+from qmpcommit.errors import CommandRefused, WindowError
 from qmpcommit.guest.marks import marked
 from qmpcommit.guest.quiesce import LIMIT, How, Quiet, quiesced
 
@@ -66,17 +67,6 @@ async def lay_all(
     return quiet
 
 
-def check_idle(vm: VM, disk: Disk) -> None:
-    """Raise `JobConflict` where a disk has a block job."""
-    if disk.jobs:
-        raise JobConflict(
-            f"{disk} of {vm.name} has a block job ({', '.join(disk.jobs)}); wait for its end."
-            " Nothing was changed",
-            vm=vm.name,
-            disk=disk.name,
-        )
-
-
 async def _lay(
     vm: VM, pairs: Sequence[tuple[Disk, FreshOverlay]], what: str, again: str, *, bitmaps: bool
 ) -> None:
@@ -115,7 +105,7 @@ async def _lay(
     except CommandRefused:
         for disk in read_disks(await read_graph(vm)):  # a job may have been begun meanwhile
             if disk.active is not None and disk.active.node_name in over:
-                check_idle(vm, disk)
+                check_idle(vm.name, disk)
         raise
 
 

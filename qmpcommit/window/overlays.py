@@ -19,6 +19,7 @@ from qmpcommit.block.identity import OpenFiles
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.claim import Claim, release_all, take
+from qmpcommit.commit.in_use import check_idle
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.like import each_asked, is_encrypted
 from qmpcommit.commit.overlay.options import OverlayOptions
@@ -38,7 +39,7 @@ from qmpcommit.guest.quiesce import How, check_sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 from qmpcommit.tasks import to_the_end
 from qmpcommit.values import Record, record
-from qmpcommit.window.laying import READ_ONLY, check_idle, lay_all
+from qmpcommit.window.laying import READ_ONLY, lay_all
 
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
@@ -200,7 +201,7 @@ def _plan(vm: VM, disk: Disk, name: str) -> Plan:
         )
     if active.read_only:
         raise ChainError(f"{disk} of {vm.name} {READ_ONLY}. Nothing was changed", **where)
-    check_idle(vm, disk)
+    check_idle(vm.name, disk)
     check_nameable(active, vm.name, disk.name)
     return Plan(
         vm=vm.name,

@@ -41,6 +41,7 @@ from qmpcommit.commit.checks import CLAIM, check_override
 from qmpcommit.commit.checks.closing import closing_objections
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.claim import Claim, clear_dead, owners_of, release_all
+from qmpcommit.commit.in_use import check_idle
 from qmpcommit.commit.migration import look_at_owner, objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.overlay.file import is_device
@@ -83,7 +84,7 @@ from qmpcommit.window.claims import (
     disturbances,
     held_windows,
 )
-from qmpcommit.window.laying import READ_ONLY, check_idle, lay_all
+from qmpcommit.window.laying import READ_ONLY, lay_all
 from qmpcommit.window.records import (
     MARK,
     NAME,
@@ -511,7 +512,7 @@ def _place(
             vm=vm.name,
             disk=disk.name,
         )
-    check_idle(vm, disk)
+    check_idle(vm.name, disk)
     check_nameable(active, vm.name, disk.name)
     path = absolute(active, vm.cwd)
     if overlay_dir is None and is_device(path):
