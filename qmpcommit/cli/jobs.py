@@ -225,6 +225,7 @@ def _remarks(job: Mapping[str, Any]) -> list[str]:
 def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
     """What a person should do about a job that goes no further by itself."""
     from qmpcommit.commit.pending import what_to_do
+    from qmpcommit.commit.rates import READY
 
     if entry["io-status"] == "nospace":
         return "stopped: no space left under the base; make room, then resume it (job-resume)"
@@ -232,7 +233,7 @@ def _next(entry: dict[str, Any], name: str, qmp: str) -> str | None:
         return "stopped by an I/O error; repair the storage, then resume it (job-resume)"
     if entry["type"] != "commit":
         return None
-    if entry["status"] in ("ready", "standby"):
+    if entry["status"] in READY:
         return f"READY: decide with 'qmpcommit pivot|keep|abort {shlex.quote(qmp)} {name}'"
     if entry["status"] == "pending":
         return what_to_do(name, qmp)
@@ -255,7 +256,8 @@ def _clears(name: str, qmp: str) -> str:
 def _next_of_ours(job: dict[str, Any], options: Options, vm: str) -> str | None:
     """The same for a commit of the daemon, which resolves by itself what nobody has to decide."""
     from qmpcommit.cli.following import take_up
+    from qmpcommit.commit.rates import READY
 
-    if job["status"] in ("ready", "standby"):
+    if job["status"] in READY:
         return f"READY: decide with '{take_up(options, vm, job['id'])}'"
     return str(job["next"]) if job["io_status"] != "ok" else None

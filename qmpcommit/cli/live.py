@@ -21,7 +21,7 @@ from qmpcommit.cli.vms import paces_of
 from qmpcommit.commit.rates import JobPace, Rates, percent
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.recovery.host import JobState, VMState
-from qmpcommit.units import parse_size, show_size
+from qmpcommit.units import counted, parse_size, show_size
 
 if TYPE_CHECKING:
     from qmpcommit.cli.sources import Source
@@ -195,11 +195,7 @@ class Live(App[None]):
                     table.update_cell_at(Coordinate(row, column), Text(cell), update_width=True)
         self._about()
         at = time.strftime("%H:%M:%S")
-        self.say(
-            f"{len(found)} VM{'' if len(found) == 1 else 's'} at {at}"
-            if found
-            else f"no VM was found, at {at}"
-        )
+        self.say(f"{counted(len(found), 'VM')} at {at}" if found else f"no VM was found, at {at}")
 
     @property
     def chosen(self) -> Line | None:

@@ -16,6 +16,7 @@ from qmpcommit.daemon.openapi import problems
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.rights import sees
 from qmpcommit.daemon.salvage import Loss
+from qmpcommit.units import counted
 from qmpcommit.wire.commit import CommitRequest
 from qmpcommit.wire.loss import LossView
 
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 def told_of(loss: Loss) -> str:
     """A loss in one sentence, for operators."""
-    count = len(loss.promises)
-    missing = f"{count} {'promise' if count == 1 else 'promises'} may be lost in part or whole"
+    missing = f"{counted(len(loss.promises), 'promise')} may be lost in part or whole"
     if not loss.all_named:
         missing += ", and others that nobody can name"
     return (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qmpcommit.block.bitmaps import carry
 from qmpcommit.block.chain import read_image
 from qmpcommit.block.throttle import put_back as put_limits_back
+from qmpcommit.commit import rates
 from qmpcommit.commit.checks import CLAIM
 from qmpcommit.commit.claim import clear_dead, number_of, owners_of
 from qmpcommit.commit.overlay.creation_job import forget
@@ -304,7 +305,7 @@ class Recovery:
             outcome = await job.wait()
             active = outcome.active.filename if outcome.active is not None else "nothing"
             return f"it ended by '{outcome.action}'; {finding.disk} writes to {active}"
-        await self._until(alike, (*jobs.READY, "pending"), seconds=float("inf"))
+        await self._until(alike, (*rates.READY, "pending"), seconds=float("inf"))
         carrying = await self._to_carry(alike) if decide == "pivot" else []
         if decide == "pivot":
             await self._order(alike, "job-complete")
@@ -432,8 +433,9 @@ class Recovery:
         warnings = await close_nodes(vm, [finding.what])
         if warnings:
             raise CommitFailed("; ".join(warnings))
-        stale = finding.next.startswith(overlays.STALE)
-        return "it was closed; its file is stale: never boot it" if stale else "it was closed"
+        if finding.disk:  # which has been committed from it
+            return "it was closed; its file is stale: never boot it"
+        return "it was closed"
 
     async def _windows(self, vm: VM, overlays: Collection[str]) -> str:
         closed = 0

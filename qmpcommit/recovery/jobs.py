@@ -10,6 +10,7 @@ from typing import Any
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.claim import job_number, owner_in
 from qmpcommit.commit.pending import GroupPlace, group_job_id, place_of
+from qmpcommit.commit.rates import READY
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.recovery.findings import Decide, Finding, Kind
 from qmpcommit.recovery.seen import Seen
@@ -20,7 +21,6 @@ SNAPSHOT = re.compile(rf"{JOB_PREFIX}s[0-9a-f]{{8}}-\d+-(?:top|file)")
 _WINDOW = re.compile(rf"{JOB_PREFIX}[ws]([0-9a-f]{{8}})-.*")
 _RANDOM = re.compile(r"-[0-9a-f]{8}(?:\.\d+of\d+)?$")
 RUNNING = ("created", "running", "paused")
-READY = ("ready", "standby")
 
 
 def held(seen: Seen, disk: Disk) -> bool:

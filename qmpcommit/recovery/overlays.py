@@ -8,14 +8,12 @@ from qmpcommit.block.chain import Disk
 from qmpcommit.block.flush import FLUSH
 from qmpcommit.commit.claim import layer_number, owner_in
 from qmpcommit.commit.overlay.trial import TRIAL
+from qmpcommit.commit.rates import READY
 from qmpcommit.commit.stale_layers import users
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK, node_stem
 from qmpcommit.recovery.findings import Finding, Kind
-from qmpcommit.recovery.jobs import DISCARD, READY, RUNNING, SNAPSHOT, disk_of, followed, held
+from qmpcommit.recovery.jobs import DISCARD, RUNNING, SNAPSHOT, disk_of, followed, held
 from qmpcommit.recovery.seen import Seen
-
-STALE = "It is closed; its file stays"
-"""What is done about a layer that a disk has been committed from."""
 
 
 def unlaid(seen: Seen) -> dict[str, str]:
@@ -128,7 +126,14 @@ def _was_active(seen: Seen, layer: str) -> Disk | None:
 def _stale(seen: Seen, disk: Disk, node: str, file: str) -> Finding:
     now = f", and its guest writes to {disk.active.filename} now" if disk.active else ""
     message = f"{file} is stale: {disk} has been committed from it{now}. Node {node} is open"
-    return Finding("node", seen.vm, node, message, f"{STALE}. Never boot it", disk=disk.name)
+    return Finding(
+        "node",
+        seen.vm,
+        node,
+        message,
+        "It is closed; its file stays. Never boot it",
+        disk=disk.name,
+    )
 
 
 def laid_discards(seen: Seen) -> dict[str, list[tuple[Disk, bool]]]:
