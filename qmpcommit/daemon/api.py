@@ -387,20 +387,10 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         responses={**problems(404, 422), 200: {"model": list[CommitView]}},
         tags=["commits"],
     )
-    async def list_commits(
-        request: Request,
-        *,
-        vm: pages.VMOf = None,
-        disk: pages.DiskOf = None,
-        state: CommitState | None = None,
-        fields: pages.Fields = None,
-        limit: pages.Limit = 100,
-        after: pages.After = None,
-    ) -> Response:
+    async def list_commits(page: pages.Asked, state: CommitState | None = None) -> Response:
         """Commits, the newest first: those under way and those that have ended."""
-        chosen = pages.members(fields, CommitView)
-        wanted = [("vm = ?", vm), ("disk = ?", disk), ("state = ?", state)]
-        rows, more = await pages.newest(engine.journal, "commits", wanted, after, limit)
+        wanted = [("vm = ?", page.vm), ("disk = ?", page.disk), ("state = ?", state)]
+        rows = await page.newest(engine.journal, "commits", CommitView, wanted)
         live = [engine.live[row["id"]] for row in rows if row["id"] in engine.live]
         queued = any(promise.state == "queued" for promise in live)
         waiting = engine.scheduler.waiting if queued else []
@@ -412,7 +402,7 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
             else partial(_of_row, engine, row)
             for row in rows
         ]
-        return await pages.answer(request, parts, chosen, rows[-1]["id"] if more else None)
+        return await page.answer(parts)
 
     @app.get("/v1/commits/{commit_id}", responses=problems(404, 422), tags=["commits"])
     async def get_commit(

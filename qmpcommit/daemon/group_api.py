@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Response
 
 from qmpcommit.daemon import pages
 from qmpcommit.daemon.api import Key, fingerprint
@@ -59,21 +59,10 @@ def routes(app: FastAPI, groups: Groups) -> None:
         responses={**problems(404, 422), 200: {"model": list[GroupView]}},
         tags=["groups"],
     )
-    async def list_groups(
-        request: Request,
-        *,
-        vm: pages.VMOf = None,
-        disk: pages.DiskOf = None,
-        state: CommitState | None = None,
-        fields: pages.Fields = None,
-        limit: pages.Limit = 100,
-        after: pages.After = None,
-    ) -> Response:
+    async def list_groups(page: pages.Asked, state: CommitState | None = None) -> Response:
         """Groups, the newest first: those under way and those that have ended."""
-        chosen = pages.members(fields, GroupView)
-        wanted = [*groups.rows_of(vm, disk), ("state = ?", state)]
-        journal = app.state.engine.journal
-        rows, more = await pages.newest(journal, "undertakings", wanted, after, limit)
+        wanted = [*groups.rows_of(page.vm, page.disk), ("state = ?", state)]
+        rows = await page.newest(app.state.engine.journal, "undertakings", GroupView, wanted)
         live = {row["id"]: groups.live[row["id"]] for row in rows if row["id"] in groups.live}
         known = {name: groups.facts_of(group) for name, group in live.items()}
         commits = await groups.members_of([row["id"] for row in rows if row["id"] not in live])
@@ -83,7 +72,7 @@ def routes(app: FastAPI, groups: Groups) -> None:
             else partial(groups.view_of, row, commits.get(row["id"], []))
             for row in rows
         ]
-        return await pages.answer(request, parts, chosen, rows[-1]["id"] if more else None)
+        return await page.answer(parts)
 
     @app.get("/v1/groups/{group_id}", responses=problems(404, 422), tags=["groups"])
     async def get_group(

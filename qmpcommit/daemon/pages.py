@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
-from fastapi import Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from qmpcommit.daemon.journal import Journal
@@ -27,7 +28,6 @@ MOST = 1000
 # Of their own: the loop's threads may all wait for a file on a storage that hangs.
 _THREADS = ThreadPoolExecutor(2, "lists")
 
-Limit = Annotated[int, Query(ge=1, le=MOST)]
 After = Annotated[
     str | None,
     Query(
@@ -44,14 +44,87 @@ Fields = Annotated[
         examples=["id,vm,state"],
     ),
 ]
-VMOf = Annotated[str | None, Query(max_length=64)]
-DiskOf = Annotated[str | None, Query(max_length=4096, description="As it was asked for")]
 
 Wanted = Sequence[tuple[str, Any]]
 """Conditions in SQL, each with its value; one whose value is None is none."""
 
 Part = Callable[[], BaseModel]
 """Makes one of a list; raises ValueError for what another version has written."""
+
+
+@dataclass
+class Page:
+    """What is asked of a list, and what it is answered: `vm` and `disk` choose rows."""
+
+    request: Request
+    vm: str | None
+    disk: str | None
+    fields: str | None
+    limit: int
+    after: str | None
+    _chosen: set[str] | None = None
+    _next_after: str | None = None
+
+    async def newest(
+        self,
+        journal: Journal,
+        table: str,
+        of: type[BaseModel],
+        wanted: Wanted,
+        *,
+        missing: type[QmpCommitError] = CommitNotFound,
+    ) -> list[dict[str, Any]]:
+        """The newest rows first, of the VMs that who asks may see; `of` is what they are shown as.
+
+        Raises `InvalidRequest` for a member that there is not, `missing` where `after` is known no
+        more.
+        """
+        self._chosen = members(self.fields, of)
+        wanted = [each for each in wanted if each[1] is not None]
+        known: list[tuple[str, object]] = [("id = ?", self.after)]
+        if not sees_all():
+            named = await journal.read(f"SELECT DISTINCT vm FROM {table}")
+            seen = [each["vm"] for each in named if sees(each["vm"])]
+            visible = ("vm IN (SELECT value FROM json_each(?))", json.dumps(seen))
+            wanted.append(visible)
+            known.append(visible)  # an id that may not be seen does not tell even that it is one
+        if self.after is not None:
+            behind = f"(created, rowid) < (SELECT created, rowid FROM {table} WHERE id = ?)"
+            wanted.append((behind, self.after))
+        where = " AND ".join(f"({sql})" for sql, _ in wanted) or "true"
+        rows = await journal.read(
+            f"SELECT * FROM {table} WHERE {where} ORDER BY created DESC, rowid DESC LIMIT ?",
+            *(value for _, value in wanted), self.limit + 1,
+        )  # fmt: skip
+        there = f"SELECT 1 FROM {table} WHERE {' AND '.join(sql for sql, _ in known)}"
+        if self.after is not None and not await journal.read(there, *(value for _, value in known)):
+            raise missing(
+                f"after: nothing is called '{self.after}' any more; begin with the first page again"
+            )
+        if len(rows) > self.limit:
+            rows = rows[: self.limit]
+            self._next_after = rows[-1]["id"]
+        return rows
+
+    async def answer(self, parts: Iterable[Part], *, looks: bool = False) -> Response:
+        """What `answer` makes of these."""
+        return await answer(self.request, parts, self._chosen, self._next_after, looks=looks)
+
+
+def _page(
+    request: Request,
+    *,
+    vm: Annotated[str | None, Query(max_length=64)] = None,
+    disk: Annotated[str | None, Query(max_length=4096, description="As it was asked for")] = None,
+    fields: Fields = None,
+    limit: Annotated[int, Query(ge=1, le=MOST)] = 100,
+    after: After = None,
+) -> Page:
+    return Page(request, vm, disk, fields, limit, after)
+
+
+Asked = Annotated[Page, Depends(_page)]
+"""The parameters that each list of what is done has."""
 
 
 def members(fields: str | None, of: type[BaseModel]) -> set[str] | None:
@@ -64,43 +137,6 @@ def members(fields: str | None, of: type[BaseModel]) -> set[str] | None:
             known = ", ".join(of.model_fields)
             raise InvalidRequest(f"fields: there is no '{name:.80}', but {known}")
     return set(names)
-
-
-async def newest(
-    journal: Journal,
-    table: str,
-    wanted: Wanted,
-    after: str | None,
-    limit: int,
-    *,
-    missing: type[QmpCommitError] = CommitNotFound,
-) -> tuple[list[dict[str, Any]], bool]:
-    """The newest first, of the VMs that who asks may see; and whether there are more.
-
-    Raises `missing` where `after` is known no more.
-    """
-    wanted = [each for each in wanted if each[1] is not None]
-    known: list[tuple[str, object]] = [("id = ?", after)]
-    if not sees_all():
-        named = await journal.read(f"SELECT DISTINCT vm FROM {table}")
-        seen = [each["vm"] for each in named if sees(each["vm"])]
-        visible = ("vm IN (SELECT value FROM json_each(?))", json.dumps(seen))
-        wanted.append(visible)
-        known.append(visible)  # an id that may not be seen tells nothing, not even that it is one
-    if after is not None:
-        behind = f"(created, rowid) < (SELECT created, rowid FROM {table} WHERE id = ?)"
-        wanted.append((behind, after))
-    where = " AND ".join(f"({sql})" for sql, _ in wanted) or "true"
-    rows = await journal.read(
-        f"SELECT * FROM {table} WHERE {where} ORDER BY created DESC, rowid DESC LIMIT ?",
-        *(value for _, value in wanted), limit + 1,
-    )  # fmt: skip
-    there = f"SELECT 1 FROM {table} WHERE {' AND '.join(sql for sql, _ in known)}"
-    if after is not None and not await journal.read(there, *(value for _, value in known)):
-        raise missing(
-            f"after: nothing is called '{after}' any more; begin with the first page again"
-        )
-    return rows[:limit], len(rows) > limit
 
 
 async def answer(

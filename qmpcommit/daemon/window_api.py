@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Annotated
 
-from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi import FastAPI, Path, Query, Response
 
 from qmpcommit.daemon import pages
 from qmpcommit.daemon.api import Key, VMPath, fingerprint
@@ -98,34 +98,23 @@ def routes(  # noqa: PLR0915  (one table of routes)
         responses={**problems(404, 422), 200: {"model": list[WindowView]}},
         tags=["windows"],
     )
-    async def list_windows(
-        request: Request,
-        *,
-        vm: pages.VMOf = None,
-        disk: pages.DiskOf = None,
-        state: WindowState | None = None,
-        fields: pages.Fields = None,
-        limit: pages.Limit = 100,
-        after: pages.After = None,
-    ) -> Response:
+    async def list_windows(page: pages.Asked, state: WindowState | None = None) -> Response:
         """Windows, the newest first, ended ones too.
 
         Before them come those that nobody here opened, of any disk, which `limit` does not count.
         """
-        chosen = pages.members(fields, WindowView)
         parts: list[pages.Part] = []
-        if state in (None, "orphan") and after is None:
-            await windows.watch.look_again(vm)
-            parts += [each.view for each in windows.watch.orphans(vm) if sees(each.vm)]
-        wanted = [*windows.rows_of(vm, disk), ("state = ?", state)]
-        rows, more = await pages.newest(
-            engine.journal, "undertakings", wanted, after, limit, missing=WindowNotFound
+        if state in (None, "orphan") and page.after is None:
+            await windows.watch.look_again(page.vm)
+            parts += [each.view for each in windows.watch.orphans(page.vm) if sees(each.vm)]
+        wanted = [*windows.rows_of(page.vm, page.disk), ("state = ?", state)]
+        rows = await page.newest(
+            engine.journal, "undertakings", WindowView, wanted, missing=WindowNotFound
         )
         for row in rows:
             live = windows.live.get(row["id"])
             parts.append(live.view if live is not None else partial(windows.view_of, row))
-        next_after = rows[-1]["id"] if more else None
-        return await pages.answer(request, parts, chosen, next_after, looks=True)
+        return await page.answer(parts, looks=True)
 
     @app.get("/v1/windows/{window_id}", responses=problems(404, 422), tags=["windows"])
     async def get_window(
