@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
     from qmpcommit.commit.job import CommitJob
     from qmpcommit.commit.outcome import CommitOutcome
+    from qmpcommit.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,25 +165,36 @@ async def _decide(
     from qmpcommit.cli.bar import Bar
     from qmpcommit.cli.following import Foreground
     from qmpcommit.cli.held import tell_of_held
-    from qmpcommit.errors import JobConflict
 
     bar = Bar(running.options, qmp) if waits else None
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp, but=job_id)
         foreground = Foreground(running, vm, qmp, adopted=True)
-        pending = "cancel" if choice == "abort" else "finalize"
-        job = await vm.adopt(job_id, pending=pending, **asked)  # type: ignore[arg-type]
+        job = await adopt(vm, job_id, choice, **asked)
         if bar is not None:
             async with bar.of(job, job.plan.disk.name):
                 await job.ready()
-        try:
-            if job.state.status != "pending":  # such a one is being ended already
-                {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()
-        except JobConflict:
-            if job.state.running:
-                raise  # else it had ended before, and its outcome tells how
+        order(job, choice)
         outcome = await foreground.end(job)
     return decided(running, choice, outcome)
+
+
+async def adopt(vm: Session, job_id: str, choice: str, **asked: Any) -> CommitJob:
+    """Take up a job that is to be ended so."""
+    pending: Any = "cancel" if choice == "abort" else "finalize"
+    return await vm.adopt(job_id, pending=pending, **asked)
+
+
+def order(job: CommitJob, choice: str) -> None:
+    """Decide a job that was taken up; raises `NotReady`, or `JobConflict` for the opposite."""
+    from qmpcommit.errors import JobConflict
+
+    try:
+        if job.state.status != "pending":  # such a one is being ended already
+            {"pivot": job.pivot, "keep": job.keep, "abort": job.abort}[choice]()
+    except JobConflict:
+        if job.state.running:
+            raise  # else it had ended before, and its outcome tells how
 
 
 def decided(running: Run, choice: str, outcome: CommitOutcome) -> Answer:

@@ -10,6 +10,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qmpcommit.block.chain import Disk
+from qmpcommit.cli import decide
 from qmpcommit.errors import InvalidRequest, QmpCommitError
 from qmpcommit.recovery.host import DiskState, JobState, VMState, states
 from qmpcommit.recovery.monitors import find
@@ -58,11 +59,8 @@ class Monitors:
             if order == "speed":
                 await session.set_bandwidth(job.id, rate)
             elif order in ENDS:
-                pending: Any = "cancel" if order == "abort" else "finalize"
-                adopted = await session.adopt(
-                    job.id, pending=pending, carry_bitmaps=order != "abort"
-                )
-                {"pivot": adopted.pivot, "keep": adopted.keep, "abort": adopted.abort}[order]()
+                adopted = await decide.adopt(session, job.id, order, carry_bitmaps=order != "abort")
+                decide.order(adopted, order)
                 outcome = await adopted.wait()
                 return f"{job.id} has ended by '{outcome.action}'"
             else:
