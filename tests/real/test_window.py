@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.qmp.events import JobStatusChange
-from tests.cli.command import ENVIRONMENT, start
 from tests.cli.command import run as qmpcommit
+from tests.cli.command import start
+from tests.ground import forked
 from tests.ground.images import MIB, Chain, Picture, assert_disk, create, make_chain, read
 from tests.ground.images import run as run_tool
 from tests.ground.machines import machine, storage_daemon
@@ -384,10 +384,7 @@ async def test_over_a_guest_that_a_killed_process_left_paused_it_is_not_opened(
     async with machine(folder, *chains, running=True) as qemu:
         places = folder / "places"
         words = [qemu.qmp, work, "0", str(places), str(folder), "after stop"]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.real.killable_work", *words, env=ENVIRONMENT
-        )
-        assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
+        assert (await forked.run("tests.real.killable_work", *words)).status == -signal.SIGKILL
         async with qc.Session.connect(qemu.qmp) as vm:
             assert not await runs(vm)
             group = work == "group keep"  # whose guest goes on, and whose jobs are in the way
