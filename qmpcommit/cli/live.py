@@ -16,6 +16,7 @@ from textual.coordinate import Coordinate
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
+from qmpcommit.callback import said_of
 from qmpcommit.cli.show import phase_text, ready_text, show_seconds
 from qmpcommit.cli.vms import paces_of
 from qmpcommit.commit.rates import JobPace, Rates, percent
@@ -161,8 +162,8 @@ class Live(App[None]):
         while True:
             try:
                 found = await self._source.look()
-            except QmpCommitError as error:
-                self.say(error.message)
+            except Exception as error:  # a bug too: else the screen stands still without a word
+                self.say(said_of(error))
             else:
                 self._show(found)
             await asyncio.sleep(self._source.every)
@@ -281,8 +282,8 @@ class Live(App[None]):
         assert line.job is not None
         try:
             said = await self._source.order(line.vm, line.job, order, rate)
-        except QmpCommitError as error:
-            self.notify(error.message, severity="error", markup=False, timeout=20)
+        except Exception as error:  # likewise
+            self.notify(said_of(error), severity="error", markup=False, timeout=20)
         else:
             self.notify(said, markup=False)
 

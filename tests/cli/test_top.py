@@ -92,6 +92,25 @@ async def test_a_daemons_commit_is_kept(folder: Path) -> None:
     assert_kept(chain)
 
 
+async def test_what_it_fails_of_is_said_and_it_looks_again() -> None:
+    source = Monitors([], lambda: 30.0)
+    source.every = 0.01
+    failures: list[Exception] = [OSError(13, "Permission denied", "/proc"), qc.VMGone("it ended")]
+
+    async def look() -> list[Any]:
+        if failures:
+            raise failures.pop(0)
+        return []
+
+    source.look = look  # type: ignore[method-assign]
+    said: list[str] = []
+    app = Live(source)
+    app.say = said.append  # type: ignore[assignment, method-assign]
+    async with app.run_test() as pilot:
+        await until(pilot, lambda: any("no VM was found" in text for text in said))
+    assert said[:2] == ["/proc: Permission denied", "it ended"]
+
+
 def test_what_is_left_is_plotted_from_nothing() -> None:
     assert plot([4, 2, 1, 0], 10, 2) == ["█", "██▄"]
     assert plot([0, 0], 10, 2) == ["", ""]
