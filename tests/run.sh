@@ -125,8 +125,8 @@ full() {
     say "    the manual's table of them is written"
     say "  unit tests on every Python from 3.11 to the newest"
     say "  the daemon's page in a browser"
-    for part in "--debug-asyncio tests/unit" \
-        "--at-once 2 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \
+    for part in "--at-once 4 --debug-asyncio tests/unit" \
+        "--at-once 4 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \
         --all-qemu --coverage-report --all-python --page; do
         say "--- $part"
         case $part in *--ignore* | --all-python | --page) unset COVERAGE_FILE ;; *)
