@@ -115,29 +115,29 @@ class Foreground(Following):
 
     def _signal(self, times: int) -> None:
         job = self._job
-        if job is None or (job.adopted and job.state.decision is None):
+        if job is None or (job.adopted and job.state.order.decision is None):
             if times == 1 and not self._ended:
                 self._run.cancel()  # nothing was sent yet
         elif times == 1:
-            if job.state.running and job.state.decision is None:
+            if job.state.running and job.state.order.decision is None:
                 job.abort()
             if sys.stderr.isatty() and not self._run.options.quiet:
-                doing = "ending" if job.state.decision else "cancelling"
+                doing = "ending" if job.state.order.decision else "cancelling"
                 sys.stderr.write(f"\r{doing} the job; Ctrl-C again leaves it in QEMU\n")
         elif times > 1:
             self._leave_in_qemu(job, "interrupted")
 
     def _deadline(self) -> None:
         job = self._job
-        if job is None or (job.adopted and job.state.decision is None):
+        if job is None or (job.adopted and job.state.order.decision is None):
             if not self._ended:
                 self._run.cancel()
         elif self._adopted:
             self._leave_in_qemu(job, "deadline")
 
     def _leave_in_qemu(self, job: CommitJob, why: str) -> None:
-        if job.state.tries:  # a decision that was not sent is none
-            self._ordered = str(job.state.decision)
+        if job.state.order.tries:  # a decision that was not sent is none
+            self._ordered = str(job.state.order.decision)
         self._leave(job, why)
 
     async def start(self, **options: Any) -> CommitJob:

@@ -161,7 +161,7 @@ class _Watch:
     def _over(self) -> bool:
         job = self._job
         state = job.state
-        decided = state.decision not in (None, Choice.ABORT)  # which only a READY job can be
+        decided = state.order.decision not in (None, Choice.ABORT)  # which only a READY job can be
         if self._ready_at is None and (job.phase is Phase.READY or decided):
             self._ready_at = self._clock() - self._begun
             self._tell(ready_after=self._ready_at)
@@ -313,7 +313,7 @@ class _Watch:
             await self._write_down("unthrottle")
         verdict = self.report.verdict
         state = self._job.state
-        if self._job.done or not state.running or state.decision is Choice.ABORT:
+        if self._job.done or not state.running or state.order.decision is Choice.ABORT:
             verdict = "ended" if self._until == "over" or self._ready_at is None else "ready"
         elif self._ready_at is not None:
             verdict = "ready"

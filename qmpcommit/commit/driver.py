@@ -148,7 +148,7 @@ class Driver:
         self._left: Left | None = None
         self._follow: Callable[..., phases.Step] | None = None
         if resumed is not None:
-            prepares = resumed.state.prepares
+            prepares = resumed.state.barrier.prepares
             self._follow = partial(
                 phases.resume,
                 resumed.state,
@@ -174,7 +174,7 @@ class Driver:
                 stalls=plan.stalls,
                 meets=around.barrier is not None,
             )
-        by_us = adopted is None and (prepares or self.state.prepares)
+        by_us = adopted is None and (prepares or self.state.barrier.prepares)
         self._auto_finalize = auto_finalize and not by_us
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._consulting: asyncio.Task[Settled] | None = None
@@ -205,7 +205,7 @@ class Driver:
                 self._left = resumed.left
             else:
                 # Although the guest goes on, the overlay may be there to be told of, or undone.
-                stopped = resumed.stopped and self.state.frozen
+                stopped = resumed.stopped and self.state.guest.frozen
                 laid = self.state.verdict in _LAYS
                 self._care.restore(self.recycle, stopped=stopped, laid=laid)
 
@@ -217,7 +217,7 @@ class Driver:
         if self._ledger is None:
             return
         state = self.state
-        held = state.status == "pending" or state.frozen
+        held = state.status == "pending" or state.guest.frozen
         more |= {"times": dict(self._hearing.times), "identity": self._identity}
         try:
             await self._ledger.note(step, state, held=held, anyway=anyway, **more)
@@ -295,11 +295,11 @@ class Driver:
         """Nobody follows the job any more: whatever it holds still is let go."""
         await self._stop_preparing()
         with suppress(QmpCommitError):
-            if self.state.status == "pending" and self.state.prepares:
-                order = "job-finalize" if self.state.prepared else "job-cancel"
+            if self.state.status == "pending" and self.state.barrier.prepares:
+                order = "job-finalize" if self.state.barrier.prepared else "job-cancel"
                 await self._monitor.execute(order, {"id": self.id})
             await self._care.close_above()
-            if self.state.frozen:
+            if self.state.guest.frozen:
                 await self._care.thaw()
 
     async def ask(self) -> facts.JobSeen | None:
@@ -309,7 +309,7 @@ class Driver:
     async def _drive(self) -> None:
         while True:
             owed, self._owed = self._owed, []
-            if self.state.end is not None and not self.state.frozen:
+            if self.state.end is not None and not self.state.guest.frozen:
                 await self._pass_gate()
             for action in owed:
                 await self._carry_out(action)
@@ -456,7 +456,7 @@ class Driver:
         Of a group, whose decision is written down elsewhere, none is cancelled alone.
         """
         anyway = command in (Command.ABORT, Command.DISMISS)
-        anyway = anyway or (command is Command.FINALIZE and self.state.meets)
+        anyway = anyway or (command is Command.FINALIZE and self.state.barrier.meets)
         more: dict[str, Any] = {}
         if command is Command.START:
             self._identity = process_identity(self._monitor.peer_pid)
@@ -605,7 +605,7 @@ class Driver:
         return await settle(self.plan.policy, ready)
 
     def _settled(self, consulting: asyncio.Task[Settled]) -> None:
-        if not self.state.running or self.state.decision is not None:
+        if not self.state.running or self.state.order.decision is not None:
             if not consulting.cancelled():
                 consulting.exception()
             return
@@ -702,7 +702,7 @@ class Driver:
             with suppress(QmpCommitError):
                 active = await self._care.fresh()
         outcome = report.outcome_of(plan, state, active, self.timings)
-        held = self.timings.held if state.prepares and plan.two_phase else None
+        held = self.timings.held if state.barrier.prepares and plan.two_phase else None
         outcome = replace(outcome, guest_paused=self._care.paused, held=held, used_by=self._used_by)
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)

@@ -258,7 +258,7 @@ class CommitJob:
 
     def decide(self, decision: Decision, by: str) -> None:
         """Decide as a policy does, in the name of `by`; what comes too late does nothing."""
-        if isinstance(decision, Recycle) and self.state.decision is None:
+        if isinstance(decision, Recycle) and self.state.order.decision is None:
             self._driver.recycle = decision
         self._driver.tell(facts.Decided(Choice(decision.kind), by))
 
@@ -297,7 +297,7 @@ class CommitJob:
 
     async def let_go(self) -> None:
         """Wait until the job does not hold the guest (any more), for whoever then detaches it."""
-        await self._until(lambda: not (self.state.frozen or self.state.status == "pending"))
+        await self._until(lambda: not (self.state.guest.frozen or self.state.status == "pending"))
 
     async def abandon(self) -> None:
         """Cancel the job and see it end, within `GRACE` seconds; for a caller that goes away.
@@ -306,10 +306,10 @@ class CommitJob:
         """
         if self._task is None or self.done:
             return
-        if self.adopted and self.state.decision is None:
+        if self.adopted and self.state.order.decision is None:
             await self.detach()
             return
-        if self.state.decision is None or self.state.decision is Choice.ABORT:
+        if self.state.order.decision is None or self.state.order.decision is Choice.ABORT:
             self.log.warning("session_ends_with_job_running", doing="cancelling the job")
             self._driver.tell(facts.Decided(Choice.ABORT, "session end"))
             self._driver.hurry()
@@ -410,11 +410,11 @@ class CommitJob:
             case "decided":
                 raise JobConflict(
                     f"job {self.id} on {self.plan.disk} of {self.plan.vm} is decided already:"
-                    f" {self.state.decision}",
+                    f" {self.state.order.decision}",
                     **self._where(),
                 )
             case "ended":
-                if self.state.decision is not choice:
+                if self.state.order.decision is not choice:
                     raise JobConflict(
                         f"job {self.id} on {self.plan.disk} of {self.plan.vm} has ended already;"
                         " its outcome tells how",

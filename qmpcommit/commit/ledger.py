@@ -18,7 +18,7 @@ from qmpcommit.commit.checks.finding import Finding
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.phases import Phase, State, Verdict
+from qmpcommit.commit.phases import PARTS, Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import AnyPolicy, Hold, PolicyCall, Recycle, parse_policy
 from qmpcommit.errors import InvalidRequest, QmpCommitError
@@ -199,8 +199,10 @@ def time_left(noted: Noted) -> float | None:
 
 
 def dump_state(state: State) -> dict[str, Any]:
-    """The state as JSON's own types."""
+    """The state as JSON's own types: one mapping, for the names of all its values differ."""
     dumped = state._asdict()
+    for name in PARTS:
+        dumped |= dumped.pop(name)._asdict()
     if state.end is not None:
         dumped["end"] = state.end._asdict()
     return dumped
@@ -216,4 +218,6 @@ def load_state(dumped: Mapping[str, Any]) -> State:
     if values.get("end") is not None:
         values["end"] = Ended(**values["end"])
     values["trail"] = tuple(values.get("trail") or ())
+    for name, part in PARTS.items():
+        values[name] = part(**{each: values.pop(each) for each in part._fields if each in values})
     return State(**values)

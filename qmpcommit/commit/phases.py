@@ -1,16 +1,8 @@
 """The two-phase commit as a state machine: facts in, actions out, no I/O.
 
-::
-
-    STARTING --began--> COPYING --READY--> READY --decision--> DECIDED
-        |                  |  (an intermediate layer has no READY)  |
-        |                  +-------------------+-------------------+
-        |                                      v  the job concluded, or is gone
-        +--refused--> FINISHED <--dismissed-- ENDED --graph read--> CONFIRMED
-
 `step` takes a `State` and one `Fact` and returns the next state with the `Action`s that the
-driver owes. Facts may come late, twice, out of order or not at all; three rules keep that
-harmless:
+driver owes. `EDGES` are the ways from phase to phase; there is none back. Facts may come late,
+twice, out of order or not at all; four rules keep that harmless:
 
 * What QEMU says when asked (`Answered`) counts as much as its events: READY, PENDING and the
   end are taken from either, whichever is first.
@@ -88,6 +80,42 @@ class Phase(StrEnum):
     FINISHED = "finished"
 
 
+_GONE = "QEMU has ended, or can't be reached any more"
+
+EDGES: dict[Phase, dict[Phase, str]] = {
+    Phase.STARTING: {
+        Phase.COPYING: "QEMU has the job",
+        Phase.READY: "it is READY when it is first heard of",
+        Phase.DECIDED: "it is cancelled when it is first heard of",
+        Phase.ENDED: "it has ended when it is first asked for",
+        Phase.FINISHED: "nothing was sent, QEMU did not take it, or is gone",
+    },
+    Phase.COPYING: {
+        Phase.READY: "QEMU says that all is copied, of the active layer",
+        Phase.DECIDED: "it is cancelled",
+        Phase.ENDED: "the job concluded, or is gone: a layer below the active one, or a failure",
+        Phase.FINISHED: _GONE,
+    },
+    Phase.READY: {
+        Phase.DECIDED: "the policy or a caller says what becomes of it",
+        Phase.ENDED: "the job failed, or another client has decided",
+        Phase.FINISHED: _GONE,
+    },
+    Phase.DECIDED: {
+        Phase.ENDED: "the job concluded, or is gone",
+        Phase.FINISHED: _GONE,
+    },
+    Phase.ENDED: {
+        Phase.CONFIRMED: "the block graph, read back, shows how it ended",
+        Phase.FINISHED: "the same, and nothing is left to do; or QEMU is gone",
+    },
+    Phase.CONFIRMED: {
+        Phase.FINISHED: "the job is dismissed, the guest goes on; or QEMU is gone",
+    },
+}
+"""Which phase one fact may lead to, and what that is; the manual's picture is drawn from it."""
+
+
 class Verdict(StrEnum):
     """How it ended."""
 
@@ -110,35 +138,15 @@ class Verdict(StrEnum):
 # -- state ----------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    """All that is known about one commit.
+class Order(NamedTuple):
+    """What was decided last, and whether QEMU was told.
 
-    `two_phase` says that top is the active layer. `began` is whether QEMU was seen to know the
-    job, `status` the last status it told. `decision` and `by` are the last decision; `tries`
-    counts how often it was sent, `in_flight` tells that its reply is due, `accepted` whether
-    QEMU took it, `refusal` why it did not. `former` and `former_by` are the decision that an
-    abort came after, where QEMU may have carried it out before. `doubt` is set by ``SHUTDOWN``,
-    `other_vm` when another process answers at the monitor. `listed` tells that the concluded job
-    waits for its dismissal. `trail` are remarks for the outcome's warnings.
-
-    `prepares` tells that something has to be done while PENDING holds the disk's I/O (then
-    `auto_finalize` is off), `preparing` and `prepared` where that is. `stalls` tells that a
-    storage error makes the job wait, `stalled` that it does. `frozen` is whether the guest is
-    paused by us, `overlaid` whether the fresh overlay was tried, `taken_up` whether another
-    process began it, so that even a job never seen may have begun and ended. `undoes` tells that
-    an adopted job that is PENDING already is cancelled, and not finalized. `meets` tells that
-    others are waited for in PENDING, whatever was decided. `refusals` counts refused dismissals.
-    `unsent` tells that ``block-commit`` was not sent yet, `unchecked` that it is not known yet
-    whether the job copies what the disk uses, `stale` that it does not. `spares` tells that the
-    concluded job is left for somebody else to dismiss.
+    `tries` counts how often it was sent, `in_flight` tells that its reply is due, `accepted`
+    whether QEMU took it, `refusal` why it did not, `resumed` that a paused job was resumed for it.
+    `former` and `former_by` are the decision that an abort came after, where QEMU may have carried
+    it out before.
     """
 
-    two_phase: bool
-    phase: Phase = Phase.STARTING
-    linked: bool = True
-    began: bool = False
-    status: str = ""
-    auto_finalize: bool = True
     decision: Choice | None = None
     by: str = ""
     tries: int = 0
@@ -146,42 +154,111 @@ class State(NamedTuple):
     accepted: bool = False
     refusal: str | None = None
     resumed: bool = False
-    doubt: bool = False
+    former: Choice | None = None
+    former_by: str = ""
+
+    def changed(self, choice: Choice, by: str) -> Order:
+        """Another decision, of which nothing was sent yet; the one before, if that was."""
+        order = self._replace(former=self.decision, former_by=self.by) if self.tries else self
+        return order._replace(decision=choice, by=by, tries=0, accepted=False, refusal=None)
+
+
+class Link(NamedTuple):
+    """The monitor and who is behind it.
+
+    `doubt` is set by ``SHUTDOWN``, `other_vm` when another process answers at the monitor.
+    """
+
+    linked: bool = True
     other_vm: bool = False
-    end: Ended | None = None
-    listed: bool = False
-    done: int = 0
-    total: int = 0
-    verdict: Verdict | None = None
-    error: str | None = None
-    trail: tuple[str, ...] = ()
+    doubt: bool = False
+
+
+class Preparation(NamedTuple):
+    """What has to be done while PENDING holds the disk's I/O.
+
+    With `prepares` there is something (`auto_finalize` is off then); `preparing` and `prepared`
+    tell where that is. `meets` tells that others are waited for, whatever was decided, `undoes`
+    that an adopted job that is PENDING already is cancelled, and not finalized.
+    """
+
     prepares: bool = False
     preparing: bool = False
     prepared: bool = False
+    meets: bool = False
+    undoes: bool = False
+
+
+class Halt(NamedTuple):
+    """`stalls` tells that a storage error makes the job wait, `stalled` that it does."""
+
     stalls: bool = False
     stalled: bool = False
+
+
+class Guest(NamedTuple):
+    """`frozen` is whether it is paused by us, `overlaid` whether the fresh overlay was tried."""
+
     frozen: bool = False
     overlaid: bool = False
-    taken_up: bool = False
-    undoes: bool = False
-    meets: bool = False
+
+
+PARTS: dict[str, type[Order | Link | Preparation | Halt | Guest]] = {
+    "order": Order,
+    "link": Link,
+    "barrier": Preparation,
+    "stall": Halt,
+    "guest": Guest,
+}
+"""The values that a state nests, by their names in it."""
+
+
+class State(NamedTuple):
+    """All that is known about one commit: its job, and five values beside it.
+
+    `two_phase` says that top is the active layer. `began` is whether QEMU was seen to know the
+    job, `status` the last status it told. `listed` tells that the concluded job waits for its
+    dismissal, `spares` that this is left to somebody else; `refusals` counts the refused ones.
+    `trail` are remarks for the outcome's warnings. `taken_up` is whether another process began it,
+    so that even a job never seen may have begun and ended. `unsent` tells that ``block-commit`` was
+    not sent yet, `unchecked` that it is not known yet whether the job copies what the disk uses,
+    `stale` that it does not.
+    """
+
+    two_phase: bool
+    phase: Phase = Phase.STARTING
+    began: bool = False
+    status: str = ""
+    auto_finalize: bool = True
+    done: int = 0
+    total: int = 0
+    end: Ended | None = None
+    listed: bool = False
     refusals: int = 0
-    former: Choice | None = None
-    former_by: str = ""
+    spares: bool = False
+    verdict: Verdict | None = None
+    error: str | None = None
+    trail: tuple[str, ...] = ()
+    taken_up: bool = False
     unsent: bool = False
     unchecked: bool = False
     stale: bool = False
-    spares: bool = False
+    order: Order = Order()
+    link: Link = Link()
+    barrier: Preparation = Preparation()
+    stall: Halt = Halt()
+    guest: Guest = Guest()
 
     @property
     def ordered(self) -> Choice | None:
         """What may have been done to end the job well: an abort can come too late."""
-        return self.former if self.decision is Choice.ABORT else self.decision
+        order = self.order
+        return order.former if order.decision is Choice.ABORT else order.decision
 
     @property
     def keeps(self) -> bool:
         """Whether QEMU has taken a keep from us: no other client was first with a pivot."""
-        return self.decision is Choice.KEEP and self.accepted
+        return self.order.decision is Choice.KEEP and self.order.accepted
 
     @property
     def finished(self) -> bool:
@@ -204,9 +281,8 @@ def begin(
     prepares = prepares or meets
     state = State(
         two_phase=two_phase,
-        prepares=prepares,
-        stalls=stalls,
-        meets=meets,
+        barrier=Preparation(prepares=prepares, meets=meets),
+        stall=Halt(stalls=stalls),
         auto_finalize=not prepares,
         unsent=True,
         unchecked=True,
@@ -234,13 +310,13 @@ def adopt(
         two_phase=two_phase,
         phase=Phase.COPYING,
         began=True,
-        prepares=prepares or not two_phase,
-        undoes=undoes,
+        barrier=Preparation(prepares=prepares or not two_phase, undoes=undoes),
         spares=spares,
-        linked=linked,
+        link=Link(linked=linked),
     )
     if stale:
-        state = state._replace(stale=True, error=stale, decision=Choice.ABORT, by="qmpcommit")
+        order = Order(decision=Choice.ABORT, by="qmpcommit")
+        state = state._replace(stale=True, error=stale, order=order)
     return state, [Duty.ASK if linked else Duty.RELINK]
 
 
@@ -260,29 +336,28 @@ def resume(
     process may answer. Of a group it is known how all have to end: with `undoes` the job is
     cancelled wherever it is, with `finalizes` what was to be done in PENDING has been done.
     """
-    if undoes and state.running and state.decision is not Choice.ABORT:
-        former, by = (state.decision, state.by) if state.tries else (None, "")
-        state = state._replace(former=former, former_by=by, decision=Choice.ABORT, by="group")
-        state = state._replace(phase=Phase.COPYING, tries=0, accepted=False, refusal=None)
+    if undoes and state.running and state.order.decision is not Choice.ABORT:
+        order = state.order.changed(Choice.ABORT, "group")
+        state = state._replace(phase=Phase.COPYING, order=order)
+    barrier = state.barrier
     if finalizes and state.two_phase and state.running:
-        state = state._replace(prepared=True)
+        barrier = barrier._replace(prepared=True)
     state = state._replace(
-        linked=linked,
-        in_flight=False,
-        preparing=False,
-        prepared=state.prepared and state.two_phase,  # an intermediate layer's is looked at again
-        resumed=False,
-        stalled=False,
-        other_vm=same_vm is False,
+        link=state.link._replace(linked=linked, other_vm=same_vm is False),
+        order=state.order._replace(in_flight=False, resumed=False),
+        # what is done of an intermediate layer is looked at again
+        barrier=barrier._replace(preparing=False, prepared=barrier.prepared and state.two_phase),
+        stall=state.stall._replace(stalled=False),
         taken_up=True,
     )
     if state.finished:
         return state, [Duty.FINISH]
-    if state.other_vm and state.phase is Phase.CONFIRMED:
+    if state.link.other_vm:
+        state = state._replace(guest=state.guest._replace(frozen=False))
+        if state.phase is not Phase.CONFIRMED:
+            return _finish(state._replace(verdict=Verdict.VM_GONE))
         remark = "QEMU ended before what follows the commit was done"
-        return _finish(state._replace(trail=(*state.trail, remark), frozen=False))
-    if state.other_vm:
-        return _finish(state._replace(verdict=Verdict.VM_GONE, frozen=False))
+        return _finish(state._replace(trail=(*state.trail, remark)))
     if state.phase is Phase.READY:
         state = state._replace(phase=Phase.COPYING)  # so that the policy is asked again
     if not linked:
@@ -292,8 +367,8 @@ def resume(
 
 def freezes_again(state: State) -> bool:
     """Whether a freeze is due that a former process noted, and may have done or begun."""
-    noted = state.taken_up and state.running and state.decision is Choice.RECYCLE
-    return noted and state.frozen and not state.tries
+    noted = state.taken_up and state.running and state.order.decision is Choice.RECYCLE
+    return noted and state.guest.frozen and not state.order.tries
 
 
 def _look(state: State) -> Step:
@@ -301,7 +376,7 @@ def _look(state: State) -> Step:
     if state.unsent:
         return state, [Duty.LOOK]
     if freezes_again(state):
-        return state._replace(in_flight=True), [Duty.FREEZE]
+        return state._replace(order=state.order._replace(in_flight=True)), [Duty.FREEZE]
     return state, [Duty.ASK]
 
 
@@ -312,7 +387,7 @@ def objection(state: State, choice: Choice) -> str | None:
     if choice is Choice.ABORT:
         return None
     if state.phase is Phase.DECIDED:
-        return None if state.decision is choice else "decided"
+        return None if state.order.decision is choice else "decided"
     return None if state.phase is Phase.READY else "not ready"
 
 
@@ -352,23 +427,39 @@ def step(state: State, fact: Fact) -> Step:
         case Overlaid(error):
             return _overlaid(state, error)
         case News.LINK_LOST | Unanswered():
-            lost = state._replace(linked=False, in_flight=False, preparing=False)
-            return lost, [Duty.RELINK] if state.linked else []
+            return _lost(state)
         case LinkBack(same_vm):
             return _back(state, same_vm)
         case LinkDead(vm_gone):
             return _dead(state, vm_gone)
         case News.SHUTTING_DOWN:
-            return state._replace(doubt=state.doubt or state.end is None), []
+            doubt = state.link.doubt or state.end is None
+            return state._replace(link=state.link._replace(doubt=doubt)), []
         case News.TICK:
             return _tick(state)
         case News.RELIEVED:
-            relieved = state._replace(stalled=False)
-            return relieved, [Command.RESUME] if state.stalled and state.running else []
+            due = state.stall.stalled and state.running
+            return _stalled(state, False), [Command.RESUME] if due else []
         case News.THAWED:
-            thawed = state._replace(frozen=False)
+            thawed = state._replace(guest=state.guest._replace(frozen=False))
             return _close(thawed) if state.phase is Phase.CONFIRMED else (thawed, [])
     assert_never(fact)
+
+
+def _lost(state: State) -> Step:
+    """What was under way may have been done or not: QEMU is asked when the link is back."""
+    lost = state._replace(
+        link=state.link._replace(linked=False),
+        order=state.order._replace(in_flight=False),
+        barrier=state.barrier._replace(preparing=False),
+    )
+    return lost, [Duty.RELINK] if state.link.linked else []
+
+
+def _stalled(state: State, stalled: bool) -> State:
+    if stalled is state.stall.stalled:
+        return state
+    return state._replace(stall=state.stall._replace(stalled=stalled))
 
 
 def _looked(state: State, error: str | None) -> Step:
@@ -377,10 +468,12 @@ def _looked(state: State, error: str | None) -> Step:
         if error is None:
             return state, [Command.START]
         return _finish(state._replace(verdict=Verdict.CHANGED, error=error))
-    if error is None or not state.in_flight or state.decision not in PIVOTS or not state.running:
+    due = state.order.in_flight and state.order.decision in PIVOTS and state.running
+    if error is None or not due:
         return state, []
     # A pivot that was due, and was not sent.
-    state = state._replace(error=error, tries=state.tries - 1, in_flight=False)
+    order = state.order._replace(tries=state.order.tries - 1, in_flight=False)
+    state = state._replace(error=error, order=order)
     return _decided(state, Choice.ABORT, "qmpcommit")
 
 
@@ -418,37 +511,39 @@ def _status(state: State, status: str) -> Step:
 def _halted(state: State, halted: bool) -> Step:
     """A job that waits on storage errors shows it only when asked; one that moves does not wait."""
     if not halted:
-        return state._replace(stalled=False), []
-    return state, [Duty.ASK] if state.stalls and not state.stalled else []
+        return _stalled(state, False), []
+    return state, [Duty.ASK] if state.stall.stalls and not state.stall.stalled else []
 
 
 def _pending(state: State) -> Step:
     """The disk's I/O waits: no longer than what has to be done takes."""
-    if state.in_flight or state.preparing:
-        return state, []
-    if state.decision is None and state.undoes:
+    order, barrier = state.order, state.barrier
+    if order.in_flight or barrier.preparing or not state.running:
+        return state, []  # the last: heard late, when the end was seen before
+    if order.decision is None and barrier.undoes:
         return _decided(state, Choice.ABORT, "caller")
-    if state.decision is Choice.ABORT:
+    if order.decision is Choice.ABORT:
         # An old QEMU takes a cancellation just before READY for a soft one, and holds the disk.
-        return (state, [Duty.ASK]) if state.accepted else _order(state)
+        return (state, [Duty.ASK]) if order.accepted else _order(state)
     if state.unchecked:
         return state, []
-    if (state.keeps and not state.meets) or state.prepared or not state.prepares:
+    if (state.keeps and not barrier.meets) or barrier.prepared or not barrier.prepares:
         return state, [Command.FINALIZE]
-    return state._replace(preparing=True), [Duty.PREPARE]
+    return state._replace(barrier=barrier._replace(preparing=True)), [Duty.PREPARE]
 
 
 def _prepared(state: State, error: str | None) -> Step:
-    if not state.preparing or not state.running:
+    if not state.barrier.preparing or not state.running:
         return state, []
-    state = state._replace(preparing=False)
+    done = state.barrier._replace(preparing=False, prepared=error is None)
+    state = state._replace(barrier=done)
     if error is None:
-        return state._replace(prepared=True), [Command.FINALIZE]
+        return state, [Command.FINALIZE]
     return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
 
 
 def _frozen(state: State, error: str | None) -> Step:
-    if state.decision is not Choice.RECYCLE or not state.running:
+    if state.order.decision is not Choice.RECYCLE or not state.running:
         return state, []
     if error is not None:
         return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
@@ -456,46 +551,50 @@ def _frozen(state: State, error: str | None) -> Step:
 
 
 def _overlaid(state: State, error: str | None) -> Step:
-    if state.phase is not Phase.CONFIRMED or state.overlaid:
+    if state.phase is not Phase.CONFIRMED or state.guest.overlaid:
         return state, []
     verdict = Verdict.RECYCLED if error is None else Verdict.PIVOTED
-    return _close(state._replace(overlaid=True, verdict=verdict, error=error))
+    guest = state.guest._replace(overlaid=True)
+    return _close(state._replace(guest=guest, verdict=verdict, error=error))
 
 
 def _ready(state: State) -> Step:
     """READY was heard or seen; standby counts, since only a READY job can be in it."""
     match state.phase:
-        case Phase.STARTING | Phase.COPYING if state.unchecked and state.decision is None:
+        case Phase.STARTING | Phase.COPYING if state.unchecked and state.order.decision is None:
             heard = state.status in ("standby", "pending")
             return state._replace(
                 phase=Phase.COPYING, status=state.status if heard else "ready"
             ), []
         case Phase.STARTING | Phase.COPYING:
             state = state._replace(phase=Phase.READY)
-            if state.decision is Choice.ABORT:
+            if state.order.decision is Choice.ABORT:
                 return _order(state)
             if not state.two_phase:
                 # QEMU treats a layer that somebody else writes to as active; there is only
                 # one sane conclusion to the commit of an intermediate layer.
                 return _decided(state, Choice.PIVOT, "qmpcommit")
             return state, [Duty.CONSULT]
-        case Phase.DECIDED if state.refusal is not None and state.status != "standby":
+        case Phase.DECIDED if state.order.refusal is not None and state.status != "standby":
             return _order(state)
     return state, []
 
 
 def _decided(state: State, choice: Choice, by: str) -> Step:
-    if not state.running or state.decision is choice:
+    if not state.running or state.order.decision is choice:
         return state, []
-    if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.decision):
+    if choice is not Choice.ABORT and (state.phase is not Phase.READY or state.order.decision):
         return state, []  # too early or too late: `objection` tells the caller why
-    if state.tries:
-        state = state._replace(former=state.decision, former_by=state.by)
     state = state._replace(
-        decision=choice, by=by, tries=0, accepted=False, refusal=None, preparing=False
+        order=state.order.changed(choice, by), barrier=state.barrier._replace(preparing=False)
     )
     if choice is Choice.RECYCLE:
-        return state._replace(phase=Phase.DECIDED, frozen=True, in_flight=True), [Duty.FREEZE]
+        freezing = state._replace(
+            phase=Phase.DECIDED,
+            guest=state.guest._replace(frozen=True),
+            order=state.order._replace(in_flight=True),
+        )
+        return freezing, [Duty.FREEZE]
     if state.phase is Phase.STARTING and not state.began:
         return state, []  # an abort before the job exists waits for it
     return _order(state)
@@ -503,46 +602,48 @@ def _decided(state: State, choice: Choice, by: str) -> Step:
 
 def _order(state: State) -> Step:
     """Send the decision, once more if it was refused for a state that has passed."""
-    assert state.decision is not None
-    if not state.linked:
+    order = state.order
+    assert order.decision is not None
+    if not state.link.linked:
         # Asked and sent when the link is back; a freeze that was due for another decision is not.
-        return state._replace(phase=Phase.DECIDED, in_flight=False), []
-    if state.tries >= MAX_TRIES:
-        return _give_up(state, state.refusal or "")
-    order = ORDERS[state.decision]
-    state = state._replace(phase=Phase.DECIDED, tries=state.tries + 1, refusal=None, in_flight=True)
-    return state, [order]
+        return state._replace(phase=Phase.DECIDED, order=order._replace(in_flight=False)), []
+    if order.tries >= MAX_TRIES:
+        return _give_up(state, order.refusal or "")
+    sent = order._replace(tries=order.tries + 1, refusal=None, in_flight=True)
+    return state._replace(phase=Phase.DECIDED, order=sent), [ORDERS[order.decision]]
 
 
 def _give_up(state: State, refusal: str) -> Step:
     """QEMU does not take the decision: the job must not stay in READY, so it is cancelled."""
-    remark = f"QEMU refused to {state.decision}: {refusal}"
+    order = state.order
+    remark = f"QEMU refused to {order.decision}: {refusal}"
     if not refusal:
-        remark = f"QEMU did not {state.decision} in {state.tries} tries, and gave no answer to any"
+        remark = f"QEMU did not {order.decision} in {order.tries} tries, and gave no answer to any"
     trail = state.trail if remark in state.trail else (*state.trail, remark)
     state = state._replace(trail=trail, error=state.error or remark)
-    if state.decision is Choice.ABORT:
-        return state._replace(refusal=refusal), []  # nothing stronger exists; ask at each tick
-    return _decided(state, Choice.ABORT, state.by)
+    if order.decision is Choice.ABORT:  # nothing stronger exists; ask at each tick
+        return state._replace(order=order._replace(refusal=refusal)), []
+    return _decided(state, Choice.ABORT, order.by)
 
 
 def _accepted(state: State, command: Command) -> Step:
+    order = state.order
     if command is Command.START:
         state = state._replace(began=True)
         if state.phase is Phase.STARTING:
             state = state._replace(phase=Phase.COPYING)
-        if state.decision is Choice.ABORT and state.tries == 0 and state.running:
+        if order.decision is Choice.ABORT and order.tries == 0 and state.running:
             return _order(state)
         return state, [Duty.CHECK] if state.unchecked and state.running else []
     if command is Command.DISMISS:
         return _finish(state)
     if command is Command.RESUME:
-        if state.decision is None:
+        if order.decision is None:
             return state, []  # after a stall
         remark = "the job was paused; it was resumed to carry out the decision"
         return state._replace(trail=(*state.trail, remark)), []
-    if state.decision is not None and command is ORDERS[state.decision]:
-        state = state._replace(accepted=True, in_flight=False)
+    if order.decision is not None and command is ORDERS[order.decision]:
+        state = state._replace(order=order._replace(accepted=True, in_flight=False))
         if state.status == "pending" and not state.auto_finalize:
             return _pending(state)
         # QEMU defers the pivot of a paused job until it is resumed, and says "accepted".
@@ -555,21 +656,22 @@ def _refused(state: State, command: Command, error: str, final: bool) -> Step:
         return _finish(state._replace(verdict=Verdict.REFUSED, error=error))
     if command is Command.DISMISS:
         return _undismissed(state, error)
-    if state.decision is None or command is not ORDERS[state.decision] or not state.running:
+    order = state.order._replace(in_flight=False)
+    if order.decision is None or command is not ORDERS[order.decision] or not state.running:
         return state, []  # RESUME and FINALIZE: the state has passed already
-    state = state._replace(in_flight=False)
     if final:
-        return _give_up(state._replace(tries=0), error)
-    return state._replace(refusal=error), [Duty.ASK]
+        return _give_up(state._replace(order=order._replace(tries=0)), error)
+    return state._replace(order=order._replace(refusal=error)), [Duty.ASK]
 
 
 def _unnoted(state: State, command: Command, error: str) -> Step:
     """What was to come can't be written down, so that the job is cancelled instead."""
-    if not state.running or state.decision is Choice.ABORT:
+    if not state.running or state.order.decision is Choice.ABORT:
         return state, []
-    if state.decision is not None and command is ORDERS[state.decision]:
-        state = state._replace(tries=state.tries - 1, in_flight=False)
-    return _decided(state._replace(error=error), Choice.ABORT, "qmpcommit")
+    order = state.order
+    if order.decision is not None and command is ORDERS[order.decision]:
+        order = order._replace(tries=order.tries - 1, in_flight=False)
+    return _decided(state._replace(error=error, order=order), Choice.ABORT, "qmpcommit")
 
 
 def _undismissed(state: State, error: str) -> Step:
@@ -593,11 +695,12 @@ def _seen(state: State, job: JobSeen) -> Step:
     if not state.running:
         return _still_listed(state, job)
     state, actions = _seen_running(state, was, job)
-    checks = state.unchecked and state.running and state.decision is None
+    checks = state.unchecked and state.running and state.order.decision is None
     return state, [*actions, Duty.CHECK] if checks else actions
 
 
 def _seen_running(state: State, was: State, job: JobSeen) -> Step:
+    aborts = state.order.decision is Choice.ABORT and not state.order.in_flight
     match job.status:
         case "concluded":
             end = state.end or Ended(False)
@@ -609,45 +712,47 @@ def _seen_running(state: State, was: State, job: JobSeen) -> Step:
             end = end._replace(done=job.done, total=job.total)
             return _ended(state._replace(end=end, listed=True))
         case "pending" if not state.auto_finalize:
-            if state.decision is Choice.ABORT and state.accepted and not state.in_flight:
+            if aborts and state.order.accepted:
                 return _order(state)
             return _pending(state)
-        case "paused" | "standby" if state.stalls and job.io_status not in ("", "ok"):
-            if state.stalled:
+        case "paused" | "standby" if state.stall.stalls and job.io_status not in ("", "ok"):
+            if state.stall.stalled:
                 return state, []
-            return state._replace(stalled=True), [Duty.STALL]
+            return _stalled(state, True), [Duty.STALL]
         case "ready" | "standby":
             return _seen_ready(state)
         case "created" | "running" | "paused":
             if state.phase is Phase.STARTING:
                 state = state._replace(phase=Phase.COPYING)
-            if state.decision is Choice.ABORT and not state.accepted and not state.in_flight:
+            if aborts and not state.order.accepted:
                 return _order(state)
     return state, []
 
 
 def _seen_ready(state: State) -> Step:
     if state.phase in (Phase.STARTING, Phase.COPYING):
-        if state.decision is Choice.ABORT:
+        if state.order.decision is Choice.ABORT:
             return _order(state._replace(phase=Phase.READY))
         return _ready(state)
-    if state.phase is not Phase.DECIDED or state.in_flight:
+    order = state.order
+    if state.phase is not Phase.DECIDED or order.in_flight:
         return state, []  # seen before the decision was sent
-    if state.status == "standby" and state.decision is not Choice.ABORT:
+    if state.status == "standby" and order.decision is not Choice.ABORT:
         # A job that somebody paused stays in standby, and the decision needs it running. In the
         # standby of a drain QEMU refuses to resume, and says "ready" again by itself.
-        if state.resumed:
+        if order.resumed:
             return state, []
-        refusal = state.refusal or (None if state.accepted else "the job is paused")
-        return state._replace(resumed=True, refusal=refusal), [Command.RESUME]
-    if state.refusal is not None or not state.accepted:
+        refusal = order.refusal or (None if order.accepted else "the job is paused")
+        resumed = order._replace(resumed=True, refusal=refusal)
+        return state._replace(order=resumed), [Command.RESUME]
+    if order.refusal is not None or not order.accepted:
         return _order(state)
     return state, []
 
 
 def _was_cancelled(state: State, error: str) -> bool:
     """Whether a concluded job's error stands for a cancellation, which only its event tells."""
-    ours = state.decision is Choice.ABORT and state.accepted
+    ours = state.order.decision is Choice.ABORT and state.order.accepted
     return ours or error == "Operation canceled"
 
 
@@ -692,9 +797,9 @@ def _confirmed(state: State, where: Where) -> Step:
 def _close(state: State) -> Step:
     """The end is known: what is left to do, one thing after another."""
     recycles = state.verdict is Verdict.PIVOTED and state.ordered is Choice.RECYCLE
-    if recycles and not state.overlaid:
+    if recycles and not state.guest.overlaid:
         return state, [Duty.OVERLAY]
-    if state.frozen:
+    if state.guest.frozen:
         return state, [Duty.THAW]
     if state.listed and not state.spares:
         return state, [Command.DISMISS]
@@ -727,8 +832,8 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
         return Verdict.PIVOTED, None, gone if end is None else ()
     # What QEMU was not heard to take may have come second, after another client's decision.
     taken: Choice | None = None
-    if state.accepted and state.decision is not Choice.ABORT:
-        taken = state.decision
+    if state.order.accepted and state.order.decision is not Choice.ABORT:
+        taken = state.order.decision
     if where is Where.IDLE:
         # Which was first matters to nobody: without a write a pivot and a keep leave the same.
         where, taken = Where.UNUSED, taken or (state.ordered if state.taken_up else None)
@@ -748,14 +853,14 @@ def _judge(state: State, where: Where) -> tuple[Verdict, str | None, tuple[str, 
 
 
 def _back(state: State, same_vm: bool | None) -> Step:
-    if state.linked:
+    if state.link.linked:
         return state, []
-    state = state._replace(linked=True, other_vm=same_vm is False)
-    return _dead(state, vm_gone=True) if state.other_vm else _look(state)
+    state = state._replace(link=state.link._replace(linked=True, other_vm=same_vm is False))
+    return _dead(state, vm_gone=True) if state.link.other_vm else _look(state)
 
 
 def _dead(state: State, vm_gone: bool) -> Step:
-    if state.phase is Phase.CONFIRMED and not state.frozen:
+    if state.phase is Phase.CONFIRMED and not state.guest.frozen:
         remark = "QEMU went away before the concluded job could be dismissed"
         return _finish(state._replace(trail=(*state.trail, remark)))
     verdict = Verdict.VM_GONE if vm_gone else Verdict.MONITOR_LOST
@@ -764,11 +869,11 @@ def _dead(state: State, vm_gone: bool) -> Step:
 
 def _tick(state: State) -> Step:
     """Silence is never trusted for long."""
-    if not state.linked:
+    if not state.link.linked:
         return state, [Duty.RELINK]
     if state.unsent:
         return state, [Duty.LOOK]
-    return state._replace(resumed=False), [Duty.ASK]
+    return state._replace(order=state.order._replace(resumed=False)), [Duty.ASK]
 
 
 def _finish(state: State) -> Step:

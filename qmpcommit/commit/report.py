@@ -47,14 +47,15 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
     for image in (plan.base, plan.top):
         if image.astray and active is not None and active.node_name == image.node_name:
             active = replace(active, astray=image.astray, warnings=image.warnings)
-    by = state.by if choice is state.decision else "another client"
+    order = state.order
+    by = order.by if choice is order.decision else "another client"
     if choice is None:
         by = ""
-    elif choice is state.former and choice is not state.decision:
-        by = state.former_by
-        warnings.append(f"the job had ended with {action} before it could be aborted ({state.by})")
+    elif choice is order.former and choice is not order.decision:
+        by = order.former_by
+        warnings.append(f"the job had ended with {action} before it could be aborted ({order.by})")
     elif by == "another client":
-        asked = f"; this commit had asked for {state.decision}" if state.decision else ""
+        asked = f"; this commit had asked for {order.decision}" if order.decision else ""
         warnings.append(f"another client ended the job with {action}{asked}")
     known = bool(plan.top.node_name)  # else it was adopted when it had ended
     if action == "abort" or (action == "keep" and plan.between):
@@ -66,7 +67,7 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
         )
     elif not known:
         warnings.append("which images the job worked on is not known; 'qmpcommit chain' shows them")
-    if state.doubt:
+    if state.link.doubt:
         warnings.append("QEMU was shutting down when the job ended")
     return CommitOutcome(
         status="cancelled" if action == "abort" else "completed",
@@ -143,7 +144,7 @@ def error_of(
             error=state.error,
             pivoted=True,
         )
-    if error is None and state.by == "deadline" and state.verdict is Verdict.CANCELLED:
+    if error is None and state.order.by == "deadline" and state.verdict is Verdict.CANCELLED:
         error = deadline_error(plan, state, timeout or 0)
     if error is None and policy_error is not None and state.verdict is Verdict.CANCELLED:
         error = CommitFailed(
@@ -215,7 +216,7 @@ def _by_verdict(
                 f"{subject}: {str(lost) if lost else 'the monitor was lost'}. The job"
                 f" {plan.job_id} may be running in QEMU still: end it when the monitor is back"
                 f"{_until_it_has_ended(plan)}"
-                + (". The guest may be paused: let it go on with 'cont'" if state.frozen else ""),
+                f"{_let_go_on(state)}",
                 hint="See 'qmpcommit jobs' and end it with 'qmpcommit pivot', 'keep' or 'abort'",
             )
     return None
@@ -293,15 +294,16 @@ def _pivoted(plan: Plan, state: State) -> bool | None:
     if state.ordered not in PIVOTS:
         clean = state.end is not None and not state.end.cancelled and state.end.error is None
         # it ended well and not by us: another client's pivot or keep (QEMU's own end is neither)
-        return None if clean and not state.doubt and not state.keeps else False
+        return None if clean and not state.link.doubt and not state.keeps else False
     if state.end is None:
-        finalized = state.prepared or not state.prepares  # held PENDING, nothing is pivoted yet
-        return None if (state.tries or state.former) and finalized else False
+        # Held in PENDING, nothing is pivoted yet.
+        finalized = state.barrier.prepared or not state.barrier.prepares
+        return None if (state.order.tries or state.order.former) and finalized else False
     if state.end.cancelled or state.end.error is not None:
         return False
     # An order that QEMU was not heard to take may have come second, after another client's keep.
-    ours = state.accepted and state.decision in PIVOTS
-    return True if ours and not state.doubt else None
+    ours = state.order.accepted and state.order.decision in PIVOTS
+    return True if ours and not state.link.doubt else None
 
 
 def not_noted(plan: Plan, failed: CommitFailed) -> CommitFailed:
@@ -358,6 +360,11 @@ def _subject(plan: Plan) -> str:
     if not plan.top.node_name:
         return f"the commit job {plan.job_id} of {plan.vm}"
     return f"the commit of {plan.top.filename} into {plan.base.filename} ({plan.disk} of {plan.vm})"
+
+
+def _let_go_on(state: State) -> str:
+    frozen = state.guest.frozen
+    return ". The guest may be paused: let it go on with 'cont'" if frozen else ""
 
 
 def _spared(plan: Plan, state: State) -> str:

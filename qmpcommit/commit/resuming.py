@@ -59,7 +59,7 @@ def taken_up(
     except Exception as error:  # whatever has become of it on its way
         raise InvalidRequest(f"what the ledger holds can't be understood: {error!r}") from error
     where = {"disk": plan.disk.name, "job_id": plan.job_id}
-    undecided = resumed.state.running and resumed.state.decision is None
+    undecided = resumed.state.running and resumed.state.order.decision is None
     if plan.policy is None and plan.two_phase and undecided:
         raise InvalidRequest(
             f"the policy of job {plan.job_id} was a callable, which no ledger holds: give it again,"

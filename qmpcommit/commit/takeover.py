@@ -173,11 +173,12 @@ async def resumed(
     A member of a group is finalized by the barrier in `around` only; without one it is cancelled.
     """
     if around.barrier is not None:
-        state = noted.state._replace(meets=True, prepares=True, auto_finalize=False)
+        barrier = noted.state.barrier._replace(meets=True, prepares=True)
+        state = noted.state._replace(barrier=barrier, auto_finalize=False)
         noted = noted._replace(state=state)
-    elif noted.state.meets:
+    elif noted.state.barrier.meets:
         around = around._replace(barrier=nobody_met)
-    if noted.state.prepares and noted.state.running and noted.same_vm is not False:
+    if noted.state.barrier.prepares and noted.state.running and noted.same_vm is not False:
         graph = await vm.graph()
         known = {plan.top.node_name, plan.base.node_name} <= graph.nodes.keys()
         if plan.carry_bitmaps and known:

@@ -75,7 +75,7 @@ class MemberEnd(NamedTuple):
             case Verdict.VM_GONE | Verdict.MONITOR_LOST | None:
                 if state.end is not None:
                     return not state.end.cancelled and state.end.error is None
-                return None if state.prepared else False
+                return None if state.barrier.prepared else False
         if state.verdict is Verdict.VANISHED:  # its overlay is active: it has not pivoted
             return None if self.keeps else False
         return None if state.verdict is Verdict.UNCLEAR else False

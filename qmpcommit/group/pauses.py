@@ -90,7 +90,7 @@ class Pauses:
         for job in jobs:
             await job.settled()
         try:
-            if self._still[vm].disturbed and any(job.state.overlaid for job in jobs):
+            if self._still[vm].disturbed and any(job.state.guest.overlaid for job in jobs):
                 self.problems.append(
                     f"somebody let the guest of {vm.name} go on before its fresh overlays lay, so"
                     " that its bases may hold what it wrote after their instant"

@@ -25,7 +25,7 @@ from qmpcommit.block.identity import FileId, identify
 from qmpcommit.block.qcow2 import bitmap_names, holds_data
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.phases import Phase, Preparation, State
 from qmpcommit.commit.plan import adopted_plan
 from qmpcommit.commit.policy import Pivot
 from qmpcommit.commit.stale_layers import BeforeClosing, close_nodes, remove_file
@@ -169,7 +169,8 @@ async def _take_up(vm: VM, graph: BlockGraph, job_id: str, claim: Claim | None) 
     listed: Mapping[str, Any] = next((job for job in jobs if job.get("device") == job_id), {})
     finalizes = bool(listed.get("auto-finalize", True))
     plan.arguments["auto-finalize"] = finalizes
-    state = State(two_phase=True, phase=Phase.COPYING, began=True, prepares=not finalizes)
+    barrier = Preparation(prepares=not finalizes)
+    state = State(two_phase=True, phase=Phase.COPYING, began=True, barrier=barrier)
     known = await asyncio.to_thread(_identified, vm, plan.top)
     return await vm.resume(
         plan,

@@ -253,7 +253,7 @@ async def test_progress_is_told_until_the_end(folder: Path) -> None:
         seen: list[qc.JobProgress] = []
         async for status in job.progress(0.05):
             seen.append(status)
-            if status.current and len(seen) < 1000 and job.state.decision is None:
+            if status.current and len(seen) < 1000 and job.state.order.decision is None:
                 await job.set_bandwidth(0)
         assert seen[0].phase == "copying"
         assert [s.current for s in seen] == sorted(s.current for s in seen)

@@ -13,7 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.facts import Choice
-from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.phases import Order, Phase, Preparation, State
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.group.resume import ResumableGroup, Resume
@@ -27,12 +27,8 @@ HELD = State(
     phase=Phase.DECIDED,
     began=True,
     auto_finalize=False,
-    decision=Choice.PIVOT,
-    by="policy",
-    tries=1,
-    in_flight=True,
-    prepares=True,
-    meets=True,
+    order=Order(decision=Choice.PIVOT, by="policy", tries=1, in_flight=True),
+    barrier=Preparation(prepares=True, meets=True),
 )
 
 
@@ -63,7 +59,8 @@ async def test_a_member_is_finalized_only_with_the_others(folder: Path, answer: 
         async with qc.Session.connect(qemu.qmp) as vm:
             plan = await leave_pending(vm)
         async with qc.Session.connect(qemu.qmp) as vm:
-            state = HELD._replace(prepared=answer == "decided before")
+            prepared = HELD.barrier._replace(prepared=answer == "decided before")
+            state = HELD._replace(barrier=prepared)
             given = barrier if answer in ("met", "refused") else None
             job = await vm.resume(plan, Resumed(state), barrier=given)
             if answer in ("met", "decided before"):

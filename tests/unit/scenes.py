@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qmpcommit.commit import phases
 from qmpcommit.commit.facts import (
     Accepted,
@@ -26,6 +28,14 @@ def begun(
     state, _ = phases.begin(two_phase=two_phase, prepares=prepares, stalls=stalls, meets=meets)
     state, actions = phases.step(state, Looked())
     return state._replace(unchecked=False), actions
+
+
+def known(**facts: Any) -> phases.State:
+    """A state of which all that is not told is as at the beginning, whichever value holds it."""
+    facts.setdefault("two_phase", True)
+    for name, part in phases.PARTS.items():
+        facts[name] = part(**{fact: facts.pop(fact) for fact in part._fields if fact in facts})
+    return phases.State(**facts)
 
 
 def concluded(error: str | None = None, done: int = 10) -> Answered:

@@ -230,7 +230,10 @@ class Driver:
     def take(self) -> None:
         fact = self.world.told.popleft() if self.world.told else News.TICK
         self.met_other = self.met_other or fact == LinkBack(False)
+        before = self.state.phase
         self.state, owed = phases.step(self.state, fact)
+        if self.state.phase is not before:
+            assert self.state.phase in phases.EDGES[before]
         self.carry_out(owed)
 
     def decide(self) -> None:

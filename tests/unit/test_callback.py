@@ -10,9 +10,10 @@ import pytest
 from qmpcommit import callback
 from qmpcommit.callback import Failed, Noting, ask
 from qmpcommit.commit.facts import Choice, Command, Duty, Unnoted
-from qmpcommit.commit.phases import ORDERS, Phase, State, step
+from qmpcommit.commit.phases import ORDERS, Phase, step
 from qmpcommit.errors import CommitFailed
 from qmpcommit.log import Log
+from tests.unit.scenes import known
 
 
 async def test_an_answer_is_passed_on_awaited_or_not() -> None:
@@ -138,20 +139,20 @@ async def test_a_note_that_hangs(held: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP])
 def test_a_decision_that_was_not_noted_is_no_former_one(choice: Choice) -> None:
-    state = State(two_phase=True, phase=Phase.DECIDED, began=True, decision=choice, by="policy",
+    state = known(phase=Phase.DECIDED, began=True, decision=choice, by="policy",
                   tries=1, in_flight=True, status="ready")  # fmt: skip
     state, actions = step(state, Unnoted(ORDERS[choice], "full"))
     assert actions == [Command.ABORT]
-    assert (state.decision, state.former, state.error) == (Choice.ABORT, None, "full")
+    assert (state.order.decision, state.order.former, state.error) == (Choice.ABORT, None, "full")
 
 
 def test_an_end_that_was_not_noted_is_undone() -> None:
-    state = State(two_phase=True, phase=Phase.DECIDED, began=True, decision=Choice.PIVOT, tries=1,
+    state = known(phase=Phase.DECIDED, began=True, decision=Choice.PIVOT, tries=1,
                   accepted=True, status="pending", prepares=True, prepared=True,
                   auto_finalize=False)  # fmt: skip
     state, actions = step(state, Unnoted(Command.FINALIZE, "full"))
     assert actions == [Command.ABORT]
-    assert (state.decision, state.former) == (Choice.ABORT, Choice.PIVOT)
+    assert (state.order.decision, state.order.former) == (Choice.ABORT, Choice.PIVOT)
     assert step(state, Unnoted(Command.RESUME, "full")) == (state, [])
     ended = state._replace(phase=Phase.ENDED)
     assert step(ended, Unnoted(Command.FINALIZE, "full")) == (ended, [])

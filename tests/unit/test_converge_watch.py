@@ -25,7 +25,7 @@ from qmpcommit.commit.converge import ConvergeReport, converge, query_job, set_b
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.commit.pace import MIB, Advice, Converge, Pace, Sample
-from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.phases import Order, Phase, State
 from qmpcommit.commit.resuming import paused_goes_on
 from qmpcommit.commit.vm import VM
 from qmpcommit.errors import CommandRefused, DeadlineExceeded, MonitorLost, VMGone
@@ -180,11 +180,11 @@ class Job:
         return self.state.phase
 
     def become(self, phase: Phase, decision: Choice | None = None) -> None:
-        self.state = self.state._replace(phase=phase, decision=decision)
+        self.state = self.state._replace(phase=phase, order=Order(decision))
         self._changed.set()
 
     def end(self) -> None:
-        self.become(Phase.ENDED, self.state.decision)
+        self.become(Phase.ENDED, self.state.order.decision)
 
     async def rounds(self, count: int) -> None:
         """Wait until it was watched so many times more."""

@@ -11,7 +11,7 @@ import pytest
 
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.ledger import add_note, dump_state
-from qmpcommit.commit.phases import Phase, State, Verdict
+from qmpcommit.commit.phases import Order, Phase, Preparation, State, Verdict
 from qmpcommit.group.noted import (
     FrozenGuest,
     NotedGroup,
@@ -22,8 +22,8 @@ from qmpcommit.group.noted import (
     shown_of,
 )
 
-STATE = State(two_phase=True, began=True, meets=True)
-PIVOT: dict[str, Any] = {"phase": Phase.DECIDED, "decision": Choice.PIVOT, "by": "policy"}
+STATE = State(two_phase=True, began=True, barrier=Preparation(meets=True))
+PIVOT: dict[str, Any] = {"phase": Phase.DECIDED, "order": Order(Choice.PIVOT, "policy")}
 STAGES: dict[str, dict[str, Any]] = {
     "not begun": {},
     "starting": {"state": STATE._replace(phase=Phase.STARTING)},
@@ -32,8 +32,12 @@ STAGES: dict[str, dict[str, Any]] = {
     "decided": {"state": STATE._replace(**PIVOT), "step": "job-complete"},
     "finalized": {"state": STATE._replace(**PIVOT), "step": "job-finalize"},
     "ended": {"state": STATE._replace(phase=Phase.CONFIRMED, verdict=Verdict.PIVOTED)},
-    "aborted": {"state": STATE._replace(phase=Phase.DECIDED, decision=Choice.ABORT, by="group")},
-    "unwanted": {"state": STATE._replace(phase=Phase.DECIDED, decision=Choice.ABORT, by="policy")},
+    "aborted": {
+        "state": STATE._replace(phase=Phase.DECIDED, order=Order(Choice.ABORT, "group")),
+    },
+    "unwanted": {
+        "state": STATE._replace(phase=Phase.DECIDED, order=Order(Choice.ABORT, "policy")),
+    },
 }
 
 

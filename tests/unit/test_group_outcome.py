@@ -10,7 +10,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import Timings
-from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.phases import Preparation, State, Verdict
 from qmpcommit.group.outcome import MemberEnd, error_of
 
 LOST = qc.VMGone("QEMU has ended")
@@ -20,7 +20,7 @@ def end(
     disk: str, verdict: Verdict, error: Exception | None = None, *, end: Ended | None = None
 ) -> MemberEnd:
     plan: Any = SimpleNamespace(vm="web1", disk=SimpleNamespace(name=disk), job_id=f"job-{disk}")
-    state = State(two_phase=True, verdict=verdict, end=end, prepared=True)
+    state = State(two_phase=True, verdict=verdict, end=end, barrier=Preparation(prepared=True))
     return MemberEnd(plan, state, Timings(), None, error or LOST, Choice.PIVOT)
 
 

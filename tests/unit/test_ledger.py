@@ -26,15 +26,16 @@ from qmpcommit.commit.ledger import (
     resumed_of,
     time_left,
 )
-from qmpcommit.commit.phases import Phase, State, Verdict
+from qmpcommit.commit.phases import Order, Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
+from tests.unit.scenes import known
 
 STATES = [
     State(two_phase=True),
     State(two_phase=False, phase=Phase.COPYING, began=True, done=5, total=10),
-    State(two_phase=True, phase=Phase.DECIDED, decision=Choice.ABORT, former=Choice.PIVOT,
-          former_by="caller"),
-    State(two_phase=True, phase=Phase.CONFIRMED, decision=Choice.RECYCLE, by="policy",
+    State(two_phase=True, phase=Phase.DECIDED,
+          order=Order(Choice.ABORT, former=Choice.PIVOT, former_by="caller")),
+    State(two_phase=True, phase=Phase.CONFIRMED, order=Order(Choice.RECYCLE, "policy"),
           end=Ended(False, "no room", 5, 10), verdict=Verdict.PIVOTED, error="no room",
           trail=("one", "two")),
 ]  # fmt: skip
@@ -58,6 +59,29 @@ def test_what_was_written_down_is_read_again(state: State) -> None:
 def test_what_is_no_state_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         load_state({**dump_state(STATES[-1]), **change})
+
+
+BEFORE = Path(__file__).parent.parent / "fixtures" / "commit_ledger.json"
+"""A `FileLedger` of version 1 whose state was one flat tuple; nothing in it is as it began."""
+
+
+async def test_what_the_version_before_noted_is_gone_on_with_and_the_other_way_round() -> None:
+    noted = await qc.FileLedger(BEFORE).noted()
+    resumed = resumed_of(noted, same_vm=True)
+    assert resumed.state == known(
+        phase=Phase.DECIDED, linked=False, began=True, status="standby", auto_finalize=False,
+        decision=Choice.ABORT, by="deadline", tries=2, in_flight=True, accepted=True,
+        refusal="it is paused", resumed=True, doubt=True, other_vm=True,
+        end=Ended(False, "no room", 5, 10), listed=True, done=5, total=10,
+        verdict=Verdict.PIVOTED, error="no room", trail=("one", "two"), prepares=True,
+        preparing=True, prepared=True, stalls=True, stalled=True, frozen=True, overlaid=True,
+        taken_up=True, undoes=True, meets=True, refusals=1, former=Choice.RECYCLE,
+        former_by="policy", unsent=True, unchecked=True, stale=True, spares=True,
+    )  # fmt: skip
+    assert resumed.recycle == qc.Recycle("/fresh")
+    state: dict[str, Any] = noted["state"]
+    assert json.loads(json.dumps(dump_state(resumed.state))) == state
+    assert load_state({"two_phase": True, "phase": "ready"}) == known(phase=Phase.READY)
 
 
 # -- what is noted, and what is gone on with -------------------------------------------------------

@@ -244,7 +244,7 @@ def test_a_decision_that_is_refused_again_and_again_aborts_the_job() -> None:
         if ABORT in actions:
             break
     assert sent == phases.MAX_TRIES
-    assert state.decision is Choice.ABORT
+    assert state.order.decision is Choice.ABORT
     assert state.error == "QEMU refused to keep: no"
 
 
@@ -254,7 +254,7 @@ def test_a_decision_that_is_refused_again_and_again_aborts_the_job() -> None:
 def test_somebody_else_decides_under_us(where: Where, verdict: Verdict) -> None:
     state, actions = play(*CREATED, BecameReady(), *COMPLETED, concluded(), GraphRead(where))
     assert state.verdict is verdict
-    assert state.decision is None
+    assert state.order.decision is None
     assert DISMISS in actions
 
 
@@ -269,7 +269,7 @@ def test_the_first_of_two_clients_wins() -> None:
         Accepted(Command.DISMISS),
     )
     assert state.verdict is Verdict.KEPT
-    assert state.decision is Choice.PIVOT
+    assert state.order.decision is Choice.PIVOT
 
 
 def test_a_job_dismissed_by_somebody_else_is_judged_by_the_graph() -> None:
@@ -368,7 +368,7 @@ def test_an_abort_overrides_a_pivot_and_nothing_overrides_an_abort() -> None:
     assert actions[-1] == ABORT
     state, actions = phases.step(state, Decided(Choice.PIVOT, "policy"))
     assert actions == []
-    assert state.decision is Choice.ABORT
+    assert state.order.decision is Choice.ABORT
 
 
 @pytest.mark.parametrize("choice", [Choice.PIVOT, Choice.KEEP])
@@ -437,9 +437,9 @@ def test_another_qemu_under_the_same_name() -> None:
 
 def test_a_shutdown_casts_doubt_only_before_the_end() -> None:
     state, _ = play(*CREATED, BecameReady(), News.SHUTTING_DOWN)
-    assert state.doubt
+    assert state.link.doubt
     state, _ = play(*CREATED, BecameReady(), *COMPLETED, News.SHUTTING_DOWN)
-    assert not state.doubt
+    assert not state.link.doubt
 
 
 def test_a_disk_that_nobody_uses_is_believed_by_what_was_ordered() -> None:

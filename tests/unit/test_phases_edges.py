@@ -32,7 +32,7 @@ from qmpcommit.commit.facts import (
     Use,
     Where,
 )
-from qmpcommit.commit.phases import Phase, State, Step, Verdict
+from qmpcommit.commit.phases import Halt, Link, Order, Phase, Preparation, State, Step, Verdict
 from tests.unit.scenes import CREATED, HELD, PENDING, begun, concluded
 
 ONE = begun(two_phase=True)
@@ -67,11 +67,13 @@ def test_a_new_commit_sends_block_commit_and_waits_for_nothing_that_was_not_aske
     state, actions = begun(two_phase=True)
     assert (state, actions) == (State(two_phase=True), [Command.START])
     state, _ = begun(two_phase=False, stalls=True)
-    assert state == State(two_phase=False, stalls=True)
+    assert state == State(two_phase=False, stall=Halt(stalls=True))
     state, _ = begun(two_phase=True, prepares=True)
-    assert state == State(two_phase=True, prepares=True, auto_finalize=False)
+    assert state == State(two_phase=True, barrier=Preparation(prepares=True), auto_finalize=False)
     state, _ = begun(two_phase=True, meets=True)
-    assert state == State(two_phase=True, prepares=True, meets=True, auto_finalize=False)
+    assert state == State(
+        two_phase=True, barrier=Preparation(prepares=True, meets=True), auto_finalize=False
+    )
 
 
 @pytest.mark.parametrize("status", ["created", "running", "paused"])
@@ -136,38 +138,42 @@ def test_a_decision_is_made_once() -> None:
     for choice in (Choice.PIVOT, Choice.KEEP, Choice.ABORT):
         assert after(decided(choice), Decided(choice, "caller"))[1] == []
     state, actions = after(ONE, *CREATED, concluded(), Decided(Choice.ABORT, "caller"))
-    assert (state.decision, actions) == (None, [])
+    assert (state.order.decision, actions) == (None, [])
 
 
 def test_who_decided_is_remembered() -> None:
-    assert decided(Choice.KEEP)[0].by == "policy"
-    assert after(decided(Choice.KEEP), Decided(Choice.ABORT, "deadline"))[0].by == "deadline"
-    assert after(LAYER, *CREATED, BecameReady())[0].by == "qmpcommit"
+    assert decided(Choice.KEEP)[0].order.by == "policy"
+    assert after(decided(Choice.KEEP), Decided(Choice.ABORT, "deadline"))[0].order.by == "deadline"
+    assert after(LAYER, *CREATED, BecameReady())[0].order.by == "qmpcommit"
     refused = Refused(Command.PIVOT, "no such command", final=True)
     state, _ = after(decided(Choice.PIVOT), refused)
-    assert (state.decision, state.by) == (Choice.ABORT, "policy")
+    assert (state.order.decision, state.order.by) == (Choice.ABORT, "policy")
 
 
 def test_an_abort_after_another_decision_begins_anew() -> None:
     abort = Decided(Choice.ABORT, "caller")
     state, _ = after(taken(Choice.PIVOT), abort)
-    assert (state.accepted, state.tries) == (False, 1)
+    assert (state.order.accepted, state.order.tries) == (False, 1)
     refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "not now"))
-    assert refused[0].refusal == "not now"
+    assert refused[0].order.refusal == "not now"
     state, actions = after(refused, abort)
-    assert (state.refusal, actions) == (None, [Command.ABORT])
+    assert (state.order.refusal, actions) == (None, [Command.ABORT])
 
 
 def test_what_an_abort_came_after_may_have_been_done() -> None:
     abort = Decided(Choice.ABORT, "deadline")
     state, _ = after(decided(Choice.PIVOT), abort)
-    assert (state.former, state.former_by, state.ordered) == (Choice.PIVOT, "policy", Choice.PIVOT)
+    assert (state.order.former, state.order.former_by, state.ordered) == (
+        Choice.PIVOT,
+        "policy",
+        Choice.PIVOT,
+    )
     state, _ = after(taken(Choice.KEEP), abort)
-    assert (state.decision, state.ordered) == (Choice.ABORT, Choice.KEEP)
+    assert (state.order.decision, state.ordered) == (Choice.ABORT, Choice.KEEP)
     never_sent, _ = after(decided(Choice.RECYCLE), abort)
-    assert (never_sent.former, never_sent.ordered) == (None, None)
+    assert (never_sent.order.former, never_sent.ordered) == (None, None)
     refused = Refused(Command.PIVOT, "no such command", final=True)
-    assert after(decided(Choice.PIVOT), refused)[0].former is None
+    assert after(decided(Choice.PIVOT), refused)[0].order.former is None
     assert after(ONE, *CREATED, abort)[0].ordered is None
     assert taken(Choice.PIVOT)[0].ordered is Choice.PIVOT
 
@@ -225,7 +231,7 @@ def test_a_refused_decision_is_sent_again_at_the_next_ready_and_only_once() -> N
 def test_a_decision_that_never_got_a_reply_ends_in_an_abort() -> None:
     state, actions = decided(Choice.KEEP)
     sent = 1
-    while state.decision is Choice.KEEP and sent <= phases.MAX_TRIES:
+    while state.order.decision is Choice.KEEP and sent <= phases.MAX_TRIES:
         lost = after((state, actions), Unanswered(Command.KEEP), LinkBack(True))
         state, actions = after(lost, Answered(JobSeen("ready")))
         sent += actions.count(Command.KEEP)
@@ -236,7 +242,7 @@ def test_a_decision_that_never_got_a_reply_ends_in_an_abort() -> None:
 def test_a_refused_abort_is_told_and_asked_about_at_each_tick() -> None:
     start = after(ONE, *CREATED, Decided(Choice.ABORT, "caller"))
     state, actions = after(start, Refused(Command.ABORT, "disabled", final=True))
-    assert (state.refusal, actions) == ("disabled", [])
+    assert (state.order.refusal, actions) == ("disabled", [])
     assert state.trail == (state.error,) == ("QEMU refused to abort: disabled",)
     assert phases.step(state, News.TICK)[1] == [Duty.ASK]
     again = after((state, []), Answered(JobSeen("running")))
@@ -267,15 +273,15 @@ def test_an_abort_is_repeated_only_while_nothing_tells_that_it_was_taken() -> No
 def test_a_paused_job_whose_decision_was_lost_gets_it_again_once_it_is_resumed() -> None:
     lost = after(decided(Choice.PIVOT), Unanswered(Command.PIVOT), LinkBack(True))
     resumed = after(lost, Answered(JobSeen("standby")))
-    assert (resumed[0].refusal, resumed[1]) == ("the job is paused", [Command.RESUME])
+    assert (resumed[0].order.refusal, resumed[1]) == ("the job is paused", [Command.RESUME])
     assert after(resumed, StatusChanged("ready"))[1] == [Command.PIVOT]
     refused = after(decided(Choice.PIVOT), Refused(Command.PIVOT, "it is paused"))
-    assert after(refused, Answered(JobSeen("standby")))[0].refusal == "it is paused"
+    assert after(refused, Answered(JobSeen("standby")))[0].order.refusal == "it is paused"
 
 
 def test_a_paused_job_that_took_its_decision_does_not_get_it_again() -> None:
     resumed = after(taken(Choice.PIVOT), Answered(JobSeen("standby")))
-    assert (resumed[0].refusal, resumed[1]) == (None, [Command.RESUME])
+    assert (resumed[0].order.refusal, resumed[1]) == (None, [Command.RESUME])
     assert after(resumed, StatusChanged("ready"))[1] == []
 
 
@@ -287,7 +293,7 @@ def test_what_has_to_be_done_is_done_once_and_then_the_job_is_finalized() -> Non
     assert first[1] == [Duty.PREPARE]
     assert after(first, PENDING)[1] == []
     done = after(first, Prepared())
-    assert (done[0].prepared, done[1]) == (True, [Command.FINALIZE])
+    assert (done[0].barrier.prepared, done[1]) == (True, [Command.FINALIZE])
     assert after(done, PENDING)[1] == [Command.FINALIZE]
     assert after(done, Prepared())[1] == []
 
@@ -318,7 +324,7 @@ def test_a_pivot_with_nothing_to_prepare_is_finalized() -> None:
 def test_what_can_not_be_prepared_aborts_the_commit() -> None:
     state, actions = after(taken(Choice.PIVOT, PREPARES), PENDING, Prepared("a bitmap is busy"))
     assert actions == [Command.ABORT]
-    assert (state.error, state.by) == ("a bitmap is busy", "qmpcommit")
+    assert (state.error, state.order.by) == ("a bitmap is busy", "qmpcommit")
 
 
 def test_an_abort_overtakes_what_is_being_prepared() -> None:
@@ -340,7 +346,7 @@ def test_an_abort_that_was_refused_is_sent_again_to_a_held_job() -> None:
 def test_an_adopted_job_that_is_pending_is_finalized_or_undone() -> None:
     assert after(phases.adopt(two_phase=True), HELD)[1] == [Command.FINALIZE]
     state, actions = after(phases.adopt(two_phase=True, undoes=True), HELD)
-    assert (actions, state.by) == ([Command.ABORT], "caller")
+    assert (actions, state.order.by) == ([Command.ABORT], "caller")
 
 
 def test_an_adopted_job_that_can_be_held_is_prepared_before_it_is_finalized() -> None:
@@ -384,7 +390,7 @@ def test_a_link_that_is_lost_is_made_again_until_it_is_back() -> None:
     state, _ = after(ONE, *CREATED, News.LINK_LOST)
     assert phases.step(state, News.TICK) == (state, [Duty.RELINK])
     back, actions = phases.step(state, LinkBack(True))
-    assert (back.linked, actions) == (True, [Duty.ASK])
+    assert (back.link.linked, actions) == (True, [Duty.ASK])
     assert phases.step(back, LinkBack(True)) == (back, [])
 
 
@@ -398,7 +404,7 @@ def test_a_halted_job_is_asked_why_if_errors_halt_it(status: str) -> None:
     assert Duty.ASK not in after(ONE, *CREATED, halted)[1]
     full = Answered(JobSeen(status, io_status="nospace"))
     stalled = after(STALLS, *CREATED, full)
-    assert (stalled[0].stalled, stalled[1]) == (True, [Duty.STALL])
+    assert (stalled[0].stall.stalled, stalled[1]) == (True, [Duty.STALL])
     assert after(stalled, full)[1] == []
     assert Duty.ASK not in after(stalled, halted)[1]
     assert after(ONE, *CREATED, full)[1] != [Duty.STALL]
@@ -412,7 +418,7 @@ def test_a_halted_job_is_asked_why_if_errors_halt_it(status: str) -> None:
 def test_a_job_that_moves_again_does_not_stall(status: str) -> None:
     full = Answered(JobSeen("paused", io_status="nospace"))
     state, actions = after(STALLS, *CREATED, full, StatusChanged(status))
-    assert not state.stalled
+    assert not state.stall.stalled
     assert Duty.ASK not in actions
 
 
@@ -420,7 +426,7 @@ def test_a_stalled_job_is_resumed_when_there_is_room_again() -> None:
     full = Answered(JobSeen("paused", io_status="nospace"))
     stalled = after(STALLS, *CREATED, full)
     relieved = after(stalled, News.RELIEVED)
-    assert (relieved[0].stalled, relieved[1]) == (False, [Command.RESUME])
+    assert (relieved[0].stall.stalled, relieved[1]) == (False, [Command.RESUME])
     assert after(relieved, News.RELIEVED)[1] == []
     assert after(relieved, Accepted(Command.RESUME))[0].trail == ()
     ended = after(stalled, concluded("No space left on device"))
@@ -432,7 +438,7 @@ def test_a_stalled_job_is_resumed_when_there_is_room_again() -> None:
 
 def test_a_recycle_freezes_the_guest_before_the_pivot() -> None:
     freezing = decided(Choice.RECYCLE)
-    assert (freezing[0].phase, freezing[0].frozen, freezing[1]) == (
+    assert (freezing[0].phase, freezing[0].guest.frozen, freezing[1]) == (
         Phase.DECIDED,
         True,
         [Duty.FREEZE],
@@ -444,7 +450,7 @@ def test_a_recycle_freezes_the_guest_before_the_pivot() -> None:
 def test_a_guest_that_can_not_be_frozen_aborts_the_recycle() -> None:
     state, actions = after(decided(Choice.RECYCLE), Frozen("the guest does not stop"))
     assert actions == [Command.ABORT]
-    assert (state.error, state.by) == ("the guest does not stop", "qmpcommit")
+    assert (state.error, state.order.by) == ("the guest does not stop", "qmpcommit")
 
 
 def test_a_frozen_guest_is_nothing_to_any_other_decision() -> None:
@@ -471,7 +477,7 @@ def test_a_fresh_overlay_is_laid_then_the_guest_goes_on_then_the_job_is_dismisse
     assert (laid[0].verdict, laid[0].error, laid[1]) == (Verdict.RECYCLED, None, [Duty.THAW])
     assert after(laid, Overlaid())[1] == []
     thawed = after(laid, News.THAWED)
-    assert (thawed[0].frozen, thawed[1]) == (False, [Command.DISMISS])
+    assert (thawed[0].guest.frozen, thawed[1]) == (False, [Command.DISMISS])
 
 
 def test_an_overlay_that_can_not_be_laid_is_a_pivot_with_an_error() -> None:
@@ -481,9 +487,9 @@ def test_an_overlay_that_can_not_be_laid_is_a_pivot_with_an_error() -> None:
 
 def test_an_overlay_comes_only_after_the_pivot_was_confirmed() -> None:
     state, actions = after(decided(Choice.RECYCLE), Overlaid())
-    assert (state.overlaid, actions) == (False, [])
+    assert (state.guest.overlaid, actions) == (False, [])
     state, actions = after(decided(Choice.RECYCLE), News.THAWED)
-    assert (state.phase, state.frozen, actions) == (Phase.DECIDED, False, [])
+    assert (state.phase, state.guest.frozen, actions) == (Phase.DECIDED, False, [])
 
 
 # -- the end --------------------------------------------------------------------------------------
@@ -574,12 +580,10 @@ def test_whoever_takes_over_believes_nothing_that_was_under_way() -> None:
     state = State(
         two_phase=True,
         phase=Phase.COPYING,
-        linked=False,
-        in_flight=True,
-        preparing=True,
-        resumed=True,
-        stalled=True,
-        other_vm=True,
+        link=Link(linked=False, other_vm=True),
+        order=Order(in_flight=True, resumed=True),
+        barrier=Preparation(preparing=True),
+        stall=Halt(stalled=True),
     )
     resumed, actions = phases.resume(state, same_vm=True)
     assert actions == [Duty.ASK]
@@ -615,22 +619,22 @@ def test_what_was_left_to_do_after_the_end_is_done() -> None:
 def test_another_qemu_has_no_job_of_ours_and_no_guest_to_thaw() -> None:
     confirmed, _ = after(recycled(), Overlaid())
     state, actions = phases.resume(confirmed._replace(trail=("first",)), same_vm=False)
-    assert (state.verdict, state.frozen, actions) == (Verdict.RECYCLED, False, [Duty.FINISH])
+    assert (state.verdict, state.guest.frozen, actions) == (Verdict.RECYCLED, False, [Duty.FINISH])
     assert state.trail[0] == "first"
     assert "before what follows" in state.trail[1]
     frozen = decided(Choice.RECYCLE)[0]
     state, actions = phases.resume(frozen, same_vm=False)
-    assert (state.verdict, state.frozen, actions) == (Verdict.VM_GONE, False, [Duty.FINISH])
+    assert (state.verdict, state.guest.frozen, actions) == (Verdict.VM_GONE, False, [Duty.FINISH])
 
 
 def test_a_freeze_that_was_noted_is_done_again_unless_the_pivot_was_sent() -> None:
     freezing = decided(Choice.RECYCLE)[0]
     state, actions = phases.resume(freezing, same_vm=True)
-    assert (state.in_flight, actions) == (True, [Duty.FREEZE])
+    assert (state.order.in_flight, actions) == (True, [Duty.FREEZE])
     assert after((state, []), Answered(JobSeen("ready")))[1] == []
     sent = after(decided(Choice.RECYCLE), Frozen())[0]
     assert phases.resume(sent, same_vm=True)[1] == [Duty.ASK]
-    thawed = freezing._replace(frozen=False)
+    thawed = freezing._replace(guest=freezing.guest._replace(frozen=False))
     assert phases.resume(thawed, same_vm=True)[1] == [Duty.ASK]
     assert phases.resume(taken(Choice.PIVOT)[0], same_vm=True)[1] == [Duty.ASK]
 
@@ -651,7 +655,7 @@ def test_whoever_takes_over_while_the_monitor_is_away_waits_until_the_same_qemu_
         for same in (True, None):
             back, actions = after(away, LinkBack(same))
             assert actions == [action]
-            assert (back.linked, back.in_flight) == (True, action is Duty.FREEZE)
+            assert (back.link.linked, back.order.in_flight) == (True, action is Duty.FREEZE)
         other, actions = after(away, LinkBack(False))
         assert (other.verdict, actions) == (Verdict.VM_GONE, [Duty.FINISH])
         gone, actions = after(away, LinkDead(False))
@@ -683,7 +687,7 @@ def test_another_qemu_is_never_asked_nor_has_a_guest_to_thaw() -> None:
         (after(taken(Choice.PIVOT), concluded(), GraphRead(Where.BASE)), Verdict.PIVOTED),
     ):
         other, actions = after(state, News.LINK_LOST, LinkBack(False))
-        assert (other.verdict, other.other_vm, actions) == (verdict, True, [Duty.FINISH])
+        assert (other.verdict, other.link.other_vm, actions) == (verdict, True, [Duty.FINISH])
 
 
 def test_whoever_takes_over_at_ready_asks_the_policy_again() -> None:
@@ -777,7 +781,7 @@ def test_an_end_before_the_check_is_not_called_a_success(start: Step, where: Whe
 def test_an_adopted_job_that_is_stale_is_cancelled(status: str) -> None:
     start = phases.adopt(two_phase=True, stale="it uses the base")
     state, actions = after(start, Answered(JobSeen(status, auto_finalize=False)))
-    assert (state.by, actions) == ("qmpcommit", [Command.ABORT])
+    assert (state.order.by, actions) == ("qmpcommit", [Command.ABORT])
 
 
 @pytest.mark.parametrize("choice", list(Choice))
@@ -785,8 +789,8 @@ def test_a_pivot_is_not_sent_into_a_migration(choice: Choice) -> None:
     start = after(decided(choice), *([Frozen()] if choice is Choice.RECYCLE else []))
     state, actions = after(start, Looked("it is being migrated"))
     if choice in phases.PIVOTS:
-        assert (state.decision, actions) == (Choice.ABORT, [Command.ABORT])
-        assert (state.former, state.error) == (None, "it is being migrated")
+        assert (state.order.decision, actions) == (Choice.ABORT, [Command.ABORT])
+        assert (state.order.former, state.error) == (None, "it is being migrated")
     else:
         assert (state, actions) == (start[0], [])
     assert after(start, Looked()) == (start[0], [])
@@ -804,10 +808,10 @@ def test_a_member_whose_group_is_undone_is_cancelled_wherever_it_is(
     noted = start[0]
     step = phases.resume(noted, same_vm=True, undoes=True)
     assert step[1] == [Duty.ASK]
-    assert (step[0].ordered, step[0].decision) == (choice, Choice.ABORT)
+    assert (step[0].ordered, step[0].order.decision) == (choice, Choice.ABORT)
     state, actions = after(step, Answered(JobSeen(status, auto_finalize=False)))
     assert actions == [Command.ABORT]
-    assert (state.former, state.by) == (choice, "group")
+    assert (state.order.former, state.order.by) == (choice, "group")
     ended = after(step, Answered(None), GraphRead(Where.BASE))[0]
     assert ended.verdict is Verdict.PIVOTED
 

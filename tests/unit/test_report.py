@@ -13,9 +13,10 @@ from qmpcommit.commit import report
 from qmpcommit.commit.checks import Finding
 from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import Timings
-from qmpcommit.commit.phases import State, Verdict
+from qmpcommit.commit.phases import Order, State, Verdict
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import Left
+from tests.unit.scenes import known
 from tests.unit.test_checks import made
 
 _, WHOLE = made()
@@ -27,7 +28,7 @@ DONE = Ended(cancelled=False)
 
 
 def told(plan: Plan = WHOLE, lost: qc.QmpCommitError | None = None, **facts: Any) -> Any:
-    state = State(two_phase=plan.two_phase, **facts)
+    state = known(two_phase=plan.two_phase, **facts)
     return report.error_of(plan, state, 7.5, lost, None)
 
 
@@ -266,7 +267,7 @@ def test_an_outcome_says_who_decided_and_what_is_invalid(
     invalidated: list[str],
     warnings: list[str],
 ) -> None:
-    state = State(two_phase=plan.two_phase, by="policy", done=5, **facts)
+    state = known(two_phase=plan.two_phase, by="policy", done=5, **facts)
     outcome = report.outcome_of(plan, state, None, Timings())
     assert (outcome.action, outcome.decided_by) == (action, by)
     assert outcome.status == ("cancelled" if action == "abort" else "completed")
@@ -288,7 +289,7 @@ def test_an_outcome_names_no_image_that_is_not_known(verdict: Verdict) -> None:
 
 @pytest.mark.parametrize("laid", [True, False])
 def test_a_vm_that_is_gone_leaves_word_of_a_fresh_overlay(laid: bool) -> None:
-    state = State(two_phase=True, verdict=Verdict.VM_GONE, decision=Choice.RECYCLE)
+    state = State(two_phase=True, verdict=Verdict.VM_GONE, order=Order(decision=Choice.RECYCLE))
     left = Left("/i/fresh", laid)
     gone = report.error_of(WHOLE, state, None, None, None, left=left)
     assert isinstance(gone, qc.VMGone)
