@@ -263,6 +263,9 @@ def create_app(engine: Engine) -> FastAPI:  # noqa: PLR0915  (one table of route
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        license_info={"name": "MIT", "identifier": "MIT"},
+        servers=[{"url": "/", "description": "Over its Unix socket, or the port of listen.tcp"}],
+        separate_input_output_schemas=False,
         dependencies=[Depends(authorize)],
         generate_unique_id_function=lambda route: route.name,
     )

@@ -82,7 +82,13 @@ def document(app: FastAPI) -> dict[str, Any]:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     found = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        license_info=app.license_info,
+        servers=app.servers,
+        separate_input_output_schemas=app.separate_input_output_schemas,
     )
     schemas = found["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
@@ -100,8 +106,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 made["headers"] = copy.deepcopy(_MADE)
             for parameter in operation.get("parameters", ()):
                 if parameter["name"] == "fields":
-                    names = "|".join(_parts(operation["responses"]["200"], schemas))
-                    parameter["schema"]["pattern"] = f"^({names})(,({names}))*$"
+                    names = _parts(operation["responses"]["200"], schemas)
+                    one = "|".join(names)
+                    parameter["schema"]["pattern"] = f"^({one})(,({one}))*$"
+                    parameter["schema"]["examples"] = [",".join(names[:3])]
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     _problem(int(status), response)

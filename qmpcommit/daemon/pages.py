@@ -41,7 +41,6 @@ Fields = Annotated[
     Query(
         max_length=1024,
         description="Members of each, with commas between; all of them where it is not given",
-        examples=["id,vm,state"],
     ),
 ]
 

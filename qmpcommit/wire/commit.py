@@ -28,7 +28,7 @@ def _rate(value: Any) -> Any:
 Name = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul)]
 Layer = Name | Annotated[int, Field(strict=True, ge=0, le=65536)]
 Command = Annotated[list[Name], Field(min_length=1, max_length=256)]
-Rate = Annotated[int | None, BeforeValidator(_rate)]
+Rate = Annotated[int | None, BeforeValidator(_rate, json_schema_input_type=int | str | None)]
 
 COMMIT_EXAMPLE: dict[str, Any] = {
     "disk": "vda",

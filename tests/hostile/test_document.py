@@ -83,6 +83,27 @@ async def test_the_document_is_valid_and_says_what_values_there_are(folder: Path
     assert "Retry-After" in refused["503"]["headers"]
 
 
+async def test_what_it_shows_as_examples_is_what_it_says(folder: Path) -> None:
+    """And it says where it is served and under which licence, which linters ask for."""
+    async with daemon(folder) as d:
+        document = (await d.get("/openapi.json")).json
+    assert document["servers"][0]["url"] == "/"
+    assert document["info"]["license"]["identifier"] == "MIT"
+    jsonschema = pytest.importorskip("jsonschema")
+    seen = 0
+    for schema in schemas_of(document):
+        shown = schema.get("examples", [])
+        if "schema" in schema:  # a media type, or a parameter
+            shown, told = [schema["example"]] if "example" in schema else [], schema["schema"]
+        else:
+            told = schema
+        whole = {**told, "components": document["components"]}
+        for each in shown if isinstance(shown, list) else ():
+            jsonschema.Draft202012Validator(whole).validate(each)
+            seen += 1
+    assert seen > 100
+
+
 async def test_a_time_is_told_in_both_forms(folder: Path) -> None:
     async with host_of(folder, make_chain(folder)) as (d, _):
         asked = await d.commit("web1", disk="top", policy={"kind": "keep"})
