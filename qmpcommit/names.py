@@ -10,6 +10,12 @@ JOB_PREFIX = "qmpcommit-"
 WINDOW_MARK = ".qmpcommit-window-"
 """In the file name of each overlay of a snapshot window."""
 
+STALE_MARK = "qmpcommit-stale"
+"""The dirty bitmap by which a stale overlay tells itself that it is one."""
+
+MARKING = "qmpcommit-mark-"
+"""What the nodes are called by which closed overlays are marked so; they are open for moments."""
+
 FORMER_LIMITS = "qmpcommit-limits-"
 """What a ``throttle-group`` is called that has the limits which a disk had before it was slowed."""
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qmpcommit.block.graph import BlockGraph, Raw
+from qmpcommit.names import STALE_MARK
 from qmpcommit.qmp.monitor import Monitor
 
 
@@ -54,7 +55,7 @@ class Carrying(NamedTuple):
 
 
 def bitmaps_of(graph: BlockGraph, node: str) -> list[Bitmap]:
-    """The named bitmaps of a node."""
+    """The named bitmaps of a node; the mark of a stale layer is none, and is never carried."""
     return _read(graph.nodes[node].raw)
 
 
@@ -71,7 +72,7 @@ def _read(raw: Mapping[str, Any]) -> list[Bitmap]:
             inconsistent=bool(info.get("inconsistent", False)),
         )
         for info in raw.get("dirty-bitmaps") or ()
-        if info.get("name")
+        if info.get("name") and info["name"] != STALE_MARK
     ]
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from qmpcommit.block.bitmaps import bitmaps_of
 from qmpcommit.block.graph import FDSET, BlockGraph, Raw, is_plain
@@ -24,6 +24,7 @@ from qmpcommit.block.network_name import (
     written_export,
 )
 from qmpcommit.errors import ChainError, DiskNotFound
+from qmpcommit.names import STALE_MARK
 from qmpcommit.values import Record, record
 
 _HOST_DRIVERS = frozenset(("file", "host_device", "host_cdrom"))
@@ -43,6 +44,7 @@ class Image(Record):
     `astray` says why `filename` leads to another file from here, or to none; "" where it does not,
     or nobody has looked. `given_as` is the name of a file that QEMU was given open. `filters` are
     the nodes over it in the chain (a throttle), uppermost first, by which it is named as well.
+    `stale` is what tells that a pivot or a merge has made it invalid, its "header" or its "name".
     """
 
     node_name: str
@@ -59,6 +61,7 @@ class Image(Record):
     astray: str = ""
     given_as: str = ""
     filters: tuple[str, ...] = ()
+    stale: Literal["", "header", "name"] = ""
 
     @property
     def over(self) -> str:
@@ -252,7 +255,19 @@ def read_image(graph: BlockGraph, name: str) -> Image:
         warnings=tuple(_warnings(graph, name)),
         data_file=_data_file(graph, name),
         given_as=graph.given.get(str(leaf.raw.get("file")), ""),
+        stale=_stale(graph, name, filename),
     )
+
+
+_RENAMED = re.compile(r".\.stale-[A-Za-z][A-Za-z0-9._-]*$")
+
+
+def _stale(graph: BlockGraph, name: str, filename: str) -> Literal["", "header", "name"]:
+    """What tells that a layer is stale: the mark in its header, or the name that it was given."""
+    bitmaps = graph.nodes[name].raw.get("dirty-bitmaps") or ()
+    if any(each.get("name") == STALE_MARK for each in bitmaps):
+        return "header"
+    return "name" if _RENAMED.search(os.path.basename(filename)) else ""
 
 
 def _data_file(graph: BlockGraph, name: str) -> str:

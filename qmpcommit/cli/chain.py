@@ -12,6 +12,9 @@ from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from qmpcommit.block.chain import Disk
     from qmpcommit.cli.running import Run
     from qmpcommit.client.vm import RemoteVM
 
@@ -21,20 +24,37 @@ if TYPE_CHECKING:
 @click.argument("disk", shell_complete=complete_disk, required=False)
 @click.option("--dot", is_flag=True, help="Print a Graphviz graph (| dot -Tsvg).")
 @format_option(LAYER_HEADS)
+@click.option(
+    "--override",
+    metavar="CHECK",
+    multiple=True,
+    help="With 'stale', a layer that is stale is no failure.",
+)
 @common
 def chain(
-    qmp: str, disk: str | None, *, dot: bool, columns: list[str] | None, **given: Any
+    qmp: str,
+    disk: str | None,
+    *,
+    dot: bool,
+    columns: list[str] | None,
+    override: tuple[str, ...],
+    **given: Any,
 ) -> Answer:
     """The disks of a VM and their backing chains, active layer first.
 
     Layers are numbered as --base and --top of 'qmpcommit commit' take them. With DISK, only
-    that disk.
+    that disk. The exit status is 1 where a disk has a layer that an earlier commit has made stale.
     """
     options = Options.of(**given)
     check_format(columns, dot=dot, json=options.as_json)
+    if override:
+        from qmpcommit.commit.checks import check_override
+
+        check_override(override)
     from qmpcommit.cli.running import run
 
-    return run(options, lambda running: _chain(running, qmp, disk, dot, columns))
+    answer = run(options, lambda running: _chain(running, qmp, disk, dot, columns))
+    return answer._replace(status=0) if "stale" in override else answer
 
 
 async def _chain(
@@ -69,15 +89,31 @@ async def _chain(
             held = await _held_jobs(vm)
             warn_of_held(held)
     dumped = [each.model_dump(mode="json") for each in disks]
+    windows["stale"] = tell_of_stale(disks)
+    status = 1 if windows["stale"] else 0
     data = {"vm": vm.name, "disks": dumped, "pending": held, **windows}
     if dot:
-        return Answer(data, disks_dot(vm.name, disks), quiet=running.options.quiet)
+        return Answer(data, disks_dot(vm.name, disks), status, quiet=running.options.quiet)
     return Answer(
         data,
         disks_text(disks, columns=columns),
+        status,
         quiet=running.options.quiet,
         draw=lambda: draw(lambda width: disks_text(disks, width, columns)),
     )
+
+
+def tell_of_stale(disks: Iterable[Disk]) -> list[dict[str, str]]:
+    """A line each on standard error; the member ``stale`` of the JSON."""
+    from qmpcommit.cli.telling import echo
+    from qmpcommit.commit.checks.layers import stale_text
+
+    found = [(disk, image) for disk in disks for image in disk.chain if image.stale]
+    for disk, image in found:
+        echo(f"qmpcommit: {disk}: {stale_text(image)}", err=True)
+    return [
+        {"disk": disk.name, "filename": image.filename, "by": image.stale} for disk, image in found
+    ]
 
 
 async def _held_jobs(vm: RemoteVM) -> list[dict[str, str]]:

@@ -156,6 +156,7 @@ def image_facts(image: Image, place: int, last: bool) -> str:
         facts.append(f"a commit copies at most {show_size(image.allocated_size)}")
     if image.bitmaps:
         facts.append(f"bitmaps {' '.join(image.bitmaps)}")
+    facts += ["STALE"] if image.stale else []
     facts += [f"WARNING: {warning}" for warning in image.warnings]
     return ", ".join(facts)
 
@@ -223,6 +224,7 @@ def _remarks_of(image: Image, place: int, last: bool) -> list[str]:
     lines = [", ".join(state)] if state else []
     if image.bitmaps:
         lines.append(f"bitmaps {' '.join(image.bitmaps)}")
+    lines += ["STALE: an earlier commit has made it invalid"] if image.stale else []
     return [*lines, *(f"WARNING: {warning}" for warning in image.warnings)]
 
 

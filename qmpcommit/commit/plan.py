@@ -15,8 +15,8 @@ from qmpcommit.block.chain import (
     read_image,
 )
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.commit.objections import refuse_decision
-from qmpcommit.commit.policy import parse_policy
+from qmpcommit.commit.objections import may_pivot, refuse_decision
+from qmpcommit.commit.policy import Pivot, parse_policy
 from qmpcommit.commit.request import Request, Stale, check_job_id
 from qmpcommit.errors import ChainError, InvalidRequest, JobConflict, PolicyRequired
 from qmpcommit.names import JOB_PREFIX
@@ -62,6 +62,14 @@ class Plan(Record):
         """The layers that QEMU may close by itself at the end: a drive's, and unnamed ones."""
         names = [image.node_name for image in (self.top, *self.between) if image.node_name]
         return [name for name in names if self.disk.device or name.startswith("#")]
+
+    @property
+    def follows_files(self) -> bool:
+        """Whether the stale layers' files have to be known: to go, or to be opened for a mark."""
+        if self.stale != "leave":
+            return True
+        closed = not self.two_phase or self.between or self.closed_by_qemu
+        return may_pivot(self.policy) and bool(closed or not isinstance(self.policy, Pivot))
 
     @property
     def invalidated(self) -> list[str]:

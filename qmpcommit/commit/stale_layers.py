@@ -28,6 +28,7 @@ from qmpcommit.commit.deletable import not_theirs
 from qmpcommit.commit.migration import objection
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.stale_mark import Marks
 from qmpcommit.errors import CommandRefused, InvalidRequest, QmpCommitError
 from qmpcommit.qmp.monitor import Monitor
 
@@ -140,15 +141,18 @@ async def clear_away(
     renamed = list(outcome.renamed)
     hook: Literal["", "done", "failed"] = ""
     stale = (plan.top, *plan.between)
+    marks = await _marks(monitor, plan, around)
     unclosed: QmpCommitError | None = None
     early = isinstance(around.on_pivot, BeforeClosing)
     if early and around.on_pivot is not None:
         hook = await _persisted(around.on_pivot, outcome, warnings)
     try:
         if again or outcome.action == "recycle":
-            warnings += await close_layers(monitor, stale)
+            warnings += await close_layers(monitor, stale, marks)
         else:
-            warnings += await close_nodes(monitor, [image.node_name for image in stale])
+            warnings += await close_nodes(monitor, [image.node_name for image in stale], marks)
+        if marks is not None and not again:  # else another file may have its name and place by now
+            await marks.mark_closed(stale, around.files, around.cwd)
     except QmpCommitError as error:
         unclosed = error  # the hook is called all the same: the pivot has happened
     if around.on_pivot is not None and not hook:
@@ -179,6 +183,16 @@ async def clear_away(
         warnings.append(f"the stale layers were not cleared away: {error.message}")
     hook = "" if early and hook == "done" else hook
     return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
+
+
+async def _marks(monitor: Monitor, plan: Plan, around: Around) -> Marks | None:
+    """What marks the layers that are left; None where they go, or another host still uses them."""
+    if plan.stale == "delete" or around.in_migration:
+        return None
+    with suppress(QmpCommitError):
+        if not await objection(monitor):
+            return Marks(monitor)
+    return None
 
 
 async def _clear_files(
@@ -230,9 +244,11 @@ async def _persisted(
     return "done"
 
 
-async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:
+async def close_layers(
+    monitor: Monitor, stale: Sequence[Image], marks: Marks | None = None
+) -> list[str]:
     """`close_nodes`, and the file nodes of layers that were closed before, by us or whoever."""
-    warnings = await close_nodes(monitor, [image.node_name for image in stale])
+    warnings = await close_nodes(monitor, [image.node_name for image in stale], marks)
     graph = await read_graph(monitor)
     files = {image.filename for image in stale if image.node_name not in graph.nodes}
     left = [
@@ -243,10 +259,11 @@ async def close_layers(monitor: Monitor, stale: Sequence[Image]) -> list[str]:
     return warnings + (await close_nodes(monitor, left) if left else [])
 
 
-async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
+async def close_nodes(monitor: Monitor, stale: list[str], marks: Marks | None = None) -> list[str]:
     """Close the stale layers' nodes, topmost first, with the file nodes that only they used.
 
-    Only what nothing uses any more is closed; what QEMU does not let go is a warning.
+    With `marks` each layer is marked before. Only what nothing uses any more is closed; what QEMU
+    does not let go is a warning.
     """
     graph = await read_graph(monitor)
     todo: list[str] = [name for name in stale if name in graph.nodes]
@@ -276,6 +293,8 @@ async def close_nodes(monitor: Monitor, stale: list[str]) -> list[str]:
         if keeping:
             warnings.append(f"node {name} stays open: {', '.join(keeping)} uses it")
             continue
+        if marks is not None and name in stale:
+            await marks.mark(graph.nodes[name])
         try:
             await monitor.execute("blockdev-del", {"node-name": name})
         except CommandRefused as error:

@@ -86,7 +86,7 @@ async def adopted(vm: VM, job_id: str, asked: Asked) -> CommitJob:
     around = Around(
         on_pivot=asked.on_pivot,
         carrying=carrying_of_job(plan, graph, status, refuses=asked.pending != "leave"),
-        files=await asyncio.to_thread(vm.files_of, plan) if asked.stale != "leave" else {},
+        files=await asyncio.to_thread(vm.files_of, plan) if plan.follows_files else {},
         cwd=vm.cwd,
         gate=vm.gate,
         ledger=asked.ledger,
@@ -143,8 +143,8 @@ def carrying_of_job(
         raise JobConflict(
             f"job {plan.job_id} on {plan.disk} of {plan.vm} can't be taken up with the disk's"
             f" bitmaps now: {', '.join(carrying.busy)} is busy with another job (a backup?). It"
-            " goes on as it is. Wait for the other, or take it up without carrying bitmaps"
-            " (carry_bitmaps=False, --no-bitmaps)",
+            " goes on as it is. Wait for the other, or take it up without carrying bitmaps",
+            hint="--no-bitmaps does that",
             vm=plan.vm,
             disk=plan.disk.name,
             job_id=plan.job_id,

@@ -443,7 +443,7 @@ class VM(Monitor):
             await check_writable(self, plan, graph, self.cwd, request.override)
         around = around._replace(
             carrying=carrying_of(graph, plan) if request.carry_bitmaps else None,
-            files=await asyncio.to_thread(self.files_of, plan) if plan.stale != "leave" else {},
+            files=await asyncio.to_thread(self.files_of, plan) if plan.follows_files else {},
             cwd=self.cwd,
             gate=self.gate,
         )

@@ -10,7 +10,7 @@ from qmpcommit.commit.claim import layer_number, owner_in
 from qmpcommit.commit.overlay.trial import TRIAL
 from qmpcommit.commit.rates import READY
 from qmpcommit.commit.stale_layers import users
-from qmpcommit.names import JOB_PREFIX, WINDOW_MARK, node_stem
+from qmpcommit.names import JOB_PREFIX, MARKING, WINDOW_MARK, node_stem
 from qmpcommit.recovery.findings import Finding, Kind
 from qmpcommit.recovery.jobs import DISCARD, RUNNING, SNAPSHOT, disk_of, followed, held
 from qmpcommit.recovery.seen import Seen
@@ -209,9 +209,9 @@ def stale_nodes(seen: Seen, disk: Disk) -> list[str]:
 def nodes_left(seen: Seen) -> Iterator[Finding]:
     """Stale ones only where a claim shows that a process of ours has died over that disk."""
     for name in seen.graph.nodes:
-        passing = name.startswith(FLUSH) or name == TRIAL
+        passing = name.startswith((FLUSH, MARKING)) or name == TRIAL
         if passing and not users(seen.graph, name) and not seen.living:
-            message = f"node {name} is left of what was looked at or flushed"
+            message = f"node {name} is left of what was looked at, marked or flushed"
             yield Finding("node", seen.vm, name, message, "It is closed")
     for disk in seen.disks:
         owner = owner_in(seen.graph, disk)

@@ -36,6 +36,7 @@ Level = Literal["wrong", "note"]
 CHECKS: dict[str, Level] = {
     "free-space": "wrong",
     "corrupt": "wrong",
+    "stale": "wrong",
     "replaced-file": "wrong",
     "base-shared": "note",
 }

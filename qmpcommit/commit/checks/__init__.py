@@ -14,7 +14,7 @@ from qmpcommit.block.identity import OpenFiles
 from qmpcommit.commit.checks.filters import lost_filter
 from qmpcommit.commit.checks.finding import Case, Finding, unchecked
 from qmpcommit.commit.checks.header_above import header_above
-from qmpcommit.commit.checks.layers import corrupt, encrypted
+from qmpcommit.commit.checks.layers import corrupt, encrypted, stale
 from qmpcommit.commit.checks.on_disk import on_disk_backing
 from qmpcommit.commit.checks.read_only import read_only_base
 from qmpcommit.commit.checks.replaced import replaced_file
@@ -35,6 +35,7 @@ CHECKS: dict[str, Check] = {
     "base-shared": base_shared,
     "read-only-base": read_only_base,
     "corrupt": corrupt,
+    "stale": stale,
     "encrypted": encrypted,
     "on-disk-backing": on_disk_backing,
     "replaced-file": replaced_file,

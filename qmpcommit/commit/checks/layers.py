@@ -1,11 +1,13 @@
-"""What the layers are: corrupt ones, and encrypted beside plain ones."""
+"""What the layers are: corrupt ones, stale ones, and encrypted beside plain ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qmpcommit.block.chain import Image
 from qmpcommit.block.graph import BlockGraph, Raw
 from qmpcommit.commit.checks.finding import Case, Finding, image_data, refused
+from qmpcommit.names import STALE_MARK
 
 
 def corrupt(case: Case) -> Iterator[Finding]:
@@ -19,6 +21,27 @@ def corrupt(case: Case) -> Iterator[Finding]:
             " trusted, and QEMU does not write to it: shut the VM down and run qemu-img check"
             " (-r repairs) on it",
         )
+
+
+def stale(case: Case) -> Iterator[Finding]:
+    """Layers that an earlier pivot or merge has made invalid: they show an old disk."""
+    for image in dict.fromkeys((*case.plan.disk.chain, *case.layers, case.plan.base)):
+        if image.stale:
+            yield refused("stale", stale_text(image))
+
+
+def stale_text(image: Image) -> str:
+    """What is to be known of a layer that is stale, and what can be done."""
+    how, out = "its name says so", "give it another name"
+    if image.stale == "header":
+        how = f"its header says so (bitmap {STALE_MARK})"
+        out = f"take the mark away while the VM is off (qemu-img bitmap --remove FILE {STALE_MARK})"
+    return (
+        f"{image.filename} is stale ({how}): an earlier commit has merged it into the layer below,"
+        " which has changed since, so that it shows an old disk, and what is committed from it or"
+        " into it mixes old data with new. Start the VM from the layer below it. If it was emptied"
+        f" since, {out}"
+    )
 
 
 def encrypted(case: Case) -> Iterator[Finding]:
