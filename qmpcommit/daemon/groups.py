@@ -4,7 +4,7 @@ Each member is a promise of its own, whose steps are noted as a single commit's 
 group adds is one note, durable while all disks are held and before the first job is finalized:
 that all of them are to be. A daemon that finds it finalizes what is held still; one that does
 not cancels it, which QEMU undoes, and begins the group again. Guests that were paused for recycles
-go on when that is right: see `group_guests`.
+go on when that is right: see `qmpcommit.group.settling`.
 """
 
 from __future__ import annotations
@@ -12,71 +12,33 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any
 
-from qmpcommit.commit.job import CommitJob
-from qmpcommit.commit.policy import Hold
-from qmpcommit.commit.request import DiskOptions
-from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.daemon.asked import check_asked
-from qmpcommit.daemon.engine import Engine, key_row
-from qmpcommit.daemon.group_ends import is_unsure
-from qmpcommit.daemon.group_frozen import FreezeNotes, Frozen
-from qmpcommit.daemon.group_guests import Guests, let_go_on, paused_for
-from qmpcommit.daemon.group_settling import Settling
+from qmpcommit.daemon.engine import key_row
+from qmpcommit.daemon.group_keeping import GroupKeeping, late
 from qmpcommit.daemon.keeping import storage_of
 from qmpcommit.daemon.kinds import Kind
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.promised_group import Group
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.undertaking import ENDED
-from qmpcommit.errors import (
-    CommandRefused,
-    ConnectError,
-    DeadlineExceeded,
-    InvalidRequest,
-    JobConflict,
-    MonitorLost,
-    NotReady,
-    QmpCommitError,
-)
-from qmpcommit.group.members import GroupMember
-from qmpcommit.group.noted import Shown, Way, resume, shown_of
-from qmpcommit.group.outcome import GroupOutcome, is_clean
-from qmpcommit.group.resume import HAND_OVER, ResumableGroup
-from qmpcommit.session import Session
-from qmpcommit.tasks import stop, to_the_end
+from qmpcommit.errors import InvalidRequest, JobConflict, NotReady, QmpCommitError
+from qmpcommit.group.resume import HAND_OVER
+from qmpcommit.tasks import stop
 from qmpcommit.wire.group import GroupRequest, GroupView
-
-MAX_TRIES = 3
-"""How often a group is begun that was cancelled because nobody could follow it."""
-
-HEAD_START = 0.2
-"""Seconds that a guest's thaw gets before the jobs are ended that hold its disks."""
-
-MEETING = 1.0
-"""Seconds that a VM gets to be connected too, before others of its group are finalized."""
 
 LAST_WORDS = 0.2
 """Seconds that a group which has just ended gets to say so before the daemon stops."""
-
-_AWAY = (ConnectError, MonitorLost)
 
 
 class Groups(Kind[Group]):
     """The groups of one daemon."""
 
     of, called = Group, "group"
-
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
-        self._keeper = engine.keeper
-        self._guests = Guests(engine.registry, engine.keeper)
-        self._frozen = Frozen(engine.registry, engine.keeper)
-        self._settling = Settling(engine, self._guests, self._frozen, self._ended)
 
     # -- what the engine calls --------------------------------------------------------------------
 
@@ -88,6 +50,7 @@ class Groups(Kind[Group]):
             if len(group.members) != len(group.request.members):
                 group.log.warning("group_unreadable", why="not all of its members can be read")
                 continue
+            group.keeping = GroupKeeping(self._engine, group)
             self.live[group.id] = group
             entries = [self._engine.entry(promise) for promise in group.members]
             if group.state == "running":
@@ -102,69 +65,14 @@ class Groups(Kind[Group]):
         session = vm.session
         assert session is not None
         waiting = [
-            group
+            group.keeping
             for group in self.live.values()
             if group.commit is None
+            and group.keeping is not None
             and group.state == "running"
             and any(promise.vm == vm.name for promise in group.members)
         ]
-        here = (vm.name, vm.identity)
-        for group in waiting:
-            await self._look_at(group)
-            if not group.finalizes:  # else it would write to its bases before all are laid over
-                for paused in paused_for(p for p in group.members if (p.vm, p.identity) == here):
-                    await let_go_on(session, paused)
-        if not waiting:
-            return
-        thawing = [
-            asyncio.create_task(self._frozen.at_once(group, vm, session)) for group in waiting
-        ]
-        try:
-            # First of all; but a thaw may write to a disk that is held, and waits for it then.
-            await asyncio.wait(thawing, timeout=HEAD_START)
-            await self._end_held(waiting, vm, session)
-            await asyncio.gather(*thawing)
-        finally:
-            await asyncio.gather(*map(stop, thawing))
-
-    async def _look_at(self, group: Group) -> None:
-        """Whether all of it can be finalized, where it is not known that any may have been.
-
-        The VMs that are not connected get a moment for that.
-        """
-        if not group.in_doubt:
-            return
-        shown = await asyncio.gather(*(self._shown(promise) for promise in group.members))
-        if group.in_doubt and resume(group.as_noted, shown) is Way.CANCEL:
-            group.log.warning("cancelled_before", shown=[each.name for each in shown])
-            group.undone = True
-
-    async def _shown(self, promise: Promise) -> Shown:
-        vm = self._engine.registry.vms.get(promise.vm)
-        try:
-            async with asyncio.timeout(MEETING):
-                if vm is None or (vm.connect != "keep" and not vm.up.is_set()):
-                    return Shown.AWAY
-                await vm.up.wait()
-                assert vm.session is not None
-                jobs = await vm.session.execute("query-jobs")
-        except (QmpCommitError, TimeoutError):
-            return Shown.AWAY
-        if vm.identity != promise.identity:
-            return Shown.GONE
-        return shown_of(next((job for job in jobs if job.get("id") == promise.job_id), None))
-
-    async def _end_held(self, groups: Iterable[Group], vm: VM, session: Session) -> None:
-        jobs = await session.execute("query-jobs")
-        held = {str(job.get("id")) for job in jobs if job.get("status") == "pending"}
-        for group in groups:
-            mine = {p.job_id for p in group.members if p.vm == vm.name and p.begun}
-            group.torn = group.torn or bool(held & mine)
-            for job_id in sorted(held & mine):
-                order = "job-finalize" if group.finalizes else "job-cancel"
-                group.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
-                with suppress(CommandRefused):  # somebody else was first
-                    await session.execute(order, {"id": job_id})
+        await asyncio.gather(*(keeping.relieve(vm.name, session) for keeping in waiting))
 
     async def stop(self) -> None:
         """Hold no disk any more; what is not decided stays in QEMU for the next daemon."""
@@ -173,7 +81,7 @@ class Groups(Kind[Group]):
             group.handed_over = True
         driven = [group.commit for group in groups if group.commit is not None]
         await asyncio.gather(*(commit.hand_over() for commit in driven))
-        settling = [g.task for g in groups if g.finalizes and g.commit is None and g.task]
+        settling = [g.task for g in groups if _finalizes(g) and g.commit is None and g.task]
         if settling:
             await asyncio.wait(settling, timeout=HAND_OVER)
         tasks = {group.task for group in groups if group.task is not None}
@@ -181,8 +89,8 @@ class Groups(Kind[Group]):
             await asyncio.wait(tasks, timeout=LAST_WORDS)
         jobs = [p.job for group in groups for p in group.members if p.job is not None]
         for group in groups:
-            if group.frozen:  # an agent that does not answer is asked for a while
-                group.log.warning("stopping_after_thaw", vms=sorted(group.frozen))
+            if group.as_noted.frozen:  # an agent that does not answer is asked for a while
+                group.log.warning("stopping_after_thaw", vms=sorted(group.as_noted.frozen))
         await asyncio.gather(*(stop(task) for task in tasks))
         await asyncio.gather(*(job.detach() for job in jobs))
 
@@ -222,11 +130,11 @@ class Groups(Kind[Group]):
             )  # fmt: skip
             group.members.append(promise)
         group.noted = {**group.noted, "commits": [promise.id for promise in group.members]}
+        keeping = GroupKeeping(engine, group)
         async with AsyncExitStack() as stack:
-            sessions = await self._sessions(stack, group, wait=1.0)
-            for promise, job in zip(
-                group.members, await self._made(group, sessions, {}).prepare(), strict=True
-            ):
+            sessions = await keeping.sessions(stack, wait=1.0)
+            jobs = await keeping.made(sessions).prepare()
+            for promise, job in zip(group.members, jobs, strict=True):
                 session = sessions[promise.vm]
                 engine.places.check_commit(vms[promise.vm], session, job.plan, promise.request)
                 cwd = session.cwd
@@ -241,6 +149,7 @@ class Groups(Kind[Group]):
         engine.check_room_for(asked)  # others may have come meanwhile
         beside = [group.insertion(), *key_row(key, fingerprint, group.id)]
         await engine.promised(group.members, beside, [group.event()])
+        group.keeping = keeping
         self.live[group.id] = group
         engine.scheduler.add(*entries)
         self.launch(group)
@@ -310,7 +219,7 @@ class Groups(Kind[Group]):
         group = await self.find(group_id)
         if group.state in ENDED:
             raise JobConflict(f"the group {group_id} has ended already; its outcome tells how")
-        if group.finalizes:
+        if _finalizes(group):
             raise JobConflict(f"the group {group_id} is being finalized already: it was decided")
         if action != "abort":
             if group.commit is None:
@@ -336,212 +245,32 @@ class Groups(Kind[Group]):
     # -- running ----------------------------------------------------------------------------------
 
     async def _run(self, group: Group) -> None:
-        if await self._turn(group):
-            await self._keep(group)
+        assert group.keeping is not None
+        if await self._turn(group, group.keeping):
+            await group.keeping.keep()
 
     async def _fail(self, group: Group, error: QmpCommitError) -> None:
-        await self._settling.end(group, error=error)
+        assert group.keeping is not None
+        await group.keeping.end(error=error)
 
-    async def _turn(self, group: Group) -> bool:
+    async def _turn(self, group: Group, keeping: GroupKeeping) -> bool:
         """Wait in the queue; False where it ended there."""
         if group.state == "running":
             return True
-        left = group.left
         try:
-            async with asyncio.timeout(left):
-                await self._first(*(p.may_run.wait() for p in group.members[:1]), of=group)
+            async with asyncio.timeout(group.left):
+                await keeping.first(*(p.may_run.wait() for p in group.members[:1]))
         except TimeoutError:
-            raise _late(group) from None
+            raise late(group) from None
         if group.decision == "abort":
-            await self._settling.end(group)
+            await keeping.end()
             return False
         leaving = [promise.leaving() for promise in group.members]
         told = [promise.event() for promise in group.members]
         await group.move("running", beside=leaving, events=told)
         return True
 
-    async def _keep(self, group: Group) -> None:
-        tries = 0
-        for promise in group.members:
-            promise.decides = self._engine.registry.clearing.decides
-            if isinstance(promise.request.policy, Hold):
-                promise.decision = group.decision
-        while True:
-            if group.goes_on:
-                if group.frozen:  # it is to be quiesced anew
-                    await self._first(self._frozen.go_on(group), of=group)
-                if group.goes_on and await self._drive(group):
-                    return
-                continue
-            await self._look_at(group)
-            ends = await self._settling.settle(group)
-            tries += 1
-            clean = all(is_clean(end) for end in ends)
-            left = group.left
-            if group.finalizes or group.undone or not clean or group.decision == "abort":
-                await self._settling.conclude(group, ends)
-                return
-            if tries >= MAX_TRIES or (left is not None and left <= 0):
-                await self._settling.conclude(group, ends)
-                return
-            group.log.info("begin_again", tries=tries)
-            group.torn = False
-            forgetting = [promise.forgetting() for promise in group.members]
-            await group.move("running", beside=forgetting, finalize=False)
-
-    async def _drive(self, group: Group) -> bool:
-        """Send or take up its jobs, and see their end; False where it has to be looked at again."""
-        async with AsyncExitStack() as stack:
-            try:
-                sessions = await self._sessions(stack, group)
-            except _AWAY as error:
-                await self._wait_for_vms(group, error)
-                return False
-            identities = {name: self._engine.registry.vms[name].identity for name in sessions}
-            again = group.begun
-            if again and any(identities[p.vm] != p.identity for p in group.members):
-                group.torn = True
-            left = group.left
-            if left is not None and left <= 0:
-                if not again:
-                    raise _late(group)
-                group.torn = True
-            if not group.goes_on:
-                return False
-            commit = self._made(group, sessions, identities, timeout=left)
-            group.commit = commit
-            try:
-                outcome = await self._follow(group, commit, sessions, identities)
-            except QmpCommitError as error:
-                if group.handed_over:
-                    await asyncio.Event().wait()  # the next daemon goes on
-                group.torn = _interrupted(group, commit, error, again=again)
-                if not group.torn:
-                    await self._let_go(group)
-                    await self._settling.end(group, error=error, ends=commit.ends)
-                return not group.torn
-            finally:
-                group.commit = None
-                for promise in group.members:
-                    promise.job = None
-                await to_the_end(commit.leave())
-                for name in identities if not group.handed_over else ():
-                    group.goes_on_again(name, commit.quiesced.get(name))
-        await self._let_go(group)
-        await self._settling.end(group, outcome=outcome, ends=commit.ends)
-        return True
-
-    async def _let_go(self, group: Group) -> None:
-        """Its guests, whose monitor was lost when they were to go on."""
-        guests = paused_for(group.members)
-        await asyncio.gather(*(self._guests.go_on(paused, settled=False) for paused in guests))
-
-    async def _follow(
-        self,
-        group: Group,
-        commit: ResumableGroup,
-        sessions: Mapping[str, Session],
-        identities: Mapping[str, str],
-    ) -> GroupOutcome:
-        if group.begun:
-            resuming = [partial(self._resume, p, sessions[p.vm]) for p in group.members]
-            await commit.take_up(resuming)
-        else:
-            for promise in group.members:
-                promise.identity = identities[promise.vm]
-            await commit.start()
-        for promise, job in zip(group.members, commit.jobs, strict=True):
-            promise.job = job
-        self._engine.schedule()
-        if group.decision == "abort":  # which came while they were being started
-            commit.abort()
-        return await commit.wait()
-
-    async def _resume(self, promise: Promise, session: Session, barrier: Barrier) -> CommitJob:
-        """Take up one that was not decided yet; while it is READY its group decides."""
-        await self._keeper.repay(promise, session)
-        plan, noted, files = promise.resumed(promise.identity)
-        object.__setattr__(plan, "policy", Hold())
-        around = self._keeper.around(promise)
-        return await session.resume(plan, noted, files=files, barrier=barrier, **around)
-
-    async def _sessions(
-        self, stack: AsyncExitStack, group: Group, *, wait: float = 0.0
-    ) -> dict[str, Session]:
-        registry, sessions = self._engine.registry, {}
-        for name in dict.fromkeys(promise.vm for promise in group.members):
-            vm = registry.vms.get(name)
-            if vm is None:
-                raise ConnectError(f"no VM is called '{name}' at the moment", vm=name)
-            sessions[name] = await stack.enter_async_context(registry.use(vm, wait=wait))
-        return sessions
-
-    def _made(
-        self,
-        group: Group,
-        sessions: Mapping[str, Session],
-        identities: Mapping[str, str],
-        *,
-        timeout: float | None = None,
-    ) -> ResumableGroup:
-        """The group as the library drives it."""
-        request, rate = group.request, self._keeper.rate
-        running = group.state == "running"
-        members = []
-        for promise in group.members:
-            asked = vars(promise.request.asked)
-            options = {name: asked[name] for name in DiskOptions.__annotations__}
-            if running:
-                promise.rate = rate(promise)
-                options["bandwidth"] = promise.rate or None
-            options |= self._keeper.around(promise)
-            policy = None if request.policy is not None else promise.decided_policy()
-            members.append(GroupMember(sessions[promise.vm], promise.disk, policy, options))
-        agents = request.sockets(sessions)
-        latest = max(group.members, key=lambda promise: promise.ready or 0)
-        commit = ResumableGroup(
-            members,
-            policy=None if request.policy is None else latest.decided_policy(),
-            hold_limit=request.hold_limit,
-            timeout=timeout,
-            only_if=request.only_if,
-            freeze=request.freeze,
-            agents={sessions[name]: agent for name, agent in agents.items() if name in sessions},
-            freeze_notes={
-                sessions[name]: FreezeNotes(group, name, identity)
-                for name, identity in identities.items()
-            },
-            on_decision=lambda jobs: group.finalize(commit.decided_by),
-            known_as=group.id,
-        )
-        return commit
-
-    async def _wait_for_vms(self, group: Group, error: QmpCommitError) -> None:
-        """Until a VM that is away answers; where it does not come back, the others are let go."""
-        vms = self._engine.registry.vms
-        away = [p for p in group.members if p.vm not in vms or not vms[p.vm].up.is_set()]
-        try:
-            promise = (away or group.members)[0]
-            await self._first(self._keeper.wait_for_vm(promise, error), of=group)
-        except QmpCommitError:
-            if not group.begun:
-                raise
-            group.torn = True
-
-    async def _first(self, *waits: Coroutine[Any, Any, object], of: Group) -> None:
-        """Until one of these ends, or the group was aborted."""
-        tasks = [asyncio.ensure_future(wait) for wait in (*waits, of.changed.wait())]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-        finally:
-            for task in tasks:
-                await stop(task)
-
-    def _ended(self, group: Group) -> None:
-        del self.live[group.id]
+    async def _after(self, group: Group) -> None:
         self._engine.ended(*group.members)
 
 
@@ -549,20 +278,5 @@ def _members(group: Group, known: Mapping[str, Promise]) -> list[Promise]:
     return [known[name] for name in group.noted.get("commits", ()) if name in known]
 
 
-def _interrupted(
-    group: Group, commit: ResumableGroup, error: QmpCommitError, *, again: bool
-) -> bool:
-    """Whether the end of some member is not known, or it failed for what a restart had left."""
-    if any(
-        is_unsure(end, promise) for end, promise in zip(commit.ends, group.members, strict=False)
-    ):
-        return True
-    if group.finalizes or group.decision == "abort" or isinstance(error, DeadlineExceeded):
-        return isinstance(error, _AWAY)
-    return isinstance(error, _AWAY) or (again and commit.state.culprit is not None)
-
-
-def _late(group: Group) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"the group {group.id} could not begin within {group.request.timeout:g} s. Nothing was sent"
-    )
+def _finalizes(group: Group) -> bool:
+    return group.keeping is not None and group.keeping.finalizes

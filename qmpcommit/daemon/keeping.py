@@ -109,7 +109,7 @@ class Keeper:
                 begins += 1
                 found = promise.lost or promise.adopted
                 begun = error.facts.get("begun") is not False or found
-                if begun or begins >= MAX_BEGINS or promise.group:
+                if begun or begins >= MAX_BEGINS:
                     raise
                 promise.log.warning("begin_again", why=error.message)
                 await promise.forget_begin()
@@ -130,12 +130,11 @@ class Keeper:
                 promise.job = job
                 promise.found.set()
                 self.begun()
-                if promise.undone:
+                if promise.decision == "abort":
                     with suppress(JobConflict):
                         job.abort()
                 return await job.wait()
             finally:
-                promise.last = promise.job.state if promise.job is not None else promise.last
                 promise.job = None
                 promise.found.clear()
 

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.block.identity import FileId
 from qmpcommit.commit.driver import Resumed
-from qmpcommit.commit.ledger import add_note, files_of, plan_of, resumed_of
+from qmpcommit.commit.ledger import Noted, add_note, files_of, plan_of, resumed_of
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.phases import Phase, State, Verdict
+from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Hold, Pivot, parse_policy
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.rights import asked_by
 from qmpcommit.daemon.undertaking import write_when_possible
-from qmpcommit.group.noted import Way
 from qmpcommit.log import Log
 from qmpcommit.qmp.process import is_same
 from qmpcommit.wire.commit import CommitRequest
@@ -82,9 +81,7 @@ class Promise:
 
     It is the commit's `Ledger`: each step is in the journal before it is taken. `noted` is the
     last one, from which another process goes on. `group` is the id of the group that it is a
-    member of, `way` how that is ended after a restart, and `last` the last state of its job that
-    was seen then; `settled` is set when QEMU has done its part, after which no guest has to wait
-    for it. `deciding` is held by the request whose decision is being written down.
+    member of. `deciding` is held by the request whose decision is being written down.
     """
 
     def __init__(
@@ -120,11 +117,8 @@ class Promise:
         self.task: asyncio.Task[None] | None = None
         self.prepared: Prepared | None = None
         self.decides: Callable[[], object] = lambda: None
-        self.way: Way | None = None
-        self.last: State | None = None
         self.may_run = asyncio.Event()
         self.found = asyncio.Event()
-        self.settled = asyncio.Event()
         self.over = asyncio.Event()
         self.deciding = asyncio.Lock()
         self._journal, self._metrics = journal, metrics
@@ -274,8 +268,6 @@ class Promise:
 
     def moved(self, state: State) -> None:
         """The machine has reached another phase."""
-        if is_settled(state):
-            self.settled.set()
         statements = []
         noted = self.noted.get("state") or {}
         if noted.get("unchecked") and not state.unchecked:
@@ -316,23 +308,22 @@ class Promise:
         """Whether ``block-commit`` may have been sent."""
         return "state" in self.noted and self.plan is not None
 
+    @property
+    def as_noted(self) -> Noted:
+        """All that a ledger would hold of it, once it was begun."""
+        noted = {**self.noted, "plan": self.plan}
+        if self.ready is not None and Phase(noted["state"]["phase"]) is Phase.STARTING:
+            # None was noted since.
+            ready = datetime.fromtimestamp(self.ready, UTC).isoformat()
+            noted["times"] = {"ready": ready, **noted["times"]}
+        return noted
+
     def resumed(self, identity: str) -> tuple[Plan, Resumed, dict[str, FileId | None]]:
         """What to go on with, now that this QEMU answers; raises ValueError."""
-        plan = plan_of({"plan": self.plan}, self.decided_policy())
+        noted = self.as_noted
+        plan = plan_of(noted, self.decided_policy())
         same_vm = is_same(self.identity, identity)
-        resumed = resumed_of(self.noted, same_vm=same_vm, alone=not self.group)
-        resumed = resumed._replace(
-            undoes=self.way is Way.CANCEL, finalizes=self.way is Way.FINALIZE
-        )
-        if self.ready is not None and resumed.state.phase is Phase.STARTING:  # none was noted since
-            ready = {"ready": datetime.fromtimestamp(self.ready, UTC)}
-            resumed = resumed._replace(times={**ready, **resumed.times})
-        return plan, resumed, files_of(self.noted)
-
-    @property
-    def undone(self) -> bool:
-        """Whether its job is to be cancelled: somebody has decided that, or its group is."""
-        return self.decision == "abort" or self.way is Way.CANCEL
+        return plan, resumed_of(noted, same_vm=same_vm), files_of(noted)
 
     def decided_policy(self) -> Any:
         """The policy that counts now: a decision that was promised, or what is left of a hold."""
@@ -345,11 +336,6 @@ class Promise:
             left = max(0.0, self._held_since + policy.timeout - time.monotonic())
             return Hold(timeout=left, otherwise=policy.otherwise)
         return policy if policy is not None else Pivot()  # an intermediate layer asks none
-
-
-def is_settled(state: State) -> bool:
-    """Whether QEMU has done its part, seen with one's own eyes."""
-    return state.finished and state.verdict not in (Verdict.VM_GONE, Verdict.MONITOR_LOST)
 
 
 def _json(value: Any) -> str | None:

@@ -295,6 +295,15 @@ class Registry:
                 await to_the_end(self._hang_up(vm))
                 vm.state = "idle"
 
+    @asynccontextmanager
+    async def reach(self, name: str, *, wait: float = 0.0) -> AsyncIterator[Session]:
+        """The VM of that name, as `use` has it; raises what that raises, also where none is."""
+        vm = self.vms.get(name)
+        if vm is None:
+            raise ConnectError(f"no VM is called '{name}' at the moment", vm=name)
+        async with self.use(vm, wait=wait) as session:
+            yield session
+
 
 def name_of(pattern: str, path: str) -> str:
     """The VM's name: what the first ``*`` of the pattern stands for in the path."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import stop
 
 if TYPE_CHECKING:
+    from qmpcommit.commit.ledger import Ledger
     from qmpcommit.commit.vm import VM
 
 KIND = "group"
@@ -26,8 +28,42 @@ _HOOKS = ("on_pivot", "on_stall", "converge")
 """What is no value, and is to be given again to whoever goes on."""
 
 
-class GroupBook:
-    """Notes one group: `value` is all that is kept of it, in JSON's own types.
+class Book(ABC):
+    """What is kept of a group, in JSON's own types, and where its members' steps are noted."""
+
+    noted: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def as_noted(self) -> NotedGroup:
+        """The group as it is noted."""
+
+    @abstractmethod
+    def member(self, number: int) -> Noted:
+        """What the ledger of one member's commit holds."""
+
+    @abstractmethod
+    def of(self, number: int) -> Ledger:
+        """That ledger."""
+
+    @abstractmethod
+    async def write(self, step: str) -> None:
+        """Have all of it written down."""
+
+    def put_frozen(self, guest: FrozenGuest) -> None:
+        """A guest is about to be quiesced, or let go on; written with the next note."""
+        frozen = {**self.noted.get("frozen", {}), guest.vm: list(guest[1:])}
+        self.noted = {**self.noted, "frozen": frozen}
+
+    def goes_on_again(self, key: str, seconds: float | None = None) -> None:
+        """A VM's guest is not quiesced any more, and stood still for so long; likewise."""
+        frozen = {vm: facts for vm, facts in self.noted.get("frozen", {}).items() if vm != key}
+        stood = {**self.noted.get("quiesced", {}), **({} if seconds is None else {key: seconds})}
+        self.noted = {**self.noted, "frozen": frozen, "quiesced": stood}
+
+
+class GroupBook(Book):
+    """Notes one group: `noted` is all that is kept of it, in JSON's own types.
 
     Beside what `NotedGroup` has there is what was asked, from which it is begun again.
     """
@@ -38,12 +74,12 @@ class GroupBook:
         self._soon: asyncio.Task[None] | None = None
         self.begun = False
         self.keys = keys_of([member.vm for member in members])
-        self.value: dict[str, Any] = NotedGroup(()).dump()
+        self.noted: dict[str, Any] = NotedGroup(()).dump()
 
     @property
-    def noted(self) -> NotedGroup:
+    def as_noted(self) -> NotedGroup:
         """The group as it is noted."""
-        return NotedGroup.load(self.value)
+        return NotedGroup.load(self.noted)
 
     @property
     def problems(self) -> list[str]:
@@ -52,7 +88,7 @@ class GroupBook:
 
     def goes_on_from(self, noted: Noted, keys: Mapping[VM, str]) -> None:
         """Note what follows what a former process has noted, of VMs that have these keys."""
-        self.begun, self.value, self.keys = True, dict(noted), dict(keys)
+        self.begun, self.noted, self.keys = True, dict(noted), dict(keys)
 
     async def begin(self, members: Sequence[GroupMember], asked: Mapping[str, Any]) -> None:
         """What is asked, before anything is sent; raises `CommitFailed`, or `InvalidRequest`."""
@@ -61,37 +97,37 @@ class GroupBook:
             for vm, key in self.keys.items()
         }
         each = [{"vm": self.keys[member.vm], "noted": {}} for member in members]
-        tries = self.value["tries"] + 1 if self.begun else 0
+        tries = self.noted["tries"] + 1 if self.begun else 0
         value = {**NotedGroup((), tries=tries).dump(), "members": each, "vms": vms, **asked}
         await self._note("begin", value)
         self.begun = True
 
     async def finalize(self, by: str) -> None:
         """All disks are held, and all jobs are to be finalized."""
-        await self._note("finalize", {**self.value, "finalize": True, "by": by}, held=True)
+        await self._note("finalize", {**self.noted, "finalize": True, "by": by}, held=True)
 
     async def again(self) -> None:
         """All jobs are cancelled for want of a decision, and it is to be begun again."""
-        await self._note("undo", {**self.value, "again": True}, held=True, anyway=True)
+        await self._note("undo", {**self.noted, "again": True}, held=True, anyway=True)
 
     async def end(self, **how: Any) -> None:
         """It has ended: its `outcome` or its `error`."""
         if self._soon is not None:
             await stop(self._soon)
-        if self.begun and not self.value["over"]:
-            await self._note("end", {**self.value, "over": True, **how}, held=True, anyway=True)
+        if self.begun and not self.noted["over"]:
+            await self._note("end", {**self.noted, "over": True, **how}, held=True, anyway=True)
 
     async def _note(self, step: str, value: dict[str, Any], **how: bool) -> None:
-        before, self.value = self.value, value
+        before, self.noted = self.noted, value
         try:
             await self._noting.note(step, **self._facts(), **how)
         except CommitFailed:
-            self.value = before
+            self.noted = before
             raise
 
     def _facts(self) -> dict[str, Any]:
-        over = self.value["over"]
-        return {"kind": KIND, "known_as": self._known_as, "value": self.value, "over": over}
+        over = self.noted["over"]
+        return {"kind": KIND, "known_as": self._known_as, "value": self.noted, "over": over}
 
     async def write(self, step: str) -> None:
         """Have all of it written down, for whoever calls by the rule; raises what that raises."""
@@ -107,14 +143,14 @@ class GroupBook:
 
     def member(self, number: int) -> Noted:
         """What is noted of one."""
-        noted: Noted = self.value["members"][number]["noted"]
+        noted: Noted = self.noted["members"][number]["noted"]
         return noted
 
     def put(self, number: int, noted: Noted) -> None:
         """The same, anew; written with the next note."""
-        members = list(self.value["members"])
+        members = list(self.noted["members"])
         members[number] = {**members[number], "noted": noted}
-        self.value = {**self.value, "members": members}
+        self.noted = {**self.noted, "members": members}
 
     def write_soon(self) -> None:
         """Write it when there is time: what is lost of it does no harm."""
@@ -128,17 +164,6 @@ class GroupBook:
     def freezes(self) -> dict[VM, Notes]:
         """Where the freezes of the VMs' guests are noted."""
         return {vm: FreezeNotes(self, vm, key) for vm, key in self.keys.items()}
-
-    def put_frozen(self, guest: FrozenGuest) -> None:
-        """A guest is about to be quiesced, or let go on; written with the next note."""
-        frozen = {**self.value["frozen"], guest.vm: list(guest[1:])}
-        self.value = {**self.value, "frozen": frozen}
-
-    def goes_on_again(self, key: str, seconds: float | None = None) -> None:
-        """A guest is not quiesced any more, and stood still for so long."""
-        frozen = {name: facts for name, facts in self.value["frozen"].items() if name != key}
-        stood = {**self.value["quiesced"], **({} if seconds is None else {key: seconds})}
-        self.value = {**self.value, "frozen": frozen, "quiesced": stood}
 
 
 class MemberNotes:
@@ -165,16 +190,15 @@ class MemberNotes:
 class FreezeNotes:
     """What is noted of the freeze of one VM's guest, with its group; a `Notes` of `quiesced`."""
 
-    def __init__(self, book: GroupBook, vm: VM, key: str) -> None:
+    def __init__(self, book: Book, vm: VM, key: str) -> None:
         self._book, self._vm, self._key = book, vm, key
 
     async def note(self, step: str, **facts: Any) -> None:
         """``freeze`` or ``thaw`` is about to be sent."""
-        before = self._book.value["frozen"].get(self._key)
-        since = time.time() if before is None or step == "freeze" else before[-1]
+        before = self._book.as_noted.frozen.get(self._key)
+        since = time.time() if before is None or step == "freeze" else before.since
         identity = process_identity(self._vm.peer_pid)
-        guest = FrozenGuest(self._key, facts["how"], facts["agent"], identity, since)
-        self._book.put_frozen(guest)
+        self._book.put_frozen(FrozenGuest(self._key, facts["how"], facts["agent"], identity, since))
         await self._book.write(step)
 
 

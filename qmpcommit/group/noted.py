@@ -30,6 +30,13 @@ class FrozenGuest(NamedTuple):
     identity: str
     since: float
 
+    @classmethod
+    def load(cls, vm: str, dumped: Any) -> FrozenGuest:
+        """What was dumped; a journal of the version before has names in it."""
+        if isinstance(dumped, Mapping):
+            dumped = [dumped[name] for name in cls._fields[1:]]
+        return cls(vm, *dumped)
+
 
 class NotedMember(NamedTuple):
     """One disk: what of its commit is `noted`; nothing where none was begun."""
@@ -94,14 +101,15 @@ class NotedGroup(NamedTuple):
     @classmethod
     def load(cls, dumped: Mapping[str, Any]) -> NotedGroup:
         """What was dumped; raises ValueError or the like for what is none."""
+        frozen, quiesced = dumped.get("frozen") or {}, dumped.get("quiesced") or {}
         return cls(
             members=tuple(NotedMember(each["vm"], each["noted"]) for each in dumped["members"]),
-            finalize=bool(dumped["finalize"]),
-            by=str(dumped["by"]),
-            tries=int(dumped["tries"]),
-            frozen={vm: FrozenGuest(vm, *facts) for vm, facts in dumped["frozen"].items()},
-            quiesced=dict(dumped["quiesced"]),
-            over=bool(dumped["over"]),
+            finalize=bool(dumped.get("finalize")),
+            by=str(dumped.get("by") or ""),
+            tries=int(dumped.get("tries", 0)),
+            frozen={vm: FrozenGuest.load(vm, facts) for vm, facts in frozen.items()},
+            quiesced=dict(quiesced),
+            over=bool(dumped.get("over")),
         )
 
     @property

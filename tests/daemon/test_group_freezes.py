@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.daemon.journal import Journal, Statement
 from tests.cli.command import run
 from tests.daemon.daemons import Daemon
 from tests.daemon.kill_sweep import killable, places_of
@@ -280,6 +282,31 @@ async def test_killed_while_frozen_it_lets_go_first(
         elif freeze == "agent":  # over its fresh overlay it can answer, and not before
             assert places.index("after cont") < places.index(THAWS[freeze]), places
         await at.ends_as(action)
+
+
+async def test_a_guest_that_the_version_before_has_quiesced_goes_on(folder: Path) -> None:
+    """What it noted of a frozen guest has names."""
+    async with hosted(folder, "agent", "pivot", 1, 1) as at:
+        await at.begins(QMPCOMMIT_DIE_IN="before job-finalize")
+        group = await at.ask()
+        await at.dies()
+        journal = await Journal(folder / "state" / "journal.db").open()
+        ((text,),) = [row.values() for row in await journal.read("SELECT noted FROM undertakings")]
+        noted = json.loads(text)
+        assert noted["frozen"].keys() == {"vm0", "vm1"}
+        names = ("how", "agent", "identity", "since")
+        noted["frozen"] = {
+            vm: {**dict(zip(names, facts, strict=True)), "step": "freeze"}
+            for vm, facts in noted["frozen"].items()
+        }
+        sql = "UPDATE undertakings SET noted = ? WHERE id = ?"
+        await journal.write(Statement(sql, (json.dumps(noted), group)))
+        await journal.close()
+        await at.starts()
+        ended = await end_of(at.d, group)
+        assert ended["outcome"]["action"] == "pivot", ended
+        assert all(each["quiesced"] > 0 for each in ended["outcome"]["outcomes"])
+        await at.ends_as("pivot")
 
 
 @pytest.mark.parametrize("freeze", KINDS)
