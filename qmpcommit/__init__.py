@@ -18,9 +18,9 @@ _HOMES = {
     "client.vm": "RemoteOptions RemoteVM",
     "commit.stale_layers": "Stall",
     "commit.converge": "ConvergeReport",
+    "cycles.discarding": "Discarded",
     "cycles.run": (
-        "CycleOptions Discarded DiscardOptions KeepAllIf KeepIf Round SessionCycleOptions cycle"
-        " discard"
+        "CycleOptions DiscardOptions KeepAllIf KeepIf Round SessionCycleOptions cycle discard"
     ),
     "commit.pace": "Converge",
     "group.run": "CommitGroupOptions GroupCommit commit_group",

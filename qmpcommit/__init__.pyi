@@ -43,8 +43,8 @@ from qmpcommit.commit.stale_layers import Stall as Stall
 from qmpcommit.commit.steering import JobNow as JobNow
 from qmpcommit.commit.vm import SessionOptions as SessionOptions
 from qmpcommit.commit.vm import commit as commit
+from qmpcommit.cycles.discarding import Discarded as Discarded
 from qmpcommit.cycles.run import CycleOptions as CycleOptions
-from qmpcommit.cycles.run import Discarded as Discarded
 from qmpcommit.cycles.run import DiscardOptions as DiscardOptions
 from qmpcommit.cycles.run import KeepAllIf as KeepAllIf
 from qmpcommit.cycles.run import KeepIf as KeepIf

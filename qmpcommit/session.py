@@ -14,10 +14,10 @@ from qmpcommit.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from qmpcommit.callback import Notes
+    from qmpcommit.cycles.discarding import Discarded
     from qmpcommit.cycles.flatten import Flattening
     from qmpcommit.cycles.run import (
         CycleOptions,
-        Discarded,
         DiscardOptions,
         KeepAllIf,
         KeepIf,

@@ -202,12 +202,12 @@ class Exchange:
         """
         return self._again and not self._let_go_before and await runs(self.vm)
 
-    async def tidy(self) -> list[str]:
-        """Delete the old one, where that was asked for, and note the end."""
-        problems = await self._wrong_headers()
-        problems += await self._delete(self._file) if self._file is not None else []
-        await self._note("exchanged")
-        return problems
+    async def tidy(self, warnings: Sequence[str]) -> list[str]:
+        """Delete the old one, where that was asked for, and note the end with all warnings."""
+        said = [*warnings, *await self._wrong_headers()]
+        said += await self._delete(self._file) if self._file is not None else []
+        await self._note("exchanged", warnings=said)
+        return said
 
     async def _wrong_headers(self) -> list[str]:
         base = self.plan.base.node_name
@@ -480,7 +480,7 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
         else:
             warnings |= closed
     for each in warnings:
-        warnings[each] += await each.tidy()
+        warnings[each] = await each.tidy(warnings[each])
     if lost:
         raise lost[0]
     return warnings

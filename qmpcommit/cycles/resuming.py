@@ -8,22 +8,18 @@ back first, the guests go on, and it begins again. So no guest waits for another
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit import errors
-from qmpcommit.block.identity import FileId
-from qmpcommit.commit.claim import Claim, clear_dead, owners_of, release_all, take_if_free
+from qmpcommit.commit.claim import clear_dead, owners_of
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.ledger import COMMIT, Noted
 from qmpcommit.commit.overlay.options import OverlayOptions
-from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.resuming import vm_of
-from qmpcommit.cycles.book import RoundBook
-from qmpcommit.cycles.exchange import Exchange, complete, exchange_all, put_back
-from qmpcommit.cycles.run import Discarded, Keeping, Round, end_noted, ended
-from qmpcommit.errors import CommitFailed, InvalidRequest, QmpCommitError, VMGone
-from qmpcommit.qmp.process import is_same, process_identity
+from qmpcommit.cycles.book import ChildLedger, RoundBook
+from qmpcommit.cycles.discarding import Called, Discarded, Discarding, discarded
+from qmpcommit.cycles.run import Keeping, Round
+from qmpcommit.errors import CommitFailed, InvalidRequest, QmpCommitError
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
@@ -96,20 +92,18 @@ class _Resumption:
         if not child:
             disks = [(vm, part["disk"]) for vm, part in zip(self._vms, parts, strict=True)]
             return await keeping.run(disks, [{} for _ in disks], self._agents, self._book)
-        try:
+        async with self._book.noting_failure():
             ends = await self._child(child)
-        except QmpCommitError as error:
-            await end_noted(self._book, error=error)
-            raise
         return await keeping.ended(ends, self._book)
 
     async def _child(self, child: Noted) -> Sequence[CommitOutcome]:
+        ledger = ChildLedger(self._book)
         if child.get("kind", COMMIT) == COMMIT:
-            return [await see_through(await self._vms[0].resume(self._book.child))]
+            return [await see_through(await self._vms[0].resume(ledger))]
         from qmpcommit.group.resuming import resume_group
 
         group = await resume_group(
-            self._book.child, child, list(dict.fromkeys(self._vms)), agents=self._agents,
+            ledger, child, list(dict.fromkeys(self._vms)), agents=self._agents,
             policy=None, hooks={},
         )  # fmt: skip
         return group.outcomes
@@ -117,81 +111,12 @@ class _Resumption:
     # -- what is discarded ------------------------------------------------------------------------
 
     async def _discard(self) -> tuple[Discarded, ...]:
-        self._check_there()
-        try:
-            if self._value["decided"] == "exchange":
-                exchanges, claims = await self._exchanges()
-                try:
-                    warnings = await complete(exchanges)
-                finally:
-                    await release_all(claims)
-            else:
-                await self._put_back()
-                exchanges, claims = await self._exchanges()
-                try:
-                    warnings = await exchange_all(exchanges, on_decision=self._book.decide)
-                finally:
-                    await release_all(claims)
-        except QmpCommitError as error:
-            await end_noted(self._book, error=error)
-            raise
-        parts, value = self._book.value["parts"], self._value
-        return await ended(exchanges, parts, warnings, value["guest"], value["delete"], self._book)
-
-    async def _put_back(self) -> None:
-        exchanges, claims = await self._exchanges()
-        try:
-            stuck = await put_back([each for each in exchanges if each.begun])
-        finally:
-            await release_all(claims)
-        if stuck:
-            raise CommitFailed(". ".join(each.text for each in stuck))
-
-    def _check_there(self) -> None:
-        """Raise `VMGone` where another QEMU answers for one in which it was begun."""
-        for vm, part in zip(self._vms, self._value["parts"], strict=True):
-            if is_same(part["identity"], process_identity(vm.peer_pid)) is not False:
-                continue
-            former = part["plan"]["top"]["filename"]
-            text = f"nothing was discarded: boot {former}"
-            if self._value["decided"] == "exchange":
-                text = (
-                    f"its changes were to be discarded: boot {part['overlay']}, which is empty and"
-                    f" starts from the base; {former} is whole still where it was not deleted"
-                )
-            raise VMGone(
-                f"the QEMU of {vm.name} has ended in the middle of a discard of {part['disk']};"
-                f" {text}",
-                vm=vm.name,
-                disk=part["disk"],
-            )
-
-    async def _exchanges(self) -> tuple[list[Exchange], list[Claim]]:
-        """From where they are, with their disks claimed."""
-        exchanges: list[Exchange] = []
-        claims: list[Claim] = []
-        try:
-            for number, (vm, part) in enumerate(
-                zip(self._vms, self._book.value["parts"], strict=True)
-            ):
-                made = Exchange(
-                    vm,
-                    Plan.model_validate(part["plan"]),
-                    part["overlay"],
-                    guest=self._value["guest"],
-                    note=partial(self._book.note_of, number),
-                    file=FileId(*part["file"]) if part["file"] else None,
-                    noted=part,
-                    asked=OverlayOptions.of(part["options"], part["secret"]),
-                )
-                if not made.over:
-                    made.claim = await take_if_free(vm, made.plan.disk, "disc")
-                    claims.append(made.claim)
-                exchanges.append(made)
-        except BaseException:
-            await release_all(claims)
-            raise
-        return exchanges, claims
+        called: Called = "discard" if self._value["work"] == "discard" else "round"
+        discarding = Discarding(self._book, self._value["guest"], called)
+        async with self._book.noting_failure():
+            await discarding.settle(self._vms)
+            exchanges = await discarding.run(self._vms)
+        return await discarded(exchanges, self._book)
 
 
 def _rounds(ends: Sequence[Discarded]) -> tuple[Round, ...]:

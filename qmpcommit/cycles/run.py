@@ -23,7 +23,6 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -38,14 +37,12 @@ from typing import (
 from qmpcommit.block.chain import (
     Disk,
     Image,
-    absolute,
     check_nameable,
     find_disk,
     read_disks,
     read_image,
 )
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.block.identity import identify
 from qmpcommit.callback import Failed, ask, going_up
 from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.claim import Claim, Verb, release_all, take
@@ -70,14 +67,12 @@ from qmpcommit.commit.policy import (
 from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.commit.stale_layers import users
 from qmpcommit.cycles.book import RoundBook
-from qmpcommit.cycles.exchange import Exchange, Guest, exchange_all
+from qmpcommit.cycles.discarding import Discarded, Discarding, discard_of, discarded, part_of
+from qmpcommit.cycles.exchange import Guest
 from qmpcommit.errors import (
     ChainError,
     CommitFailed,
     InvalidRequest,
-    MonitorLost,
-    QmpCommitError,
-    VMGone,
     VMStateError,
 )
 from qmpcommit.group.members import GroupMember
@@ -87,7 +82,6 @@ from qmpcommit.guest.marks import thaw_all_abandoned
 from qmpcommit.guest.quiesce import How, Sockets, check_sockets
 from qmpcommit.guest.run_state import runs
 from qmpcommit.names import JOB_PREFIX
-from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
 from qmpcommit.values import Record, record
@@ -116,24 +110,6 @@ GRACE = 0.5
 
 _FRESH = re.compile(rf"{JOB_PREFIX}([cd][0-9a-f]{{8}})(?:-[0-9a-f]{{4}})?-top$")
 """The node-name of a discard's fresh overlay, the daemon's included; a group's share a stem."""
-
-
-@record
-class Discarded(Record):
-    """An overlay that was thrown away.
-
-    `former` must never be booted again, and `deleted` tells that it is gone; `overlay` is the
-    empty one that the disk writes to now, over `base`. `guest` is what became of the guest.
-    """
-
-    disk: str
-    former: str
-    overlay: str
-    base: Image
-    guest: Guest
-    deleted: bool = False
-    vm: str = ""
-    warnings: tuple[str, ...] = ()
 
 
 @record
@@ -206,7 +182,7 @@ async def discard(
     disks = tuple(disks)
     async with _claimed(await _find(disks), "disc", override) as claims:
         found = await _find(disks)
-        book = _book(ledger, found, "discard")
+        book = _book(ledger, found, "discard", os.urandom(4).hex())
         stem = await _interrupted(found)
         if stem is not None:
             return await _finish(found, stem, guest, delete, claims, asks=asks, book=book)
@@ -256,7 +232,7 @@ async def cycle(
     tag = group if len({vm for vm, _ in disks}) == 1 else ""
     async with _claimed(await _find(disks), "cycle", override, tag=tag) as claims:
         found = await _find(disks)
-        book = _book(ledger, found, "cycle", known_as=group)
+        book = _book(ledger, found, "cycle", group)
         stem = await _interrupted(found)
         if stem is not None:
             finishing = _finish(found, stem, guest, delete, claims, asks=asks, book=book)
@@ -278,8 +254,7 @@ async def cycle(
             )  # fmt: skip
             return _discarded(await to_the_end(discarding))
         keeping = Keeping(tuple(fresh), tuple(asked), delete, freeze, group)
-        if book is not None:
-            await book.note("begin", **keeping.dump(found))
+        await book.note("begin", **keeping.dump(found))
         own = [{"claim": claim, "override": override} for claim in claims]
         return await keeping.run(disks, own, agents or {}, book)
 
@@ -298,72 +273,42 @@ class Keeping(NamedTuple):
         disks: Sequence[Place],
         own: Sequence[dict[str, Any]],
         agents: Sockets[Any],
-        book: RoundBook | None,
+        book: RoundBook,
     ) -> tuple[Round, ...]:
-        """Carry them into the bases; with a book it is noted how that ended."""
+        """Carry them into the bases, and note how that ended."""
         recycles = [
             GroupMember(vm, disk, Recycle(file, asks.options or None, asks.secret), options)
             for (vm, disk), file, asks, options in zip(
                 disks, self.fresh, self.asked, own, strict=True
             )
         ]
-        ledger = None if book is None else book.child
-        try:
-            ends = await _keep(recycles, self.delete, self.freeze, agents, self.known_as, ledger)
-        except QmpCommitError as error:
-            await end_noted(book, error=error)
-            raise
+        async with book.noting_failure():
+            ends = await _keep(
+                recycles, self.delete, self.freeze, agents, self.known_as, book.child
+            )
         return await self.ended(ends, book)
 
-    async def ended(
-        self, ends: Sequence[CommitOutcome], book: RoundBook | None
-    ) -> tuple[Round, ...]:
+    async def ended(self, ends: Sequence[CommitOutcome], book: RoundBook) -> tuple[Round, ...]:
         """The round, as it is noted as well."""
         rounds = tuple(
             Round("kept", end.disk, file, kept=end)
             for end, file in zip(ends, self.fresh, strict=True)
         )
-        await end_noted(book, outcome=[each.model_dump(mode="json") for each in rounds])
+        await book.end(outcome=[each.model_dump(mode="json") for each in rounds])
         return rounds
 
     def dump(self, found: Sequence[Found]) -> dict[str, Any]:
         """What has to be known to go on with it, in JSON's own types."""
         parts = [
-            {**_where(vm, disk), "overlay": file, **_asked_noted(asks)}
+            part_of(vm, disk.name, file, asks)
             for (vm, disk), file, asks in zip(found, self.fresh, self.asked, strict=True)
         ]
         known = {"delete": self.delete, "freeze": self.freeze, "known_as": self.known_as}
         return {"result": "kept", "parts": parts, **known}
 
 
-def _book(
-    ledger: Ledger | None, found: Sequence[Found], work: str, *, known_as: str = ""
-) -> RoundBook | None:
-    if ledger is None:
-        return None
-    known_as = known_as or os.urandom(4).hex()
+def _book(ledger: Ledger | None, found: Sequence[Found], work: str, known_as: str) -> RoundBook:
     return RoundBook(ledger, found[0][0].log, known_as, {"work": work})
-
-
-def _where(vm: VM, disk: Disk) -> dict[str, Any]:
-    """Whose disk a part is of."""
-    return {"vm": vm.name, "identity": process_identity(vm.peer_pid), "disk": disk.name}
-
-
-def _asked_noted(asked: OverlayOptions) -> dict[str, Any]:
-    return {"options": dict(asked.options), "secret": asked.secret}
-
-
-async def end_noted(book: RoundBook | None, **how: Any) -> None:
-    """Note that a round is over, if it is: with an `error` nothing of it may be left half done."""
-    if book is None or "result" not in book.value:
-        return
-    error = how.get("error")
-    if error is not None:
-        how = {"error": {"type": type(error).__name__, "message": error.message}}
-        if book.begun or isinstance(error, (MonitorLost, VMGone)):
-            return
-    await book.note("end", anyway=True, over=True, **how)
 
 
 @asynccontextmanager
@@ -584,79 +529,24 @@ async def _discard(
     delete: bool,
     claims: Sequence[Claim],
     asked: Sequence[OverlayOptions],
+    book: RoundBook,
     noted: Mapping[int, Mapping[str, Any]] | None = None,
-    book: RoundBook | None = None,
 ) -> tuple[Discarded, ...]:
     """Exchange them; `noted` tells what was done for some, by their place."""
     vms = [vm for vm, _ in found]
     stopped = {vm for vm, plan in zip(vms, plans, strict=True) if await _clear(vm, plan)}
-    paths = [absolute(plan.top, vm.cwd) for vm, plan in zip(vms, plans, strict=True)]
-    exchanges, parts = [], []
-    for place, (vm, plan, path) in enumerate(zip(vms, plans, paths, strict=True)):
-        file = await asyncio.to_thread(identify, path, vm.peer_pid) if delete else None
-        known = (noted or {}).get(place)
-        made = Exchange(
-            vm, plan, fresh[place], guest=guest, file=file, noted=known, asked=asked[place],
-            note=_no_note if book is None else partial(book.note_of, place),
-        )  # fmt: skip
-        made.claim = claims[place]
-        if vm in stopped:
-            made.running = True
-        exchanges.append(made)
-        parts.append({
-            **_where(vm, plan.disk), **_asked_noted(asked[place]), "overlay": fresh[place],
-            "plan": plan.model_dump(mode="json"), "file": file, **(known or {}),
-            "unseen": delete and file is None and known is None,
-        })  # fmt: skip
-    if book is not None:
-        await book.note("begin", result="discarded", parts=parts, guest=guest, delete=delete)
-    decide = None if book is None else book.decide
-    try:
-        warnings = await exchange_all(exchanges, on_decision=decide)
-    except QmpCommitError as error:
-        await end_noted(book, error=error)
-        raise
-    return await ended(exchanges, parts, warnings, guest, delete, book)
-
-
-async def ended(  # noqa: PLR0917
-    exchanges: Sequence[Exchange],
-    parts: Sequence[Mapping[str, Any]],
-    warnings: Sequence[Sequence[str]],
-    guest: Guest,
-    delete: bool,
-    book: RoundBook | None,
-) -> tuple[Discarded, ...]:
-    """What became of them, as it is noted as well."""
-    ends = []
-    for each, part, text in zip(exchanges, parts, warnings, strict=True):
-        vm, plan, overlay, said = each.vm, each.plan, each.filename, list(text)
-        path = absolute(plan.top, vm.cwd)
-        deleted = delete and not await asyncio.to_thread(os.path.lexists, path)
-        if part["unseen"]:  # it is not gone because nothing is there to be seen
-            deleted = False
-            said.append(f"{plan.top.filename} was not deleted: it is not seen here as QEMU's")
-        for warning in said:
-            vm.log.warning("outcome_warning", disk=plan.disk.name, warning=warning)
-        vm.log.info("discarded", disk=plan.disk.name, former=plan.top.filename, overlay=overlay)
-        ends.append(
-            Discarded(
-                disk=plan.disk.name,
-                former=plan.top.filename,
-                overlay=overlay,
-                base=plan.base,
-                guest=guest,
-                deleted=deleted,
-                vm=vm.name,
-                warnings=tuple(said),
-            )
-        )
-    await end_noted(book, outcome=[each.model_dump(mode="json") for each in ends])
-    return tuple(ends)
-
-
-async def _no_note(step: str, **facts: Any) -> None:
-    """Without a journal the node-names and the files' headers tell how far it was."""
+    parts = [
+        {
+            **part_of(vm, plan.disk.name, fresh[place], asked[place]),
+            **await discard_of(vm, plan, delete=delete),
+            **(noted or {}).get(place, {}),
+        }
+        for place, (vm, plan) in enumerate(zip(vms, plans, strict=True))
+    ]
+    await book.note("begin", result="discarded", parts=parts, guest=guest, delete=delete)
+    async with book.noting_failure():
+        exchanges = await Discarding(book, guest).run(vms, claims, stopped)
+    return await discarded(exchanges, book)
 
 
 # -- after a crash --------------------------------------------------------------------------------
@@ -703,7 +593,7 @@ async def _finish(
     claims: Sequence[Claim],
     *,
     asks: OverlayOptions,
-    book: RoundBook | None,
+    book: RoundBook,
 ) -> tuple[Discarded, ...]:
     """Go on with a discard that was killed: its guests stand still since then.
 
@@ -730,7 +620,7 @@ async def _finish(
             )
         )
         fresh.append(disk.chain[0].filename)
-        noted[place] = {"step": "lay", "running": True}
+        noted[place] = {"step": "lay", "running": True, "unseen": False}
     asked = await _asked(found, plans, asks)
     exchanging = _discard(
         found,

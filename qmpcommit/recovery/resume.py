@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qmpcommit.commit.policy import AskedPolicy
     from qmpcommit.commit.stale_layers import Hooks, OnPivot, OnStall
     from qmpcommit.commit.vm import VM
-    from qmpcommit.cycles.run import Discarded, Round
+    from qmpcommit.cycles.discarding import Discarded
+    from qmpcommit.cycles.run import Round
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.policy import AskedGroupPolicy
     from qmpcommit.guest.quiesce import Sockets

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qmpcommit.cycles import run as cycle
+from qmpcommit.cycles.book import RoundBook
 
 
 class Killed(BaseException):
@@ -20,13 +20,13 @@ def killed_at(step: str, place: int = 1) -> Iterator[None]:
     """In the block a discard notes this step for the `place`-th time, and does no more."""
     count = 0
 
-    async def note(name: str, **facts: Any) -> None:
+    async def note(self: RoundBook, number: int, name: str, **facts: Any) -> None:
         nonlocal count
         count += name == step
         if count == place:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cycle, "_no_note", note)
+        patch.setattr(RoundBook, "note_of", note)
         with pytest.raises(Killed):
             yield

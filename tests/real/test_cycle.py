@@ -9,7 +9,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.cycles import run as cycle_module
+from qmpcommit.cycles import discarding
 from tests.ground.images import Chain, assert_disk, create, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.sessions import files, runs
@@ -291,7 +291,7 @@ async def test_the_next_overlay_may_be_named(folder: Path) -> None:
 async def test_an_overlay_that_is_not_seen_here_is_not_called_deleted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cycle_module, "identify", lambda path, pid: None)
+    monkeypatch.setattr(discarding, "identify", lambda path, pid: None)
     chain = make_chain(folder)
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         done = await vm.discard("vda", delete=True)

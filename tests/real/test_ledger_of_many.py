@@ -172,6 +172,37 @@ async def test_killed_again_while_it_goes_on(work: str, folder: Path) -> None:
                 return
 
 
+@pytest.mark.parametrize("decided", [False, True])
+async def test_a_guest_never_waits_for_a_qemu_that_has_ended(folder: Path, decided: bool) -> None:
+    """Which of both ways its own disk goes, the ledger tells."""
+    rehearsed, world = World(folder / "0", "discard"), World(folder / "1", "discard")
+    async with AsyncExitStack() as stack:
+        await rehearsed.begin(stack)
+        assert await rehearsed.run(0, "discard") == 0
+        where = "before blockdev-reopen" if decided else "after blockdev-snapshot"
+        await world.begin(stack)
+        assert await world.run(rehearsed.passed.index(where) + 1, "discard") == KILLED
+        here, gone = world.qemus
+        gone.kill()
+        await gone.ended()
+        async with (
+            qc.Session.connect(here.qmp) as vm,
+            machine(gone.folder, *world.chains[1]) as anew,
+            qc.Session.connect(anew.qmp) as other,
+        ):
+            for _ in range(2):
+                boot = "its changes were to be discarded" if decided else "nothing was discarded"
+                with pytest.raises(qc.VMGone, match=f"{boot}.* boot"):
+                    await qc.resume(qc.FileLedger(world.ledger), [vm, other])
+                assert await runs(here)
+            (disk, _) = await vm.disks()
+            assert (disk.chain[0].filename == str(world.chains[0][0].top)) is not decided
+            await anew.quit()
+        await here.quit()
+    for chains in world.chains:
+        assert_disk(chains[0].base, chains[0].pictures[0])
+
+
 async def test_a_window_is_opened_by_one_process_and_closed_by_another(folder: Path) -> None:
     """With one ledger, which tells afterwards how it was closed; or what has to be done first."""
     chain, other = make_chain(folder), make_chain(folder, names=("base2", "top2"))
