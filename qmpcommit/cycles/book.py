@@ -9,13 +9,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmpcommit.callback import Noting
 from qmpcommit.commit.ledger import Noted, add_note
+from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.phases import State
+from qmpcommit.commit.policy import Recycle
 from qmpcommit.errors import MonitorLost, QmpCommitError, VMGone
 from qmpcommit.log import Log
+from qmpcommit.qmp.process import process_identity
+
+if TYPE_CHECKING:
+    from qmpcommit.commit.vm import VM
 
 KIND = "cycle"
 
@@ -24,6 +30,23 @@ Decided = Literal["exchange", "back"]
 
 _BEFORE = ("stop", "lay", "reopen")
 """Steps of an exchange that are not taken if they can't be noted."""
+
+
+def part_of(vm: VM, disk: str, overlay: str, asked: OverlayOptions) -> dict[str, Any]:
+    """What is noted of one disk of a round, whether it is kept or discarded."""
+    return {
+        "vm": vm.name,
+        "identity": process_identity(vm.peer_pid),
+        "disk": disk,
+        "overlay": overlay,
+        "options": dict(asked.options),
+        "secret": asked.secret,
+    }
+
+
+def recycle_of(part: Mapping[str, Any]) -> Recycle:
+    """The policy by which one disk's changes are kept."""
+    return Recycle(part["overlay"], part["options"] or None, part["secret"])
 
 
 def is_exchanged(part: Mapping[str, Any]) -> bool:
@@ -90,7 +113,7 @@ class RoundBook(Parts):
     """
 
     def __init__(self, ledger: Any, log: Log, known_as: str, value: Noted | None = None) -> None:
-        self._ledger, self._noting, self._known_as = ledger, Noting.of(ledger, log), known_as
+        self._ledger, self._noting, self.known_as = ledger, Noting.of(ledger, log), known_as
         self.value: dict[str, Any] = {"over": False, "decided": None, "parts": [], "child": {}}
         self.value |= value or {}
 
@@ -104,7 +127,7 @@ class RoundBook(Parts):
 
     def _facts(self) -> dict[str, Any]:
         over = bool(self.value["over"])
-        return {"kind": KIND, "known_as": self._known_as, "value": self.value, "over": over}
+        return {"kind": KIND, "known_as": self.known_as, "value": self.value, "over": over}
 
     @property
     def child(self) -> ChildLedger | None:

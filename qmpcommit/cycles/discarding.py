@@ -51,20 +51,8 @@ class Discarded(Record):
     warnings: tuple[str, ...] = ()
 
 
-def part_of(vm: VM, disk: str, overlay: str, asked: OverlayOptions) -> dict[str, Any]:
-    """What is noted of one disk of a round, whether it is kept or discarded."""
-    return {
-        "vm": vm.name,
-        "identity": process_identity(vm.peer_pid),
-        "disk": disk,
-        "overlay": overlay,
-        "options": dict(asked.options),
-        "secret": asked.secret,
-    }
-
-
 async def discard_of(vm: VM, plan: Plan, *, delete: bool) -> dict[str, Any]:
-    """What is noted beside that of one that is discarded."""
+    """What is noted of a disk that is discarded beside `part_of`."""
     former = absolute(plan.top, vm.cwd)
     file = await asyncio.to_thread(identify, former, vm.peer_pid) if delete else None
     return {

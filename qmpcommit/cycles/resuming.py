@@ -14,11 +14,10 @@ from qmpcommit import errors
 from qmpcommit.commit.claim import clear_dead, owners_of
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.ledger import COMMIT, Noted
-from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.resuming import vm_of
 from qmpcommit.cycles.book import ChildLedger, RoundBook
 from qmpcommit.cycles.discarding import Called, Discarded, Discarding, discarded
-from qmpcommit.cycles.run import Keeping, Round
+from qmpcommit.cycles.run import Round, keep, kept
 from qmpcommit.errors import CommitFailed, InvalidRequest, QmpCommitError
 from qmpcommit.tasks import to_the_end
 
@@ -81,20 +80,14 @@ class _Resumption:
     # -- what is kept -----------------------------------------------------------------------------
 
     async def _keep(self) -> tuple[Round, ...]:
-        parts, child = self._value["parts"], self._value["child"]
-        keeping = Keeping(
-            tuple(part["overlay"] for part in parts),
-            tuple(OverlayOptions.of(part["options"], part["secret"]) for part in parts),
-            self._value["delete"],
-            self._value["freeze"],
-            self._value["known_as"],
-        )
+        child = self._value["child"]
         if not child:
-            disks = [(vm, part["disk"]) for vm, part in zip(self._vms, parts, strict=True)]
-            return await keeping.run(disks, [{} for _ in disks], self._agents, self._book)
+            parts = zip(self._vms, self._book.parts, strict=True)
+            disks = [(vm, part["disk"]) for vm, part in parts]
+            return await keep(disks, [{} for _ in disks], self._agents, self._book)
         async with self._book.noting_failure():
             ends = await self._child(child)
-        return await keeping.ended(ends, self._book)
+        return await kept(ends, self._book)
 
     async def _child(self, child: Noted) -> Sequence[CommitOutcome]:
         ledger = ChildLedger(self._book)

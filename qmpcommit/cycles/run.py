@@ -27,7 +27,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Literal,
-    NamedTuple,
     Required,
     TypeAlias,
     TypedDict,
@@ -58,7 +57,6 @@ from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
     Pivot,
     Ready,
-    Recycle,
     check_command,
     is_answer,
     no_answer,
@@ -66,8 +64,8 @@ from qmpcommit.commit.policy import (
 )
 from qmpcommit.commit.preconditions import check_follows
 from qmpcommit.commit.stale_layers import users
-from qmpcommit.cycles.book import RoundBook
-from qmpcommit.cycles.discarding import Discarded, Discarding, discard_of, discarded, part_of
+from qmpcommit.cycles.book import RoundBook, part_of, recycle_of
+from qmpcommit.cycles.discarding import Discarded, Discarding, discard_of, discarded
 from qmpcommit.cycles.exchange import Guest
 from qmpcommit.errors import (
     ChainError,
@@ -241,70 +239,48 @@ async def cycle(
         guest = await _agreed(found, guest)
         await asyncio.to_thread(overlay_files, _named(found, plans), overlay)
         await check_followed(found, plans, asks)
-        keep = await deserves(plans, keep_if, timeout)
+        good = await deserves(plans, keep_if, timeout)
         found = await _find(disks)  # it may have taken its time
         asked_of, plans = plans, _plans(found)
         check_unchanged(asked_of, plans)
         fresh = await asyncio.to_thread(overlay_files, _named(found, plans), overlay)
         asked = await check_followed(found, plans, asks)
-        if not keep:
+        if not good:
             discarding = _discard(
                 found, plans, fresh, guest=guest, delete=delete, claims=claims, asked=asked,
                 book=book,
             )  # fmt: skip
             return _discarded(await to_the_end(discarding))
-        keeping = Keeping(tuple(fresh), tuple(asked), delete, freeze, group)
-        await book.note("begin", **keeping.dump(found))
-        own = [{"claim": claim, "override": override} for claim in claims]
-        return await keeping.run(disks, own, agents or {}, book)
-
-
-class Keeping(NamedTuple):
-    """How a round is kept: the next overlays, and what is asked of them, by the disks' places."""
-
-    fresh: tuple[str, ...]
-    asked: tuple[OverlayOptions, ...]
-    delete: bool
-    freeze: How | None
-    known_as: str
-
-    async def run(
-        self,
-        disks: Sequence[Place],
-        own: Sequence[dict[str, Any]],
-        agents: Sockets[Any],
-        book: RoundBook,
-    ) -> tuple[Round, ...]:
-        """Carry them into the bases, and note how that ended."""
-        recycles = [
-            GroupMember(vm, disk, Recycle(file, asks.options or None, asks.secret), options)
-            for (vm, disk), file, asks, options in zip(
-                disks, self.fresh, self.asked, own, strict=True
-            )
-        ]
-        async with book.noting_failure():
-            ends = await _keep(
-                recycles, self.delete, self.freeze, agents, self.known_as, book.child
-            )
-        return await self.ended(ends, book)
-
-    async def ended(self, ends: Sequence[CommitOutcome], book: RoundBook) -> tuple[Round, ...]:
-        """The round, as it is noted as well."""
-        rounds = tuple(
-            Round("kept", end.disk, file, kept=end)
-            for end, file in zip(ends, self.fresh, strict=True)
-        )
-        await book.end(outcome=[each.model_dump(mode="json") for each in rounds])
-        return rounds
-
-    def dump(self, found: Sequence[Found]) -> dict[str, Any]:
-        """What has to be known to go on with it, in JSON's own types."""
         parts = [
             part_of(vm, disk.name, file, asks)
-            for (vm, disk), file, asks in zip(found, self.fresh, self.asked, strict=True)
+            for (vm, disk), file, asks in zip(found, fresh, asked, strict=True)
         ]
-        known = {"delete": self.delete, "freeze": self.freeze, "known_as": self.known_as}
-        return {"result": "kept", "parts": parts, **known}
+        await book.note("begin", result="kept", parts=parts, delete=delete, freeze=freeze)
+        own = [{"claim": claim, "override": override} for claim in claims]
+        return await keep(disks, own, agents or {}, book)
+
+
+async def keep(
+    disks: Sequence[Place], own: Sequence[dict[str, Any]], agents: Sockets[Any], book: RoundBook
+) -> tuple[Round, ...]:
+    """Carry into the bases what a noted round keeps, and note how that ended."""
+    recycles = [
+        GroupMember(vm, disk, recycle_of(part), options)
+        for (vm, disk), part, options in zip(disks, book.parts, own, strict=True)
+    ]
+    async with book.noting_failure():
+        ends = await _keep(recycles, agents, book)
+    return await kept(ends, book)
+
+
+async def kept(ends: Sequence[CommitOutcome], book: RoundBook) -> tuple[Round, ...]:
+    """The round, as it is noted as well."""
+    rounds = tuple(
+        Round("kept", end.disk, part["overlay"], kept=end)
+        for end, part in zip(ends, book.parts, strict=True)
+    )
+    await book.end(outcome=[each.model_dump(mode="json") for each in rounds])
+    return rounds
 
 
 def _book(ledger: Ledger | None, found: Sequence[Found], work: str, known_as: str) -> RoundBook:
@@ -327,22 +303,20 @@ async def _claimed(
         await release_all(claims)
 
 
-async def _keep(  # noqa: PLR0917
-    recycles: Sequence[GroupMember],
-    delete: bool,
-    freeze: How | None,
-    agents: Sockets[Any],
-    known_as: str,
-    ledger: Any,
+async def _keep(
+    recycles: Sequence[GroupMember], agents: Sockets[Any], book: RoundBook
 ) -> Sequence[CommitOutcome]:
+    delete, freeze = book.value["delete"], book.value["freeze"]
     if len(recycles) > 1 or freeze is not None:
         group = GroupCommit(
-            recycles, shallow=True, delete=delete, freeze=freeze, agents=agents, known_as=known_as,
-            ledger=ledger,
+            recycles, shallow=True, delete=delete, freeze=freeze, agents=agents,
+            known_as=book.known_as, ledger=book.child,
         )  # fmt: skip
         return (await group.run()).outcomes
     ((vm, disk, policy, own),) = recycles
-    job = await vm.commit(disk, policy=policy, shallow=True, delete=delete, ledger=ledger, **own)
+    job = await vm.commit(
+        disk, policy=policy, shallow=True, delete=delete, ledger=book.child, **own
+    )
     return [await see_through(job)]
 
 

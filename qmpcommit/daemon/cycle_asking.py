@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from qmpcommit.block.chain import absolute, find_disk, read_disks
-from qmpcommit.block.identity import all_told_where, identify
+from qmpcommit.block.identity import all_told_where
 from qmpcommit.commit.in_use import check_unchanged
 from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.overlay.place import check_place, new_overlay
 from qmpcommit.commit.plan import Plan
+from qmpcommit.cycles.book import part_of
+from qmpcommit.cycles.discarding import discard_of
 from qmpcommit.cycles.run import (
     check_followed,
     deserves,
@@ -61,18 +62,12 @@ async def ask_command(engine: Engine, found: Round) -> None:
             former = absolute(plan.top, held[vm].cwd)
             if request.overlay_dir is None:
                 await asyncio.to_thread(check_place, vm, plan, former)
-            overlay = new_overlay(found.request.overlay_dir or os.path.dirname(former), former)
-            facts: dict[str, Any] = {"overlay": overlay, "job_id": plan.job_id}
-            if own.secret != asks.secret:
-                facts["encrypted"] = False
+            overlay = new_overlay(request.overlay_dir or os.path.dirname(former), former)
+            part = {**part_of(held[vm], disk, overlay, own), "job_id": plan.job_id}
             if not keep:
                 await _check_base(engine, disk, plan)
-                facts["plan"] = plan.model_dump(mode="json")
-                facts["identity"] = engine.vm(vm).identity
-                if found.request.delete:
-                    pid = held[vm].peer_pid
-                    facts["file"] = await asyncio.to_thread(identify, former, pid)
-            parts.append({"vm": vm, "disk": disk, **facts})
+                part |= await discard_of(held[vm], plan, delete=request.delete)
+            parts.append(part)
     await found.move("keeping" if keep else "discarding", parts=parts)
 
 

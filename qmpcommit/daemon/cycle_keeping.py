@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from qmpcommit.commit.policy import Recycle
+from qmpcommit.cycles.book import recycle_of
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
@@ -25,12 +25,6 @@ AGAIN = 0.5
 """Seconds between two tries to reach a VM in the middle of a round."""
 
 T = TypeVar("T")
-
-
-def _recycle(found: Round, part: Mapping[str, Any]) -> Recycle:
-    """With what the configuration asks of its overlay; the secret is for an encrypted disk."""
-    secret = found.request.overlay_secret if part.get("encrypted", True) else None
-    return Recycle(part["overlay"], found.request.overlay_options, secret)
 
 
 class Keeping:
@@ -70,7 +64,7 @@ class Keeping:
         """The disks' recycles at one instant; a key of the round's own finds them again."""
         request = GroupRequest(
             members=[
-                GroupMemberRequest(vm=part["vm"], disk=part["disk"], policy=_recycle(found, part))
+                GroupMemberRequest(vm=part["vm"], disk=part["disk"], policy=recycle_of(part))
                 for part in found.parts
             ],
             shallow=True,
@@ -93,7 +87,7 @@ class Keeping:
             return Promise.load(rows[0], self._engine.journal, self._engine.metrics)
         request = CommitRequest(
             disk=found.disk,
-            policy=_recycle(found, part),
+            policy=recycle_of(part),
             shallow=True,
             delete=found.request.delete,
             job_id=part["job_id"],

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
 
+from qmpcommit.cycles.book import Parts
+from qmpcommit.cycles.discarding import Discarding
 from qmpcommit.daemon.journal import Journal
 from qmpcommit.daemon.undertaking import Undertaking
 from qmpcommit.wire.cycle import Cycle, RoundView
 
-Decided = Literal["exchange", "back"]
-"""Which way a discard goes: all disks are exchanged, or all are put back."""
 
-
-class Round(Undertaking[Cycle]):
+class Round(Undertaking[Cycle], Parts):
     """One round of one cycle; `exchanging` are the VMs in whose QEMUs it is at work.
 
-    `parts` is what is noted of each disk, in the order of the configuration: where its next
-    overlay is and, of a discard, what is exchanged in which QEMU and how far that is.
+    `parts` is what is noted of each disk, in the order of the configuration.
     """
 
     kind = "cycle"
@@ -35,7 +34,18 @@ class Round(Undertaking[Cycle]):
             laid = made.noted.get("step") not in (None, "", "stop")
             part = {**made.noted, "vm": made.vm, "disk": made.disk}
             made.noted = {**made.noted, "parts": [part], "decided": "exchange" if laid else None}
+        if "parts" in made.noted:
+            made.noted = {**made.noted, "parts": [made._as_now(each) for each in made.parts]}
         return made
+
+    def _as_now(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """A part that a former version may have noted."""
+        asked, encrypted = self.request, part.get("encrypted", True)
+        former = {
+            "options": asked.overlay_options, "secret": asked.overlay_secret if encrypted else None,
+            "identity": "", "file": None, "unseen": False,
+        }  # fmt: skip
+        return {**former, **part}
 
     @property
     def disk(self) -> str:
@@ -53,20 +63,29 @@ class Round(Undertaking[Cycle]):
         return list(dict.fromkeys(vm for vm, _ in self.request.disks))
 
     @property
-    def parts(self) -> list[dict[str, Any]]:
-        """What is noted of its disks; empty until its command has answered."""
-        return list(self.noted.get("parts") or [])
+    def value(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """What its row holds."""
+        return self.noted
+
+    async def note(
+        self, step: str, *, held: bool = False, anyway: bool = False, **facts: Any
+    ) -> None:
+        """As `Undertaking.note`: whatever is held meanwhile, its row is waited for."""
+        await Undertaking.note(self, step, **facts)
 
     @property
-    def decided(self) -> Decided | None:
-        """What was decided of a discard that has begun."""
-        return self.noted.get("decided")
+    def discarding(self) -> Discarding:
+        """What is done where its changes are thrown away."""
+        return Discarding(self, self.request.guest, "round")
 
-    async def note_of(self, number: int, step: str, **facts: Any) -> None:
-        """`note` of one of its parts."""
-        parts = self.parts
-        parts[number] = {**parts[number], **facts, "step": step}
-        await self.note(step, parts=parts)
+    @contextmanager
+    def at_work(self, vms: Iterable[str]) -> Iterator[None]:
+        """They are `exchanging` for the length of the body."""
+        self.exchanging |= {*vms}
+        try:
+            yield
+        finally:
+            self.exchanging -= {*vms}
 
     def view(self) -> RoundView:
         """As the API shows it."""

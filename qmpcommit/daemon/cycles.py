@@ -1,7 +1,7 @@
 """Golden cycles: in rounds, an overlay's changes go into the base, or are thrown away.
 
 A round asks a command whether the changes deserve it. If so a promise recycles the overlay: the
-base takes its data, and an empty one begins. If not an `Exchange` lays an empty one over the base.
+base takes its data, and an empty one begins. If not it is discarded.
 Each round is an `Undertaking`: it is in the journal before it begins, and so is each step of it.
 """
 
@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 from qmpcommit.daemon.cycle_asking import ask_command
-from qmpcommit.daemon.cycle_discarding import Discarding
+from qmpcommit.daemon.cycle_discarding import Discards
 from qmpcommit.daemon.cycle_keeping import Keeping
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.cycle_times import reached, until_next
@@ -38,7 +38,7 @@ class Cycles(Kind[Round]):
 
     def __init__(self, engine: Engine, groups: Groups) -> None:
         super().__init__(engine)
-        self._keeping, self._discarding = Keeping(engine, groups), Discarding(engine)
+        self._keeping, self._discards = Keeping(engine, groups), Discards(engine)
         self._cycles: dict[tuple[str, str], Cycle] = {}
         self._of: dict[tuple[str, str], Cycle] = {}
         self._next: dict[tuple[str, str], float] = {}
@@ -63,7 +63,7 @@ class Cycles(Kind[Round]):
             here = vm.name in found.vms and vm.name not in found.exchanging
             if here and found.state == "discarding":
                 try:
-                    await self._discarding.settle(found, vm, vm.session)
+                    await self._discards.settle(found, vm.name, vm.session)
                 except QmpCommitError as error:  # its task tries again, and says how it ended
                     found.log.warning("exchange_not_ended", why=error.message)
 
@@ -196,7 +196,7 @@ class Cycles(Kind[Round]):
         if found.state in ("new", "asking"):
             await ask_command(self._engine, found)
         kept = found.state == "keeping"
-        end = self._keeping.keep if kept else self._discarding.discard
+        end = self._keeping.keep if kept else self._discards.discard
         outcome = await end(found)
         if kept:
             self._kept[found.place] = time.time()
@@ -204,7 +204,7 @@ class Cycles(Kind[Round]):
 
     async def _rescue(self, found: Round) -> str:
         discards = found.state == "discarding"
-        left = await self._discarding.rescue(found) if discards else "Nothing was discarded"
+        left = await self._discards.rescue(found) if discards else "Nothing was discarded"
         return f". {left}"
 
     async def _after(self, found: Round) -> None:

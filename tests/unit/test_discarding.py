@@ -1,31 +1,30 @@
-"""What the daemon does of a discard on one VM that goes away in the middle of it."""
+"""What is begun of a discard in a VM that goes away in the middle of it."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.daemon.cycle_discarding import Discarding
+from qmpcommit.cycles import discarding as discarding_module
+from qmpcommit.daemon.cycle_discarding import Discards
+from qmpcommit.daemon.cycle_round import Round
+from qmpcommit.wire.cycle import Cycle
+from tests.unit.test_overlay_asked import CYCLE
 
 
 async def test_a_vm_that_is_away_is_settled_when_it_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unknown: Any = None
-    discarding = Discarding(unknown)
-    begun = SimpleNamespace(running=True, over=False)
-    found: Any = SimpleNamespace(parts=[], vms=["a", "b"], decided="back", exchanging=set())
-    vm: Any = SimpleNamespace(name="a", identity="1")
+    found = Round("a", Cycle.model_validate(CYCLE), unknown)
 
     async def away(exchanges: object) -> object:
         assert found.exchanging == {"a"}
         raise qc.MonitorLost("lost", vm="a")
 
-    monkeypatch.setattr(discarding, "_exchanges", lambda found, held: [begun])
-    monkeypatch.setattr(discarding, "_claim", away)
+    monkeypatch.setattr(discarding_module, "put_back", away)
     with pytest.raises(qc.MonitorLost):
-        await discarding.settle(found, vm, unknown)
+        await Discards(unknown).settle(found, "a", unknown)
     assert found.exchanging == set()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from qmpcommit.commit.policy import Recycle
-from qmpcommit.daemon.cycle_keeping import _recycle
+from qmpcommit.cycles.book import recycle_of
+from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.wire.cycle import Cycle
 from qmpcommit.wire.window import VMWindowRequest, WindowRequest
 
@@ -34,7 +35,14 @@ def test_what_can_not_be_asked_is_refused(wrong: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("encrypted", [True, False])
 def test_a_cycles_recycle_has_what_the_configuration_asks(encrypted: bool) -> None:
+    """Also where a former version has noted whether it is encrypted."""
     request = Cycle.model_validate({**CYCLE, "overlay_options": OPTIONS, "overlay_secret": "s0"})
     part = {"overlay": "/f"} if encrypted else {"overlay": "/f", "encrypted": False}
-    found: Any = SimpleNamespace(request=request)
-    assert _recycle(found, part) == Recycle("/f", OPTIONS, "s0" if encrypted else None)
+    journal: Any = None
+    row = {
+        **dict.fromkeys(("created", "state", "expires", "ended", "outcome", "error")),
+        "id": "1", "vm": "a", "created": 0.0, "state": "keeping",
+        "request": request.model_dump_json(), "noted": json.dumps({"parts": [part]}),
+    }  # fmt: skip
+    (noted,) = Round.load(row, journal).parts
+    assert recycle_of(noted) == Recycle("/f", OPTIONS, "s0" if encrypted else None)
