@@ -39,7 +39,7 @@ def refuse_converge(vm: str, disk: Disk, top: Image) -> None:
     """Refuse to hold a guest back that does not write to what is committed."""
     raise InvalidRequest(
         f"{top} is not the active layer of {disk}: the guest does not write to it, so nothing it"
-        " does keeps the job from its end, and converge (--converge) can't help. Leave it out."
+        " does keeps the job from its end, and converge can't help. Leave it out."
         " Nothing was sent",
         vm=vm,
         disk=disk.name,
@@ -54,9 +54,7 @@ def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None)
     """
     if may_pivot(policy) or (stale == "leave" and on_pivot is None):
         return
-    what = {"delete": "delete (--delete)", "rename": "rename (--rename)"}.get(
-        stale, "persist (on_pivot, --on-pivot)"
-    )
+    what = stale if stale != "leave" else "persist (on_pivot)"
     raise InvalidRequest(
         f"nothing is stale after {_ends(policy)}, which leaves the overlay the active image, so"
         f" there is nothing to {what}: leave that out, or pivot. Nothing was sent"

@@ -53,6 +53,14 @@ def place_of(job_id: str) -> GroupPlace | None:
 
 def what_to_do(job_id: str, qmp: str) -> str:
     """What a person should know and do about a job found PENDING."""
+    return f"{_held_text(job_id)}. {_ends(qmp)}"
+
+
+def _ends(qmp: str) -> str:
+    return f"If whoever started it is gone: {recovers(qmp)} ends it"
+
+
+def _held_text(job_id: str) -> str:
     place = place_of(job_id)
     text = "holds its disk's I/O until it is ended, and the guest's disk hangs meanwhile"
     if place is not None:
@@ -60,7 +68,7 @@ def what_to_do(job_id: str, qmp: str) -> str:
             f". It is {place.number} of {place.members} of group {place.group}, which is ended as"
             " one: name the VMs of all"
         )
-    return f"{text}. If whoever started it is gone: {recovers(qmp)} ends it"
+    return text
 
 
 def recovers(qmp: str) -> str:
@@ -132,19 +140,23 @@ async def name_pending(vm: VM, conflict: JobConflict) -> JobConflict:
 
     And where a guest is quiesced, as a group that was killed leaves it beside its jobs.
     """
-    job_id, qmp, text = str(conflict.job_id), str(vm.address or "QMP"), str(conflict)
+    job_id, qmp, text = str(conflict.job_id), str(vm.address or "QMP"), conflict.message
+    hint = conflict.hint
     with suppress(QmpCommitError):
         if job_id in _held(await vm.execute("query-jobs"), ()):
             text = (
                 f"{conflict.disk} of {conflict.vm} has a commit that was left PENDING: job {job_id}"
-                f" {what_to_do(job_id, qmp)}. Nothing was sent"
+                f" {_held_text(job_id)}. Nothing was sent"
             )
+            hint = _ends(qmp)
         graph = await vm.graph()
         for mark in freeze_marks.marks_among(graph.nodes):
-            text += f". And {mark.message}: {freeze_marks.what_to_do(mark, qmp)}"
-        if recovers(qmp) not in text and await _is_left(vm, graph, str(conflict.disk)):
-            text += f". Whoever began that is gone: {recovers(qmp)} says what is left"
-    return JobConflict(text, **conflict.facts)
+            text += f". And {mark.message}"
+            hint = freeze_marks.what_to_do(mark, qmp)
+        if recovers(qmp) not in (hint or "") and await _is_left(vm, graph, str(conflict.disk)):
+            text += ". Whoever began that is gone"
+            hint = f"{recovers(qmp)} says what is left"
+    return JobConflict(text, hint=hint, **conflict.facts)
 
 
 async def _is_left(vm: VM, graph: BlockGraph, name: str) -> bool:
@@ -159,4 +171,4 @@ async def _is_left(vm: VM, graph: BlockGraph, name: str) -> bool:
 def tell_of_recycles(error: ChainError, graph: BlockGraph, qmp: str) -> ChainError:
     """The same error, or one that says so where an interrupted recycle may be its cause."""
     told = "; ".join(each["next"] for each in interrupted_recycles(graph, qmp))
-    return ChainError(f"{error.message}. {told}", **error.facts) if told else error
+    return ChainError(error.message, hint=told, **error.facts) if told else error

@@ -248,8 +248,9 @@ def parse_policy(value: object) -> AnyPolicy | PolicyCall:
     if value is None:
         raise PolicyRequired(
             "committing the active layer has two phases, and nothing says what to do in the"
-            " second: give a policy, Pivot() (--pivot) to make the base the active image, or"
-            " Keep() (--keep-overlay) to keep writing to the overlay. Nothing was sent"
+            " second: give a policy, a pivot to make the base the active image, or a keep to keep"
+            " writing to the overlay. Nothing was sent",
+            hint="--pivot and --keep-overlay say that",
         )
     if isinstance(value, AnyPolicy):
         return value

@@ -120,6 +120,7 @@ async def check_follows(
     if why is not None:
         raise ChainError(
             f"no fresh overlay can be laid over {plan.disk} of {plan.vm}: {why}. Nothing was sent",
+            hint="--overlay-secret ID says which secret" if "(overlay_secret)" in why else None,
             vm=plan.vm,
             disk=plan.disk.name,
         )

@@ -66,7 +66,7 @@ def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings)
             " closed it before the job was taken up"
         )
     elif not known:
-        warnings.append("which images the job worked on is not known; 'qmpcommit chain' shows them")
+        warnings.append("which images the job worked on is not known; the disk's chain shows them")
     if state.link.doubt:
         warnings.append("QEMU was shutting down when the job ended")
     return CommitOutcome(
@@ -106,7 +106,7 @@ def _halfway(plan: Plan, action: str) -> str:
     if not plan.top.node_name:
         return (
             "the layers below the job's overlay, which are not known here, may hold part of its"
-            " data: they are valid only under it. 'qmpcommit chain' shows them"
+            " data: they are valid only under it. The disk's chain shows them"
         )
     below = [image.filename for image in (*plan.between, plan.base)]
     only = f"valid only under {plan.top.filename}"
@@ -396,7 +396,7 @@ def _newest_unknown(plan: Plan) -> str:
 
 def _still_active(plan: Plan) -> str:
     if not plan.top.node_name:  # adopted when it had ended: nothing is known of its disk
-        return "Which image the guest writes to now, 'qmpcommit chain' shows"
+        return "Which image the guest writes to now, the disk's chain shows"
     whole = f"{plan.top.filename} is still the active image and whole"
     if not plan.two_phase:
         whole = f"The chain of {plan.disk} is as it was and whole"

@@ -218,7 +218,8 @@ class Closing:
         before, now = part.identity, vm.identity if vm is not None else ""
         anew = f"{part.vm} was started anew; " if before and now and before != now else ""
         what = "; ".join(each.message for each in remains)
-        raise WindowError(f"{anew}no disk of {part.vm} writes to this overlay: {what}", vm=part.vm)
+        text = f"{anew}no disk of {part.vm} writes to this overlay: {what}"
+        raise WindowError(text, hint=remains[0].hint, vm=part.vm)
 
 
 async def release(engine: Engine, part: Part) -> None:

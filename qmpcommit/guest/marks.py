@@ -234,8 +234,9 @@ async def thaw_abandoned(vm: Monitor, agent: str | os.PathLike[str] | None = Non
              for mark in await thaw_marked(vm, agent, owner=owner)]  # fmt: skip
     for mark in stuck:
         raise QuiesceFailed(
-            f"{vm.name}: {mark.message}, so that its writes hang. If whoever did it is gone:"
-            f" {what_to_do(mark, str(vm.address or 'QMP'))}. Nothing was sent",
+            f"{vm.name}: {mark.message}, so that its writes hang. If whoever did it is gone, what"
+            " is left of it has to be recovered first. Nothing was sent",
+            hint=what_to_do(mark, str(vm.address or "QMP")),
             vm=vm.name,
             how=mark.how,
             frozen=True,

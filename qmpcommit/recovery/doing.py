@@ -413,7 +413,8 @@ class Recovery:
     async def _goes_on(self, vm: VM, finding: Finding) -> str:
         (mark,) = marks_among([finding.what])
         if mark.how == "agent" and self._vms[vm] is None:
-            raise InvalidRequest("it was frozen through its agent: name its socket with --agent")
+            text = "it was frozen through its agent: name that agent's socket"
+            raise InvalidRequest(text, hint="--agent SOCKET names it")
         still = self._seen[vm].status in ("paused", "prelaunch")
         discarded = lookup.discarded(self._seen[vm], mark)
         result = "it goes on"

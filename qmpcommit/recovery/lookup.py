@@ -24,7 +24,7 @@ from qmpcommit.recovery.jobs import (
 )
 from qmpcommit.recovery.overlays import discards, nodes_left, recycles, swapped_discards
 from qmpcommit.recovery.seen import Seen
-from qmpcommit.window.readers import WHAT_TO_DO, reading
+from qmpcommit.window.readers import HINT, WHAT_TO_DO, reading
 
 ORDER: Sequence[Kind] = get_args(Kind)
 
@@ -142,7 +142,7 @@ def _windows(seen: Seen) -> Iterator[Finding]:
                 seen.vm,
                 active.filename,
                 message,
-                WHAT_TO_DO if readers else "It is merged back, and deleted",
+                f"{WHAT_TO_DO}; {HINT}" if readers else "It is merged back, and deleted",
                 does=not readers,
                 disk=disk.name,
             )

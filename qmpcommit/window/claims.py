@@ -29,7 +29,7 @@ from qmpcommit.commit.claim import (
     told,
 )
 from qmpcommit.errors import JobConflict
-from qmpcommit.window.readers import WHAT_TO_DO, readers_of, reading
+from qmpcommit.window.readers import HINT, WHAT_TO_DO, readers_of, reading
 from qmpcommit.window.records import Frozen, Window
 from qmpcommit.window.remains import disk_over, own_jobs, window_of
 
@@ -121,6 +121,7 @@ async def _check_unread(vm: VM, disk: Disk, each: Frozen) -> None:
         raise JobConflict(
             f"the window over {disk} of {vm.name} stays open: {reading(readers, each.filename)}."
             f" {WHAT_TO_DO}",
+            hint=HINT,
             vm=vm.name,
             disk=disk.name,
         )

@@ -195,8 +195,8 @@ def _plan(vm: VM, disk: Disk, name: str) -> Plan:
     if WINDOW_MARK in active.filename:
         raise ChainError(
             f"{disk} of {vm.name} is in a window, and writes to {active.filename}, which is merged"
-            " back when that closes: close it first (qmpcommit window --close). Nothing was"
-            " changed",
+            " back when that closes: close it first. Nothing was changed",
+            hint="'qmpcommit window --close' does that",
             **where,
         )
     if active.read_only:
@@ -225,8 +225,8 @@ def _unknown(
     return WindowError(
         f"{why}. The overlays {' and '.join(files)} were made, and may have been laid:"
         f" then they hold what the guest wrote since. If its QEMU has ended, start the VM from"
-        f" {pairs}."
-        f" If it runs, 'qmpcommit chain {vm.address or 'QMP'}' shows what it writes to",
+        f" {pairs}. If it runs, look at what it writes to",
+        hint=f"'qmpcommit chain {vm.address or 'QMP'}' shows that",
         vm=vm.name,
         overlays=list(files),
     )

@@ -45,4 +45,5 @@ def reading(readers: list[str], filename: str) -> str:
     )
 
 
-WHAT_TO_DO = f"End that, or wait for its end; --override {READER} merges back all the same"
+WHAT_TO_DO = "End that, or wait for its end"
+HINT = f"--override {READER} merges back all the same"

@@ -54,10 +54,11 @@ _JOB = re.compile(r"qmpcommit-w[0-9a-f]{8}-\d+-(create-file|create-qcow2|[0-9a-f
 
 @record
 class Remains(Record):
-    """What was left of a window and could not be cleared away, and why."""
+    """What was left of a window and could not be cleared away, and why; `hint` as an error's."""
 
     what: str
     message: str
+    hint: str = ""
 
 
 def remains_of(graph: BlockGraph) -> list[Remains]:
@@ -110,7 +111,7 @@ async def merge_back(
             remains = await left_of(vm, each.overlay)
             if remains:
                 what = "; ".join(each.message for each in remains)
-                raise WindowError(f"no disk writes to it: {what}", vm=vm.name)
+                raise WindowError(f"no disk writes to it: {what}", hint=remains[0].hint, vm=vm.name)
             return None
         own = own_jobs(disk, each.overlay)
         if own:
@@ -219,11 +220,14 @@ async def left_of(vm: VM, overlay: str) -> list[Remains]:
         if graph.full(overlay) in below and disk.active is not None:
             text = (
                 f"{disk} of {vm.name} has {disk.active.filename} over it by now, so that it is a"
-                f" layer of that disk like any other: 'qmpcommit commit {vm.address or 'QMP'}"
-                f" {disk} --top {shlex.quote(overlay)} --shallow --delete' merges it into the file"
-                " below"
+                " layer of that disk like any other: merge it into the file below by a commit of"
+                " its own"
             )
-            return [Remains(overlay, text)]
+            hint = (
+                f"'qmpcommit commit {vm.address or 'QMP'} {disk} --top {shlex.quote(overlay)}"
+                " --shallow --delete' does that"
+            )
+            return [Remains(overlay, text, hint)]
     return await clear(vm, [overlay])
 
 

@@ -105,11 +105,14 @@ from qmpcommit.window.remains import (
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
-_SAY_THE_SOCKET = "close the window with the agent's socket (--agent SOCKET)"
+_SAY_THE_SOCKET = "close the window with the agent's socket"
 
 
-def _left_still(vm: VM, mark: Mark) -> str:
-    return _SAY_THE_SOCKET if mark.how == "agent" else what_to_do(mark, str(vm.address or "QMP"))
+def _left_still(vm: VM, mark: Mark) -> tuple[str, str]:
+    """What is to be done about it, and what a person types for that."""
+    if mark.how == "agent":
+        return _SAY_THE_SOCKET, "--agent SOCKET names it"
+    return "recover what is left", what_to_do(mark, str(vm.address or "QMP"))
 
 
 def new_window_name() -> str:
@@ -379,10 +382,14 @@ async def close_windows(
     held = frozenset() if CLAIM in override else held_windows(owners)
     marking = (mark_of_window, mark_of_snapshot, mark_of_group)
     living = {mark_of(tag) for tag in held for mark_of in marking}
-    remains = [
-        Remains(mark.node, f"{mark.message}, so that its writes hang: {_left_still(vm, mark)}")
+    stuck = [
+        (mark, *_left_still(vm, mark))
         for mark in await thaw_marked(vm, agent, but=living)
         if not mark.with_disks  # whoever recycles or discards lets it go on
+    ]
+    remains = [
+        Remains(mark.node, f"{mark.message}, so that its writes hang: {todo}")
+        for mark, todo, _ in stuck
     ]
     await look_at_owner(vm)  # a guest that was left quiesced goes on also while it migrates
     left = [Frozen(w.disk, w.filename, w.overlay, w.node_name) for w in await windows(vm)]
@@ -397,6 +404,7 @@ async def close_windows(
     if remains:
         raise WindowError(
             f"on {vm.name} this is left of windows: {'; '.join(each.message for each in remains)}",
+            hint=next((typed for _, _, typed in stuck), None),
             remains=[each.what for each in remains],
             **facts,
         )
@@ -518,8 +526,8 @@ def _place(
     if overlay_dir is None and is_device(path):
         raise WindowError(
             f"{disk} of {vm.name} is the block device {path}, and its overlay would be laid beside"
-            " it, into the host's memory: name a folder for it (overlay_dir, --overlay-dir DIR)."
-            " Nothing was changed",
+            " it, into the host's memory: name a folder for it. Nothing was changed",
+            hint="--overlay-dir DIR names it",
             vm=vm.name,
             disk=disk.name,
         )
@@ -603,12 +611,18 @@ async def _close(
         if not isinstance(error, QmpCommitError):
             raise error
     if failed:
-        what = "; ".join(f"{each.overlay}: {error}" for each, error in failed)
+        hints = [error.hint for _, error in failed if isinstance(error, QmpCommitError)]
+        what = "; ".join(
+            f"{each.overlay}: {error.message}"
+            for each, error in failed
+            if isinstance(error, QmpCommitError)
+        )
         text = (
             f"the window on {vm.name} could not be closed. These overlays stay, for they hold what"
             f" was written since it was opened: {what}. Nothing is lost; close it again"
         )
         hint = f"'qmpcommit window --close {vm.address}' does that"
+        hint = ". ".join([*dict.fromkeys(filter(None, hints)), hint])
         if any(isinstance(error, (MonitorLost, VMGone)) for _, error in failed):
             text += (
                 ". If its QEMU has ended, start the VM from that file, never from the one below,"

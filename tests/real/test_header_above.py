@@ -176,7 +176,7 @@ async def test_a_name_for_which_there_is_no_room(
             if length > most:
                 with pytest.raises(qc.ChainError, match=f"has room for {most}") as told:
                     await vm.commit("t", top=1, override=[ABOVE])
-                assert "--keep-relative" in str(told.value)
+                assert "keep_relative" in str(told.value)
             job = await vm.commit("t", top=1, keep_relative=length > most)
             assert (await job.wait()).action == "none"
         run(QEMU.img, "info", "--backing-chain", top)

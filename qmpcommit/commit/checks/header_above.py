@@ -106,7 +106,7 @@ def _no_name(node: Node, case: Case, image: Image, name: str) -> str:
     return (
         f"the base's name as {image.filename} must have it has {length} bytes ('{shown}'), but that"
         f" header has room for {room}: QEMU would crash at the end, and the guest with it."
-        " A relative name may be shorter (keep_relative, --keep-relative), or give the base a"
+        " A relative name may be shorter (keep_relative), or give the base a"
         " shorter path"
     )
 

@@ -24,8 +24,8 @@ def internal_snapshots(case: Case) -> Iterator[Finding]:
                 f"{image.filename} holds internal snapshots ({names}), which a commit spoils: they"
                 " would show the base as it is afterwards, or go with the file. Copy what they"
                 f" show (qemu-img convert -l NAME {image.filename} COPY, while the VM is off), or"
-                " delete them (delvm, qemu-img snapshot -d). Whatever is overridden, --delete"
-                " leaves such a file",
+                " delete them (delvm, qemu-img snapshot -d). Whatever is overridden, no"
+                " deletion takes such a file",
             )
     names = _names(case, case.plan.base.node_name)
     if names:

@@ -65,7 +65,7 @@ def likeness(
         warnings = (
             f"with which discard, aio and locking the former overlay (node {follows}) was opened"
             f" QEMU does not tell: {called} has QEMU's defaults, or what is implied by the rest;"
-            " say them with overlay_options (--overlay-options) if they were others",
+            " ask for them with the overlay (overlay_options) if they were others",
         )
     return Likeness(
         create, _merged(node, asked_node(asked)), _merged(file, asked_file(asked)), warnings
@@ -165,12 +165,12 @@ def unfit(
         return (
             f"the disk is encrypted ({' and '.join(encrypted)}), and a plain overlay would have"
             " what the guest writes in clear: name a secret object of QEMU's with which the fresh"
-            " overlay is to be encrypted (overlay_secret, --overlay-secret ID)"
+            " overlay is to be encrypted (overlay_secret)"
         )
     if asked.secret is not None and not encrypted:
         return (
             f"the disk is not encrypted, so that its fresh overlay is not either: leave the secret"
-            f" '{asked.secret}' (overlay_secret, --overlay-secret) out"
+            f" '{asked.secret}' (overlay_secret) out"
         )
     if lasting and has_data_file(graph, top):
         return (

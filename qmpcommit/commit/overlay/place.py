@@ -47,21 +47,26 @@ def overlay_files(
     return files
 
 
+_NAMES = "--overlay FILE and the daemon's overlay_dir name it"
+
+
 def check_place(vm: str, plan: Plan, path: str) -> None:
     """Raise `ChainError` where the former overlay's folder is no place for the next one."""
     if is_device(path):
         raise ChainError(
             f"{plan.disk} of {vm} is the block device {path}, and its next overlay would be laid"
-            " beside it, into the host's memory: name a folder for it (overlay, --overlay; the"
-            " daemon's overlay_dir). Nothing was changed",
+            " beside it, into the host's memory: name a file or a folder for it. Nothing was"
+            " changed",
+            hint=_NAMES,
             vm=vm,
             disk=plan.disk.name,
         )
     if is_temporary(plan.top):
         raise ChainError(
             f"{plan.disk} of {vm} was started with snapshot=on, and its next overlay would stay"
-            f" beside {path}, a temporary file of QEMU's own: name a file or a folder for it"
-            " (overlay, --overlay; the daemon's overlay_dir). Nothing was changed",
+            f" beside {path}, a temporary file of QEMU's own: name a file or a folder for it."
+            " Nothing was changed",
+            hint=_NAMES,
             vm=vm,
             disk=plan.disk.name,
         )
