@@ -153,6 +153,8 @@ async def clear_away(
             warnings += await close_nodes(monitor, [image.node_name for image in stale], marks)
         if marks is not None and not again:  # else another file may have its name and place by now
             await marks.mark_closed(stale, around.files, around.cwd)
+        elif marks is not None:
+            await marks.close_left()
     except QmpCommitError as error:
         unclosed = error  # the hook is called all the same: the pivot has happened
     if around.on_pivot is not None and not hook:
@@ -191,7 +193,7 @@ async def _marks(monitor: Monitor, plan: Plan, around: Around) -> Marks | None:
         return None
     with suppress(QmpCommitError):
         if not await objection(monitor):
-            return Marks(monitor)
+            return Marks(monitor, plan.job_id)
     return None
 
 

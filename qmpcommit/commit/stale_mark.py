@@ -15,7 +15,7 @@ as it is, which the log tells. Rests on ``block-dirty-bitmap-add``, ``blockdev-a
 from __future__ import annotations
 
 import asyncio
-import os
+import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -34,9 +34,15 @@ _GRAIN = 1 << 24
 class Marks:
     """Marks the stale layers of one commit, each once, while QEMU has it open."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, job_id: str) -> None:
         self._monitor = monitor
+        self._node = f"{MARKING}{hashlib.sha256(job_id.encode()).hexdigest()[:8]}"
         self.done: set[str] = set()
+
+    async def close_left(self) -> None:
+        """Close what a process that was killed had opened here, for this job."""
+        if self._node in (await read_graph(self._monitor)).nodes:
+            await self._monitor.execute("blockdev-del", {"node-name": self._node})
 
     async def mark(self, node: Node) -> None:
         """Mark a stale layer that is open still, and that nothing uses any more.
@@ -69,9 +75,8 @@ class Marks:
     async def _open_for_it(self, image: Image, path: str, file: FileId) -> None:
         if await asyncio.to_thread(file_id, path) != file:
             return
-        node = f"{MARKING}{os.urandom(4).hex()}"
         storage = {"driver": "file", "filename": image.filename}
-        opened = {"driver": "qcow2", "node-name": node, "backing": None, "file": storage}
+        opened = {"driver": "qcow2", "node-name": self._node, "backing": None, "file": storage}
         try:
             await self._monitor.execute("blockdev-add", opened)
         except CommandRefused as error:
@@ -79,11 +84,11 @@ class Marks:
             return
         try:
             found = await asyncio.to_thread(identify, path, self._monitor.peer_pid)
-            if found == file and await self._add(node):
+            if found == file and await self._add(self._node):
                 self.done.add(image.node_name)
         finally:
             with suppress(CommandRefused):
-                await self._monitor.execute("blockdev-del", {"node-name": node})
+                await self._monitor.execute("blockdev-del", {"node-name": self._node})
 
     async def _add(self, node: str) -> bool:
         arguments = {"node": node, "name": STALE_MARK, "granularity": _GRAIN,
