@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +31,7 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
-from qmpcommit.group.noted import NotedGroup, Shown, Way, resume, shown_of
+from qmpcommit.group.noted import NotedGroup, NotedMember, Shown, Way, resume, shown_of
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.guest.marks import mark_of_group, unmark
 from qmpcommit.guest.quiesce import HOW, THAW_PATIENCE, How, thaw
@@ -112,28 +112,15 @@ class Settling(ABC):
         way = resume(noted, [Shown.AWAY] * many)
         if not look and way is resume(noted, [Shown.NOTHING] * many):
             return way
-        self.shown = list(await asyncio.gather(*(self._look(n) for n in range(many))))
+        keys = list(dict.fromkeys(member.vm for member in noted.members))
+        listed = dict(zip(keys, await asyncio.gather(*map(self._jobs, keys)), strict=True))
+        self.shown = [_shown(member, listed[member.vm]) for member in noted.members]
         way = resume(self.noted, self.shown)
         if self.finalizes and way is Way.CANCEL:
             shown = [each.name for each in self.shown]
             self.log.warning("cancelled_before", shown=shown)
             self.undone = True  # whatever is seen of it later
         return way
-
-    async def _look(self, number: int) -> Shown:
-        """What QEMU shows of a member."""
-        member = self.book.as_noted.members[number]
-        listed = await self._jobs(member.vm)
-        if listed is None:
-            return Shown.AWAY
-        identity, jobs = listed
-        if not member.begun:
-            return Shown.NOTHING
-        noted = self.book.member(number)
-        if is_same(noted.get("identity", ""), identity) is False:
-            return Shown.GONE
-        job_id = noted["plan"]["job_id"]
-        return shown_of(next((job for job in jobs if job.get("id") == job_id), None))
 
     # -- the jobs ---------------------------------------------------------------------------------
 
@@ -145,14 +132,20 @@ class Settling(ABC):
         self.log.info("settling", finalize=way is Way.FINALIZE)
         members = self.noted.members
         self._settled = {n: asyncio.Event() for n, member in enumerate(members) if member.begun}
-        guests = asyncio.create_task(self.guests_go_on(waiting=way is Way.FINALIZE))
+        waiting = {m.vm for m in members if m.begun and m.recycles and way is Way.FINALIZE}
+        guests = self._letting_go(self.noted, waiting)
+        jobs: list[asyncio.Task[MemberEnd]] = []
         try:
-            # First of all; but a thaw may write to a disk that is held, and waits for it then.
-            await asyncio.wait([guests], timeout=HEAD_START)
-            ends = await asyncio.gather(*(self._settle_one(n, way) for n in self._settled))
-            await guests
+            if first := [going for key, going in guests.items() if key not in waiting]:
+                # First of all; but a thaw may write to a disk that is held, and waits for it then.
+                await asyncio.wait(first, timeout=HEAD_START)
+            for number in self._settled:
+                settling = self._settle_one(number, members[number].vm, way)
+                jobs.append(asyncio.create_task(settling))
+            ends = await asyncio.gather(*jobs)
+            await asyncio.gather(*guests.values())
         finally:
-            await stop(guests)
+            await asyncio.gather(*map(stop, (*jobs, *guests.values())))
         stood = self.book.as_noted.quiesced
         return [
             _stood_still(end, self._paused.get(key), stood.get(key))
@@ -160,15 +153,15 @@ class Settling(ABC):
             for key in [members[number].vm]
         ]
 
-    async def _settle_one(self, number: int, way: Way) -> MemberEnd:
+    async def _settle_one(self, number: int, key: str, way: Way) -> MemberEnd:
         """One member, by itself."""
-        member, settled = self.noted.members[number], self._settled[number]
+        settled = self._settled[number]
         if way is Way.FINALIZE and _is_settled(load_state(self.book.member(number)["state"])):
             settled.set()
         try:
             while True:
                 try:
-                    async with self._reach(member.vm) as vm:
+                    async with self._reach(key) as vm:
                         end = await self._attempt(vm, number, way)
                 except QmpCommitError as error:  # its VM went away just now
                     end = self._noted_end(number, error)
@@ -221,19 +214,23 @@ class Settling(ABC):
 
     # -- the guests -------------------------------------------------------------------------------
 
-    async def guests_go_on(self, *, waiting: bool = False, still: bool = False) -> None:
-        """Let all guests go on; with `waiting` those whose disks are recycled after that.
-
-        With `still` those only that stand still, by what was noted.
-        """
-        noted = self.noted
-        begun = [m for m in noted.members if m.begun and (m.noted.get("stopped") or not still)]
-        keys = dict.fromkeys([*(member.vm for member in begun), *noted.frozen])
-        going = [asyncio.create_task(self._goes_on(key, waiting=waiting)) for key in keys]
+    async def guests_go_on(self, *, still: bool = False) -> None:
+        """Let all guests go on; with `still` those only that stand still, by what was noted."""
+        going = self._letting_go(self.noted, still=still).values()
         try:
             await asyncio.gather(*going)
         finally:
             await asyncio.gather(*map(stop, going))
+
+    def _letting_go(
+        self, noted: NotedGroup, waiting: Collection[str] = (), *, still: bool = False
+    ) -> dict[str, asyncio.Task[None]]:
+        """By their VMs; those that are `waiting` go on when their disks are settled."""
+        begun = [m for m in noted.members if m.begun and (m.noted.get("stopped") or not still)]
+        return {
+            key: asyncio.create_task(self._goes_on(key, waits=key in waiting))
+            for key in dict.fromkeys([*(member.vm for member in begun), *noted.frozen])
+        }
 
     async def relieve(self, key: str, vm: VM) -> None:
         """First of all on a VM that was just connected: its guest goes on, what is held is ended.
@@ -252,39 +249,37 @@ class Settling(ABC):
             await stop(going)
 
     async def _goes_on_at_once(self, key: str, vm: VM) -> None:
-        stands = bool(self._mine(key)) or key in self.noted.frozen
-        if stands and not (self.finalizes and self._recycles(key)):
-            try:
-                await self._let_go_on(key, vm, patience=0.0)
-            except QmpCommitError as error:  # who settles it tries it again
-                self.log.warning("thaw_failed", vm=vm.name, error=error.message)
+        mine = self._mine(key)
+        waits = self.finalizes and any(member.recycles for member in mine.values())
+        if waits or not (mine or key in self.noted.frozen):
+            return
+        try:
+            await self._let_go_on(key, vm, patience=0.0)
+        except QmpCommitError as error:  # who settles it tries it again
+            self.log.warning("thaw_failed", vm=vm.name, error=error.message)
 
     async def _end_held(self, key: str, vm: VM) -> None:
         jobs = await vm.execute("query-jobs")
         held = {str(job.get("id")) for job in jobs if job.get("status") == "pending"}
-        mine = {self.book.member(number)["plan"]["job_id"] for number in self._mine(key)}
+        mine = {member.noted["plan"]["job_id"] for member in self._mine(key).values()}
         for job_id in sorted(held & mine):
             order = "job-finalize" if self.finalizes else "job-cancel"
             self.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
             with suppress(CommandRefused):  # somebody else was first
                 await vm.execute(order, {"id": job_id})
 
-    def _mine(self, key: str) -> list[int]:
-        """The members of a VM that were begun."""
+    def _mine(self, key: str) -> dict[int, NotedMember]:
+        """The members of a VM that were begun, by their numbers."""
         members = enumerate(self.noted.members)
-        return [number for number, member in members if member.vm == key and member.begun]
+        return {number: each for number, each in members if each.vm == key and each.begun}
 
-    def _recycles(self, key: str) -> list[int]:
-        return [n for n in self._mine(key) if self.noted.members[n].recycles]
-
-    async def _goes_on(self, key: str, *, waiting: bool) -> None:
+    async def _goes_on(self, key: str, *, waits: bool) -> None:
         """One guest, over losses of its VM."""
-        mine = [n for n, member in enumerate(self.noted.members) if member.vm == key]
+        numbers = [n for n, member in enumerate(self.noted.members) if member.vm == key]
         since = asyncio.get_running_loop().time()
         try:
-            if waiting and self._recycles(key):
-                for number in self._mine(key):
-                    await self._settled[number].wait()
+            for number in self._mine(key) if waits else ():
+                await self._settled[number].wait()
             while True:
                 try:
                     async with self._reach(key) as vm:
@@ -293,7 +288,7 @@ class Settling(ABC):
                 except _AWAY as error:
                     away = error
                 try:
-                    await self._back(mine[0], away)
+                    await self._back(numbers[0], away)
                 except QmpCommitError as error:
                     if error is away and not isinstance(error, VMGone):
                         raise  # nobody knows
@@ -307,7 +302,7 @@ class Settling(ABC):
             raise
 
     async def _last_word(self, key: str) -> None:
-        if any(self.noted.members[number].noted.get("stopped") for number in self._mine(key)):
+        if any(member.noted.get("stopped") for member in self._mine(key).values()):
             with suppress(QmpCommitError, TimeoutError):
                 async with asyncio.timeout(LAST_WORD), self._reach(key) as vm:
                     await self._let_go_on(key, vm)
@@ -319,9 +314,8 @@ class Settling(ABC):
         loop = asyncio.get_running_loop()
         paused = [
             number
-            for number in self._mine(key)
-            if self.book.member(number).get("stopped")
-            and _is_same(vm, self.book.member(number)) is not False
+            for number, member in self._mine(key).items()
+            if member.noted.get("stopped") and _is_same(vm, member.noted) is not False
         ]
         if paused:
             try:
@@ -370,6 +364,19 @@ class Settling(ABC):
         error = error_of(ends, why=why, culprit=None, finalized=finalized, problems=self.problems)
         assert error is not None
         return error
+
+
+def _shown(member: NotedMember, listed: tuple[str, list[dict[str, Any]]] | None) -> Shown:
+    """What QEMU shows of a member."""
+    if listed is None:
+        return Shown.AWAY
+    identity, jobs = listed
+    if not member.begun:
+        return Shown.NOTHING
+    if is_same(member.noted.get("identity", ""), identity) is False:
+        return Shown.GONE
+    job_id = member.noted["plan"]["job_id"]
+    return shown_of(next((job for job in jobs if job.get("id") == job_id), None))
 
 
 def _is_settled(state: State) -> bool:
