@@ -98,8 +98,8 @@ class GroupKeeping(Settling):
         async with AsyncExitStack() as stack:
             try:
                 sessions = await self.sessions(stack)
-            except _AWAY as error:
-                await self._wait_for_vms(error)
+            except _AWAY as lost:
+                await self._wait_for_vms(lost)
                 return False
             if await self._goes_on_by() is not way:
                 return False
@@ -111,16 +111,15 @@ class GroupKeeping(Settling):
                 return False
             commit = self.made(sessions, timeout=left)
             group.commit = commit
+            outcome: GroupOutcome | None = None
+            error: QmpCommitError | None = None
             try:
                 outcome = await self._follow(commit, sessions, again=again)
-            except QmpCommitError as error:
+            except QmpCommitError as failed:
                 if group.handed_over:
                     await asyncio.Event().wait()  # the next daemon goes on
+                error = failed
                 group.torn = self._interrupted(commit, error, again=again)
-                if not group.torn:
-                    await self.guests_go_on(still=True)  # whose monitor was lost then
-                    await self.end(error=error, ends=commit.ends)
-                return not group.torn
             finally:
                 group.commit = None
                 for promise in group.members:
@@ -128,9 +127,10 @@ class GroupKeeping(Settling):
                 await to_the_end(commit.leave())
                 for name in sessions if not group.handed_over else ():
                     group.goes_on_again(name, commit.quiesced.get(name))
-        await self.guests_go_on(still=True)
-        await self.end(outcome=outcome, ends=commit.ends)
-        return True
+        if not group.torn:
+            await self.guests_go_on(still=True)  # whose monitor was lost when they were to
+            await self.end(outcome=outcome, error=error, ends=commit.ends)
+        return not group.torn
 
     async def _follow(
         self, commit: ResumableGroup, sessions: Mapping[str, Session], *, again: bool
@@ -207,10 +207,10 @@ class GroupKeeping(Settling):
     async def _wait_for_vms(self, error: QmpCommitError) -> None:
         """Until a VM that is away answers; where it does not come back, the others are let go."""
         group, vms = self._group, self._registry.vms
-        away = [p for p in group.members if p.vm not in vms or not vms[p.vm].up.is_set()]
+        members = enumerate(group.members)
+        away = [n for n, p in members if p.vm not in vms or not vms[p.vm].up.is_set()]
         try:
-            promise = (away or group.members)[0]
-            await self.first(self._keeper.wait_for_vm(promise, error))
+            await self.first(self._back(away[0] if away else 0, error))
         except QmpCommitError:
             if not group.begun:
                 raise
