@@ -249,10 +249,7 @@ class GroupKeeping(Settling):
 
     async def _back(self, number: int, error: QmpCommitError) -> None:
         """Until its VM answers again; raises its end where it is gone for good."""
-        promise = self._group.members[number]
-        if isinstance(error, VMGone) and not is_alive(promise.identity):
-            raise error
-        await self._keeper.wait_for_vm(promise, error)
+        await self._keeper.wait_for_vm(self._group.members[number], error)
 
     def _hooks(self, number: int) -> Mapping[str, Any]:
         return self._keeper.around(self._group.members[number])

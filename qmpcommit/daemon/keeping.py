@@ -56,7 +56,7 @@ LOOK_AGAIN = 0.5
 MAX_BEGINS = 3
 """How often a commit is begun that QEMU turns out not to know."""
 
-_AWAY = (ConnectError, MonitorLost)
+_AWAY = (ConnectError, MonitorLost, VMGone)
 
 
 class Keeper:
@@ -99,10 +99,6 @@ class Keeper:
         while True:
             try:
                 return await self._attempt(promise)
-            except VMGone as error:
-                if not is_alive(promise.identity):
-                    raise
-                await self.wait_for_vm(promise, error)  # its monitor's socket is gone
             except _AWAY as error:
                 await self.wait_for_vm(promise, error)
             except CommitFailed as error:
@@ -253,6 +249,8 @@ class Keeper:
 
     async def wait_for_vm(self, promise: Promise, error: QmpCommitError) -> None:
         """Until the VM answers again; raises the promise's end where it is gone for good."""
+        if isinstance(error, VMGone) and not is_alive(promise.identity):
+            raise error  # else no more than its monitor's socket is gone
         promise.log.info("vm_away", why=error.message)
         limit = self.config.limits.gone_after
         begun = time.monotonic()
