@@ -65,7 +65,7 @@ class GroupKeeping(Settling):
         while True:
             way = await self._goes_on_by()
             if way in (Way.BEGIN, Way.FOLLOW):
-                if group.as_noted.frozen:  # it is to be quiesced anew
+                if group.frozen:  # it is to be quiesced anew
                     await self.first(self.guests_go_on(still=True))
                 if await self._drive(way):
                     return

@@ -89,8 +89,8 @@ class Groups(Kind[Group]):
             await asyncio.wait(tasks, timeout=LAST_WORDS)
         jobs = [p.job for group in groups for p in group.members if p.job is not None]
         for group in groups:
-            if group.as_noted.frozen:  # an agent that does not answer is asked for a while
-                group.log.warning("stopping_after_thaw", vms=sorted(group.as_noted.frozen))
+            if group.frozen:  # an agent that does not answer is asked for a while
+                group.log.warning("stopping_after_thaw", vms=sorted(group.frozen))
         await asyncio.gather(*(stop(task) for task in tasks))
         await asyncio.gather(*(job.detach() for job in jobs))
 

@@ -47,12 +47,13 @@ class Group(Undertaking[GroupRequest], Book):
     @property
     def as_noted(self) -> NotedGroup:
         """It and its members as the journal has them."""
-        members = [{"vm": p.vm, "noted": p.as_noted if p.begun else {}} for p in self.members]
+        members = [{"vm": p.vm, "noted": self.member(n)} for n, p in enumerate(self.members)]
         return NotedGroup.load({**self.noted, "members": members})
 
     def member(self, number: int) -> Noted:
-        """What is noted of one."""
-        return self.members[number].as_noted
+        """What is noted of one; nothing where none was begun."""
+        promise = self.members[number]
+        return promise.as_noted if promise.begun else {}
 
     def of(self, number: int) -> Promise:
         """What its steps are noted in."""

@@ -40,7 +40,7 @@ class Book(ABC):
 
     @abstractmethod
     def member(self, number: int) -> Noted:
-        """What the ledger of one member's commit holds."""
+        """What the ledger of one member's commit holds; nothing where none was begun."""
 
     @abstractmethod
     def of(self, number: int) -> Ledger:
@@ -49,6 +49,12 @@ class Book(ABC):
     @abstractmethod
     async def write(self, step: str) -> None:
         """Have all of it written down."""
+
+    @property
+    def frozen(self) -> dict[str, FrozenGuest]:
+        """The guests that are quiesced, or may be, by their VMs."""
+        dumped = self.noted.get("frozen") or {}
+        return {key: FrozenGuest.load(key, facts) for key, facts in dumped.items()}
 
     def put_frozen(self, guest: FrozenGuest) -> None:
         """A guest is about to be quiesced, or let go on; written with the next note."""
@@ -195,7 +201,7 @@ class FreezeNotes:
 
     async def note(self, step: str, **facts: Any) -> None:
         """``freeze`` or ``thaw`` is about to be sent."""
-        before = self._book.as_noted.frozen.get(self._key)
+        before = self._book.frozen.get(self._key)
         since = time.time() if before is None or step == "freeze" else before.since
         identity = process_identity(self._vm.peer_pid)
         self._book.put_frozen(FrozenGuest(self._key, facts["how"], facts["agent"], identity, since))

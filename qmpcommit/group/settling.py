@@ -70,6 +70,7 @@ class Settling(ABC):
     ) -> None:
         self.book, self.log, self._known_as = book, log, known_as
         self._freeze, self._agents = freeze, agents
+        self._numbers: dict[str, list[int]] = {}
         self._settled: dict[int, asyncio.Event] = {}
         self._paused: dict[str, float] = {}
         self.undone = False
@@ -103,7 +104,7 @@ class Settling(ABC):
     @property
     def finalizes(self) -> bool:
         """Whether all jobs are to be finalized, and can be as far as was seen."""
-        return self.noted.finalizes
+        return bool(self.book.noted.get("finalize")) and self.noted.finalizes
 
     async def way(self, *, look: bool = False) -> Way:
         """How it goes on: by its notes alone where these are enough, unless it is to `look`."""
@@ -133,7 +134,7 @@ class Settling(ABC):
         members = self.noted.members
         self._settled = {n: asyncio.Event() for n, member in enumerate(members) if member.begun}
         waiting = {m.vm for m in members if m.begun and m.recycles and way is Way.FINALIZE}
-        guests = self._letting_go(self.noted, waiting)
+        guests = self._letting_go(members, waiting)
         jobs: list[asyncio.Task[MemberEnd]] = []
         try:
             if first := [going for key, going in guests.items() if key not in waiting]:
@@ -216,20 +217,20 @@ class Settling(ABC):
 
     async def guests_go_on(self, *, still: bool = False) -> None:
         """Let all guests go on; with `still` those only that stand still, by what was noted."""
-        going = self._letting_go(self.noted, still=still).values()
+        going = self._letting_go(self.noted.members, still=still).values()
         try:
             await asyncio.gather(*going)
         finally:
             await asyncio.gather(*map(stop, going))
 
     def _letting_go(
-        self, noted: NotedGroup, waiting: Collection[str] = (), *, still: bool = False
+        self, members: Sequence[NotedMember], waiting: Collection[str] = (), *, still: bool = False
     ) -> dict[str, asyncio.Task[None]]:
         """By their VMs; those that are `waiting` go on when their disks are settled."""
-        begun = [m for m in noted.members if m.begun and (m.noted.get("stopped") or not still)]
+        begun = [m for m in members if m.begun and (m.noted.get("stopped") or not still)]
         return {
             key: asyncio.create_task(self._goes_on(key, waits=key in waiting))
-            for key in dict.fromkeys([*(member.vm for member in begun), *noted.frozen])
+            for key in dict.fromkeys([*(member.vm for member in begun), *self.book.frozen])
         }
 
     async def relieve(self, key: str, vm: VM) -> None:
@@ -249,9 +250,9 @@ class Settling(ABC):
             await stop(going)
 
     async def _goes_on_at_once(self, key: str, vm: VM) -> None:
-        mine = self._mine(key)
-        waits = self.finalizes and any(member.recycles for member in mine.values())
-        if waits or not (mine or key in self.noted.frozen):
+        mine = self._mine(key).values()
+        waits = any(member.recycles for member in mine) and self.finalizes
+        if waits or not (mine or key in self.book.frozen):
             return
         try:
             await self._let_go_on(key, vm, patience=0.0)
@@ -262,24 +263,27 @@ class Settling(ABC):
         jobs = await vm.execute("query-jobs")
         held = {str(job.get("id")) for job in jobs if job.get("status") == "pending"}
         mine = {member.noted["plan"]["job_id"] for member in self._mine(key).values()}
+        order = "job-finalize" if self.finalizes else "job-cancel"
         for job_id in sorted(held & mine):
-            order = "job-finalize" if self.finalizes else "job-cancel"
             self.log.warning("held_its_disk", vm=vm.name, job=job_id, sending=order)
             with suppress(CommandRefused):  # somebody else was first
                 await vm.execute(order, {"id": job_id})
 
     def _mine(self, key: str) -> dict[int, NotedMember]:
         """The members of a VM that were begun, by their numbers."""
-        members = enumerate(self.noted.members)
-        return {number: each for number, each in members if each.vm == key and each.begun}
+        if not self._numbers:
+            for number, member in enumerate(self.noted.members):
+                self._numbers.setdefault(member.vm, []).append(number)
+        mine = {number: NotedMember(key, self.book.member(number)) for number in self._numbers[key]}
+        return {number: member for number, member in mine.items() if member.begun}
 
     async def _goes_on(self, key: str, *, waits: bool) -> None:
         """One guest, over losses of its VM."""
-        numbers = [n for n, member in enumerate(self.noted.members) if member.vm == key]
         since = asyncio.get_running_loop().time()
         try:
-            for number in self._mine(key) if waits else ():
-                await self._settled[number].wait()
+            for number in self._mine(key):
+                if waits:
+                    await self._settled[number].wait()
             while True:
                 try:
                     async with self._reach(key) as vm:
@@ -288,7 +292,7 @@ class Settling(ABC):
                 except _AWAY as error:
                     away = error
                 try:
-                    await self._back(numbers[0], away)
+                    await self._back(self._numbers[key][0], away)
                 except QmpCommitError as error:
                     if error is away and not isinstance(error, VMGone):
                         raise  # nobody knows
@@ -333,7 +337,7 @@ class Settling(ABC):
                 self._paused[key] = loop.time() - since
                 if self._freeze == "pause":
                     self.book.goes_on_again(key, self._paused[key])
-        guest = self.noted.frozen.get(key)
+        guest = self.book.frozen.get(key)
         if guest is not None:
             self.log.warning("guest_left_frozen", vm=vm.name, how=guest.how)
         if guest is not None and _is_same(vm, guest._asdict()) is not False:
