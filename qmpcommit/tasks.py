@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -49,6 +49,15 @@ class Awaited(Coroutine[Any, Any, T]):
         except BaseException:  # it has ended, also where it has an answer
             self._begun.pop(task, None)
             raise
+
+
+async def all_of(*work: Awaitable[Any]) -> list[Any]:
+    """What each of these gives, which run at once; the first error when all of them have ended."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return found
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:

@@ -174,8 +174,13 @@ class View(NamedTuple):
     opened: frozenset[FileId] = frozenset()
 
     @classmethod
-    def of(cls, pid: int | None, cwd: str | None) -> View:
-        """Of QEMU's process (None: not on this host); `cwd` as the process shows it here."""
+    def of(
+        cls, pid: int | None, cwd: str | None, opened: Mapping[int, FileId] | None = None
+    ) -> View:
+        """Of QEMU's process (None: not on this host); `cwd` as the process shows it here.
+
+        `opened` are its open files where they were read just now.
+        """
         if not pid:
             return cls(cwd=cwd)
         root = "" if names_are_ours(pid) else f"/proc/{pid}/root"
@@ -184,7 +189,8 @@ class View(NamedTuple):
         jail = _link(root) if root else None
         if jail and cwd is not None and cwd.startswith(f"{jail}/"):
             cwd = cwd.removeprefix(jail)
-        return cls(root, cwd, frozenset(open_files(pid).values()))
+        opened = open_files(pid) if opened is None else opened
+        return cls(root, cwd, frozenset(opened.values()))
 
     def id(self, path: str) -> FileId | None:
         """The file that this absolute path of QEMU's leads to; None where none can be seen."""

@@ -11,6 +11,7 @@ import stat
 import struct
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -166,19 +167,21 @@ class Locks(NamedTuple):
     holders: tuple[str, ...] = ()
 
 
-def image_locks(path: str, pid: int | None) -> Locks:
+def image_locks(path: str, pid: int | None, opened: Mapping[int, FileId] | None = None) -> Locks:
     """Look for QEMU's locks (OFD locks on `LOCK_BYTES`) without taking any.
 
     An OFD lock does not tell its owner, so those of `pid` (its ``/proc/PID/fdinfo``) are taken
     away from all of this host (``/proc/locks``). Read twice, because locks come and go. The
-    kernel takes some milliseconds for ``/proc/locks``, so it is not asked needlessly.
+    kernel takes some milliseconds for ``/proc/locks``, so it is not asked needlessly. `opened` are
+    the open files of `pid` where they were read just now.
     """
     if not is_locked(path):
         return Locks("none")
     if not pid:
         return Locks("unknown")
     this = os.stat(path)
-    mine = [number for number, file in open_files(pid).items() if file == FileId.of(this)]
+    files = open_files(pid) if opened is None else opened
+    mine = [number for number, file in files.items() if file == FileId.of(this)]
     if not mine:
         return Locks("unknown")
     for attempt in range(2):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused
 from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.tasks import all_of
 
 Raw = Mapping[str, Any]
 
@@ -207,15 +208,26 @@ class BlockGraph(NamedTuple):
 
 
 async def read_graph(monitor: Monitor) -> BlockGraph:
-    """Ask QEMU for its whole block graph (read-only queries).
+    """Ask QEMU for its whole block graph: read-only queries, which are sent at once.
 
     Raises `ProtocolViolation` where an answer has another shape than QEMU's.
     """
     with monitor.sensible("the queries of its block graph"):
-        nodes = await _nodes(monitor)
-        devices = await _optional(monitor, "query-block", [])
-        exports = await _optional(monitor, "query-block-exports", [])
-        edges = await _optional(monitor, "x-debug-query-block-graph", None)
+        if not monitor.creates_nothing:
+            await _optional(monitor, "query-jobs", [])
+        asked = asyncio.ensure_future(_nodes(monitor))
+
+        async def behind(command: str, otherwise: Any) -> Any:
+            if not monitor.creates_nothing:  # the nodes are waited for: nothing is older than they
+                await asyncio.wait({asked})
+            return await _optional(monitor, command, otherwise)
+
+        nodes, devices, exports, edges = await all_of(
+            asked,
+            behind("query-block", []),
+            behind("query-block-exports", []),
+            behind("x-debug-query-block-graph", None),
+        )
         _check_users([*devices, *exports, *(d.get("inserted") or {} for d in devices)])
         graph = build_graph(nodes, devices, exports, edges)
         if any(FDSET in str(node.get("file")) for node in nodes):

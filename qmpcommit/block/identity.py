@@ -137,11 +137,18 @@ class Place(NamedTuple):
     reason: str = ""
 
 
-def locate(filename: str, *, pid: int | None, cwd: str | None = None) -> Place:
+def locate(
+    filename: str,
+    *,
+    pid: int | None,
+    cwd: str | None = None,
+    opened: Mapping[int, FileId] | None = None,
+) -> Place:
     """The path that reaches the file that QEMU (process `pid`) has open by this name.
 
-    `cwd` is QEMU's working directory. Without a pid (a TCP monitor) nothing proves that QEMU
-    runs here. A path that exists here but is not what QEMU has open is not used either.
+    `cwd` is QEMU's working directory, `opened` are its open files where they were read just now.
+    Without a pid (a TCP monitor) nothing proves that QEMU runs here. A path that exists here but is
+    not what QEMU has open is not used either.
     """
     if not pid:
         return Place("", "QEMU is not known to run on this host")
@@ -162,7 +169,7 @@ def locate(filename: str, *, pid: int | None, cwd: str | None = None) -> Place:
         return Place("", f"'{filename}' can't be looked at from here: {error.strerror}")
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
         return Place("", f"'{filename}' is neither a regular file nor a block device")
-    opened = open_files(pid)
+    opened = open_files(pid) if opened is None else opened
     if opened and FileId.of(found) not in opened.values():
         return Place("", f"QEMU (process {pid}) has another file open than '{filename}' is now")
     return Place(path)
@@ -260,6 +267,10 @@ class OpenFiles:
     def of(cls, graph: BlockGraph, pid: int | None, *, cwd: str | None = None) -> OpenFiles:
         """Those of the QEMU that has this block graph."""
         return cls(pid, host_files(graph), cwd=cwd, fdsets=graph.fdsets)
+
+    def of_process(self, pid: int | None) -> Mapping[int, FileId] | None:
+        """The open files of that process by descriptor; None where these are another one's."""
+        return self._opened if pid == self._pid else None
 
     def named(self, filename: str) -> Named:
         """What the name of a file or block device means, which QEMU shows for a node."""

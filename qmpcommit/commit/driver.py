@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple, assert_never
 
 from qmpcommit.block.chain import Disk, Image, find_again, read_disks
-from qmpcommit.block.graph import read_graph
+from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.callback import Failed, Noting, ask
 from qmpcommit.commit import facts, phases, report
 from qmpcommit.commit.facts import Choice, Command, Fact, Where
@@ -47,6 +47,9 @@ RETRY = 0.25
 
 OWNERS = 3.0
 """Seconds that the owner of a job gets to finalize it, while its disk is held in PENDING."""
+
+FRESH = 1.0
+"""Seconds for which the block graph that showed a job's end is one of now."""
 
 WAITING = 100
 """Events of one job that wait to be taken; of more, none is kept, and QEMU is asked instead."""
@@ -184,6 +187,7 @@ class Driver:
         self._cause: BaseException | None = None
         self._lost: QmpCommitError | None = None
         self._disk_now: Disk | None = None
+        self._read: tuple[BlockGraph, float] | None = None  # what showed its end, and when
         self._used_by: UsedBy = ""
         self._refused = 0
         self._pending_since: float | None = None
@@ -546,7 +550,9 @@ class Driver:
         return facts.Answered(await self._ask())
 
     async def _read_back(self) -> Fact:
+        read_at = asyncio.get_running_loop().time()
         graph = await read_graph(self._monitor)
+        self._read = graph, read_at
         with self._monitor.sensible("the queries of its block graph"):
             disks = read_disks(graph)
         self._disk_now = now = find_again(disks, self.plan.disk)
@@ -554,6 +560,13 @@ class Driver:
         # Another client's job may have a filter as its base: the layer is what is below it.
         base = graph.below_filters(self.plan.base.node_name) or self.plan.base.node_name
         return facts.GraphRead(self._locate(base))
+
+    def _graph_of_now(self) -> BlockGraph | None:
+        """The block graph that showed the end, where nobody has had the time to change it."""
+        if self._read is None or self._around.on_pivot is not None:
+            return None
+        graph, at = self._read
+        return graph if asyncio.get_running_loop().time() - at < FRESH else None
 
     def _locate(self, base: str) -> Where:
         """Where the disk stands now, compared with the plan."""
@@ -682,6 +695,7 @@ class Driver:
                 self._around,
                 keep_files=keep_files,
                 again=state.taken_up or self.adopted is not None,
+                graph=self._graph_of_now(),
             )
         found = report.found_before(plan)
         if self._ledger is not None:

@@ -22,6 +22,7 @@ from qmpcommit.commit.migration import look_at_owner
 from qmpcommit.commit.plan import Plan
 from qmpcommit.errors import ChainError, JobConflict, QmpCommitError, VMStateError
 from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.tasks import all_of
 
 FRESH = 1.0
 """Seconds for which a look at the VM's migration is good: no reaction to READY waits for it."""
@@ -154,11 +155,10 @@ class PlanCheck:
     async def look(self) -> facts.Looked:
         """Right before ``block-commit``; raises what `Monitor.execute` raises."""
         try:
-            await self._look_at_owner()
+            _, graph = await all_of(self._look_at_owner(), read_graph(self._monitor))
         except VMStateError as error:
             self.objection = error
         else:
-            graph = await read_graph(self._monitor)
             with self._monitor.sensible("the queries of its block graph"):
                 self.objection = changed_since(self._plan, graph)
                 self._node = user_of(self._plan, graph.devices)

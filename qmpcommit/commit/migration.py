@@ -8,10 +8,9 @@ Rests on ``query-status`` and ``query-migrate``, which a storage daemon has not.
 
 from __future__ import annotations
 
-import asyncio
-
 from qmpcommit.errors import CommandRefused, VMStateError
 from qmpcommit.qmp.monitor import Monitor
+from qmpcommit.tasks import all_of
 
 OVER = ("", "none", "cancelled", "failed", "completed")
 """In these states of ``query-migrate`` no migration is under way; any other may be one."""
@@ -49,7 +48,8 @@ def check_owner(vm: str, status: str, migration: str = "") -> None:
 
 async def look_at_owner(monitor: Monitor) -> str | None:
     """The VM's run state, or None of a storage daemon; raises as `check_owner`."""
-    status, migration = await asyncio.gather(
+    status: str | None
+    status, migration = await all_of(
         _status_in(monitor, "query-status"), _status_in(monitor, "query-migrate")
     )
     if status is not None:

@@ -202,9 +202,12 @@ def carrying_of(graph: BlockGraph, plan: Plan) -> Carrying | None:
     return carrying if carrying.names or carrying.problems else None
 
 
-def told(plan: Plan, graph: BlockGraph, pid: int | None) -> Plan:
-    """The plan, with a warning where a name does not lead to QEMU's file from here; looks at it."""
-    opened = OpenFiles.of(graph, pid, cwd=graph.cwd)
+def told(plan: Plan, graph: BlockGraph, pid: int | None, opened: OpenFiles | None = None) -> Plan:
+    """The plan, with a warning where a name does not lead to QEMU's file from here; looks at it.
+
+    `opened` are QEMU's files where they were looked at just now.
+    """
+    opened = OpenFiles.of(graph, pid, cwd=graph.cwd) if opened is None else opened
     top, base = (told_where(graph, opened, image) for image in (plan.top, plan.base))
     return replace(plan, top=top, base=base)
 

@@ -132,10 +132,12 @@ async def clear_away(
     *,
     keep_files: bool = False,
     again: bool = False,
+    graph: BlockGraph | None = None,
 ) -> CommitOutcome:
     """Nodes, hook, files, in this order; the outcome with what was done and what was not.
 
-    With `again` a former process may have done a part of it.
+    With `again` a former process may have done a part of it. `graph` is the block graph where
+    that was read just now.
     """
     warnings, deleted = list(outcome.warnings), list(outcome.deleted)
     renamed = list(outcome.renamed)
@@ -150,7 +152,8 @@ async def clear_away(
         if again or outcome.action == "recycle":
             warnings += await close_layers(monitor, stale, marks)
         else:
-            warnings += await close_nodes(monitor, [image.node_name for image in stale], marks)
+            names = [image.node_name for image in stale]
+            warnings += await close_nodes(monitor, names, marks, graph)
         if marks is not None and not again:  # else another file may have its name and place by now
             await marks.mark_closed(stale, around.files, around.cwd)
         elif marks is not None:
@@ -172,12 +175,13 @@ async def clear_away(
             )
             astray = any(each.astray for each in wrong)
             warnings += map(str, wrong)
-        why = "" if around.in_migration else await objection(monitor)
+        files = plan.stale != "leave" and hook != "failed" and not keep_files
+        why = await objection(monitor) if files and not around.in_migration else ""
         if why:
             warnings.append(f"{', '.join(plan.invalidated)} stays, and is stale: {why}")
         elif rewritten and astray:
             warnings.append(f"{', '.join(plan.invalidated)} stays, until that header is mended")
-        elif plan.stale != "leave" and hook != "failed" and not keep_files:
+        elif files:
             await _clear_files(
                 monitor, plan, around, warnings=warnings, deleted=deleted, renamed=renamed
             )
@@ -261,13 +265,20 @@ async def close_layers(
     return warnings + (await close_nodes(monitor, left) if left else [])
 
 
-async def close_nodes(monitor: Monitor, stale: list[str], marks: Marks | None = None) -> list[str]:
+async def close_nodes(
+    monitor: Monitor,
+    stale: list[str],
+    marks: Marks | None = None,
+    graph: BlockGraph | None = None,
+) -> list[str]:
     """Close the stale layers' nodes, topmost first, with the file nodes that only they used.
 
     With `marks` each layer is marked before. Only what nothing uses any more is closed; what QEMU
-    does not let go is a warning.
+    does not let go is a warning. A `graph` that was read just now does where it shows them
+    without bitmaps, of which one that is used would be QEMU's end, and without the ended job.
     """
-    graph = await read_graph(monitor)
+    if graph is None or any(_has_bitmaps_or_job(graph, name) for name in stale):
+        graph = await read_graph(monitor)
     todo: list[str] = [name for name in stale if name in graph.nodes]
     for name in list(todo):
         if graph.nodes[name].driver in FILTERS:
@@ -304,6 +315,12 @@ async def close_nodes(monitor: Monitor, stale: list[str], marks: Marks | None = 
                 warnings.append(f"node {name} stays open: {error.desc}")
         closed.add(name)
     return warnings
+
+
+def _has_bitmaps_or_job(graph: BlockGraph, name: str) -> bool:
+    if any(name in job.nodes.values() for job in graph.jobs.values()):
+        return True
+    return name in graph.nodes and bool(graph.nodes[name].raw.get("dirty-bitmaps"))
 
 
 def users(graph: BlockGraph, name: str, closed: Collection[str] = ()) -> list[str]:

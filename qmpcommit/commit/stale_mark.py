@@ -64,10 +64,11 @@ class Marks:
         Only the very file that the chain had, and only if nobody else has it open: QEMU's lock
         tells.
         """
-        graph = await read_graph(self._monitor)
-        for image in stale:
+        left = [image for image in stale if image.node_name not in self.done]
+        graph = await read_graph(self._monitor) if left else None
+        for image in left:
             file = files.get(image.node_name)
-            if image.node_name in self.done or image.node_name in graph.nodes or file is None:
+            if graph is None or image.node_name in graph.nodes or file is None:
                 continue
             if image.driver == "qcow2" and is_plain(image.filename):
                 await to_the_end(self._open_for_it(image, absolute(image, cwd), file))

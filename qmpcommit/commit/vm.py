@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self, Unpack
 
 from qmpcommit.block.chain import Disk, absolute, find_disk, read_disks
 from qmpcommit.block.graph import BlockGraph, read_graph, working_directory
-from qmpcommit.block.identity import FileId, all_told_where, identify
+from qmpcommit.block.identity import FileId, OpenFiles, all_told_where, identify
 from qmpcommit.commit.checks import Finding, check_commit, check_override, refuse
 from qmpcommit.commit.deletable import is_ours
 from qmpcommit.commit.job import CommitJob
@@ -52,7 +52,7 @@ from qmpcommit.errors import (
     QmpCommitError,
 )
 from qmpcommit.qmp.monitor import Monitor, MonitorOptions
-from qmpcommit.tasks import to_the_end
+from qmpcommit.tasks import all_of, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 
 if TYPE_CHECKING:
@@ -275,18 +275,17 @@ class VM(Monitor):
             return plan
         return replace(plan, findings=await self._check(plan, graph))
 
-    async def _check(
-        self, plan: Plan, graph: BlockGraph, *, probe_locks: bool = True
-    ) -> list[Finding]:
+    async def _check(self, plan: Plan, graph: BlockGraph) -> list[Finding]:
         """Look at the files and the graph before the first byte."""
-        return await asyncio.to_thread(
-            check_commit,
-            graph,
-            plan,
-            pid=self.peer_pid,
-            cwd=self.cwd,
-            probe_locks=probe_locks,
+        return await asyncio.to_thread(check_commit, graph, plan, pid=self.peer_pid, cwd=self.cwd)
+
+    def _look_at_files(self, plan: Plan, graph: BlockGraph) -> tuple[list[Finding], Plan]:
+        """What is found, and the plan with what is to be told of its names; in a thread."""
+        opened = OpenFiles.of(graph, self.peer_pid, cwd=graph.cwd)
+        found = check_commit(
+            graph, plan, pid=self.peer_pid, cwd=self.cwd, probe_locks=False, opened=opened
         )
+        return found, told(plan, graph, self.peer_pid, opened)
 
     def _refuse(self, plan: Plan, findings: list[Finding], override: Collection[str]) -> None:
         try:
@@ -300,7 +299,8 @@ class VM(Monitor):
 
         Raises `VMStateError` where the VM's disks are not its own to write.
         """
-        return await look_at_owner(self), await self.graph()
+        status, graph = await all_of(look_at_owner(self), self.graph())
+        return status, graph
 
     async def _plan(
         self,
@@ -431,9 +431,8 @@ class VM(Monitor):
         if request.job_id is not None and around.barrier is None:  # a group's are its own
             await check_job_id(self, plan)
         await check_free(self, plan, self.cwd)
-        findings = await self._check(plan, graph, probe_locks=False)
+        findings, plan = await asyncio.to_thread(self._look_at_files, plan, graph)
         self._refuse(plan, findings, request.override)
-        plan = await asyncio.to_thread(told, plan, graph, self.peer_pid)
         check_commands(plan, around.on_pivot)
         check_bitmaps(graph, plan)
         plan = replace(plan, findings=findings, policy=Hold() if held else plan.policy)

@@ -35,6 +35,7 @@ from qmpcommit.errors import (
 from qmpcommit.log import Log
 from qmpcommit.qmp.address import Address, is_socket, peer_pid
 from qmpcommit.qmp.client import Client, Tap, client_pid, dispose, hang_up, new_client
+from qmpcommit.qmp.creations import Creations, is_creation
 from qmpcommit.qmp.process import is_qemu, is_seen_ended, process_identity
 from qmpcommit.qmp.queries import Queries, check_form
 from qmpcommit.qmp.reading import Breach
@@ -56,11 +57,6 @@ WITHOUT_PID = (
     " known, and its end looks like a lost monitor: give Session.over its pid"
 )
 """What a session over a client that is not ours lacks where it can't tell QEMU's process."""
-
-
-def is_creation(job: Mapping[str, Any]) -> bool:
-    """Whether a job of ``query-jobs`` is a ``blockdev-create`` that has not ended."""
-    return job.get("type") == "create" and job.get("status") not in ("concluded", "null")
 
 
 class MonitorOptions(TypedDict, total=False):
@@ -119,6 +115,7 @@ class Monitor(Queries):
         self._trying_since = 0.0
         self._put_off, self._not_before, self.breach = 0.0, 0.0, ""
         self._still = asyncio.Lock()  # no creation begins while QEMU is asked for its nodes
+        self._creations = Creations()
         if client is not None:
             client.register_listener(self._tap)
 
@@ -215,6 +212,7 @@ class Monitor(Queries):
                 vm=self.name,
             )
         self._client = client
+        self._creations.forget()
         self._see_peer(client)
         self._start(self._follow(client))
 
@@ -252,6 +250,7 @@ class Monitor(Queries):
         address = self.address
         assert address is not None
         client = new_client(f"qmpcommit.{os.getpid()}", self._tap)
+        self._creations.forget()
         sock: socket.socket | None = None
         noted = True
         self.awaits = "answer"
@@ -363,6 +362,8 @@ class Monitor(Queries):
     def _tell(self, up: bool) -> None:
         if up:
             self.shutting_down = False
+        else:
+            self._creations.forget()
         self.subscribers.link(up)
 
     async def _watch(self, client: Client, sock: socket.socket) -> None:
@@ -485,7 +486,7 @@ class Monitor(Queries):
         """Wait until QEMU creates no image."""
         clock = asyncio.get_running_loop().time
         end = clock() + self.command_timeout
-        while creating := await self._creating():
+        while not self.creates_nothing and (creating := await self._creating()):
             if clock() > end:
                 raise DeadlineExceeded(
                     f"QEMU of {self.name} creates an image for more than {self.command_timeout:g} s"
@@ -495,6 +496,11 @@ class Monitor(Queries):
                     command=NODES,
                 )
             await asyncio.sleep(0.01)
+
+    @property
+    def creates_nothing(self) -> bool:
+        """Whether QEMU has told that it creates no image, so that nothing need be asked first."""
+        return self._creations.none
 
     async def _creating(self) -> list[str]:
         try:
@@ -548,6 +554,8 @@ class Monitor(Queries):
                 command=command,
             ) from error
         check_form(self.name, command, value)
+        if command == "query-jobs" and client is self._client and isinstance(value, list):
+            self._creations.listed(value)
         return value
 
     def events(self, *names: str, limit: int = 10_000) -> EventStream:
@@ -562,6 +570,7 @@ class Monitor(Queries):
             return
         if message["event"] == "SHUTDOWN":
             self.shutting_down = True
+        self._creations.heard(message)
         self.subscribers.message(message)
 
 

@@ -68,18 +68,19 @@ def check_commit(
     pid: int | None = None,
     cwd: str | None = None,
     probe_locks: bool = True,
+    opened: OpenFiles | None = None,
 ) -> list[Finding]:
     """All checks of a plan against the graph that it was made from; nothing is changed.
 
     `pid` is QEMU's (without it, nothing is looked at on this host), `cwd` its working
-    directory. Whose the locks on a base are that QEMU does not write to yet costs the kernel
-    some 20 ms to tell; without `probe_locks` it is left to QEMU, which refuses a base that
-    another process has locked. Looks at files, so that it belongs in a thread. Findings come in
-    the order of `NAMES`; a check may have several.
+    directory, `opened` are its files where they were looked at just now. Whose the locks on a base
+    are that QEMU does not write to yet costs the kernel some 20 ms to tell; without `probe_locks`
+    it is left to QEMU, which refuses a base that another process has locked. Looks at files, so
+    that it belongs in a thread. Findings come in the order of `NAMES`; a check may have several.
     """
     if not {plan.base.node_name, plan.top.node_name} <= graph.nodes.keys():
         return [Finding(name, "note", "not checked: the layers are not known") for name in NAMES]
-    opened = OpenFiles.of(graph, pid, cwd=cwd)
+    opened = OpenFiles.of(graph, pid, cwd=cwd) if opened is None else opened
     case = Case(graph, plan, pid, cwd, probe_locks, opened)
     findings: list[Finding] = []
     for name, check in CHECKS.items():

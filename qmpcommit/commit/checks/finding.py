@@ -51,7 +51,8 @@ class Case(NamedTuple):
         """Where a protocol node's file can be looked at."""
         if node.driver not in HOST_FILES:
             return Place("", f"it is on {node.driver}, not in a file of this host")
-        return locate(str(node.raw.get("file")), pid=self.pid, cwd=self.cwd)
+        name, opened = str(node.raw.get("file")), self.opened.of_process(self.pid)
+        return locate(name, pid=self.pid, cwd=self.cwd, opened=opened)
 
 
 def refused(name: str, message: str, **numbers: int) -> Finding:

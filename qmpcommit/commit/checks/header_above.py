@@ -207,7 +207,7 @@ def _in_use(case: Case, node: Node, leaf: Node) -> str:
                 beside += graph.parents.get(other.name, ())
     if beside:
         return f"this QEMU has it open once more, as {', '.join(sorted(set(beside)))}"
-    locks = image_locks(place.path, case.pid)
+    locks = image_locks(place.path, case.pid, case.opened.of_process(case.pid))
     if locks.held == "others":
         who = ", ".join(locks.holders) or "a process that can't be seen from here"
         return f"it is locked by another process, {who}; wait until that has closed it"

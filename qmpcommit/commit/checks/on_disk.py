@@ -16,7 +16,7 @@ def on_disk_backing(case: Case) -> Iterator[Finding]:
     if case.plan.base.node_name not in names:
         yield unchecked("on-disk-backing", "the base is not in the disk's chain")
         return
-    view = View.of(case.pid, case.cwd)
+    view = View.of(case.pid, case.cwd, case.opened.of_process(case.pid))
     last = names.index(case.plan.base.node_name)
     for overlay, below in pairwise(chain[: last + 1]):
         if overlay.node_name not in case.graph.nodes or below.node_name not in case.graph.nodes:

@@ -127,7 +127,7 @@ def _locks(case: Case) -> Iterator[Finding]:
     if not place.path:
         yield unchecked("base-shared", f"locks of other processes: {place.reason}")
         return
-    locks = image_locks(place.path, case.pid)
+    locks = image_locks(place.path, case.pid, case.opened.of_process(case.pid))
     if locks.held == "others":
         who = ", ".join(locks.holders) or "a process that can't be seen from here"
         yield refused(
