@@ -36,6 +36,23 @@ class Client(QMPClient):
         self.breach = ""
         self._bounds: dict[object, int] = {}  # of replies that may come, by their ids
         self._lines: Lines | None = None
+        self._transport: asyncio.WriteTransport | None = None
+
+    async def _do_connect(self, address: Any, ssl: Any = None) -> None:
+        await super()._do_connect(address, ssl)
+        assert self._writer is not None
+        self._transport = self._writer.transport
+
+    def let_go(self, sock: socket.socket) -> None:
+        """Close the socket that this was to be connected by.
+
+        The loop knows a transport's socket by its number. Were it closed beneath the transport,
+        the next one of that number, which may be anybody's, would never be read.
+        """
+        if self._transport is None:
+            sock.close()
+        else:
+            self._transport.abort()
 
     def _bound(self) -> int:
         return max(self._bounds.values(), default=MESSAGE)

@@ -275,7 +275,7 @@ class Monitor(Queries):
             if noted:
                 self._note(client, 0.0)
             if client.runstate is not Runstate.RUNNING and sock is not None:
-                sock.close()
+                client.let_go(sock)
         if client.runstate is not Runstate.RUNNING:
             await dispose(client, sock)
             raise self._unreachable("it greeted, and hung up", EOFError())

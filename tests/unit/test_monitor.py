@@ -13,7 +13,7 @@ from qemu.qmp.error import ProtocolError
 import qmpcommit as qc
 from qmpcommit.qmp import monitor as monitor_module
 from qmpcommit.qmp.address import Address
-from qmpcommit.qmp.client import Client, Tap
+from qmpcommit.qmp.client import Client, Tap, dispose
 from qmpcommit.qmp.monitor import NODES, Monitor
 from qmpcommit.qmp.queries import _ENTRIES
 from tests.ground.fake_monitor import Refusal, fake_monitor
@@ -41,6 +41,40 @@ async def test_one_that_greets_and_hangs_up_is_told_so(
         with pytest.raises(qc.ConnectError, match="it greeted, and hung up"):
             await qc.Session.connect(fake.path)
         await fake.all_closed()
+
+
+async def test_the_next_socket_of_one_that_was_lost_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the number of the one before, by which the loop knows what it reads."""
+
+    class Lost(Client):
+        async def connect(self, address: Any, ssl: Any = None) -> None:
+            await super().connect(address, ssl)
+            self._schedule_disconnect()  # as its reader does
+
+    heard: list[asyncio.Task[bytes]] = []
+
+    async def another_comes(client: Lost, sock: socket.socket) -> None:
+        await asyncio.sleep(0)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        heard.append(asyncio.create_task(read(ours, theirs)))
+        await asyncio.sleep(0)
+        await dispose(client, sock)
+        theirs.send(b"x")
+
+    async def read(ours: socket.socket, theirs: socket.socket) -> bytes:
+        with ours, theirs:
+            return await asyncio.get_running_loop().sock_recv(ours, 1)
+
+    monkeypatch.setattr(monitor_module, "new_client", lambda name, tap: Lost(name))
+    monkeypatch.setattr(monitor_module, "dispose", another_comes)
+    async with fake_monitor(folder) as fake:
+        with pytest.raises(qc.ConnectError, match="it greeted, and hung up"):
+            await qc.Session.connect(fake.path)
+        async with asyncio.timeout(5):
+            assert await heard[0] == b"x"
 
 
 @pytest.mark.parametrize("error", [ProtocolError("no dictionary"), ValueError("no JSON")])
