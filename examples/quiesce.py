@@ -22,7 +22,7 @@ async def main(qmp: str, disk: str, overlay: str, backup: str, agent: str | None
     async with qc.Session.connect(qmp) as vm:
         active = (await vm.disk(disk)).chain[0]
         how: Literal["agent", "pause"] = "agent" if agent else "pause"
-        async with qc.quiesced(vm, how, agent=agent, limit=5) as quiet:
+        async with qc.freeze(vm, how, agents=agent, limit=5) as quiet:
             snapshot = {"node-name": active.node_name, "snapshot-file": overlay, "format": "qcow2"}
             names = {"snapshot-node-name": "quiesced-overlay"}
             await vm.execute("blockdev-snapshot-sync", {**snapshot, **names})

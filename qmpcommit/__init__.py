@@ -35,7 +35,7 @@ _HOMES = {
     "commit.phases": "Phase",
     "commit.plan": "Plan",
     "commit.steering": "JobNow",
-    "guest.quiesce": "Quiet quiesced thaw",
+    "guest.quiesce": "Quiet freeze thaw",
     "window.run": "new_window_name",
     "window.group": "snapshot",
     "window.overlays": "LaidOverlay Snapshot",
@@ -62,8 +62,11 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-_FORMER = ("close_window", "open_window", "recover_window")
-"""Functions that are methods of a session now; they go with the next version."""
+_FORMER = {
+    **dict.fromkeys(("close_window", "open_window", "recover_window"), "window.run"),
+    "quiesced": "guest.quiesce",
+}
+"""Functions that are methods of a session now, or have another name; with their former homes."""
 
 _MODULES = ("client", "events")
 
@@ -102,9 +105,10 @@ def __getattr__(name: str) -> Any:
     if name in _FORMER:
         from warnings import warn
 
-        now = f"qmpcommit.{name}(vm, ...) is vm.{name}(...) now, and goes with the next version"
+        new = "qmpcommit.freeze" if name == "quiesced" else f"vm.{name}"
+        now = f"qmpcommit.{name}(vm, ...) is {new}(...) now, and goes with the next version"
         warn(now, DeprecationWarning, stacklevel=2)
-        return getattr(import_module("qmpcommit.window.run"), name)
+        return getattr(import_module(f"qmpcommit.{_FORMER[name]}"), name)
     if home is None:
         raise AttributeError(f"module 'qmpcommit' has no attribute {name!r}")
     value = getattr(import_module(f"qmpcommit.{home}"), name)

@@ -1,7 +1,9 @@
 """The public names, for type checkers; `__init__.py` loads them when they are used."""
 
+import os
 from collections.abc import Iterable
-from typing import Unpack
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Unpack
 
 from typing_extensions import deprecated
 
@@ -96,7 +98,7 @@ from qmpcommit.group.run import CommitGroupOptions as CommitGroupOptions
 from qmpcommit.group.run import GroupCommit as GroupCommit
 from qmpcommit.group.run import commit_group as commit_group
 from qmpcommit.guest.quiesce import Quiet as Quiet
-from qmpcommit.guest.quiesce import quiesced as quiesced
+from qmpcommit.guest.quiesce import freeze as freeze
 from qmpcommit.guest.quiesce import thaw as thaw
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.preloading import preload as preload
@@ -123,8 +125,22 @@ __version__: str
 
 @deprecated("it is vm.open_window(disks, ...) now")
 async def open_window(
-    vm: Session, disks: Iterable[str], **options: Unpack[OpenOptions]
+    vm: Session,
+    disks: Iterable[str],
+    *,
+    overlay_dir: str | os.PathLike[str] | None = None,
+    agent: str | os.PathLike[str] | None = None,
+    **options: Unpack[OpenOptions],
 ) -> Window: ...
+@deprecated("it is qmpcommit.freeze(vm, how, ...) now")
+def quiesced(
+    vm: Session,
+    how: Literal["agent", "pause"] | None,
+    *,
+    agent: str | os.PathLike[str] | None = None,
+    limit: float = 10.0,
+    ledger: Notes | None = None,
+) -> AbstractAsyncContextManager[Quiet]: ...
 @deprecated("it is vm.close_window(window, ...) now")
 async def close_window(
     vm: Session,

@@ -11,6 +11,8 @@ from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.policy import AskedPolicy
 from qmpcommit.commit.vm import VM
 from qmpcommit.errors import InvalidRequest
+from qmpcommit.former import former
+from qmpcommit.guest.sockets import socket_of, sockets_of
 
 if TYPE_CHECKING:
     from qmpcommit.callback import Notes
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     )
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.run import CommitGroupOptions
+    from qmpcommit.guest.sockets import Agents
     from qmpcommit.recovery.findings import Recovered
     from qmpcommit.window.overlays import Snapshot
     from qmpcommit.window.records import Frozen, NotedWindow, OpenWindow, Window
@@ -35,11 +38,12 @@ if TYPE_CHECKING:
 class Session(VM):
     """A VM, and what is done with it beyond one commit: groups, windows, cycles."""
 
+    @former(agent="agents")
     async def commit_group(
         self,
         disks: Mapping[str, AskedPolicy] | Iterable[str | tuple[str, AskedPolicy]],
         *,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         **options: Unpack[CommitGroupOptions],
     ) -> GroupOutcome:
         """Commit several disks at one instant: all of them or none.
@@ -47,7 +51,8 @@ class Session(VM):
         `disks` gives each its policy (a mapping, or tuples), or only names them, with one `policy`
         for all. All jobs become READY, all disks are held for some milliseconds, and all bases show
         that one instant. `freeze` quiesces the guest around it: its file systems through the guest
-        agent's socket `agent`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this is.
+        agent's socket `agents`, or its vCPUs. The rest is as for `GroupCommit`, whose `run` this
+        is.
         """
         from qmpcommit.group.run import GroupCommit
 
@@ -55,32 +60,32 @@ class Session(VM):
             raise InvalidRequest(f"name the disks of a group as a list, as in ['{disks}']")
         named = disks.items() if isinstance(disks, Mapping) else disks
         members = [(self, *each) if isinstance(each, tuple) else (self, each) for each in named]
-        agents = {} if agent is None else {self: agent}
-        return await GroupCommit(members, agents=agents, **options).run()
+        return await GroupCommit(members, agents=sockets_of(agents, self), **options).run()
 
+    @former(agent="agents", overlay_dir="overlay")
     def snapshot(
         self,
         disks: Iterable[str],
         *,
-        overlay_dir: str | os.PathLike[str] | None = None,
+        overlay: str | os.PathLike[str] | None = None,
         overlay_options: Mapping[str, Any] | None = None,
         overlay_secret: str | None = None,
         freeze: Literal["agent", "pause"] | None = None,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         bandwidth: int | str | None = None,
         ledger: Notes | None = None,
         override: Collection[str] = (),
     ) -> AbstractAsyncContextManager[Window]:
         """A window in which the disks' files stand still: ``async with vm.snapshot(["vda"])``.
 
-        Fresh overlays, in `overlay_dir` or beside the files, are laid over all disks in one
+        Fresh overlays, in the folder `overlay` or beside the files, are laid over all disks in one
         ``transaction``; ``window["vda"].filename`` is then one instant's image, stable with all
         below it (its `astray` says where that name is another file here, as for a QEMU in a
         container), and readable while the guest runs (where ``-blockdev`` opened the layers below
         for writing, readers need QEMU's force-share, ``qemu-img convert -U``, which does no harm
         here). They are like those files; `overlay_options` and `overlay_secret` say what those of
         a `Recycle` say. `freeze` quiesces the guest for that instant: its file systems through the
-        guest agent's socket `agent`, or its vCPUs. On leaving, however the body ends, each overlay
+        guest agent's socket `agents`, or its vCPUs. On leaving, however the body ends, each overlay
         is committed back with at most `bandwidth` bytes per second, pivoted away and deleted.
         `ledger` is told of each step before it is
         taken, and ``qc.resume(ledger, vm)`` closes the window of a process that was killed;
@@ -98,16 +103,17 @@ class Session(VM):
         return snapshot(
             self,
             disks,
-            overlay_dir=overlay_dir,
+            overlay_dir=overlay,
             overlay_options=overlay_options,
             overlay_secret=overlay_secret,
             freeze=freeze,
-            agent=agent,
+            agent=socket_of(agents, self),
             bandwidth=bandwidth,
             ledger=ledger,
             override=override,
         )
 
+    @former(agent="agents")
     async def overlay(
         self,
         disks: Iterable[str],
@@ -116,7 +122,7 @@ class Session(VM):
         overlay_options: Mapping[str, Any] | None = None,
         overlay_secret: str | None = None,
         freeze: Literal["agent", "pause"] | None = None,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         override: Collection[str] = (),
     ) -> Snapshot:
         """Lay fresh overlays over disks, which stay: ``await vm.overlay(["vda", "vdb"])``.
@@ -127,7 +133,7 @@ class Session(VM):
         file, or a folder for it or them. They are like the files that they follow, dirty bitmaps
         included; `overlay_options` and `overlay_secret` say what those of a `Recycle` say. `freeze`
         quiesces the guest for that instant: its file systems through the guest agent's socket
-        `agent`, or its vCPUs. With "claim" in `override` disks are taken over from whoever holds
+        `agents`, or its vCPUs. With "claim" in `override` disks are taken over from whoever holds
         them.
 
         Raises `DiskNotFound`, `ChainError`, `JobConflict`, `CommitFailed`, `QuiesceFailed` or
@@ -143,11 +149,19 @@ class Session(VM):
             overlay_options=overlay_options,
             overlay_secret=overlay_secret,
             freeze=freeze,
-            agent=agent,
+            agent=socket_of(agents, self),
             override=override,
         )
 
-    async def open_window(self, disks: Iterable[str], **options: Unpack[OpenOptions]) -> Window:
+    @former(agent="agents", overlay_dir="overlay")
+    async def open_window(
+        self,
+        disks: Iterable[str],
+        *,
+        overlay: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
+        **options: Unpack[OpenOptions],
+    ) -> Window:
         """Open a window that stays open until `close_window`; `snapshot` closes it by itself.
 
         `name` is one that ``qc.new_window_name()`` made. `ledger` is told of each step before it is
@@ -161,7 +175,8 @@ class Session(VM):
         """
         from qmpcommit.window.run import open_window
 
-        return await open_window(self, disks, **options)
+        socket = socket_of(agents, self)
+        return await open_window(self, disks, overlay_dir=overlay, agent=socket, **options)
 
     async def close_window(
         self,
@@ -206,22 +221,23 @@ class Session(VM):
 
         return await windows(self)
 
+    @former(agent="agents", overlay_dir="overlay")
     async def close_windows(
         self,
         *,
         bandwidth: int | str | None = None,
-        agent: str | os.PathLike[str] | None = None,
-        overlay_dir: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
+        overlay: str | os.PathLike[str] | None = None,
         override: Collection[str] = (),
     ) -> list[CommitOutcome]:
         """Close the windows that a crash has left on this VM, at whatever step.
 
-        A guest that is still quiesced for one goes on first (`agent` is its guest agent's socket,
+        A guest that is still quiesced for one goes on first (`agents` is its guest agent's socket,
         where it was frozen through that); commits that were begun are taken up. Nodes and files
-        that were made and are not used are removed, the files beside the disks' own and in
-        `overlay_dir`. A window whose owner lives is not touched, unless "claim" is in `override`,
-        nor one whose file another process still reads, as a backup that has outlived its owner
-        does, unless "reader" is.
+        that were made and are not used are removed, the files beside the disks' own and in the
+        folder `overlay`. A window whose owner lives is not touched, unless "claim" is in
+        `override`, nor one whose file another process still reads, as a backup that has outlived
+        its owner does, unless "reader" is.
 
         Raises `WindowError` that names what stays and why, `JobConflict` that names the owners of
         what is not theirs to close who ask.
@@ -229,13 +245,18 @@ class Session(VM):
         from qmpcommit.window.run import close_windows
 
         return await close_windows(
-            self, bandwidth=bandwidth, agent=agent, overlay_dir=overlay_dir, override=override
+            self,
+            bandwidth=bandwidth,
+            agent=socket_of(agents, self),
+            overlay_dir=overlay,
+            override=override,
         )
 
+    @former(agent="agents")
     async def recover(
         self,
         *,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         decide: Literal["pivot", "keep", "abort"] | None = None,
         look_only: bool = False,
         folders: Collection[str | os.PathLike[str]] = (),
@@ -246,16 +267,15 @@ class Session(VM):
         Of a library's process, a command or a daemon: jobs that hold a disk, recycles and discards
         that were interrupted, guests that stand still, jobs that nobody dismisses, stale nodes,
         windows, empty files, claims. The rest is as for ``qc.recover([vm1, vm2])``, which resolves
-        a group over several VMs as one; `agent` is the guest agent's socket.
+        a group over several VMs as one; `agents` is the guest agent's socket.
 
         Raises what `Monitor.execute` raises where the VM is away.
         """
         from qmpcommit.recovery.doing import recover
 
-        agents = {} if agent is None else {self: agent}
         return await recover(
             [self],
-            agents=agents,
+            agents=sockets_of(agents, self),
             decide=decide,
             look_only=look_only,
             folders=folders,
@@ -353,6 +373,7 @@ class Session(VM):
         every: float,
         **options: Unpack[SessionCycleOptions],
     ) -> AsyncIterator[tuple[Round, ...]]: ...
+    @former(agent="agents")
     def cycle(
         self,
         disk: str | list[str] | tuple[str, ...],
@@ -367,9 +388,9 @@ class Session(VM):
         variables (exit status 0 keeps, 1 to 125 discard), or an async callable that is given a
         `Ready`; it has `timeout` seconds. What deserves it is carried into the base by a `Recycle`,
         what does not is discarded as by `discard`; either way an empty overlay begins. `options`
-        are `timeout`, those of `discard`, and `freeze` with its `agent`: what is kept is then
+        are `timeout`, those of `discard`, and `freeze` with its `agents`: what is kept is then
         taken while the guest stands still, its file systems frozen through the guest agent's
-        socket `agent` ("agent"), or its vCPUs stopped, as for `commit_group` ("pause"; a recycle
+        socket `agents` ("agent"), or its vCPUs stopped, as for `commit_group` ("pause"; a recycle
         does that anyway). A discard needs none: nothing of the overlay is left.
 
         Of several disks it is asked once, with a `GroupReady` (a command has a line for each in
@@ -390,13 +411,13 @@ class Session(VM):
         disk: str | list[str] | tuple[str, ...],
         *,
         keep_if: KeepAllIf,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         **options: Unpack[CycleOptions],
     ) -> Round | tuple[Round, ...]:
         from qmpcommit.cycles.run import cycle
 
-        agents = {} if agent is None else {self: agent}
-        ends = await cycle(self._places(disk), keep_if=keep_if, agents=agents, **options)
+        sockets = sockets_of(agents, self)
+        ends = await cycle(self._places(disk), keep_if=keep_if, agents=sockets, **options)
         return ends[0] if isinstance(disk, str) else ends
 
     @overload
@@ -412,6 +433,7 @@ class Session(VM):
         keep_if: KeepAllIf,
         **options: Unpack[SessionCycleOptions],
     ) -> AsyncIterator[tuple[Round, ...]]: ...
+    @former(agent="agents")
     def cycles(
         self,
         disk: str | list[str] | tuple[str, ...],
@@ -433,13 +455,13 @@ class Session(VM):
         *,
         every: float,
         keep_if: KeepAllIf,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         **options: Unpack[CycleOptions],
     ) -> AsyncIterator[Any]:
         from qmpcommit.cycles.run import cycles
 
-        agents = {} if agent is None else {self: agent}
-        rounds = cycles(self._places(disk), every=every, keep_if=keep_if, agents=agents, **options)
+        sockets = sockets_of(agents, self)
+        rounds = cycles(self._places(disk), every=every, keep_if=keep_if, agents=sockets, **options)
         async for ends in rounds:
             yield ends[0] if isinstance(disk, str) else ends
 

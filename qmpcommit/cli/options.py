@@ -159,7 +159,7 @@ _STALE = (
         " are renamed to NAME.stale-JOB, or deleted.",
     ),
     click.option("--delete", is_flag=True, help="The same as --stale delete."),
-    click.option("--rename", is_flag=True, help="The same as --stale rename."),
+    click.option("--rename", is_flag=True, help="The former name of --stale rename."),
 )
 
 

@@ -37,6 +37,7 @@ LEFT = 3
 )
 @click.option("--yes", is_flag=True, help="Do it, and do not ask.")
 @click.option(
+    "--overlay",
     "--overlay-dir",
     "folders",
     multiple=True,

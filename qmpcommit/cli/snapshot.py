@@ -63,7 +63,7 @@ def snapshot(
         "overlay": here(overlay),
         **asked_of_overlay(overlay_options, overlay_secret),
         "freeze": freeze,
-        "agent": sockets_of(freeze, [qmp], agents).get(qmp),
+        "agents": sockets_of(freeze, [qmp], agents).get(qmp),
         "override": override,
     }
     return run(options, lambda running: _snapshot(running, qmp, disks, request))

@@ -51,7 +51,13 @@ if TYPE_CHECKING:
     help="A disk of another VM, at the same instant (--freeze). Can be given several times.",
 )
 @click.option("--close", is_flag=True, help="Close the windows that a crash has left open.")
-@click.option("--overlay-dir", metavar="DIR", help="Where the overlays are; else beside the files.")
+@click.option(
+    "--overlay",
+    "--overlay-dir",
+    "overlay_dir",
+    metavar="DIR",
+    help="Where the overlays are; else beside the files.",
+)
 @overlay_asked
 @freezing
 @click.option("--bandwidth", metavar="RATE", help="Bytes per second at most, when it closes.")
@@ -82,7 +88,7 @@ def window(
     overlays are committed back and deleted. The exit status is COMMAND's; 1 where the window
     could not be opened or closed, or where somebody else has changed the files meanwhile. After a
     crash, 'qmpcommit window --close QMP' closes it, lets a guest go on that is still quiesced for
-    it (--agent, if it was frozen so), and removes what was made and not used (--overlay-dir too, if
+    it (--agent, if it was frozen so), and removes what was made and not used (--overlay too, if
     it was given then); not while whoever opened it lives.
     """
     options = Options.of(**given)
@@ -98,14 +104,14 @@ def window(
             )
         where = {
             "bandwidth": bandwidth,
-            "agent": agents[0] if agents else None,
-            "overlay_dir": here(overlay_dir),
+            "agents": agents[0] if agents else None,
+            "overlay": here(overlay_dir),
             "override": override,
         }
         return run(options, lambda running: _close(running, qmp, where))
     disks, command = _parted(click.get_current_context(), words)
     request = {
-        "overlay_dir": here(overlay_dir),
+        "overlay": here(overlay_dir),
         "freeze": freeze,
         "bandwidth": bandwidth,
         **asked_of_overlay(overlay_options, overlay_secret),
@@ -127,7 +133,7 @@ def window(
     check_known(command, _names(wanted))
     sockets = sockets_of(freeze, wanted, agents)
     if len(wanted) == 1:
-        request |= {"disks": wanted[qmp], "agent": sockets.get(qmp)}
+        request |= {"disks": wanted[qmp], "agents": sockets.get(qmp)}
         return run(options, lambda running: _window(running, qmp, command, request))
     return run(options, lambda running: _windows(running, wanted, sockets, command, request))
 
@@ -322,9 +328,9 @@ async def _close(running: Run, qmp: str, where: dict[str, Any]) -> Answer:
     async with running.connect(qmp) as vm:
         await tell_of_held(vm, qmp)
         left = await vm.windows()
-        folder = where["overlay_dir"]
+        folder = where["overlay"]
         running.so_far = f"what had been begun was brought to its end; {_shown(qmp)}"
-        others_left = await clear_overlays(vm, where["agent"])
+        others_left = await clear_overlays(vm, where["agents"])
         cleared = await unused(vm, () if folder is None else (folder,))
         outcomes = await vm.close_windows(**where)
         there = await unused(vm, () if folder is None else (folder,)) if cleared else ()

@@ -23,6 +23,7 @@ from qmpcommit.errors import (
     InvalidRequest,
     VMNotFound,
 )
+from qmpcommit.former import former
 from qmpcommit.qmp.address import Address
 from qmpcommit.units import parse_seconds
 
@@ -223,13 +224,14 @@ class Client:
 
     # -- windows ----------------------------------------------------------------------------------
 
+    @former(overlay_dir="overlay")
     def snapshot(
         self,
         disks: Iterable[tuple[RemoteVM | str, str]],
         *,
         freeze: How = "pause",
         agents: Mapping[Any, str | os.PathLike[str]] | None = None,
-        overlay_dir: str | os.PathLike[str] | None = None,
+        overlay: str | os.PathLike[str] | None = None,
         overlay_options: Mapping[str, Any] | None = None,
         overlay_secret: str | None = None,
         bandwidth: int | str | None = None,
@@ -247,7 +249,7 @@ class Client:
         return group_snapshot(
             self,
             disks,
-            overlay_dir=overlay_dir,
+            overlay_dir=overlay,
             overlay_options=overlay_options,
             overlay_secret=overlay_secret,
             freeze=freeze,

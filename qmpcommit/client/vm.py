@@ -23,6 +23,8 @@ from qmpcommit.errors import (
     JobNotFound,
     QmpCommitError,
 )
+from qmpcommit.former import former
+from qmpcommit.guest.sockets import socket_of
 from qmpcommit.units import parse_seconds
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.request import Stale
     from qmpcommit.guest.quiesce import How
+    from qmpcommit.guest.sockets import Agents
     from qmpcommit.window.records import Window
     from qmpcommit.wire.commit import VMView
     from qmpcommit.wire.cycle import RoundView
@@ -184,22 +187,23 @@ class RemoteVM:
         job, _ = await wanted(asking, self._take_back, self._unanswered)
         return job
 
+    @former(agent="agents", overlay_dir="overlay")
     def snapshot(
         self,
         disks: Sequence[str],
         *,
-        overlay_dir: str | os.PathLike[str] | None = None,
+        overlay: str | os.PathLike[str] | None = None,
         overlay_options: Mapping[str, Any] | None = None,
         overlay_secret: str | None = None,
         freeze: How | None = None,
-        agent: str | os.PathLike[str] | None = None,
+        agents: Agents | None = None,
         bandwidth: int | str | None = None,
         lease: float = 60.0,
     ) -> AbstractAsyncContextManager[Window]:
         """A window in which the disks' files stand still; as `Session.snapshot`.
 
         The daemon holds it open by a lease of so many seconds, which is renewed here while the
-        block lasts: if this client dies, the daemon closes the window. `agent` is the socket's
+        block lasts: if this client dies, the daemon closes the window. `agents` is the socket's
         path on the daemon's host. Raises what `Session.snapshot` raises, `VMNotFound`,
         `DaemonUnreachable`, `DaemonLost` or `DaemonError`; and `WindowError` where the window
         was closed before the block had ended.
@@ -209,11 +213,11 @@ class RemoteVM:
         return snapshot(
             self,
             disks,
-            overlay_dir=overlay_dir,
+            overlay_dir=overlay,
             overlay_options=overlay_options,
             overlay_secret=overlay_secret,
             freeze=freeze,
-            agent=agent,
+            agent=socket_of(agents, self),
             bandwidth=bandwidth,
             lease=lease,
         )

@@ -24,7 +24,7 @@ from qmpcommit.tasks import to_the_end
 if TYPE_CHECKING:
     from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.commit.vm import VM
-    from qmpcommit.guest.quiesce import Sockets
+    from qmpcommit.guest.sockets import Sockets
 
 
 async def resume_round(

@@ -77,8 +77,9 @@ from qmpcommit.group.members import GroupMember
 from qmpcommit.group.policy import GroupReady, group_ready
 from qmpcommit.group.run import GroupCommit
 from qmpcommit.guest.marks import thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, Sockets, check_sockets
+from qmpcommit.guest.quiesce import How, check_sockets
 from qmpcommit.guest.run_state import runs
+from qmpcommit.guest.sockets import Agents, Sockets
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_seconds
@@ -148,9 +149,9 @@ class CycleOptions(DiscardOptions, total=False):
 
 
 class SessionCycleOptions(CycleOptions, total=False):
-    """What `Session.cycle` takes; `agent` is the guest agent's socket, for a `freeze`."""
+    """What `Session.cycle` takes; `agents` is the guest agent's socket, for a `freeze`."""
 
-    agent: str | os.PathLike[str] | None
+    agents: Agents | None
 
 
 class RoundOptions(CycleOptions, total=False):

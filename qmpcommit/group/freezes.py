@@ -17,7 +17,8 @@ from qmpcommit.callback import Notes
 from qmpcommit.commit.job import CommitJob
 from qmpcommit.errors import QmpCommitError, QuiesceFailed
 from qmpcommit.guest.marks import mark_of_group, marked
-from qmpcommit.guest.quiesce import LIMIT, How, Quiet, Sockets, quiesced
+from qmpcommit.guest.quiesce import LIMIT, How, Quiet, quiesced
+from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import stop, to_the_end
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from qmpcommit.group.noted import NotedGroup, Shown, Way
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, is_clean
 from qmpcommit.group.resume import ResumableGroup
 from qmpcommit.group.settling import Settling
-from qmpcommit.guest.quiesce import Sockets
+from qmpcommit.guest.sockets import Sockets
 from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import to_the_end
 

@@ -63,7 +63,8 @@ from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_o
 from qmpcommit.group.pauses import Pauses
 from qmpcommit.group.policy import AskedGroupPolicy, Deciding
 from qmpcommit.guest.marks import mark_of_group, thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, Sockets, check_sockets
+from qmpcommit.guest.quiesce import How, check_sockets
+from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
 

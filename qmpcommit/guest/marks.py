@@ -21,8 +21,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
-from qmpcommit.guest.quiesce import LIMIT, How, Sockets, thaw
+from qmpcommit.guest.quiesce import LIMIT, How, thaw
 from qmpcommit.guest.run_state import runs
+from qmpcommit.guest.sockets import Sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmpcommit.callback import Notes, Noting
 from qmpcommit.errors import (
@@ -25,7 +25,9 @@ from qmpcommit.errors import (
     QuiesceFailed,
     VMGone,
 )
+from qmpcommit.former import former
 from qmpcommit.guest.run_state import Still, go_on
+from qmpcommit.guest.sockets import Agents, Sockets, socket_of
 from qmpcommit.qmp.agent import Agent
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
@@ -35,11 +37,6 @@ if TYPE_CHECKING:
 
 How = Literal["agent", "pause"]
 HOW: tuple[How, ...] = ("agent", "pause")
-
-V = TypeVar("V")
-
-Sockets = Mapping[V, str | os.PathLike[str]]
-"""The sockets of guest agents, by their VMs (`Session`s, or whatever stands for one)."""
 
 LIMIT = 10.0
 """Seconds for which a guest may be quiesced for a window or a group commit."""
@@ -92,25 +89,11 @@ async def quiesced(
     limit: float = LIMIT,
     ledger: Notes | None = None,
 ) -> AsyncIterator[Quiet]:
-    """Quiesce the guest of `vm` (a `Session`) for the body, for `limit` seconds at most.
-
-    With "agent" the guest's file systems are frozen through the agent's socket `agent`; with
-    "pause" its vCPUs are stopped, if they run; with None nothing is done. The guest goes on when
-    the body ends, however it ends. A body that is not done after `limit` seconds is cancelled
-    and ends in `DeadlineExceeded`, and the guest goes on then, even if the body does not heed
-    that. `ledger` notes each step before it is taken, so that `thaw` can follow in another
-    process.
-
-    Freeze before a disk is held PENDING, never after: a freeze flushes, and a held disk does not.
-
-    Raises `QuiesceFailed` where the guest can't be quiesced (nobody answers, the agent refuses,
-    its file systems are frozen already), then with nothing left frozen; or where it can't be
-    thawed, which it says. `InvalidRequest` for "agent" without a socket.
-    """
+    """What `freeze` does, with the socket of the agent of this VM."""
     check_how(how)
     if how == "agent" and agent is None:
         raise InvalidRequest(
-            'how="agent" needs the socket of the guest agent (agent="/run/vms/web1/agent.sock")'
+            'how="agent" needs the socket of the guest agent (agents="/run/vms/web1/agent.sock")'
         )
     limit = parse_seconds(limit, "limit")
     quiet = Quiet(how)
@@ -146,6 +129,33 @@ async def quiesced(
     if hold.expired:
         task.uncancel()
         raise hold.too_long(limit)
+
+
+@former(agent="agents")
+def freeze(
+    vm: Monitor,
+    how: How | None,
+    *,
+    agents: Agents | None = None,
+    limit: float = LIMIT,
+    ledger: Notes | None = None,
+) -> AbstractAsyncContextManager[Quiet]:
+    """Quiesce the guest of `vm` (a `Session`) for the body, for `limit` seconds at most.
+
+    With "agent" the guest's file systems are frozen through its agent's socket `agents`; with
+    "pause" its vCPUs are stopped, if they run; with None nothing is done. The guest goes on when
+    the body ends, however it ends. A body that is not done after `limit` seconds is cancelled
+    and ends in `DeadlineExceeded`, and the guest goes on then, even if the body does not heed
+    that. `ledger` notes each step before it is taken, so that `thaw` can follow in another
+    process.
+
+    Freeze before a disk is held PENDING, never after: a freeze flushes, and a held disk does not.
+
+    Raises `QuiesceFailed` where the guest can't be quiesced (nobody answers, the agent refuses,
+    its file systems are frozen already), then with nothing left frozen; or where it can't be
+    thawed, which it says. `InvalidRequest` for "agent" without a socket.
+    """
+    return quiesced(vm, how, agent=socket_of(agents, vm), limit=limit, ledger=ledger)
 
 
 async def thaw(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qmpcommit.cycles.run import Round
     from qmpcommit.group.outcome import GroupOutcome
     from qmpcommit.group.policy import AskedGroupPolicy
-    from qmpcommit.guest.quiesce import Sockets
+    from qmpcommit.guest.sockets import Sockets
 
 
 Outcomes: TypeAlias = Union[

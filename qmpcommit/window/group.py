@@ -15,8 +15,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.errors import InvalidRequest, WindowError
+from qmpcommit.former import former
 from qmpcommit.guest.marks import thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, Sockets, check_sockets
+from qmpcommit.guest.quiesce import How, check_sockets
+from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
 from qmpcommit.window.book import PartNotes, WindowBook
@@ -29,13 +31,14 @@ if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
 
+@former(overlay_dir="overlay")
 @asynccontextmanager
 async def snapshot(
     disks: Iterable[tuple[VM, str]],
     *,
     freeze: How = "pause",
     agents: Sockets[Any] | None = None,
-    overlay_dir: str | os.PathLike[str] | None = None,
+    overlay: str | os.PathLike[str] | None = None,
     overlay_options: Mapping[str, Any] | None = None,
     overlay_secret: str | None = None,
     bandwidth: int | str | None = None,
@@ -72,7 +75,7 @@ async def snapshot(
     opening = {
         vm: asyncio.create_task(
             open_window(
-                vm, names, overlay_dir=overlay_dir, overlay_options=overlay_options,
+                vm, names, overlay_dir=overlay, overlay_options=overlay_options,
                 overlay_secret=overlay_secret, freeze=freeze, agent=agents.get(vm),
                 ledger=notes.get(vm), meet=meet.wait, override=override,
             ),

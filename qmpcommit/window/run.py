@@ -150,13 +150,11 @@ async def snapshot(
 
 
 class OpenOptions(TypedDict, total=False):
-    """What `open_window` takes beside the disks."""
+    """What `open_window` takes beside the disks, their folder and the agent."""
 
-    overlay_dir: str | os.PathLike[str] | None
     overlay_options: Mapping[str, Any] | None
     overlay_secret: str | None
     freeze: How | None
-    agent: str | os.PathLike[str] | None
     name: str | None
     ledger: Notes | None
     meet: Callable[[], Awaitable[object]] | None

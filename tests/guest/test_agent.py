@@ -48,7 +48,7 @@ async def test_nothing_is_written_while_frozen_and_what_is_snapshot_then_needs_n
         made.order("agent")
         assert await writes_while_it_spins(made) > 0
         over = folder / "over.qcow2"
-        async with qc.quiesced(vm, "agent", agent=made.agent, limit=60) as quiet:
+        async with qc.freeze(vm, "agent", agents=made.agent, limit=60) as quiet:
             assert quiet.held
             assert quiet.file_systems == 1
             assert await writes_while_it_spins(made) == 0
@@ -58,7 +58,7 @@ async def test_nothing_is_written_while_frozen_and_what_is_snapshot_then_needs_n
         await made.more()
         # The same without a freeze: what a power cut leaves, which the journal mends.
         rough = folder / "rough.qcow2"
-        async with qc.quiesced(vm, None):
+        async with qc.freeze(vm, None):
             await snapshot(vm, rough, over)
         await made.more()
         cut = folder / "cut.qcow2"
@@ -79,19 +79,19 @@ async def test_the_guest_goes_on_however_a_freeze_ends(folder: Path) -> None:
         agent: dict[str, Any] = {"agent": made.agent, "limit": 60}
 
         with pytest.raises(ZeroDivisionError):
-            async with qc.quiesced(vm, "agent", **agent):
+            async with qc.freeze(vm, "agent", **agent):
                 raise ZeroDivisionError
         await made.more()
 
         with pytest.raises(qc.DeadlineExceeded, match="goes on"):
-            async with qc.quiesced(vm, "agent", agent=made.agent, limit=2):
+            async with qc.freeze(vm, "agent", agents=made.agent, limit=2):
                 await asyncio.Event().wait()
         await made.more()
 
         entered = asyncio.Event()
 
         async def work() -> None:
-            async with qc.quiesced(vm, "agent", **agent):
+            async with qc.freeze(vm, "agent", **agent):
                 entered.set()
                 await asyncio.Event().wait()
 
@@ -110,7 +110,7 @@ async def test_the_guest_goes_on_however_a_freeze_ends(folder: Path) -> None:
                     asyncio.get_running_loop().call_soon(early.cancel)
 
         async def begin() -> None:
-            async with qc.quiesced(vm, "agent", ledger=Cancelling(), **agent):
+            async with qc.freeze(vm, "agent", ledger=Cancelling(), **agent):
                 raise AssertionError("cancelled, and begun nevertheless")
 
         early = asyncio.create_task(begin())
@@ -130,7 +130,7 @@ async def test_what_a_killed_process_left_frozen_is_told_and_can_be_thawed(folde
             with pytest.raises(qc.QuiesceFailed, match="refused"):
                 await client.execute("guest-get-osinfo")  # not while it is frozen
         with pytest.raises(qc.QuiesceFailed, match="frozen already"):
-            async with qc.quiesced(vm, "agent", agent=made.agent):
+            async with qc.freeze(vm, "agent", agents=made.agent):
                 raise AssertionError("frozen twice")
         for _ in range(2):
             await qc.thaw(vm, "agent", made.agent)
@@ -143,12 +143,12 @@ async def test_a_guest_without_an_agent_is_told_in_seconds_and_not_touched(folde
     chain = file_system(folder)
     async with guest(folder, chain) as made, qc.Session.connect(made.qemu.qmp) as vm:
         with pytest.raises(qc.QuiesceFailed, match="no qemu-ga runs in the guest") as caught:
-            async with qc.quiesced(vm, "agent", agent=made.agent):
+            async with qc.freeze(vm, "agent", agents=made.agent):
                 raise AssertionError("nobody answered")
         assert caught.value.agent == made.agent
         assert caught.value.vm == vm.name
         with pytest.raises(qc.QuiesceFailed, match=r"No such file.*socket"):
-            async with qc.quiesced(vm, "agent", agent=f"{made.agent}-not"):
+            async with qc.freeze(vm, "agent", agents=f"{made.agent}-not"):
                 raise AssertionError("nobody is there")
         made.order("agent")
         async with Agent(made.agent) as late:  # what was asked before is answered now, to nobody

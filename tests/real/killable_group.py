@@ -23,7 +23,7 @@ async def main() -> None:
         if FREEZE == "pause":
             await vm.commit_group(disks, freeze="pause")
         else:
-            await vm.commit_group(disks, freeze="agent", agent=FREEZE)
+            await vm.commit_group(disks, freeze="agent", agents=FREEZE)
 
 
 places(PLACES, int(DIE_AT))

@@ -51,8 +51,8 @@ async def main() -> None:
         window = await vm.open_window(
             ["vda", "vdb"],
             freeze=how,
-            agent=agent,
-            overlay_dir=OVERLAY_DIR or None,
+            agents=agent,
+            overlay=OVERLAY_DIR or None,
             ledger=Notes(),
         )
         for number, disk in enumerate(window.values()):

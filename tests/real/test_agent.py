@@ -165,7 +165,7 @@ async def test_a_refusal_carries_the_agents_own_text(folder: Path) -> None:
 async def test_a_thaw_whose_line_breaks_is_sent_again_over_a_new_one(folder: Path) -> None:
     async with session(folder) as (vm, fake):
         fake.instead["guest-fsfreeze-thaw"] = [None, b"nonsense\n"]
-        async with qc.quiesced(vm, "agent", agent=fake.path) as quiet:
+        async with qc.freeze(vm, "agent", agents=fake.path) as quiet:
             assert fake.frozen
         assert not fake.frozen
         assert quiet.seconds is not None
@@ -175,7 +175,7 @@ async def test_a_thaw_whose_line_breaks_is_sent_again_over_a_new_one(folder: Pat
 
 async def test_a_thaw_that_froze_again_is_not_believed(folder: Path) -> None:
     async with session(folder) as (vm, fake):
-        async with qc.quiesced(vm, "agent", agent=fake.path):
+        async with qc.freeze(vm, "agent", agents=fake.path):
             fake.instead["guest-fsfreeze-status"] = [b'{"return": "frozen"}\n']
         assert fake.asked.count("guest-fsfreeze-thaw") == 2
 
@@ -184,7 +184,7 @@ async def test_what_somebody_else_has_frozen_is_left_alone(folder: Path) -> None
     async with session(folder) as (vm, fake):
         fake.frozen = 1
         with pytest.raises(qc.QuiesceFailed, match="frozen already, by somebody") as caught:
-            async with qc.quiesced(vm, "agent", agent=fake.path):
+            async with qc.freeze(vm, "agent", agents=fake.path):
                 pytest.fail("it is quiesced")
         assert caught.value.frozen is None
         assert fake.frozen == 1
@@ -203,7 +203,7 @@ async def test_a_freeze_whose_answer_is_lost_is_thawed(how: str, folder: Path) -
     async with session(folder) as (vm, fake):
         LOST[how](fake)
         with pytest.raises(qc.QuiesceFailed):
-            async with qc.quiesced(vm, "agent", agent=fake.path, limit=1):
+            async with qc.freeze(vm, "agent", agents=fake.path, limit=1):
                 raise AssertionError("not frozen, and begun nevertheless")
         assert "guest-fsfreeze-freeze" in fake.asked
         assert not fake.frozen
@@ -230,7 +230,7 @@ async def test_a_cancelled_thaw_is_brought_to_its_end(folder: Path) -> None:
                     await asyncio.sleep(0)
 
         async def work() -> None:
-            async with qc.quiesced(vm, "agent", agent=fake.path, ledger=Telling()):
+            async with qc.freeze(vm, "agent", agents=fake.path, ledger=Telling()):
                 pass
 
         fake.instead["guest-fsfreeze-thaw"] = [None]
@@ -249,6 +249,6 @@ async def test_a_note_that_hangs_does_not_keep_the_guest_frozen(folder: Path) ->
                 await asyncio.Event().wait()
 
     async with session(folder) as (vm, fake):
-        async with qc.quiesced(vm, "agent", agent=fake.path, ledger=Hanging()):
+        async with qc.freeze(vm, "agent", agents=fake.path, ledger=Hanging()):
             assert fake.frozen
         assert not fake.frozen

@@ -46,7 +46,7 @@ async def test_nothing_is_laid_over_an_image_that_has_no_name(folder: Path) -> N
     async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await open_by_descriptor(qemu, vm, passed)
         with pytest.raises(qc.ChainError, match="open by a file descriptor"):
-            await vm.open_window(["vda"], overlay_dir=folder)
+            await vm.open_window(["vda"], overlay=folder)
         over_it = {"node-name": "passed", "snapshot-file": str(over), "snapshot-node-name": "over"}
         await vm.execute("blockdev-snapshot-sync", over_it)
         with pytest.raises(qc.ChainError, match="open by a file descriptor"):

@@ -102,7 +102,7 @@ async def _frozen_cycle(qemus: list[Machine]) -> None:
 
 
 async def _paused(qemus: list[Machine]) -> None:
-    async with qc.Session.connect(qemus[0].qmp) as vm, qc.quiesced(vm, "pause"):
+    async with qc.Session.connect(qemus[0].qmp) as vm, qc.freeze(vm, "pause"):
         await vm.query_status()
         await vm.query_block()
 

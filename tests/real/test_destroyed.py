@@ -89,7 +89,7 @@ async def test_what_only_qemu_has_is_neither_committed_nor_lain_over(folder: Pat
         with pytest.raises(qc.ChainError, match=r"^\[temporary-overlay\] .*merged below it"):
             await vm.commit("vda", top=1)
         with pytest.raises(qc.ChainError, match="snapshot=on"):
-            await vm.open_window(["vda"], overlay_dir=folder)
+            await vm.open_window(["vda"], overlay=folder)
         with pytest.raises(qc.ChainError, match=r"snapshot=on.*name a file or a folder"):
             await vm.discard("vda", guest="stop")
         assert await vm.execute("query-jobs") == []

@@ -154,7 +154,7 @@ async def test_an_overlay_that_loses_its_name_is_left_or_told_of(
 
     async def work(vm: qc.Session) -> list[str]:
         if verb == "window":
-            await vm.open_window(["top"], overlay_dir=place)
+            await vm.open_window(["top"], overlay=place)
         elif verb == "discard":
             return list((await vm.discard("top", guest="stop", overlay=place / "fresh")).warnings)
         job = await vm.commit("top", policy=qc.Recycle(str(place / "fresh")))
@@ -540,7 +540,7 @@ async def test_beside_a_block_device_no_overlay_is_laid(
         with pytest.raises(qc.QmpCommitError, match=r"name a folder for it.*Nothing was changed"):
             await asking
         if verb == "window":
-            async with vm.snapshot(["top"], overlay_dir=place):
+            async with vm.snapshot(["top"], overlay=place):
                 assert len(list(place.iterdir())) == 1
         else:
             done = await vm.discard("top", guest="stop", overlay=place)

@@ -440,7 +440,7 @@ async def test_a_freeze_that_is_cancelled_and_can_not_be_thawed_stays_marked(
 
         fake.heard = heard
         going = asyncio.create_task(
-            vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agent=fake.path)
+            vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agents=fake.path)
         )
         await freezing.wait()
         going.cancel()
@@ -483,11 +483,11 @@ async def test_a_freeze_of_somebody_alive_is_waited_for_and_not_thawed(
         vm, (fake, _) = here.vms[0], fakes
         async with (
             freeze_marks.marked(vm, "g01234567", "agent"),
-            qc.quiesced(vm, "agent", agent=fake.path),
+            qc.freeze(vm, "agent", agents=fake.path),
         ):
             asked = len(fake.asked)
             going = asyncio.create_task(
-                vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agent=fake.path)
+                vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agents=fake.path)
             )
             looks = here.between[0].sent
             before = looks.count("query-named-block-nodes")

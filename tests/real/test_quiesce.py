@@ -35,7 +35,7 @@ async def test_the_vcpus_stand_still_for_the_body_and_each_step_is_noted_before(
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
         notes = Notebook(qemu)
-        async with qc.quiesced(vm, "pause", ledger=notes) as quiet:
+        async with qc.freeze(vm, "pause", ledger=notes) as quiet:
             assert not await runs(qemu)
             assert quiet.held
             assert quiet.seconds is None
@@ -50,7 +50,7 @@ async def test_a_guest_that_is_reset_while_it_is_paused_goes_on(folder: Path) ->
     async with machine(folder, make_chain(folder), running=True) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
             with vm.events("RESET") as resets:
-                async with qc.quiesced(vm, "pause"):
+                async with qc.freeze(vm, "pause"):
                     await qemu.execute("system_reset")
                     await anext(resets)
                     assert (await vm.query_status()).status == "prelaunch"
@@ -59,7 +59,7 @@ async def test_a_guest_that_is_reset_while_it_is_paused_goes_on(folder: Path) ->
 
 async def test_a_guest_that_was_paused_before_stays_so(folder: Path) -> None:
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        async with qc.quiesced(vm, "pause") as quiet:
+        async with qc.freeze(vm, "pause") as quiet:
             assert not quiet.held
         assert not await runs(qemu)
 
@@ -67,7 +67,7 @@ async def test_a_guest_that_was_paused_before_stays_so(folder: Path) -> None:
 async def test_a_storage_daemon_has_nothing_to_pause(folder: Path) -> None:
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
-        async with qc.quiesced(vm, "pause") as quiet:
+        async with qc.freeze(vm, "pause") as quiet:
             assert not quiet.held
         assert quiet.seconds is None
 
@@ -76,7 +76,7 @@ async def test_a_body_that_raises_leaves_the_guest_running(folder: Path) -> None
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
         with pytest.raises(ZeroDivisionError):
-            async with qc.quiesced(vm, "pause"):
+            async with qc.freeze(vm, "pause"):
                 raise ZeroDivisionError
         assert await runs(qemu)
 
@@ -85,7 +85,7 @@ async def test_a_body_that_takes_too_long_is_cancelled_and_told(folder: Path) ->
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
         with pytest.raises(qc.DeadlineExceeded, match=r"0\.2 s"):
-            async with qc.quiesced(vm, "pause", limit=0.2) as quiet:
+            async with qc.freeze(vm, "pause", limit=0.2) as quiet:
                 await asyncio.Event().wait()
         assert await runs(qemu)
         assert quiet.seconds is not None
@@ -101,7 +101,7 @@ async def test_the_guest_goes_on_at_the_limit_even_if_the_body_does_not_heed_it(
         await qemu.execute("cont")
 
         async def heedless() -> None:
-            async with qc.quiesced(vm, "pause", limit=0.2):
+            async with qc.freeze(vm, "pause", limit=0.2):
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
@@ -119,7 +119,7 @@ async def test_what_the_body_raises_at_the_limit_is_the_news(folder: Path) -> No
         await qemu.execute("cont")
 
         async def body() -> None:
-            async with qc.quiesced(vm, "pause", limit=0.2):
+            async with qc.freeze(vm, "pause", limit=0.2):
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
@@ -155,7 +155,7 @@ async def test_cancelled_before_or_after_any_command_the_guest_runs(
                 pass_by()
 
         async def work() -> None:
-            async with qc.quiesced(vm, "pause"):
+            async with qc.freeze(vm, "pause"):
                 await asyncio.sleep(0)
 
         monkeypatch.setattr(vm, "execute", counted)
@@ -184,7 +184,7 @@ async def test_what_a_killed_process_left_paused_is_thawed_and_that_can_be_repea
 async def test_the_end_of_the_vm_meanwhile_is_the_bodys_to_tell(folder: Path) -> None:
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
-        async with qc.quiesced(vm, "pause"):
+        async with qc.freeze(vm, "pause"):
             qemu.signal(signal.SIGKILL)
             await qemu.ended()
 
@@ -200,11 +200,11 @@ async def test_a_note_that_fails_prevents_the_freeze_but_not_the_thaw(folder: Pa
 
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await qemu.execute("cont")
-        async with qc.quiesced(vm, "pause", ledger=Full("thaw")):
+        async with qc.freeze(vm, "pause", ledger=Full("thaw")):
             assert not await runs(qemu)
         assert await runs(qemu)
         with pytest.raises(qc.CommitFailed, match="no space") as caught:
-            async with qc.quiesced(vm, "pause", ledger=Full("freeze")):
+            async with qc.freeze(vm, "pause", ledger=Full("freeze")):
                 raise AssertionError("not frozen, and begun nevertheless")
         assert isinstance(caught.value.__cause__, OSError)
         assert await runs(qemu)
@@ -214,9 +214,9 @@ async def test_what_has_no_meaning_is_refused(folder: Path) -> None:
     async with machine(folder, make_chain(folder)) as qemu, qc.Session.connect(qemu.qmp) as vm:
         for how, options in (("agent", {}), ("freeze", {}), ("pause", {"limit": -1})):
             with pytest.raises(qc.InvalidRequest):
-                async with qc.quiesced(vm, how, **options):  # type: ignore[arg-type]
+                async with qc.freeze(vm, how, **options):  # type: ignore[arg-type]
                     pass
-        async with qc.quiesced(vm, None, limit=1) as quiet:
+        async with qc.freeze(vm, None, limit=1) as quiet:
             assert not quiet.held
 
 
@@ -260,7 +260,7 @@ async def test_a_body_that_was_cancelled_stays_so_where_its_thaw_fails(folder: P
         inside = asyncio.Event()
 
         async def body() -> None:
-            async with qc.quiesced(vm, "pause"):
+            async with qc.freeze(vm, "pause"):
                 inside.set()
                 await asyncio.Event().wait()
 
@@ -292,7 +292,7 @@ async def test_a_monitor_that_does_not_answer_is_told_and_nothing_was_paused(
     ):
         not_asked = pytest.raises(qc.DeadlineExceeded, match="did not answer query-status")
         with hangs(qemu, vm), not_asked:
-            async with qc.quiesced(vm, "pause"):
+            async with qc.freeze(vm, "pause"):
                 pytest.fail("it is quiesced")
         assert await runs(qemu)
 
@@ -305,7 +305,7 @@ async def test_a_body_that_is_done_ends_in_the_thaw_that_failed(folder: Path) ->
     ):
 
         async def body() -> None:
-            async with qc.quiesced(vm, "pause"):
+            async with qc.freeze(vm, "pause"):
                 stack.enter_context(no_patience())
                 stack.enter_context(hangs(qemu, vm))
 

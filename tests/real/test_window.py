@@ -86,7 +86,7 @@ async def test_what_the_guest_writes_meanwhile_is_merged_back(folder: Path) -> N
         qc.Session.connect(vm.qmp) as session,
     ):
         async with await Nbd.connect(vm.nbd, "top") as guest:
-            async with session.snapshot(["top"], overlay_dir=folder) as window:
+            async with session.snapshot(["top"], overlay=folder) as window:
                 await guest.write(5 * MIB, b"\xaa" * MIB)
                 after.write(5 * MIB, b"\xaa" * MIB)
                 assert_disk(Path(window["top"].filename), chain.pictures[-1])
@@ -161,7 +161,7 @@ async def test_one_disk_that_is_not_fit_leaves_nothing_of_the_others(folder: Pat
                     async with session.snapshot(names):
                         pass
             with pytest.raises(qc.QmpCommitError):
-                async with session.snapshot(["vda", "vdb"], overlay_dir=folder / "not there"):
+                async with session.snapshot(["vda", "vdb"], overlay=folder / "not there"):
                     pass
             assert overlays(folder) == []
             assert [len(disk.chain) for disk in await session.disks()] == [2, 2]
@@ -363,7 +363,7 @@ async def test_files_of_one_name_have_overlays_of_their_own_in_one_folder(folder
     async with machine(folder, *chains, style="drive", running=True) as vm:
         async with qc.Session.connect(vm.qmp) as session:
             disks = [disk.name for disk in await session.disks()]
-            async with session.snapshot(disks, overlay_dir=folder / "overlays") as window:
+            async with session.snapshot(disks, overlay=folder / "overlays") as window:
                 assert len({each.overlay for each in window.values()}) == 2
                 assert [each.window for each in await session.windows()] == [window.name] * 2
             assert [outcome.action for outcome in window.outcomes] == ["pivot", "pivot"]

@@ -51,7 +51,7 @@ async def assert_nothing_left(vm: qc.Session, folder: Path) -> None:
 async def close(vm: qc.Session, folder: Path, agent: str | None) -> list[str]:
     """Close what was left; the files that were named as staying, which then are deleted."""
     try:
-        await vm.close_windows(agent=agent)
+        await vm.close_windows(agents=agent)
     except qc.WindowError as error:
         left = [str(path) for path in error.facts["remains"]]  # type: ignore[attr-defined]
         assert sorted(left) == sorted(str(path) for path in folder.glob("*qmpcommit-window*"))
@@ -177,7 +177,7 @@ async def test_a_frozen_guest_whose_agent_is_not_known_is_told(folder: Path) -> 
             with pytest.raises(qc.WindowError, match="--agent SOCKET"):
                 await vm.close_windows()
             assert agent.frozen
-            await vm.close_windows(agent=agent.path)
+            await vm.close_windows(agents=agent.path)
             assert not agent.frozen
             await assert_nothing_left(vm, folder)
         await qemu.quit()

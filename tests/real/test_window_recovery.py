@@ -107,10 +107,10 @@ async def test_overlays_in_a_folder_that_is_named_by_another_are_found_again(
     notes = Notes()
     async with storage_daemon(folder, chain) as qemu:
         async with qc.Session.connect(qemu.qmp) as vm:
-            async with vm.snapshot(["top"], overlay_dir=over.format(folder)) as window:
+            async with vm.snapshot(["top"], overlay=over.format(folder)) as window:
                 assert len((await vm.disk("export0")).chain) == 3
             assert [each.action for each in window.outcomes] == ["pivot"]
-            await vm.open_window(["export0"], overlay_dir=over.format(folder), ledger=notes)
+            await vm.open_window(["export0"], overlay=over.format(folder), ledger=notes)
         assert notes.noted is not None
         async with qc.Session.connect(qemu.qmp) as vm:
             taken = await vm.recover_window(notes.noted)

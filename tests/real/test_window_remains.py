@@ -90,7 +90,7 @@ async def test_a_guest_that_a_killed_owner_left_quiesced_goes_on(
                 noted = qc.NotedWindow(NAME, {}, how, agent.path)
                 assert await vm.recover_window(noted) is None
             else:
-                assert await vm.close_windows(agent=agent.path) == []
+                assert await vm.close_windows(agents=agent.path) == []
             assert not agent.frozen
             assert await runs(vm)
             assert remains_of(await vm.graph()) == []
@@ -105,7 +105,7 @@ async def test_a_frozen_guest_whose_agent_is_not_known_is_told(folder: Path) -> 
             await vm.close_windows()
         assert failed.value.facts["remains"] == [marker]
         assert agent.frozen
-        await vm.close_windows(agent=agent.path)
+        await vm.close_windows(agents=agent.path)
         assert not agent.frozen
 
 
@@ -148,7 +148,7 @@ async def test_a_cancellation_while_a_guest_is_marked_leaves_no_mark(
 async def test_a_window_whose_guest_can_not_be_frozen_leaves_nothing(folder: Path) -> None:
     async with running(folder) as (_, vm, _):
         with pytest.raises(qc.QuiesceFailed, match="can't be reached"):
-            await vm.open_window(["vda"], freeze="agent", agent=folder / "nobody")
+            await vm.open_window(["vda"], freeze="agent", agents=folder / "nobody")
     assert overlays(folder) == []
 
 
@@ -160,11 +160,11 @@ async def test_the_mark_stays_where_a_guest_can_not_be_thawed(
         with monkeypatch.context() as patched:
             thaws_once(patched)
             with pytest.raises(qc.QuiesceFailed, match="may still be frozen"):
-                await vm.open_window(["vda"], freeze="agent", agent=agent.path, name=NAME)
+                await vm.open_window(["vda"], freeze="agent", agents=agent.path, name=NAME)
         assert await nodes(vm) == [f"qmpcommit-w{NUMBER}-frozen"]
         agent.instead.clear()
         agent.frozen = 2
-        assert await vm.close_windows(agent=agent.path) == []
+        assert await vm.close_windows(agents=agent.path) == []
         assert not agent.frozen
     assert overlays(folder) == []
 

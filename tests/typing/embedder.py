@@ -236,7 +236,7 @@ async def rounds(vm: qc.Session, ledger: qc.FileLedger) -> None:
     async for each in vm.cycle("vda", keep_if=["./worth-it"], every=3600.0, freeze="pause"):
         assert_type(each, qc.Round)
         break
-    async for all_of_them in vm.cycles(["vda"], every=60, keep_if=worth_it, agent="/qga"):
+    async for all_of_them in vm.cycles(["vda"], every=60, keep_if=worth_it, agents="/qga"):
         assert_type(all_of_them, tuple[qc.Round, ...])
         break
     gone = await vm.discard("vda", guest="reset")
@@ -250,7 +250,7 @@ async def rounds(vm: qc.Session, ledger: qc.FileLedger) -> None:
 
 async def quiet(vm: qc.Session) -> float | None:
     """A guest that stands still."""
-    async with qc.quiesced(vm, "pause", limit=5) as held:
+    async with qc.freeze(vm, "pause", limit=5) as held:
         assert_type(held, qc.Quiet)
     await qc.thaw(vm, "pause")
     return held.seconds

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -18,6 +18,7 @@ import qmpcommit as qc
 from qmpcommit.callback import said_of
 from qmpcommit.client.problems import error_from
 from qmpcommit.commit import phases
+from qmpcommit.guest import quiesce
 from qmpcommit.window import run
 
 
@@ -54,14 +55,52 @@ def test_commit_is_that_function_whatever_is_imported_and_its_package_is_found_t
 def test_what_the_stub_names_is_what_there_is() -> None:
     stub = Path(qc.__file__).with_suffix(".pyi").read_text()
     named = set(re.findall(r"^from qmpcommit\S* import (\w+) as \1$", stub, re.M))
-    former = {"open_window", "close_window", "recover_window"}
+    former = {
+        name: (run, f"vm.{name}") for name in ("open_window", "close_window", "recover_window")
+    }
+    former["quiesced"] = (quiesce, "qmpcommit.freeze")
     assert named == set(dir(qc)) - {"__version__"}
-    for name in former:
-        with pytest.warns(DeprecationWarning, match=rf"is vm\.{name}\(\.\.\.\) now") as told:
-            assert getattr(qc, name) is getattr(run, name)
+    for name, (home, now) in former.items():
+        with pytest.warns(DeprecationWarning, match=rf"is {re.escape(now)}\(\.\.\.\) now") as told:
+            assert getattr(qc, name) is getattr(home, name)
         assert told[0].filename == __file__
     for name in dir(qc):
         getattr(qc, name)
+
+
+async def test_options_are_taken_by_their_former_names() -> None:
+    """Each idea has one word: agents, overlay, freeze."""
+    vm = qc.Session.connect("/run/nobody")
+    agents = {"agent": "/run/agent"}
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (vm.snapshot, {"disks": ["vda"], "overlay_dir": "/vms", **agents}),
+        (vm.open_window, {"disks": ["vda"], "overlay_dir": "/vms", **agents}),
+        (vm.close_windows, {"overlay_dir": "/vms", **agents}),
+        (vm.overlay, {"disks": ["vda"], **agents}),
+        (vm.commit_group, {"disks": ["vda"], **agents}),
+        (vm.recover, agents),
+        (vm.cycle, {"disk": "vda", "keep_if": None, **agents}),
+        (vm.cycles, {"disk": "vda", "keep_if": None, "every": 1, **agents}),
+        (qc.freeze, {"vm": vm, "how": "agent", **agents}),
+        (qc.snapshot, {"disks": [], "overlay_dir": "/vms"}),
+        (
+            qc.Client("/run/d").vm("web1").snapshot,
+            {"disks": ["vda"], "overlay_dir": "/v", **agents},
+        ),
+        (qc.Client("/run/d").snapshot, {"disks": [], "overlay_dir": "/v"}),
+    ]
+    for call, options in calls:
+        with pytest.warns(DeprecationWarning, match="goes with the next version") as told:
+            made = call(**options)
+        if inspect.iscoroutine(made):
+            made.close()
+        words = [str(each.message) for each in told]
+        former = [name for name in ("agent", "overlay_dir") if name in options]
+        assert sorted(word.partition("=")[0] for word in words) == former
+        assert {each.filename for each in told} == {__file__}
+        assert not {"agent", "overlay_dir"} & inspect.signature(call).parameters.keys()
+    with pytest.raises(TypeError, match="both agents and agent"):
+        calls[3][0](["vda"], agents="/a", **agents)
 
 
 def test_each_error_says_who_is_to_do_something_and_where() -> None:

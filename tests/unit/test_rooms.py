@@ -10,7 +10,7 @@ import qmpcommit
 
 FLOORS = (
     {"errors", "manual", "preloading"},
-    {"log", "tasks", "units", "values", "names"},
+    {"former", "log", "tasks", "units", "values", "names"},
     {"callback"},
     {"qmp"},
     {"events"},
