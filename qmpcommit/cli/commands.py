@@ -30,11 +30,6 @@ COMMANDS = {
 }
 """Name, home in this package, and the line in the list of commands."""
 
-_OWN_MONITOR = (
-    "give the path of a monitor of that VM which the daemon does not hold, in the place of the"
-    " VM's name, without --daemon"
-)
-
 NO_DAEMON = {
     "doctor": "it asks the monitors themselves: give the paths of the VMs' monitors in the place of"
     " their names, without --daemon",
@@ -44,7 +39,6 @@ NO_DAEMON = {
     "completion": "it is the same for all",
     "flatten": "give the path of the VM's monitor in the place of its name, without --daemon; or"
     " have the daemon's configuration say it, in a [[flatten]] rule",
-    **dict.fromkeys(("snapshot", "speed", "pause", "resume"), _OWN_MONITOR),
     "recover": "give the paths of the VMs' monitors in the place of their names, without --daemon;"
     " what is the daemon's own it recovers when it starts",
 }

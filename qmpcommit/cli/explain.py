@@ -15,7 +15,10 @@ from qmpcommit.cli.sections import Command
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
 
-STORIES = ("pivot", "keep", "recycle", "abort", "window", "cycle", "group")
+STORIES = ("pivot", "keep", "recycle", "abort", "snapshot", "window", "cycle", "group")
+
+_OVER_ANY = ("snapshot", "window")
+"""The stories that lay an overlay."""
 
 USUAL = ("base.qcow2", "disk.qcow2")
 """The files, bottom first, where no disk is named."""
@@ -37,7 +40,9 @@ class Stage(NamedTuple):
 @click.argument("disks", shell_complete=complete_disk, nargs=-1, metavar="[DISK]...")
 @common
 def explain(story: str, qmp: str | None, disks: tuple[str, ...], **given: Any) -> Answer:
-    """Draw what a story does to the files: pivot, keep, recycle, abort, window, cycle or group.
+    """Draw what a story does to the files.
+
+    STORY is pivot, keep, recycle, abort, snapshot, window, cycle or group.
 
     With QMP and a DISK (of a group, all of them) it is drawn with that disk's own files, as they
     are now. Nothing is sent that changes anything.
@@ -60,7 +65,7 @@ async def _explain(running: Run, story: str, qmp: str, disks: Sequence[str]) -> 
     found = []
     async with running.vm(qmp) as vm:
         for name in disks:
-            if story != "window":  # else a disk without an overlay is right as well
+            if story not in _OVER_ANY:  # else a disk without an overlay is right as well
                 await vm.plan(disk=name, policy=Keep(), base=1 if story == "cycle" else None)
             disk = await vm.disk(name)
             found.append((disk.name, [image.filename for image in reversed(disk.chain)]))
@@ -114,6 +119,13 @@ def _stages(story: str, files: Sequence[str]) -> Iterator[Stage]:
         yield Stage("in it", (*chain, "OVERLAY"), f"{top} stands still, and can be read")
         yield Stage("closing", (*chain, "OVERLAY"), f"OVERLAY is committed into {top}", copies=True)
         yield Stage("after", chain, f"the guest writes to {top}; OVERLAY is deleted")
+        return
+    if story == "snapshot":
+        still = f"{top} does not change any more, until OVERLAY is committed"
+        yield Stage("before", chain, f"the guest writes to {top}")
+        yield Stage(
+            "after", (*chain, "OVERLAY"), f"the guest writes to OVERLAY, which stays; {still}"
+        )
         return
     base = below[-1] if story == "cycle" else below[0]
     under = tuple(below) if story == "cycle" else (base,)

@@ -72,13 +72,18 @@ def snapshot(
 async def _snapshot(
     running: Run, qmp: str, disks: tuple[str, ...], request: dict[str, Any]
 ) -> Answer:
-    async with running.connect(qmp) as vm:
+    from qmpcommit.session import Session
+
+    options = running.options
+    if options.daemon is not None and request.pop("override"):
+        raise click.UsageError("--override is for a snapshot without the daemon")
+    async with running.vm(qmp) as vm:
         await tell_of_held(vm, qmp, disks)
-        if request["freeze"] is None:  # else it is thawed first
+        if request["freeze"] is None and isinstance(vm, Session):  # else it is thawed first
             await tell_of_frozen(vm, qmp)
         running.so_far = (
             "what had been made was removed, unless the overlays lay already:"
-            f" 'qmpcommit chain {shlex.quote(qmp)}' shows it"
+            f" '{options.program} chain {shlex.quote(qmp)}' shows it"
         )
         laid = await vm.overlay(disks, **request)
     return Answer(laid.model_dump(mode="json"), _said(laid), quiet=running.options.quiet)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qmpcommit.block.chain import Disk
 from qmpcommit.cli import decide
-from qmpcommit.errors import InvalidRequest, QmpCommitError
+from qmpcommit.errors import QmpCommitError
 from qmpcommit.recovery.host import DiskState, JobState, VMState, states
 from qmpcommit.recovery.monitors import find
 from qmpcommit.session import Session
@@ -56,16 +56,20 @@ class Monitors:
     async def order(self, vm: VMState, job: JobState, order: str, rate: int = 0) -> str:
         """Over a monitor of its own; an end is waited for."""
         async with Session.connect(vm.address) as session:
-            if order == "speed":
-                await session.set_bandwidth(job.id, rate)
-            elif order in ENDS:
+            if order in ENDS:
                 adopted = await decide.adopt(session, job.id, order, carry_bitmaps=order != "abort")
                 decide.order(adopted, order)
                 outcome = await adopted.wait()
                 return f"{job.id} has ended by '{outcome.action}'"
-            else:
-                await (session.pause_job if order == "pause" else session.resume_job)(job.id)
+            await _steer(session, job.id, order, rate)
         return f"{job.id}: {order}, done"
+
+
+async def _steer(vm: Session | RemoteVM, job: str, order: str, rate: int) -> None:
+    if order == "speed":
+        await vm.set_bandwidth(job, rate)
+    else:
+        await (vm.pause_job if order == "pause" else vm.resume_job)(job)
 
 
 class Daemon:
@@ -94,16 +98,14 @@ class Daemon:
             return list(await asyncio.gather(*looks))
 
     async def order(self, vm: VMState, job: JobState, order: str, rate: int = 0) -> str:
-        """An end only: the daemon itself sees to the rest."""
-        if order not in ENDS:
-            raise InvalidRequest(
-                f"a daemon is not asked to {order} a job: do it over a monitor that it does not"
-                f" hold, as in: qmpcommit {order} QMP {job.id}"
-            )
+        """Of the daemon, which adopts the job of somebody else that is to end."""
         from qmpcommit.errors import JobNotFound
 
         async with self._connect() as host:
             there = host.vm(vm.name)
+            if order not in ENDS:
+                await _steer(there, job.id, order, rate)
+                return f"{job.id}: {order}, done"
             try:
                 known = await there.job(job.id)
             except JobNotFound:

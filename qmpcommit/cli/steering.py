@@ -14,6 +14,7 @@ from qmpcommit.cli.sections import Command
 
 if TYPE_CHECKING:
     from qmpcommit.cli.running import Run
+    from qmpcommit.client.vm import RemoteVM
     from qmpcommit.commit.steering import JobNow
     from qmpcommit.session import Session
 
@@ -65,48 +66,49 @@ def resume(qmp: str, job: str, **given: Any) -> Answer:
 def _command(
     qmp: str,
     given: dict[str, Any],
-    ask: Callable[[Session], Awaitable[JobNow]],
-    text: Callable[[JobNow, str], str],
+    ask: Callable[[Session | RemoteVM], Awaitable[JobNow]],
+    text: Callable[[JobNow, str, str], str],
 ) -> Answer:
     options = Options.of(**given)
     from qmpcommit.cli.running import run
 
     async def work(running: Run) -> Answer:
-        async with running.connect(qmp) as vm:
+        async with running.vm(qmp) as vm:
             now = await ask(vm)
-        return Answer(now.model_dump(mode="json"), text(now, qmp), quiet=options.quiet)
+        said = text(now, options.program, qmp)
+        return Answer(now.model_dump(mode="json"), said, quiet=options.quiet)
 
     return run(options, work)
 
 
-def _speed_text(now: JobNow, qmp: str) -> str:
+def _speed_text(now: JobNow, program: str, qmp: str) -> str:
     from qmpcommit.units import show_size
 
     rate = f"at most {show_size(now.speed)}/s" if now.speed else "as fast as the storage does"
-    return f"job {now.job_id} copies {rate}: {_where(now, qmp)}"
+    return f"job {now.job_id} copies {rate}: {_where(now, program, qmp)}"
 
 
-def _pause_text(now: JobNow, qmp: str) -> str:
+def _pause_text(now: JobNow, program: str, qmp: str) -> str:
     already = "" if now.changed else " already"
     return (
-        f"job {now.job_id} is paused{already}: {_where(now, qmp)}. What the guest writes meanwhile"
-        f" is copied after 'qmpcommit resume {shlex.quote(qmp)} {now.job_id}'"
+        f"job {now.job_id} is paused{already}: {_where(now, program, qmp)}. What the guest writes"
+        f" meanwhile is copied after '{program} resume {shlex.quote(qmp)} {now.job_id}'"
     )
 
 
-def _resume_text(now: JobNow, qmp: str) -> str:
-    if now.paused:
-        return f"job {now.job_id} is resumed, and QEMU itself holds it yet: {_where(now, qmp)}"
+def _resume_text(now: JobNow, program: str, qmp: str) -> str:
     goes = "goes on" if now.changed else "was not paused, and goes on"
-    return f"job {now.job_id} {goes}: {_where(now, qmp)}"
+    if now.paused:
+        goes = "is resumed, and QEMU itself holds it yet"
+    return f"job {now.job_id} {goes}: {_where(now, program, qmp)}"
 
 
-def _where(now: JobNow, qmp: str) -> str:
-    """What it does now; `qmp` is where that is seen again."""
+def _where(now: JobNow, program: str, qmp: str) -> str:
+    """What it does now; `program` and `qmp` are what shows that again."""
     from qmpcommit.units import show_size
 
     if now.status == "null":
-        return f"it has ended right now; 'qmpcommit chain {shlex.quote(qmp)}' shows what it left"
+        return f"it has ended right now; '{program} chain {shlex.quote(qmp)}' shows what it left"
     left = show_size(now.total - now.current)
     return (
         f"{now.type}, {now.status}, {show_size(now.current)} of {show_size(now.total)}, {left} left"

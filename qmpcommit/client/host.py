@@ -311,10 +311,12 @@ class Client:
         *,
         headers: Mapping[str, str] | None = None,
         hold: float = 0.0,
+        repeats: bool = True,
     ) -> Reply:
         """One request, again while the daemon is away; `hold` is how long it may wait there.
 
         Asking again must have no second effect; `Reply.again` tells that it may have happened.
+        What has one is asked again only while it has not arrived, without `repeats`.
         Raises `DaemonUnreachable` or `DaemonLost`.
         """
         raw = None if body is None else json.dumps(body).encode()
@@ -327,10 +329,17 @@ class Client:
                 )
             except Lost as lost:
                 again = again or lost.connected
+                if lost.connected and not repeats:
+                    address = str(self.wire.address)
+                    raise DaemonLost(
+                        f"the daemon at {address} does not answer any more ({lost}): what was asked"
+                        " of it may have been done. Look before you ask again",
+                        address=address,
+                    ) from None
                 await tries.failed(lost)
                 continue
             self.met = True
-            if not transient(reply) or tries.exhausted:
+            if not transient(reply) or tries.exhausted or not repeats:
                 return reply._replace(again=again)
             again = True  # it may have begun before it was too late
             await tries.failed(Lost("it is too busy", connected=True))

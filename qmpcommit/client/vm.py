@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.request import Stale
+    from qmpcommit.commit.steering import JobNow
     from qmpcommit.guest.quiesce import How
     from qmpcommit.guest.sockets import Agents
+    from qmpcommit.window.overlays import Snapshot
     from qmpcommit.window.records import Window
     from qmpcommit.wire.commit import VMView
     from qmpcommit.wire.cycle import RoundView
@@ -186,6 +188,67 @@ class RemoteVM:
         asking = self._promise(body_of(disk, **options), idempotency_key)
         job, _ = await wanted(asking, self._take_back, self._unanswered)
         return job
+
+    async def set_bandwidth(self, job_id: str, bandwidth: int | str) -> JobNow:
+        """Limit a block job to so many bytes per second (0: no limit), whoever began it.
+
+        As `Session.set_bandwidth`; of a commit of the daemon's own until that shares its storage's
+        bandwidth anew. Raises what that raises, and what `disks` raises.
+        """
+        from qmpcommit.units import parse_size
+
+        rate = parse_size(bandwidth, "bandwidth")
+        return await self._steer(job_id, {"action": "speed", "bandwidth": rate})
+
+    async def pause_job(self, job_id: str) -> JobNow:
+        """Have a block job copy nothing until `resume_job`; as `Session.pause_job`."""
+        return await self._steer(job_id, {"action": "pause"})
+
+    async def resume_job(self, job_id: str) -> JobNow:
+        """Have a block job go on, whoever or whatever has stopped it; as `Session.resume_job`."""
+        return await self._steer(job_id, {"action": "resume"})
+
+    async def _steer(self, job_id: str, body: dict[str, Any]) -> JobNow:
+        from qmpcommit.commit.steering import JobNow
+
+        path = f"{self.path}/jobs/{quote(job_id, safe='')}/steering"
+        found = self._parse(await self.client.ask("POST", path, body))
+        with sensible("job"):
+            return JobNow.model_validate(found, extra="ignore")
+
+    async def overlay(
+        self,
+        disks: Sequence[str],
+        *,
+        overlay: str | os.PathLike[str] | None = None,
+        overlay_options: Mapping[str, Any] | None = None,
+        overlay_secret: str | None = None,
+        freeze: How | None = None,
+        agents: Agents | None = None,
+    ) -> Snapshot:
+        """Lay fresh overlays over disks, which stay; as `Session.overlay`.
+
+        `overlay` and the agent's socket are paths on the daemon's host. Raises what that raises,
+        and what `disks` raises; `DaemonLost` where the answer is lost: it is not asked again, for
+        the overlays may lie.
+        """
+        from qmpcommit.window.overlays import LaidOverlay, Snapshot
+
+        socket = socket_of(agents, self)
+        body = {
+            "disks": list(disks),
+            "overlay": None if overlay is None else os.fspath(overlay),
+            "overlay_options": None if overlay_options is None else dict(overlay_options),
+            "overlay_secret": overlay_secret,
+            "freeze": freeze,
+            "agent": None if socket is None else os.fspath(socket),
+        }
+        path = f"{self.path}/overlays"
+        found = self._parse(await self.client.ask("POST", path, body, repeats=False))
+        with sensible("snapshot"):
+            laid = Snapshot.model_validate(found, extra="ignore")
+            disks_ = tuple(LaidOverlay.model_validate(each, extra="ignore") for each in laid.disks)
+            return replace(laid, disks=disks_)
 
     @former(agent="agents", overlay_dir="overlay")
     def snapshot(

@@ -26,6 +26,7 @@ from qmpcommit.daemon import (
     losses,
     page_api,
     rule_api,
+    steering_api,
     systemd,
     window_api,
 )
@@ -145,6 +146,7 @@ async def _run(
     group_api.routes(app, groups)
     window_api.routes(app, engine, windows)
     page_api.routes(app, engine)
+    steering_api.routes(app, engine)
     gate, doors = Gate(app, config, Askers(config), metrics), Doors.of(config.limits)
     settings = uvicorn.Config(
         gate,

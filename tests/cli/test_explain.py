@@ -46,6 +46,7 @@ async def test_a_disks_own_files_are_drawn_and_nothing_is_sent(folder: Path) -> 
                 "group": ["base.qcow2"],
                 "recycle": ["base.qcow2", "FRESH"],
                 "cycle": ["base.qcow2", "mid.qcow2", "FRESH"],
+                "snapshot": ["base.qcow2", "mid.qcow2", "top.qcow2", "OVERLAY"],
             }
             assert drawn["stages"][-1]["chain"] == last.get(
                 story, ["base.qcow2", "mid.qcow2", "top.qcow2"]
