@@ -69,9 +69,14 @@ class Image(Record):
         return self.filters[0] if self.filters else self.node_name
 
     @property
+    def is_slice(self) -> bool:
+        """Whether it is a part of its file only, in which other things are as well."""
+        return slice_of(self.shown)
+
+    @property
     def handed_out(self) -> str:
         """The name by which a command finds it: of a slice of a file not the whole file's."""
-        return self.shown if slice_of(self.shown) else self.given_as or self.filename
+        return self.shown if self.is_slice else self.given_as or self.filename
 
     def __str__(self) -> str:
         return (
@@ -275,6 +280,9 @@ def _data_file(graph: BlockGraph, name: str) -> str:
     if child is None or child not in graph.nodes:
         return ""
     leaf = graph.leaf(child)
+    shown = str((graph.nodes[child].raw.get("image") or {}).get("filename") or "")
+    if slice_of(shown):
+        return shown
     return graph.file(leaf) if leaf.driver in _HOST_DRIVERS else ""
 
 

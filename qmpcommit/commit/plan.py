@@ -74,7 +74,7 @@ class Plan(Record):
     @property
     def invalidated(self) -> list[str]:
         """The files that a successful pivot or merge leaves invalid, top first."""
-        return [image.filename for image in (self.top, *self.between)]
+        return [image.handed_out for image in (self.top, *self.between)]
 
 
 def plan_commit(vm: str, disk: Disk, request: Request, cwd: str | None = None) -> Plan:

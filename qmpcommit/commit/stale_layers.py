@@ -347,13 +347,17 @@ def remove_file(
 ) -> str | None:
     """Unlink (or rename) one stale file; why it was not done, or None.
 
-    Only the very file that the chain had when the commit was planned, only a regular file,
-    never through a link, never the base, never one that QEMU or another process still uses, never
-    one that the user whose QEMU it is could not delete; and only if its data are in a file with a
-    name: that of `base`, which QEMU (process `pid`) has open, and which was `held` when the commit
-    was planned.
+    Only the very file that the chain had when the commit was planned, only a regular file, and
+    all of it the layer's, never through a link, never the base, never one that QEMU or another
+    process still uses, never one that the user whose QEMU it is could not delete; and only if its
+    data are in a file with a name: that of `base`, which QEMU (process `pid`) has open, and which
+    was `held` when the commit was planned.
     """
     path = os.path.join(cwd or os.getcwd(), image.filename)
+    if image.is_slice:
+        return (
+            f"{image.filename} stays: the layer is a part of that file only (a raw offset or size)"
+        )
     if known is None:
         return f"{image.filename} stays: {_unknown(path)}"
     if base.node_name:

@@ -158,7 +158,7 @@ async def discarded(exchanges: Sequence[Exchange], book: RoundBook) -> tuple[Dis
         deleted = book.value["delete"] and not await asyncio.to_thread(os.path.lexists, path)
         for warning in said:
             vm.log.warning("outcome_warning", disk=plan.disk.name, warning=warning)
-        overlay, former = each.filename, plan.top.filename
+        overlay, former = each.filename, plan.top.handed_out
         vm.log.info("discarded", disk=plan.disk.name, former=former, overlay=overlay)
         ends.append(
             Discarded(

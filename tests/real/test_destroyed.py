@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,51 @@ async def test_what_only_qemu_has_is_neither_committed_nor_lain_over(folder: Pat
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
     assert_disk(chain.base, chain.pictures[0])
+
+
+@pytest.mark.parametrize("how", ["delete", "rename", "discard", "data file"])
+async def test_a_file_of_which_a_stale_layer_is_a_part_only_stays(how: str, folder: Path) -> None:
+    """A layer may lie in a slice of a file that holds other things as well."""
+    base, box, top = create(folder / "base", 16 * MIB), folder / "box", folder / "top"
+    data = how == "data file"
+    if data:
+        run(QEMU.img, "create", "-q", "-f", "qcow2", "-o", f"data_file={folder / 'd'}", top, "16M")
+    else:
+        create(top, 16 * MIB)
+    others = bytes([0x77]) * MIB
+    part = {"driver": "raw", "offset": MIB, "size": 16 * MIB,
+            "file": {"driver": "file", "filename": str(box)}}  # fmt: skip
+    box.write_bytes(others + (bytes(16 * MIB) if data else top.read_bytes()))
+    with box.open("r+b") as file:
+        file.truncate(17 * MIB)
+        file.seek(0, 2)
+        file.write(others)
+    below: dict[str, Any] = {"driver": "qcow2", "node-name": "b",
+                             "file": {"driver": "file", "filename": str(base)}}  # fmt: skip
+    over: dict[str, Any] = {"driver": "qcow2", "node-name": "t", "backing": "b", "file": part}
+    if data:
+        over |= {"file": {"driver": "file", "filename": str(top)}, "data-file": part}
+    extra = ["-blockdev", json.dumps(below), "-blockdev", json.dumps(over),
+             "-device", "virtio-blk-pci,drive=t,id=vda"]  # fmt: skip
+    picture = Picture(16 * MIB)
+    async with machine(folder, extra=extra) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        disk = "/machine/peripheral/vda/virtio-backend"
+        await vm.execute("human-monitor-command", {
+            "command-line": f'qemu-io -d {disk} "write -P 0x11 1M 3M"'})  # fmt: skip
+        if how == "discard":
+            discarded = await vm.discard("vda", guest="stop", delete=True)
+            assert not discarded.deleted
+            assert f'"offset": {MIB}' in discarded.former
+            warnings = list(discarded.warnings)
+            await (await vm.commit("vda", policy=qc.Pivot())).wait()
+        else:
+            stale: Any = "rename" if how == "rename" else "delete"
+            outcome = await (await vm.commit("vda", policy=qc.Pivot(), stale=stale)).wait()
+            assert str(box) not in (*outcome.deleted, *outcome.renamed, *outcome.invalidated)
+            picture.fill(MIB, 3 * MIB, 0x11)
+            warnings = outcome.warnings
+        await qemu.quit()
+    assert str(box) in " ".join(warnings)
+    held = box.read_bytes()
+    assert (held[:MIB], held[-MIB:]) == (others, others)
+    assert_disk(base, picture)
