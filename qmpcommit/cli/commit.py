@@ -443,7 +443,7 @@ async def _commit(running: Run, qmp: str, request: dict[str, Any], *, offline: b
 
 def keys_of(options: Options, policy: AnyPolicy | None, job: CommitJob | RemoteJob) -> Keys | None:
     """What decides at READY from this terminal, where that was left to somebody."""
-    if policy is None or policy.kind != "hold":
+    if policy is None or not policy.held:
         return None
     from qmpcommit.cli.asking import Keys, files_of, may_ask
 

@@ -66,16 +66,16 @@ def _alone() -> list[str]:
     return [name for name in CommitOptions.__annotations__ if name not in shared]
 
 
-def policies_of(policy: AnyPolicy, named: Named) -> list[AnyPolicy]:
-    """Each disk's own policy: a `Recycle` needs an overlay of its own for each.
+def policies_of(
+    policy: AnyPolicy, named: Named
+) -> tuple[AnyPolicy | None, Sequence[AnyPolicy | None]]:
+    """The policy of all, or each disk's own: a `Recycle` needs an overlay of its own for each.
 
     The overlay that was given is a folder, or a pattern with {disk}, {number} or {time} in it.
     Raises `click.UsageError` where two disks would get the same file.
     """
-    from qmpcommit.commit.policy import Recycle
-
-    if not isinstance(policy, Recycle):
-        return [policy] * len(named)
+    if policy.kind != "recycle":
+        return policy, [None] * len(named)
     given = policy.overlay
     stems = [re.sub(r"[^A-Za-z0-9._-]+", "_", disk).strip("_.") or "disk" for _, disk in named]
     if os.path.isdir(given):
@@ -94,7 +94,7 @@ def policies_of(policy: AnyPolicy, named: Named) -> list[AnyPolicy]:
             "Each disk needs a fresh overlay of its own: give --recycle a folder that exists, or"
             " a pattern with {disk} or {number} in it"
         )
-    return [replace(policy, overlay=file) for file in files]
+    return None, [replace(policy, overlay=file) for file in files]
 
 
 async def plan_group(running: Run, named: Named, request: Mapping[str, Any]) -> Answer:
@@ -103,11 +103,11 @@ async def plan_group(running: Run, named: Named, request: Mapping[str, Any]) -> 
     from qmpcommit.cli.show import plan_text
 
     plans = []
-    policies = policies_of(request["policy"], named)
+    shared, own = policies_of(request["policy"], named)
     async with AsyncExitStack() as stack:
         vms = {qmp: await stack.enter_async_context(running.vm(qmp)) for qmp in dict(named)}
-        for (qmp, disk), policy in zip(named, policies, strict=True):
-            asked = plan_request({**request, "disk": disk, "policy": policy})
+        for (qmp, disk), policy in zip(named, own, strict=True):
+            asked = plan_request({**request, "disk": disk, "policy": policy or shared})
             plans.append(await vms[qmp].plan(**asked))
     places = [(qmp, plan.disk.root) for (qmp, _), plan in zip(named, plans, strict=True)]
     for place in places:
@@ -140,9 +140,7 @@ async def commit_group(
     options = of_all(request)
     agents = options.pop("agents")
     policy = request["policy"]
-    own: list[AnyPolicy | None] = [None] * len(named)
-    if policy.kind == "recycle":
-        own = [*policies_of(policy, named)]
+    shared, own = policies_of(policy, named)
     async with AsyncExitStack() as stack:
         vms = await _connected(running, named, stack)
         if request["freeze"] is None:  # else they are thawed first
@@ -153,7 +151,7 @@ async def commit_group(
                 GroupMember(vms[qmp], disk, each)
                 for (qmp, disk), each in zip(named, own, strict=True)
             ],
-            policy=None if policy.kind == "recycle" else policy,
+            policy=shared,
             hold_limit=hold_limit,
             timeout=running.remaining,
             agents={vms[qmp]: socket for qmp, socket in agents.items()},

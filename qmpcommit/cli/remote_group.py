@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def check(policy: AnyPolicy) -> None:
     """What the daemon does not do with several disks; raises `click.UsageError`."""
-    if policy.kind == "hold":
+    if policy.held:
         raise click.UsageError(
             "A group that the daemon holds is decided over its API (POST"
             " /v1/groups/ID/decision), not here"
@@ -73,17 +73,14 @@ class _Following:
         self, named: Named, request: Mapping[str, Any], hold_limit: float
     ) -> GroupOutcome:
         """Raises what `Client.commit_group` and `RemoteGroup.wait` raise, and `Interrupted`."""
-        policy = request["policy"]
-        own: list[AnyPolicy | None] = [None] * len(named)
-        if policy.kind == "recycle":
-            own = [*policies_of(policy, named)]
+        policy, own = policies_of(request["policy"], named)
         try:
             group = self._group = await self._host.commit_group(
                 [
                     (self._host.vm(name), disk, each)
                     for (name, disk), each in zip(named, own, strict=True)
                 ],
-                policy=None if policy.kind == "recycle" else policy,
+                policy=policy,
                 hold_limit=hold_limit,
                 **{**of_all(request), "timeout": self._run.remaining},
             )

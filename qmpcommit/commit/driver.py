@@ -24,7 +24,7 @@ from qmpcommit.commit.in_use import PlanCheck
 from qmpcommit.commit.job_events import Hearing
 from qmpcommit.commit.outcome import CommitOutcome, Timings, UsedBy
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Ready, Recycle, Settled, immediate, settle
+from qmpcommit.commit.policy import Decision, Ready, Recycle, Settled, fresh_of, immediate, settle
 from qmpcommit.commit.recycle import Left
 from qmpcommit.commit.stale_layers import Around, OnStall, Stall, clear_away
 from qmpcommit.errors import (
@@ -605,7 +605,7 @@ class Driver:
         )
         settled = immediate(plan.policy)
         if settled is not None:
-            self.tell(self._decision(settled))
+            self.decide(settled.decision, settled.by)
             return
         self.log.info("ready", policy=getattr(plan.policy, "kind", "callable"))
         self._consulting = asyncio.create_task(self._settle(ready), name=f"policy {self.id}")
@@ -631,12 +631,15 @@ class Driver:
             self.log.warning("policy_failed", error=repr(self._policy_error))
             self.tell(facts.Decided(Choice.ABORT, "failed policy"))
         else:
-            self.tell(self._decision(consulting.result()))
+            settled = consulting.result()
+            self.decide(settled.decision, settled.by)
 
-    def _decision(self, settled: Settled) -> facts.Decided:
-        if isinstance(settled.decision, Recycle):
-            self.recycle = settled.decision
-        return facts.Decided(Choice(settled.decision.kind), settled.by)
+    def decide(self, decision: Decision, by: str) -> None:
+        """What is to become of it at READY; what comes too late does nothing."""
+        for recycle in fresh_of(decision):
+            if self.state.order.decision is None:
+                self.recycle = recycle
+        self.tell(facts.Decided(Choice(decision.kind), by))
 
     def _stall(self) -> None:
         """A storage error makes the job wait: tell its owner, who says when to go on."""

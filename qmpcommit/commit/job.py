@@ -258,9 +258,7 @@ class CommitJob:
 
     def decide(self, decision: Decision, by: str) -> None:
         """Decide as a policy does, in the name of `by`; what comes too late does nothing."""
-        if isinstance(decision, Recycle) and self.state.order.decision is None:
-            self._driver.recycle = decision
-        self._driver.tell(facts.Decided(Choice(decision.kind), by))
+        self._driver.decide(decision, by)
 
     # -- what a session does with it --------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from qmpcommit.commit.facts import Choice, Ended
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import PARTS, Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import AnyPolicy, Hold, PolicyCall, Recycle, parse_policy
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall, Recycle, parse_policy
 from qmpcommit.errors import InvalidRequest, QmpCommitError
 
 
@@ -174,19 +174,17 @@ def plan_of(noted: Noted, policy: AnyPolicy | PolicyCall | None) -> Plan:
     plan.findings[:] = [Finding.model_validate(each) for each in plan.findings]
     left = policy
     if left is None and plan.policy is not None:
-        asked = parse_policy(plan.policy)
-        left = rest_of_hold(asked, noted) if isinstance(asked, Hold) else asked
+        left = rest_of(parse_policy(plan.policy), noted)
     object.__setattr__(plan, "policy", left)
     return plan
 
 
-def rest_of_hold(hold: Hold, noted: Noted) -> Hold:
-    """What is left of a hold that was READY when that was noted."""
+def rest_of(policy: AnyPolicy | PolicyCall, noted: Noted) -> AnyPolicy | PolicyCall:
+    """What is left of a policy whose job was READY when that was noted."""
     since = noted.get("ready")
-    if hold.timeout is None or since is None:
-        return hold
-    passed = max(0.0, time.time() - since)  # a clock that was set back does not lengthen it
-    return Hold(timeout=max(0.0, hold.timeout - passed), otherwise=hold.otherwise)
+    if since is None or not isinstance(policy, AnyPolicy):
+        return policy
+    return policy.rest(time.time() - since)
 
 
 def time_left(noted: Noted) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmpcommit.block.chain import Disk, Image
-from qmpcommit.commit.policy import Abort, AnyPolicy, Hold, Keep, Pivot, PolicyCall, ends_of
+from qmpcommit.commit.policy import AnyPolicy, PolicyCall, ends_of
 from qmpcommit.commit.request import Stale
 from qmpcommit.errors import InvalidRequest
 
@@ -22,7 +22,7 @@ def refuse_decision(
     It ends by itself, with `top` merged into `base`; a `Pivot` says nothing else. Raises
     `InvalidRequest`.
     """
-    if policy is None or isinstance(policy, Pivot):
+    if policy is None or getattr(policy, "leaves", None) == "base":
         return
     asked = getattr(policy, "kind", "a policy of your own")
     raise InvalidRequest(
@@ -63,10 +63,12 @@ def refuse_idle(policy: Any, *, stale: Stale = "leave", on_pivot: object = None)
 
 def may_pivot(policy: Any) -> bool:
     """Whether the policy can come to a pivot; None is an intermediate layer's, which merges."""
-    ends = () if isinstance(policy, Hold) else ends_of(policy)  # a hold's caller may say anything
-    return not ends or not all(isinstance(end, Keep | Abort) for end in ends)
+    if getattr(policy, "held", False):
+        return True  # its caller may say anything
+    ends = ends_of(policy)
+    return not ends or not all(end.leaves == "overlay" for end in ends)
 
 
 def _ends(policy: Any) -> str:
-    said = ("an abort" if isinstance(end, Abort) else "a keep" for end in ends_of(policy))
+    said = ("an abort" if end.kind == "abort" else "a keep" for end in ends_of(policy))
     return " or ".join(dict.fromkeys(said))

@@ -13,7 +13,17 @@ import os
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    TypeAlias,
+    cast,
+)
 
 from qmpcommit.block.chain import Image
 from qmpcommit.callback import ask
@@ -25,7 +35,25 @@ from qmpcommit.values import Record, record
 
 
 class PolicyValue(Record):
-    """Base of all policies that are values, so that ``[Keep(), Pivot()]`` is a list of policies."""
+    """Base of all policies that are values, so that ``[Keep(), Pivot()]`` is a list of policies.
+
+    What matters of them elsewhere is said here once: what one `leaves` as the image that the guest
+    writes to (None where that is not decided yet), whether it is `held` READY until somebody
+    decides, and whether it `runs` a command, which is told the names of files.
+    """
+
+    leaves: ClassVar[Literal["base", "overlay", "fresh"] | None] = None
+    held: ClassVar[bool] = False
+    runs: ClassVar[bool] = False
+
+    @property
+    def ends(self) -> tuple[Decision, ...]:
+        """What it may come to by itself."""
+        return ()
+
+    def rest(self, passed: float) -> Self:
+        """What is left of it, so many seconds after READY."""
+        return self
 
     if TYPE_CHECKING:
 
@@ -34,33 +62,45 @@ class PolicyValue(Record):
             """Which policy it is, as its JSON says."""
 
 
+class DecisionValue(PolicyValue):
+    """Base of those that are a decision."""
+
+    @property
+    def ends(self) -> tuple[Decision, ...]:
+        """Itself."""
+        return (cast("Decision", self),)
+
+
 @record
-class Pivot(PolicyValue):
+class Pivot(DecisionValue):
     """Make the base the active image (``job-complete``); the overlay is invalid from then on."""
 
+    leaves = "base"
     kind: Literal["pivot"] = field(default="pivot", kw_only=True)
 
 
 @record
-class Keep(PolicyValue):
+class Keep(DecisionValue):
     """Keep the overlay active (``block-job-cancel`` with ``force: false``).
 
     The base then holds everything up to that instant. QEMU leaves the overlay's clusters
     allocated, so the next commit copies them again.
     """
 
+    leaves = "overlay"
     kind: Literal["keep"] = field(default="keep", kw_only=True)
 
 
 @record
-class Abort(PolicyValue):
+class Abort(DecisionValue):
     """Cancel the job by force: the overlay stays active, the base is half-written or ahead."""
 
+    leaves = "overlay"
     kind: Literal["abort"] = field(default="abort", kw_only=True)
 
 
 @record
-class Recycle(PolicyValue):
+class Recycle(DecisionValue):
     """Pivot, then lay a fresh empty overlay (a new file) over the base, the guest paused meanwhile.
 
     The new overlay holds *only the changes since*, which a keep's does not. `overlay` is the
@@ -70,6 +110,7 @@ class Recycle(PolicyValue):
     QEMU secret that the fresh overlay of an encrypted disk is encrypted with.
     """
 
+    leaves = "fresh"
     overlay: str
     overlay_options: Mapping[str, Any] | None = None
     overlay_secret: str | None = None
@@ -95,8 +136,12 @@ Decision: TypeAlias = Pivot | Keep | Abort | Recycle
 
 def ends_of(policy: object) -> tuple[Decision, ...]:
     """What a policy may come to by itself; nothing is known of a caller's own."""
-    found = [policy, *(getattr(policy, name, None) for name in ("otherwise", "passed", "failed"))]
-    return tuple(each for each in found if isinstance(each, Decision))
+    return policy.ends if isinstance(policy, PolicyValue) else ()
+
+
+def fresh_of(policy: object) -> list[Recycle]:
+    """The fresh overlays that a policy may lay by itself."""
+    return [end for end in ends_of(policy) if isinstance(end, Recycle)]
 
 
 def _check_decision(value: object, what: str) -> None:
@@ -112,9 +157,22 @@ def _check_decision(value: object, what: str) -> None:
 class Hold(PolicyValue):
     """Stay READY until the caller (or another client) decides; after `timeout` s, `otherwise`."""
 
+    held = True
     timeout: float | None = None
     otherwise: Decision = Keep()
     kind: Literal["hold"] = field(default="hold", kw_only=True)
+
+    @property
+    def ends(self) -> tuple[Decision, ...]:
+        """What is done when its time is over."""
+        return (self.otherwise,)
+
+    def rest(self, passed: float) -> Hold:
+        """The same with less time; a clock that was set back does not lengthen it."""
+        if self.timeout is None:
+            return self
+        left = max(0.0, self.timeout - max(0.0, passed))
+        return Hold(timeout=left, otherwise=self.otherwise)
 
     def __post_init__(self) -> None:
         if self.timeout is not None:
@@ -133,11 +191,17 @@ class Check(PolicyValue):
     aborted, and the commit fails.
     """
 
+    runs = True
     command: Sequence[str]
     timeout: float = 60.0
     passed: Decision = Pivot()
     failed: Decision = Keep()
     kind: Literal["check"] = field(default="check", kw_only=True)
+
+    @property
+    def ends(self) -> tuple[Decision, ...]:
+        """What its command decides between."""
+        return (self.passed, self.failed)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "command", check_command(self.command, "Check"))

@@ -17,12 +17,11 @@ from qmpcommit.commit.objections import may_pivot
 from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import (
-    Check,
     Keep,
     Ready,
     Recycle,
     check_told,
-    ends_of,
+    fresh_of,
     is_answer,
     no_answer,
     run_command,
@@ -50,7 +49,7 @@ async def check_abilities(
     `status` is the VM's (None: a storage daemon, which runs no guest), `private` whether nobody
     else can reach what it exports.
     """
-    for recycle in _recycles(plan):
+    for recycle in fresh_of(plan.policy):
         _check_recycle(plan, recycle, status, cwd, private)
     masks = "backing-mask-protocol" in plan.arguments
     if not isinstance(plan.policy, Keep) and not masks:
@@ -72,13 +71,9 @@ async def check_abilities(
         )
 
 
-def _recycles(plan: Plan) -> list[Recycle]:
-    return [each for each in ends_of(plan.policy) if isinstance(each, Recycle)]
-
-
 async def check_overlays(monitor: Monitor, plan: Plan, graph: BlockGraph) -> None:
     """Whether a fresh overlay can follow the disk's as is asked; raises `ChainError`."""
-    for recycle in _recycles(plan):
+    for recycle in fresh_of(plan.policy):
         await check_follows(monitor, plan, graph, recycle.asked)
 
 
@@ -88,7 +83,7 @@ async def check_free(monitor: Monitor, plan: Plan, cwd: str | None) -> None:
     Raises `InvalidRequest`, or `NoSpace`. Better known before the base is written to
     than at READY.
     """
-    for recycle in _recycles(plan):
+    for recycle in fresh_of(plan.policy):
         from qmpcommit.commit.overlay.fresh import FreshOverlay  # which most commits do not need
 
         overlay = FreshOverlay(monitor, plan, recycle.overlay, cwd, asked=recycle.asked)
@@ -214,7 +209,7 @@ def told(plan: Plan, graph: BlockGraph, pid: int | None, opened: OpenFiles | Non
 
 def check_commands(plan: Plan, on_pivot: object) -> None:
     """Raise `ChainError` where a command that runs later would be told another file's name."""
-    if isinstance(plan.policy, Check) or isinstance(on_pivot, PivotCommand):
+    if getattr(plan.policy, "runs", False) or isinstance(on_pivot, PivotCommand):
         try:
             check_told(plan.vm, plan.base, plan.top)
         except ChainError as error:

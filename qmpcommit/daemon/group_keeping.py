@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from qmpcommit.commit.policy import Hold
 from qmpcommit.commit.request import DiskOptions
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.keeping import error_dict
@@ -59,7 +58,7 @@ class GroupKeeping(Settling):
         group = self._group
         for promise in group.members:
             promise.decides = self._registry.clearing.decides
-            if isinstance(promise.request.policy, Hold):
+            if promise.request.policy is not None and promise.request.policy.held:
                 promise.decision = group.decision
         tries = 0
         while True:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from qmpcommit.block.chain import Disk, absolute
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Recycle
+from qmpcommit.commit.policy import fresh_of
 from qmpcommit.daemon.config import Access, Config
 from qmpcommit.daemon.registry import VM, Registry
 from qmpcommit.daemon.rights import ASKER
@@ -71,7 +71,7 @@ class Places:
         if self._open:
             return
         beside = _folders(vm, [plan.disk], session.cwd)
-        overlays = [policy.overlay for policy in _recycles(request.policy)]
+        overlays = [policy.overlay for policy in fresh_of(request.policy)]
         self.check("overlays", *overlays, beside=beside)
         if plan.stale != "leave":
             layers = (plan.top, *plan.between)
@@ -97,14 +97,6 @@ class Places:
             active = [absolute(disk.active, session.cwd) for disk in disks if disk.active]
             made = active if folder is None else [os.path.join(folder, "overlay")]
             self.check("overlays", *made, beside=beside)
-
-
-def _recycles(policy: object) -> list[Recycle]:
-    """All that a policy may come to."""
-    if isinstance(policy, Recycle):
-        return [policy]
-    inner = (getattr(policy, name, None) for name in ("otherwise", "passed", "failed"))
-    return [each for one in inner if one is not None for each in _recycles(one)]
 
 
 def _folders(vm: VM, disks: Iterable[Disk], cwd: str | None) -> list[str]:

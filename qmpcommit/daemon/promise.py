@@ -15,7 +15,7 @@ from qmpcommit.commit.ledger import Noted, add_note, files_of, plan_of, resumed_
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Hold, Pivot, parse_policy
+from qmpcommit.commit.policy import Pivot, parse_policy
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.rights import asked_by
@@ -286,7 +286,8 @@ class Promise:
                 since = clock.noted(self._held_since)
                 known = {**self.noted.get("clock", {}), "ready": since}
                 self.noted = {**self.noted, "clock": known}
-                if isinstance(self.request.policy, Hold):  # whose time goes on over a restart
+                policy = self.request.policy
+                if policy is not None and policy.held:  # whose time goes on over a restart
                     values = (self.ready, json.dumps(since), self.id)
                     statements.append(Statement(_READY, values))
         self._journal.write_soon(*statements, events=[self.event()])
@@ -330,12 +331,11 @@ class Promise:
         policy = self.request.policy
         if self.decision is not None:
             return parse_policy({"kind": self.decision})
-        if isinstance(policy, Hold) and policy.timeout is not None:
-            if self._held_since is None:
-                return policy
-            left = max(0.0, self._held_since + policy.timeout - time.monotonic())
-            return Hold(timeout=left, otherwise=policy.otherwise)
-        return policy if policy is not None else Pivot()  # an intermediate layer asks none
+        if policy is None:
+            return Pivot()  # an intermediate layer asks none
+        if self._held_since is None:
+            return policy
+        return policy.rest(time.monotonic() - self._held_since)
 
 
 def _json(value: Any) -> str | None:

@@ -20,8 +20,13 @@ from qmpcommit.errors import InvalidRequest, PolicyRequired
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
 
-ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
-"""What a group is told that has one `Recycle` for several disks."""
+_ONE_OVERLAY = "give each disk a Recycle of its own: each needs its own overlay"
+
+
+def check_shared(policy: object, disks: int) -> None:
+    """Raise `InvalidRequest` where one policy would lay one fresh overlay over several disks."""
+    if disks > 1 and isinstance(policy, Recycle):
+        raise InvalidRequest(_ONE_OVERLAY)
 
 
 class GroupCommitOptions(GroupOptions, Hooks, total=False):
@@ -133,7 +138,7 @@ def _check_apart(
         if isinstance(policy, Recycle):
             overlay = _place_of(policy.overlay, member.vm)
             if overlay in overlays:
-                raise InvalidRequest(f"{ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
+                raise InvalidRequest(f"{_ONE_OVERLAY}, not {policy.overlay}. Nothing was sent")
             overlays.add(overlay)
         disk = job.plan.disk
         place = (member.vm, disk.root)

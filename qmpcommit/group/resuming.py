@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit import errors
-from qmpcommit.commit.ledger import Noted, rest_of_hold
-from qmpcommit.commit.policy import Hold, parse_policy
+from qmpcommit.commit.ledger import Noted, rest_of
+from qmpcommit.commit.policy import parse_policy
 from qmpcommit.commit.resuming import vm_of
 from qmpcommit.errors import InvalidRequest, QmpCommitError
 from qmpcommit.group.book import GroupBook
@@ -183,11 +183,11 @@ class _Resumption(Settling):
         return commit
 
     def _left_of(self, policy: Any, *numbers: int) -> Any:
-        """A hold, less the time that has passed since these members were READY."""
+        """A policy, less the time that has passed since these members were READY."""
         noted = [self._group.members[number].noted for number in numbers]
-        if not isinstance(policy, Hold) or not all("ready" in each for each in noted):
+        if not all("ready" in each for each in noted):
             return policy
-        return rest_of_hold(policy, {"ready": max(each["ready"] for each in noted)})
+        return rest_of(policy, {"ready": max(each["ready"] for each in noted)})
 
     # -- settled ----------------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from qmpcommit.commit.policy import (
     Decision,
     Keep,
     Pivot,
-    Recycle,
     Settled,
     parse_policy,
 )
@@ -50,9 +49,9 @@ from qmpcommit.group.book import GroupBook, options_noted, policy_noted
 from qmpcommit.group.freezes import Freezes
 from qmpcommit.group.machine import GroupAction, GroupFact, Stage
 from qmpcommit.group.members import (
-    ONE_OVERLAY,
     GroupCommitOptions,
     Named,
+    check_shared,
     member_of,
     override_of,
     policy_of,
@@ -181,8 +180,7 @@ class GroupCommit:
         if not self.members:
             raise InvalidRequest("a group commit needs at least one disk")
         check_sockets(freeze, (member.vm for member in self.members), dict(agents))
-        if isinstance(self._policy, Recycle) and len(self.members) > 1:
-            raise InvalidRequest(ONE_OVERLAY)
+        check_shared(self._policy, len(self.members))
         self._check_options()
 
     def _noted_in(self, ledger: Ledger) -> GroupBook:
@@ -484,7 +482,7 @@ class GroupCommit:
         """The jobs that are to be recycled, of each VM that has such."""
         recycles: dict[VM, list[CommitJob]] = {}
         for number, settled in self._decisions.items():
-            if isinstance(settled.decision, Recycle):
+            if settled.decision.leaves == "fresh":
                 recycles.setdefault(self.members[number].vm, []).append(self.jobs[number])
         return recycles
 

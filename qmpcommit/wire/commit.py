@@ -188,8 +188,8 @@ class CommitRequest(Asked):
     @property
     def runs_commands(self) -> bool:
         """Whether the daemon would run a command for its client."""
-        check = getattr(self.policy, "kind", "") == "check"
-        return check or self.only_if is not None or self.on_pivot is not None
+        runs = self.policy is not None and self.policy.runs
+        return runs or self.only_if is not None or self.on_pivot is not None
 
 
 class Decision(_Model):

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qmpcommit.commit.pending import group_job_id
-from qmpcommit.commit.policy import Policy, Recycle
-from qmpcommit.group.members import ONE_OVERLAY
+from qmpcommit.commit.policy import Policy
+from qmpcommit.group.members import check_shared
 from qmpcommit.group.outcome import GroupOutcome
 from qmpcommit.group.run import HOLD_LIMIT
 from qmpcommit.wire.commit import Asked, CommitRequest, CommitState, Name
@@ -87,8 +87,7 @@ class GroupRequest(Asked, Quiescing):
             raise ValueError("give the group a policy, or each member its own, not both")
         if self.policy is None and not all(member.policy for member in self.members):
             raise ValueError("give the group a policy, or each member its own")
-        if isinstance(self.policy, Recycle) and len(self.members) > 1:
-            raise ValueError(ONE_OVERLAY)
+        check_shared(self.policy, len(self.members))
         return self
 
     def requests(self, group: str) -> list[CommitRequest]:

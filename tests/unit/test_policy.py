@@ -17,7 +17,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 import qmpcommit as qc
 from qmpcommit.block.chain import Image
 from qmpcommit.commit import policy as policy_module
-from qmpcommit.commit.policy import immediate, parse_policy, run_command, settle
+from qmpcommit.commit.policy import (
+    AnyPolicy,
+    ends_of,
+    fresh_of,
+    immediate,
+    parse_policy,
+    run_command,
+    settle,
+)
 from qmpcommit.errors import CommitFailed, InvalidRequest, PolicyRequired
 
 READY = qc.Ready(
@@ -27,6 +35,7 @@ READY = qc.Ready(
     base=Image("base", "/images/base.qcow2", "qcow2"),
     top=Image("top", "/images/top.qcow2", "qcow2"),
 )
+FRESH = qc.Recycle("/fresh", {"cluster_size": 65536}, "key")
 POLICIES = [
     qc.Pivot(),
     qc.Keep(),
@@ -387,3 +396,28 @@ async def test_a_policy_that_needs_no_waiting_may_be_a_plain_function() -> None:
         return qc.Abort() if ready.disk == "vda" else qc.Pivot()
 
     assert (await settle(decide, READY)).decision == qc.Abort()
+
+
+@pytest.mark.parametrize(
+    ("policy", "leaves", "held", "runs", "ends", "fresh"),
+    [
+        (qc.Pivot(), "base", False, False, [qc.Pivot()], []),
+        (qc.Keep(), "overlay", False, False, [qc.Keep()], []),
+        (qc.Abort(), "overlay", False, False, [qc.Abort()], []),
+        (FRESH, "fresh", False, False, [FRESH], [FRESH]),
+        (qc.Hold(timeout=9, otherwise=FRESH), None, True, False, [FRESH], [FRESH]),
+        (qc.Check(["true"], passed=FRESH), None, False, True, [FRESH, qc.Keep()], [FRESH]),
+    ],
+)
+def test_what_matters_of_a_policy_is_said_by_it(
+    policy: AnyPolicy, leaves: str | None, held: bool, runs: bool, ends: list[Any], fresh: list[Any]
+) -> None:
+    assert (policy.leaves, policy.held, policy.runs) == (leaves, held, runs)
+    assert ([*ends_of(policy)], fresh_of(policy)) == (ends, fresh)
+    assert policy.rest(2) == (qc.Hold(timeout=7, otherwise=FRESH) if held else policy)
+    assert parse_policy(policy.model_dump(mode="json")) == policy
+    assert {"leaves", "held", "runs"}.isdisjoint(policy.model_dump())
+
+
+def test_nothing_is_known_of_a_policy_of_ones_own() -> None:
+    assert (ends_of(print), fresh_of(print), ends_of(None)) == ((), [], ())

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 from qmpcommit.block.graph import Node
 from qmpcommit.commit.checks.finding import Case, Finding
-from qmpcommit.commit.policy import Abort, Keep, Recycle
 
 
 def runtime(case: Case) -> Iterator[Finding]:
     """Cache mode and detect-zeroes are the node's that the guest uses, not the disk's."""
     plan = case.plan
-    if not plan.two_phase or isinstance(plan.policy, Keep | Abort | Recycle):
+    if not plan.two_phase or getattr(plan.policy, "leaves", None) in ("overlay", "fresh"):
         return
     names = (plan.top.node_name, plan.base.node_name)
     top, base = (_modes(case.graph.nodes[n], case.graph.leaf(n)) for n in names)
