@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.claim import take
 from tests.daemon.daemons import Daemon
 from tests.daemon.kill_sweep import killable
 from tests.daemon.test_cycles import ask, end_of
@@ -260,6 +261,26 @@ async def test_a_vm_never_waits_for_one_that_is_gone(folder: Path, decided: bool
             await at.ended_as(d, shown, keep=False)
         else:
             await at.as_before(d)
+
+
+async def test_a_guest_goes_on_although_another_of_its_disks_is_held_by_now(folder: Path) -> None:
+    """By somebody who was quicker than the daemon that comes next."""
+    async with ground(folder, (2,)) as at, killed_daemon(folder) as d:
+        (name,) = at.vms
+        d.config = at.config(DISCARD)
+        d.environment["QMPCOMMIT_DIE_IN"] = "after blockdev-snapshot"
+        await d.start()
+        await at.connected(d)
+        await begin(d, at)
+        await died(d)
+        async with qc.Session.connect(at.vms[name].qmp) as session:
+            (await take(session, await session.disk("vdb"), "flat")).abandon()
+        await d.start()
+        (shown,) = (await d.get("/v1/cycles")).json
+        ended = await end_of(d, (shown["running"] or shown["last"])["id"])
+        assert (ended["state"], ended["error"]["type"]) == ("failed", "JobConflict"), ended
+        assert "Nothing was discarded" in ended["error"]["message"]
+        await at.as_before(d)
 
 
 async def test_what_a_vm_refuses_after_the_decision_is_told(folder: Path) -> None:
