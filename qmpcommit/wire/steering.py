@@ -58,5 +58,5 @@ class OverlaysRequest(BaseModel):
     def _check(self) -> Self:
         check_overlay(self.overlay_options, self.overlay_secret)
         if (self.freeze == "agent") is (self.agent is None):
-            raise ValueError('freeze="agent" and the socket of the guest agent go together (agent)')
+            raise ValueError("freeze by the agent and the socket of the guest agent go together")
         return self

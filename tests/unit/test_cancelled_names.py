@@ -78,7 +78,7 @@ CALLS: dict[str, Story] = {
     "cycle": real._cycle_of_two,
     "discard": real._discard_of_two,
     "offline": unit.test_offline,
-    "quiesced": real._paused,
+    "freeze": real._paused,
     "recover": unit.ASKING["recover_several"],
     "resume": unit._resumed_to_its_end,
     "resolve_pending": unit.ASKING["resolve_pending"],

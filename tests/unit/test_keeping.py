@@ -11,7 +11,7 @@ import pytest
 
 from qmpcommit.daemon.config import Config
 from qmpcommit.daemon.keeping import Keeper
-from qmpcommit.errors import VMGone
+from qmpcommit.errors import MonitorLost
 from qmpcommit.log import Log
 from qmpcommit.qmp.process import process_identity
 
@@ -38,7 +38,7 @@ async def wait(vm: Answering, identity: str) -> None:
     promise: Any = SimpleNamespace(vm="web1", identity=identity, log=Log())
     keeper = Keeper(Config.model_validate({}), registry, cast(Any, None), cast(Any, None))
     async with asyncio.timeout(20):
-        await keeper.wait_for_vm(promise, VMGone("its socket is gone"))
+        await keeper.wait_for_vm(promise, MonitorLost("its socket is gone"))
 
 
 async def test_another_process_at_the_socket_is_not_taken_for_the_one_that_has_the_job(
