@@ -7,12 +7,13 @@ from typing import Any
 import click
 
 from qmpcommit.cli.commands import COMMANDS
+from qmpcommit.cli.completing import complete_topic
 from qmpcommit.cli.options import Answer, Options, common
 from qmpcommit.cli.sections import Command
 
 
 @click.command("help", cls=Command)
-@click.argument("topic", required=False)
+@click.argument("topic", required=False, shell_complete=complete_topic)
 @common
 def help_(topic: str | None, **given: Any) -> Answer:
     """Read the manual: the list of its topics, or one of them, as markdown.

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from qmpcommit.cli.commands import COMPLETIONS
+from qmpcommit.cli.commands import COMMANDS, COMPLETIONS
 from qmpcommit.cli.completion import SHELLS
 from qmpcommit.cli.explain import STORIES
+from qmpcommit.manual import TOPICS
 from tests.cli.command import COMMAND, ENVIRONMENT, qmpcommit, run
+from tests.daemon.daemons import host_of
 from tests.ground.images import make_chain
 from tests.ground.machines import machine
 
@@ -73,6 +75,31 @@ async def test_what_a_vm_has_is_completed(folder: Path) -> None:
         await qemu.quit()
     assert completed("com") == ["commit", "completion"]
     assert completed("commit", "--keep-o") == ["--keep-overlay"]
+
+
+def test_topics_of_the_manual_are_completed() -> None:
+    assert {"recovery", "recover"} <= set(completed("help", "rec"))
+    assert set(completed("help", "")) >= {*TOPICS, *COMMANDS}
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+async def test_what_a_daemon_knows_is_completed(place: str, folder: Path) -> None:
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, _):
+        daemon = f"--daemon={d.socket}"
+
+        def words(command: str, *rest: str) -> list[str]:
+            return [daemon, command, *rest] if place == "before" else [command, daemon, *rest]
+
+        async def found(*asked: str) -> list[str]:
+            return await asyncio.to_thread(offered, *words(*asked))
+
+        assert await found("chain", "we") == ["web1"]
+        assert await found("commit", "web1", "") == ["top"]
+        job = await d.commit("web1", disk="top", policy={"kind": "hold"})
+        await d.until(job, "ready")
+        assert (await found("pivot", "web1", ""))[0].startswith("qmpcommit-top-")
+        assert await asyncio.to_thread(completed, *words("chain", "nothing")) == []
 
 
 def test_stories_without_a_vm() -> None:
