@@ -82,6 +82,8 @@ class Ground:
                 with suppress(qc.CommandRefused):
                     await self.qemus["web1"].execute("block-job-cancel", device="theirs")
                 await asyncio.sleep(0.01)
+            while await self.qemus["web2"].execute("query-jobs"):  # an overlay is being created
+                await asyncio.sleep(0.01)
         for name in ("web1", "web2"):
             assert await self.qemus[name].execute("query-jobs") == []
             assert await runs(self.qemus[name])
@@ -143,6 +145,21 @@ async def reads_a_vm(at: Ground) -> None:
         await vm.recycles()
         await vm.owners()
         await host.vm("web1").plan("vda", policy=qc.Keep())
+
+
+async def steers(at: Ground) -> None:
+    async with at.client() as host:
+        vm, job = host.vm("held"), (await host.commit(at.held)).job_id
+        await vm.set_bandwidth(job, "100MiB")
+        with suppress(qc.QmpCommitError):  # it is paused, by one that was cancelled then
+            await vm.pause_job(job)
+        await vm.resume_job(job)
+
+
+async def lays_overlays(at: Ground) -> None:
+    async with at.client() as host:
+        with suppress(qc.JobConflict):  # the one that nobody waits for any more
+            await host.vm("web2").overlay(["vda"])
 
 
 async def opens(at: Ground) -> None:
@@ -270,6 +287,8 @@ Story = Callable[[Ground], Coroutine[Any, Any, None]]
 STORIES: list[Story] = [
     reads,
     reads_a_vm,
+    steers,
+    lays_overlays,
     opens,
     waits,
     follows,
