@@ -165,7 +165,7 @@ class Settling(ABC):
                     async with self._reach(key) as vm:
                         end = await self._attempt(vm, number, way)
                 except QmpCommitError as error:  # its VM went away just now
-                    end = self._noted_end(number, error)
+                    end = self._noted_end(number, way, error)
                 if not isinstance(end.error, _AWAY):
                     return end
                 try:
@@ -205,12 +205,13 @@ class Settling(ABC):
         plan = plan_of(noted, Hold())
         return await vm.resume(plan, resumed, files=files_of(noted), barrier=barrier, **more)
 
-    def _noted_end(self, number: int, error: QmpCommitError) -> MemberEnd:
+    def _noted_end(self, number: int, way: Way, error: QmpCommitError) -> MemberEnd:
         """Of one whose job could not be taken up."""
         noted = self.book.member(number)
         resumed = resumed_of(noted, same_vm=None, alone=False)
-        state = resumed.state
-        times = Timings(**resumed.times)
+        state, times = resumed.state, Timings(**resumed.times)
+        if way is Way.FINALIZE and state.running:  # `relieve` may have done so, which notes nothing
+            state = state._replace(barrier=state.barrier._replace(prepared=True))
         return MemberEnd(plan_of(noted, Hold()), state, times, None, error, state.ordered)
 
     # -- the guests -------------------------------------------------------------------------------
