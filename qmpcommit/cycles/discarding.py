@@ -86,7 +86,7 @@ class Discarding:
             if each.vm in stopped:
                 each.running = True
         async with _claimed(exchanges):
-            await exchange_all(exchanges, on_decision=self._book.decide)
+            await exchange_all(exchanges, self._book.decide)
         return exchanges
 
     async def settle(self, vms: Sequence[VM | None]) -> None:

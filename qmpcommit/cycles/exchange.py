@@ -75,7 +75,7 @@ class Exchange:
     `file` is the old overlay's, to be deleted when nothing uses it any more; None to leave it.
     `noted` is what a former process has noted last, all facts together; empty where none has.
     `running` is whether the guest ran before it was stopped; None: it is not known yet. `claim` is
-    what holds the disk meanwhile.
+    what holds the disk meanwhile, `warnings` is what is to be said of it.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Exchange:
         self.over = noted.get("step") == "exchanged"
         self._let_go_before = bool(noted.get("let_go"))
         self.running: bool | None = noted.get("running")
+        self.warnings: list[str] = list(noted.get("warnings") or [])
         self.begun = self.running is not None
         self._again = self._marked = self.begun
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd, asked=asked)
@@ -103,11 +104,6 @@ class Exchange:
         self.claim: Claim | None = None
         if self._again:
             self._fresh.restore(stopped=False)
-
-    async def run(self) -> list[str]:
-        """Carry it out, or what is left of it; the warnings. See `exchange_all`."""
-        (warnings,) = await exchange_all([self])
-        return warnings
 
     # -- the steps, each of which does nothing where it was done -----------------------------------
 
@@ -155,14 +151,14 @@ class Exchange:
                 disk=self.plan.disk.name,
             )
 
-    async def close(self) -> list[str]:
-        """Nobody uses the old one any more; what there is to be said of the fresh one."""
+    async def close(self) -> None:
+        """Nobody uses the old one any more."""
         await self._note("close")
         await self._fresh.look()
         graph = await self.vm.graph()
         gone = [*self._bitmaps_gone(graph), *await asyncio.to_thread(self._data_gone, graph)]
         warnings = await close_layers(self.vm, [self.plan.top])
-        return [*self._fresh.warnings, *gone, *warnings]
+        self.warnings = [*self._fresh.warnings, *gone, *warnings]
 
     def _data_gone(self, graph: BlockGraph) -> list[str]:
         """What is thrown away stays in its file, but if that has no name it ends with its node."""
@@ -202,12 +198,11 @@ class Exchange:
         """
         return self._again and not self._let_go_before and await runs(self.vm)
 
-    async def tidy(self, warnings: Sequence[str]) -> list[str]:
+    async def tidy(self) -> None:
         """Delete the old one, where that was asked for, and note the end with all warnings."""
-        said = [*warnings, *await self._wrong_headers()]
-        said += await self._delete(self._file) if self._file is not None else []
-        await self._note("exchanged", warnings=said)
-        return said
+        self.warnings += await self._wrong_headers()
+        self.warnings += await self._delete(self._file) if self._file is not None else []
+        await self._note("exchanged", warnings=self.warnings)
 
     async def _wrong_headers(self) -> list[str]:
         base = self.plan.base.node_name
@@ -362,13 +357,11 @@ class Exchange:
         return [problem] if problem is not None else []
 
 
-async def exchange_all(
-    exchanges: Sequence[Exchange], *, on_decision: OnDecision | None = None
-) -> list[list[str]]:
-    """Carry them out, or what is left of them: all or none; the warnings of each.
+async def exchange_all(exchanges: Sequence[Exchange], decide: OnDecision) -> None:
+    """Carry them out, or what is left of them: all or none.
 
     No guest goes on before all its disks, and those of all others, are exchanged. What
-    `on_decision` writes down tells a recovery which way each of them has to go: before
+    `decide` writes down tells a recovery which way each of them has to go: before
     "exchange" all can be put back (`put_back`), after it all can be exchanged (`complete`).
 
     Raises `ChainError` or `CommitFailed` where that can't be: the disks and the guests are then as
@@ -376,7 +369,6 @@ async def exchange_all(
     away: what is its own stays as it is until that is repeated, all else is as it was; or, where
     all were exchanged already, all else is done.
     """
-    decide = on_decision or _no_decision
     left = [each for each in exchanges if not each.over]
     ran = {each.vm: each.running for each in exchanges if each.running is not None}
     begun: list[Exchange] = []
@@ -399,8 +391,7 @@ async def exchange_all(
             await decide("back")
             await to_the_end(put_back([each for each in begun if each.vm is not at.vm]))
             raise
-        warnings = await _finish(left)
-    return [warnings.get(each, []) for each in exchanges]
+        await _finish(left)
 
 
 @asynccontextmanager
@@ -434,8 +425,8 @@ async def _let_go(held: Mapping[VM, Still]) -> None:
                 vm.log.warning("not_continued", why=why)
 
 
-async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
-    """Carry out what is left for the disks of one VM after the decision; the warnings of each.
+async def complete(exchanges: Sequence[Exchange]) -> None:
+    """Carry out what is left after the decision.
 
     Raises `CommitFailed` where QEMU does not exchange one of them: all of these are then as they
     were, or the message names those that are not. What `Monitor.execute` raises.
@@ -448,27 +439,27 @@ async def complete(exchanges: Sequence[Exchange]) -> list[list[str]]:
         except (CommandRefused, CommitFailed, VMStateError) as error:
             stuck = await to_the_end(put_back(left))
             raise _not_exchanged(at, error, stuck) from error
-        warnings = await _finish(left)
-    return [warnings.get(each, []) for each in exchanges]
+        await _finish(left)
 
 
-async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
+async def _finish(exchanged: Sequence[Exchange]) -> None:
     """All are exchanged: the guests go on, also where another's VM is away by now."""
-    warnings: dict[Exchange, list[str]] = {}
+    done: list[Exchange] = []
     lost: list[QmpCommitError] = []
     by_vm: dict[VM, list[Exchange]] = {}
     for each in exchanged:
         by_vm.setdefault(each.vm, []).append(each)
     for mine in by_vm.values():
         try:
-            closed = {each: await each.close() for each in mine}
+            for each in mine:
+                await each.close()
             went_on = await mine[-1].went_on()
             await mine[-1].let_go()
             for each in mine:
                 await each.unmark()
             if went_on or mine[-1].held.disturbed:
                 for each in mine:
-                    closed[each].append(
+                    each.warnings.append(
                         f"somebody let the guest go on before it was reset: {each.filename} may"
                         " hold what it wrote then, which belongs to what was discarded. Discard"
                         " again"
@@ -478,12 +469,11 @@ async def _finish(exchanged: Sequence[Exchange]) -> dict[Exchange, list[str]]:
         except QmpCommitError as error:
             lost.append(error)
         else:
-            warnings |= closed
-    for each in warnings:
-        warnings[each] = await each.tidy(warnings[each])
+            done += mine
+    for each in done:
+        await each.tidy()
     if lost:
         raise lost[0]
-    return warnings
 
 
 async def put_back(begun: Sequence[Exchange]) -> list[Stuck]:
@@ -518,10 +508,6 @@ async def _put_back(begun: Sequence[Exchange]) -> list[Stuck]:
             await each.unmark()
             await each.forget()
     return list(stuck.values())
-
-
-async def _no_decision(which: str) -> None:
-    """Without a journal a recovery goes on with what it finds."""
 
 
 def _discarded_before(mine: Sequence[Exchange], error: QmpCommitError) -> QmpCommitError:

@@ -402,7 +402,8 @@ class Recovery:
             )  # fmt: skip
         stem = jobs.DISCARD.fullmatch(finding.what)
         if stem is not None and stem[1] in overlays.swapped_discards(self._seen.values()):
-            warnings = [text for each in await complete(exchanges) for text in each]
+            await complete(exchanges)
+            warnings = [text for each in exchanges for text in each.warnings]
             return "; ".join(["it was brought to its end", *warnings])
         stuck = await put_back(exchanges)
         if stuck:
