@@ -14,15 +14,15 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, assert_never
 
-from qmpcommit.block.chain import Disk, Image, find_again, read_disks
-from qmpcommit.block.graph import BlockGraph, read_graph
+from qmpcommit.block.chain import Image
 from qmpcommit.callback import Failed, Noting, ask
 from qmpcommit.commit import facts, phases, report
-from qmpcommit.commit.facts import Choice, Command, Fact, Where
+from qmpcommit.commit.facts import Choice, Command, Fact
 from qmpcommit.commit.in_pending import Care
 from qmpcommit.commit.in_use import PlanCheck
 from qmpcommit.commit.job_events import Hearing
-from qmpcommit.commit.outcome import CommitOutcome, Timings, UsedBy
+from qmpcommit.commit.job_seen import Seeing
+from qmpcommit.commit.outcome import CommitOutcome, Timings
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.policy import Decision, Ready, Recycle, Settled, fresh_of, immediate, settle
 from qmpcommit.commit.recycle import Left
@@ -44,12 +44,6 @@ HEARTBEAT = 10.0
 
 RETRY = 0.25
 """The same, after QEMU has refused what it was asked."""
-
-OWNERS = 3.0
-"""Seconds that the owner of a job gets to finalize it, while its disk is held in PENDING."""
-
-FRESH = 1.0
-"""Seconds for which the block graph that showed a job's end is one of now."""
 
 WAITING = 100
 """Events of one job that wait to be taken; of more, none is kept, and QEMU is asked instead."""
@@ -178,7 +172,12 @@ class Driver:
                 meets=around.barrier is not None,
             )
         by_us = adopted is None and (prepares or self.state.barrier.prepares)
-        self._auto_finalize = auto_finalize and not by_us
+        self._seeing = Seeing(
+            monitor,
+            plan,
+            auto_finalize=auto_finalize and not by_us,
+            followed=adopted is not None and adopted.followed,
+        )
         self._facts: asyncio.Queue[Fact] = asyncio.Queue()
         self._consulting: asyncio.Task[Settled] | None = None
         self._stalling: asyncio.Task[None] | None = None
@@ -186,11 +185,7 @@ class Driver:
         self._policy_error: BaseException | None = None
         self._cause: BaseException | None = None
         self._lost: QmpCommitError | None = None
-        self._disk_now: Disk | None = None
-        self._read: tuple[BlockGraph, float] | None = None  # what showed its end, and when
-        self._used_by: UsedBy = ""
         self._refused = 0
-        self._pending_since: float | None = None
         self._missed = False
         self._identity = process_identity(monitor.peer_pid) if self._follow is not None else ""
         self._pid = None if self._follow is None else monitor.peer_pid  # whose job it is
@@ -308,7 +303,7 @@ class Driver:
 
     async def ask(self) -> facts.JobSeen | None:
         """The job as QEMU lists it now."""
-        return await self._ask()
+        return await self._seeing.job()
 
     async def _drive(self) -> None:
         while True:
@@ -367,9 +362,9 @@ class Driver:
             case facts.Duty.CHECK:
                 await self._try(self._check.check())
             case facts.Duty.ASK:
-                await self._try(self._answer())
+                await self._try(self._seeing.answer())
             case facts.Duty.READ_GRAPH:
-                await self._try(self._read_back())
+                await self._try(self._seeing.read_back())
             case facts.Duty.CONSULT:
                 self._consult()
             case facts.Duty.RELINK:
@@ -507,83 +502,6 @@ class Driver:
         self._monitor.drop()
         self.tell(facts.Unanswered(command) if command else facts.News.LINK_LOST)
 
-    async def _ask(self) -> facts.JobSeen | None:
-        with self._monitor.sensible("query-block-jobs" if self.plan.stalls else "query-jobs"):
-            return await (self._ask_with_io_status() if self.plan.stalls else self._ask_job())
-
-    async def _ask_job(self) -> facts.JobSeen | None:
-        for job in await self._monitor.execute("query-jobs"):
-            if job.get("id") == self.id:
-                return facts.JobSeen(
-                    status=str(job.get("status")),
-                    done=int(job.get("current-progress", 0)),
-                    total=int(job.get("total-progress", 0)),
-                    error=job.get("error"),
-                    auto_finalize=self._is_finalized_by_others(str(job.get("status"))),
-                )
-        return None
-
-    def _is_finalized_by_others(self, status: str) -> bool:
-        """Whether a PENDING job goes on without us: QEMU ends it, or its owner, who may hang."""
-        if self.adopted is None or not self.adopted.followed:
-            return self._auto_finalize
-        now = asyncio.get_running_loop().time()
-        if status != "pending" or self._pending_since is None:
-            self._pending_since = now if status == "pending" else None
-            return True
-        return now - self._pending_since < OWNERS
-
-    async def _ask_with_io_status(self) -> facts.JobSeen | None:
-        for job in await self._monitor.execute("query-block-jobs"):
-            if job.get("device") == self.id:
-                return facts.JobSeen(
-                    status=str(job.get("status")),
-                    done=int(job.get("offset", 0)),
-                    total=int(job.get("len", 0)),
-                    error=job.get("error"),
-                    auto_finalize=self._is_finalized_by_others(str(job.get("status"))),
-                    io_status=str(job.get("io-status", "ok")),
-                )
-        return None
-
-    async def _answer(self) -> Fact:
-        return facts.Answered(await self._ask())
-
-    async def _read_back(self) -> Fact:
-        read_at = asyncio.get_running_loop().time()
-        graph = await read_graph(self._monitor)
-        self._read = graph, read_at
-        with self._monitor.sensible("the queries of its block graph"):
-            disks = read_disks(graph)
-        self._disk_now = now = find_again(disks, self.plan.disk)
-        self._used_by = _user_of(now, private=getattr(self._monitor, "private", False))
-        # Another client's job may have a filter as its base: the layer is what is below it.
-        base = graph.below_filters(self.plan.base.node_name) or self.plan.base.node_name
-        return facts.GraphRead(self._locate(base))
-
-    def _graph_of_now(self) -> BlockGraph | None:
-        """The block graph that showed the end, where nobody has had the time to change it."""
-        if self._read is None or self._around.on_pivot is not None:
-            return None
-        graph, at = self._read
-        return graph if asyncio.get_running_loop().time() - at < FRESH else None
-
-    def _locate(self, base: str) -> Where:
-        """Where the disk stands now, compared with the plan."""
-        now = self._disk_now
-        if now is None or now.active is None or not base:
-            idle = _user_of(self.plan.disk, private=False) == "nothing"
-            return Where.IDLE if idle else Where.UNUSED
-        layers = [image.node_name for image in now.chain]
-        if not self.plan.two_phase:
-            if self.plan.top.node_name in layers:
-                return Where.TOP
-            return Where.MERGED if base in layers else Where.OTHER
-        # Others may have laid an overlay over it since.
-        if self.plan.top.node_name in layers:
-            return Where.TOP
-        return Where.BASE if base in layers else Where.OTHER
-
     async def _relink(self) -> None:
         self.log.info("relinking")
         try:
@@ -613,7 +531,7 @@ class Driver:
 
     async def _settle(self, ready: Ready) -> Settled:
         with suppress(QmpCommitError):  # without it the policy is only told less
-            job = await self._ask()
+            job = await self.ask()
             ready = replace(ready, bytes_committed=job.done if job else 0)
         return await settle(self.plan.policy, ready)
 
@@ -698,7 +616,7 @@ class Driver:
                 self._around,
                 keep_files=keep_files,
                 again=state.taken_up or self.adopted is not None,
-                graph=self._graph_of_now(),
+                graph=None if self._around.on_pivot is not None else self._seeing.graph_of_now,
             )
         found = report.found_before(plan)
         if self._ledger is not None:
@@ -720,7 +638,9 @@ class Driver:
                 active = await self._care.fresh()
         outcome = report.outcome_of(plan, state, active, self.timings)
         held = self.timings.held if state.barrier.prepares and plan.two_phase else None
-        outcome = replace(outcome, guest_paused=self._care.paused, held=held, used_by=self._used_by)
+        outcome = replace(
+            outcome, guest_paused=self._care.paused, held=held, used_by=self._seeing.used_by
+        )
         if self._around.carrying is not None:
             outcome.warnings.extend(self._around.carrying.problems)
         if self.adopted is not None and outcome.invalidated:
@@ -737,16 +657,9 @@ class Driver:
         return outcome
 
     def _active_now(self) -> Image | None:
-        if self._disk_now is not None:
-            return self._disk_now.active
+        if self._seeing.disk is not None:
+            return self._seeing.disk.active
         return {
             phases.Verdict.PIVOTED: self.plan.base,
             phases.Verdict.MERGED: self.plan.disk.active,
         }.get(self.state.verdict or phases.Verdict.FAILED, self.plan.top)
-
-
-def _user_of(disk: Disk | None, *, private: bool) -> UsedBy:
-    """Who uses a disk, as the block graph shows it; what is `private` nobody else can reach."""
-    if disk is not None and disk.qdev:
-        return "guest"
-    return "export" if disk is not None and disk.exports and not private else "nothing"

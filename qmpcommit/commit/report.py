@@ -35,8 +35,6 @@ _ACTIONS: dict[Verdict, tuple[Action, Choice | None]] = {
     Verdict.CANCELLED: ("abort", Choice.ABORT),
     Verdict.MERGED: ("none", None),
 }
-VERDICTS = {action: verdict for verdict, (action, _) in _ACTIONS.items()}
-"""How a job has ended whose outcome has that action."""
 
 
 def outcome_of(plan: Plan, state: State, active: Image | None, timings: Timings) -> CommitOutcome:

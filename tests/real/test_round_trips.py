@@ -106,7 +106,7 @@ def expected(trips: Trips) -> list[tuple[str, ...]]:
 @pytest.fixture(autouse=True)
 def _no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is believed for a second is also where the machine is busy."""
-    monkeypatch.setattr("qmpcommit.commit.driver.FRESH", 60.0)
+    monkeypatch.setattr("qmpcommit.commit.job_seen.FRESH", 60.0)
     monkeypatch.setattr("qmpcommit.commit.in_use.FRESH", 60.0)
     monkeypatch.setattr("qmpcommit.commit.driver.HEARTBEAT", 60.0)
 

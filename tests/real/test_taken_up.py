@@ -224,7 +224,7 @@ async def died(job: qc.CommitJob) -> None:
 async def test_an_owner_who_lives_and_hangs_is_not_waited_for_while_the_disk_is_held(
     pending: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qmpcommit.commit.driver.OWNERS", 0.5)
+    monkeypatch.setattr("qmpcommit.commit.job_seen.OWNERS", 0.5)
     chain = make_chain(folder)
     async with storage_daemon(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
         await add_bitmap(vm, "top", "daily")
