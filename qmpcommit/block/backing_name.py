@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from qmpcommit.block.files import read_header
@@ -260,14 +261,14 @@ def name_below(
     known = _known(graph, through[-1], text, view) if text else None
     if not parts.on_host:
         return BackingName(_network(parts, known, text, view, bare=bare), parts.format)
-    path = _path(parts, known, view, links=False)
+    path = _path(graph, base, known, view, links=False)
     if path is None:
         return BackingName(_from_cwd(parts, overlay), parts.format)
     if not parts.plain:
         return BackingName(parts.as_json(path), parts.format)
     kept = relative is None and _moves_along(graph, overlay, through, view)
     if relative or kept:
-        near = _path(parts, known, view, links=True) or path
+        near = _path(graph, base, known, view, links=True) or path
         found = relative_name(near, overlay, view)
         if found is not None and (
             relative or _climbs(found) <= _climbs(_joined(graph, through, view))
@@ -346,12 +347,16 @@ def _full(name: str, view: View) -> str | None:
     return None if view.cwd is None else os.path.join(view.cwd, name)
 
 
-def _path(parts: Parts, known: Parts | None, view: View, *, links: bool) -> str | None:
+def _path(
+    graph: BlockGraph, base: str, known: Parts | None, view: View, *, links: bool
+) -> str | None:
     """The base's absolute path that a header may carry; None where QEMU's own folder is unknown.
 
     A device's link is kept, for what it leads to is called otherwise after the next start. With
-    `links` that of a file is kept as well where the header above has it: it may move along.
+    `links` that of a file is kept as well where the header above has it: it may move along. Any
+    is kept beside which alone the base's own backing file is found by its name.
     """
+    parts = parts_of(graph, base)
     if parts.name.startswith(FDSET):
         written = known.name if known is not None and known.on_host else ""
         if written and view.id(written) in view.opened:
@@ -368,7 +373,23 @@ def _path(parts: Parts, known: Parts | None, view: View, *, links: bool) -> str 
     tried = _spellings(path, known, view, links=links)
     if wanted is not None:
         tried = [each for each in tried if view.id(each) in wanted]
-    return tried[0] if tried else path
+    whole = (each for each in tried if _leads_on(graph, base, each, view))
+    return next(whole, tried[0] if tried else path)
+
+
+def _leads_on(graph: BlockGraph, layer: str, path: str, view: View) -> bool:
+    """Whether what QEMU has below a layer is found where that is opened by this path.
+
+    A relative name in its header counts from the folder of the name, not of the file itself.
+    """
+    for above, below in pairwise(graph.chain(layer)):
+        text = next(written_below(graph, above, view)).text
+        if not text.startswith("/") and not is_relative(text):
+            break
+        path = os.path.join(os.path.dirname(path), text)
+        if _same_file(parts_of(graph, below).name, path, view) == "other":
+            return False
+    return True
 
 
 def _wanted(path: str, view: View) -> set[FileId] | None:
@@ -386,7 +407,7 @@ def _spellings(path: str, known: Parts | None, view: View, *, links: bool) -> li
         kept = [view.real(each, last=False) for each in (*written, path)]
         return sorted(kept, key=lambda each: os.path.basename(each).startswith("dm-"))
     near = [view.real(each, last=False) for each in written] if links else []
-    return [*near, view.real(path)]
+    return [*near, view.real(path), view.real(path, last=False)]
 
 
 def relative_name(path: str, overlay: str, view: View) -> str | None:

@@ -352,3 +352,47 @@ async def test_a_header_that_leads_astray_is_told_of_and_nothing_is_deleted(
     assert (outcome.deleted, mid.exists()) == ([], True)
     run(*mending.split())
     assert_disk(top, picture)
+
+
+@pytest.mark.parametrize("verb", ["overlay", "merge", "relative merge", "flatten"])
+async def test_a_layer_that_is_a_link_is_named_so_that_its_own_base_is_found(
+    verb: str, folder: Path
+) -> None:
+    """A relative name counts from the folder of the link, by which the layer was opened."""
+    shown, deep, over = folder / "shown", folder / "far" / "down", folder / "over"
+    for each in (shown, deep, over):
+        each.mkdir(parents=True)
+    picture = Picture(SIZE)
+    base = filled(create(shown / "base", SIZE), 0, picture)
+    layers, below = [base], "base"
+    for number, name in enumerate(("linked", "mid", "top"), 1):
+        at = deep / name if name == "linked" else over / name
+        run(
+            QEMU.img, "create", "-q", "-u", "-f", "qcow2", "-b", below, "-F", "qcow2", at, str(SIZE)
+        )
+        if name == "linked":
+            (shown / name).symlink_to(at)
+            at = shown / name
+        layers.append(filled(at, number, picture))
+        below = str(shown / name) if name == "linked" else name
+    fresh = folder / "fresh"
+    if verb == "overlay":
+        layers = layers[:2]
+    async with opened(folder, *map(qcow2, layers)) as (daemon, vm):
+        if verb == "overlay":
+            await vm.overlay(["l1"], overlay=fresh)
+        elif verb == "flatten":
+            await vm.flatten("l3", keep=3)
+        else:
+            relative = verb == "relative merge"
+            await (await vm.commit("l3", top=1, base=2, keep_relative=relative)).wait()
+        await daemon.quit()
+    if verb == "overlay":
+        assert said(fresh) == (str(shown / "linked"), "qcow2")
+        run(QEMU.img, "info", "--backing-chain", fresh)
+        for number in (2, 3):
+            picture.fill(number * MIB, MIB, 0)
+        assert_disk(fresh, picture)
+    else:
+        run(QEMU.img, "info", "--backing-chain", over / "top")
+        assert_disk(over / "top", picture)
