@@ -193,7 +193,9 @@ class PlanCheck:
         device's: so it is enough if that is the device's still.
         """
         if self._node is not None:
-            devices = await self._monitor.execute("query-block")
+            devices, _ = await asyncio.gather(
+                self._monitor.execute("query-block"), self._look_whether_moved()
+            )
             with self._monitor.sensible("query-block"):
                 now = user_of(self._plan, devices)
             if now in (self._node, self._plan.arguments.get("filter-node-name")):
@@ -216,6 +218,13 @@ class PlanCheck:
             if why:
                 return why
         return self.lost_base or None
+
+    async def _look_whether_moved(self) -> None:
+        """A migration may have begun between the look and the job."""
+        try:
+            await self._look_at_owner()
+        except VMStateError:
+            self._looked_at = -math.inf  # so that no pivot comes before it is looked at again
 
     async def _look_at_owner(self) -> None:
         if not self._in_migration:

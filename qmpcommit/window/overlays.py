@@ -20,6 +20,7 @@ from qmpcommit.commit.checks import check_override
 from qmpcommit.commit.checks.replaced import check_named
 from qmpcommit.commit.claim import Claim, release_all, take
 from qmpcommit.commit.in_use import check_idle
+from qmpcommit.commit.migration import objection
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.commit.overlay.like import each_asked, is_encrypted
 from qmpcommit.commit.overlay.options import OverlayOptions
@@ -168,8 +169,13 @@ async def _laid(
         if isinstance(error, QmpCommitError):
             error.add(vm=vm.name)
         raise
+    why = ""
+    with suppress(QmpCommitError):  # they lie, whatever becomes of the monitor
+        why = await objection(vm)  # by a migration that has begun since it was looked at
     for each in overlays:
         await each.look()
+        if why:
+            each.warnings.append(f"{why}. The other host does not know {each.filename}")
     laid = tuple(
         LaidOverlay(plan.disk.name, plan.top.handed_out, each.filename, each.node,
                     tuple(each.warnings))

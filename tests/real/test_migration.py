@@ -14,6 +14,7 @@ import qmpcommit as qc
 from qmpcommit.commit import in_use
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import Machine, machine
+from tests.ground.proxy import Strike, let_pass, proxy
 from tests.ground.sessions import files, runs
 
 CRAWLING = {"max-bandwidth": 4096}
@@ -206,3 +207,38 @@ async def test_a_migration_that_begins_while_a_job_runs(
         await cancel(qemu)
         await qemu.quit()
     assert_disk(chain.base if policy == "pivot" else chain.top, chain.pictures[-1])
+
+
+@pytest.mark.parametrize("verb", ["pivot", "overlay"])
+async def test_a_migration_that_begins_just_before_what_changes_the_chain(
+    folder: Path, verb: str
+) -> None:
+    """After the last look: a job is not pivoted then, and an overlay that lies is told of."""
+    chain = make_chain(folder)
+    async with (
+        destination(folder) as migrate,
+        machine(folder, chain, running=True) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path) as vm,
+    ):
+        between.to_qemu = Strike("block-commit" if verb == "pivot" else "transaction", "hold")
+        asked = asyncio.create_task(
+            vm.commit("vda", policy=qc.Pivot(), delete=True)
+            if verb == "pivot"
+            else vm.overlay(["vda"], overlay=folder / "fresh")
+        )
+        await between.held.wait()
+        await migrate(qemu)
+        between.to_qemu = let_pass
+        between.release()
+        if verb == "pivot":
+            with pytest.raises(qc.CommitFailed, match="being migrated"):
+                await (await asked).wait()  # type: ignore[attr-defined]
+            assert await files(vm) == chain.files[::-1]
+        else:
+            (laid,) = (await asked).disks  # type: ignore[attr-defined]
+            assert [text for text in laid.warnings if "being migrated" in text]
+        assert chain.top.exists()
+        await cancel(qemu)
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
