@@ -359,7 +359,7 @@ def remove_file(
             f"{image.filename} stays: the layer is a part of that file only (a raw offset or size)"
         )
     if known is None:
-        return f"{image.filename} stays: {_unknown(path)}"
+        return f"{image.filename} stays: {why_unknown(path)}"
     if base.node_name:
         nowhere = unnamed(graph, OpenFiles.of(graph, pid, cwd=cwd), base.node_name, held)
         if nowhere:
@@ -411,7 +411,7 @@ def _remove_data(
     return f"{problem}. It held the data of {image.filename}, and nothing names it any more"
 
 
-def _unknown(path: str) -> str:
+def why_unknown(path: str) -> str:
     """Why a file was not taken for the one that QEMU has open."""
     try:
         found = os.lstat(path)

@@ -19,6 +19,7 @@ from qmpcommit.block.identity import FileId, identify
 from qmpcommit.commit.claim import Claim, release_all, take, take_if_free
 from qmpcommit.commit.overlay.options import OverlayOptions
 from qmpcommit.commit.plan import Plan
+from qmpcommit.commit.stale_layers import why_unknown
 from qmpcommit.cycles.book import Parts, RoundBook, is_exchanged
 from qmpcommit.cycles.exchange import Exchange, Guest, complete, exchange_all, put_back
 from qmpcommit.errors import CommitFailed, VMGone
@@ -55,9 +56,8 @@ async def discard_of(vm: VM, plan: Plan, *, delete: bool) -> dict[str, Any]:
     """What is noted of a disk that is discarded beside `part_of`."""
     former = absolute(plan.top, vm.cwd)
     file = await asyncio.to_thread(identify, former, vm.peer_pid) if delete else None
-    return {
-        "plan": plan.model_dump(mode="json"), "file": file, "unseen": delete and file is None
-    }  # fmt: skip
+    unseen = await asyncio.to_thread(why_unknown, former) if delete and file is None else ""
+    return {"plan": plan.model_dump(mode="json"), "file": file, "unseen": unseen}
 
 
 class Discarding:
@@ -180,9 +180,10 @@ async def discarded(exchanges: Sequence[Exchange], book: RoundBook) -> tuple[Dis
 def warnings_of(part: Mapping[str, Any]) -> list[str]:
     """What is to be said of one disk that was exchanged."""
     said = list(part.get("warnings") or [])
-    if part.get("unseen"):
+    if unseen := part.get("unseen"):
         former = part["plan"]["top"]["filename"]
-        said.append(f"{former} was not deleted: it is not seen here as QEMU's")
+        why = unseen if isinstance(unseen, str) else "it is not seen here as QEMU's"
+        said.append(f"{former} was not deleted: {why}")  # True is what the version before noted
     return said
 
 

@@ -13,7 +13,7 @@ import qmpcommit as qc
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.policy import Ready
 from qmpcommit.commit.preconditions import check_commands, told
-from qmpcommit.commit.stale_layers import _unknown
+from qmpcommit.commit.stale_layers import why_unknown
 from qmpcommit.qmp.address import is_socket
 from tests.unit.test_checks import made
 
@@ -64,7 +64,7 @@ def test_why_a_file_stays(folder: Path) -> None:
     (folder / "link").symlink_to(folder / "file")
     known = {"none": "No such file", "link": "is a link to", ".": "no regular file"}
     for name, said in (known | {"file": "not seen to have this very"}).items():
-        assert said in _unknown(os.path.join(folder, name))
+        assert said in why_unknown(os.path.join(folder, name))
 
 
 async def test_what_is_no_socket_is_told_so(folder: Path) -> None:
