@@ -459,12 +459,7 @@ class Driver:
         more: dict[str, Any] = {}
         if command is Command.START:
             self._identity = process_identity(self._monitor.peer_pid)
-            more = {
-                "plan": self.plan,
-                "files": self._around.files,
-                "timeout": self.timeout,
-                "hooked": self._around.on_pivot is not None,
-            }
+            more = self.first_note()
         try:
             await self.note(command.value, anyway=anyway, **more)
         except CommitFailed as error:
@@ -473,6 +468,15 @@ class Driver:
             self.tell(facts.Unnoted(command, error.message))
             return False
         return True
+
+    def first_note(self) -> dict[str, Any]:
+        """What is noted with ``block-commit``, beside the state."""
+        return {
+            "plan": self.plan,
+            "files": self._around.files,
+            "timeout": self.timeout,
+            "hooked": self._around.on_pivot is not None,
+        }
 
     async def _try(self, asking: Awaitable[Fact], lost: Fact | None = None) -> None:
         """Ask QEMU something; losing the link meanwhile is a fact of its own, `lost` another.

@@ -93,6 +93,10 @@ class CommitJob:
         """The state of the machine; a frozen value."""
         return self._driver.state
 
+    def first_note(self) -> tuple[phases.State, dict[str, Any]]:
+        """What will be noted right before it is begun, of one that was not launched yet."""
+        return self.state._replace(unsent=False), self._driver.first_note()
+
     @property
     def job_id(self) -> str:
         """Its id in QEMU, as outcomes and errors call it."""

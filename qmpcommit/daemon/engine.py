@@ -398,10 +398,21 @@ class Engine:
             raise JobConflict(
                 f"a commit with the job id {promise.job_id} has not ended yet", vm=vm_name
             )
-        await self.promised([promise], key_row(key, fingerprint, promise.id), [])
+        events = []
+        self.live[promise.id] = promise
         self.scheduler.add(self.entry(promise))
-        self._launch(promise)
         self.schedule()
+        if promise.may_run.is_set() and promise.prepared is not None:
+            events.append(promise.event())
+            promise.foretell(promise.prepared.job, vm.identity)
+        key_rows = key_row(key, fingerprint, promise.id)
+        try:
+            await self.promised([promise], key_rows, events, partial(self._launch, promise))
+        except BaseException:
+            if promise.task is None:
+                self.scheduler.remove(promise.id)
+                self.schedule()
+            raise
         return promise
 
     async def promised(
@@ -409,18 +420,23 @@ class Engine:
         promises: Sequence[Promise],
         beside: Sequence[Statement],
         events: Sequence[Event],
+        begin: Callable[[], object] | None = None,
     ) -> None:
-        """Write the promises of something else, with its row and its key; raises `JournalFull`."""
-        for promise in promises:
-            self.vm(promise.vm)  # it may have been removed meanwhile
-        statements = [*beside, *(promise.insertion() for promise in promises)]
+        """Write the promises of something else, with its row and its key; raises `JournalFull`.
+
+        When this returns, somebody may be told; `begin` is called before, when all is durable.
+        """
         self.live.update((promise.id, promise) for promise in promises)
         try:
+            for promise in promises:
+                self.vm(promise.vm)  # it may have been removed meanwhile
+            statements = [*beside, *(promise.insertion() for promise in promises)]
             told = [*events, *(promise.event() for promise in promises)]
-            await self.journal.write(*statements, events=told)
+            await self.journal.write(*statements, events=told, begin=begin)
         except BaseException:
             for promise in promises:
-                del self.live[promise.id]
+                if promise.task is None:  # else it runs, and only who asked for it is not told
+                    del self.live[promise.id]
             raise
 
     def _check_room(self, request: CommitRequest) -> None:

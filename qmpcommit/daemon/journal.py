@@ -42,6 +42,8 @@ IDLE = 0.05
 LAZY = 0.02
 """Seconds that a unit which nobody waits for may wait for company."""
 
+COMPANY = 8
+"""Units that nobody waits for with which a step is written, as it would else wait for them."""
 
 PIECE = 128
 """Pages that are given back at once, where nothing waits to be written."""
@@ -83,10 +85,14 @@ class Statement(NamedTuple):
 
 
 class _Unit(NamedTuple):
+    """`done` is when it is durable, and, where it is `told`, may be told of; `begin` is earlier."""
+
     statements: Sequence[Statement]
     events: Sequence[Event]
     done: asyncio.Future[None] | None
     queued: float
+    told: bool = True
+    begin: Callable[[], object] | None = None
 
 
 NOTE = "UPDATE commits SET noted = ? WHERE id = ?"
@@ -110,15 +116,15 @@ def _calls(batch: Sequence[_Unit]) -> tuple[list[Statement], list[Event]]:
     sqlite3 lets go of the interpreter at each call and then waits for it, behind a busy loop.
     """
     events = [event for unit in batch for event in unit.events]
-    calls, notes = [], []
+    calls, notes = [], dict[Any, Sequence[Any]]()
     for unit in batch:
         for statement in unit.statements:
             if statement.sql is NOTE:
-                notes.append(statement.values)
+                notes[statement.values[1]] = statement.values  # the last of each commit counts
             else:
                 calls.append(statement)
     if notes:
-        calls.append(Statement(_NOTES, (json.dumps(notes),)))
+        calls.append(Statement(_NOTES, (json.dumps([*notes.values()]),)))
     if events:
         calls.append(Statement(_EVENTS, (json.dumps([event[1:] for event in events]),)))
     return calls, events
@@ -340,9 +346,17 @@ class Journal:
 
     # -- writing ----------------------------------------------------------------------------------
 
-    async def write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
+    async def write(
+        self,
+        *statements: Statement,
+        events: Sequence[Event] = (),
+        told: bool = True,
+        begin: Callable[[], object] | None = None,
+    ) -> None:
         """Write one unit, all of it or nothing; it is durable when this returns.
 
+        Of what is promised somebody may be told then; where nobody is `told` of anything, nothing
+        more is waited for. `begin` is called as soon as it is durable, while the roll is synced.
         Raises `JournalFull` where there is no room, `JournalError` once it is closed, and
         sqlite3.IntegrityError for what the schema forbids (a key that exists already). A unit at
         fault takes no other with it.
@@ -351,9 +365,10 @@ class Journal:
         if self._closing:
             raise self._closed()
         done: asyncio.Future[None] = self._loop.create_future()
-        if events or any(statement.sql is not NOTE for statement in statements):
-            self._flush()  # what came before is written before; a step waits for nothing
-        self._units.put(_Unit(statements, events, done, time.monotonic()))
+        is_step = not events and all(statement.sql is NOTE for statement in statements)
+        if not is_step or len(self._lazy) <= COMPANY:
+            self._flush()  # what came before is written before; a step waits for no crowd
+        self._units.put(_Unit(statements, events, done, time.monotonic(), told, begin))
         await done
 
     def write_soon(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
@@ -414,10 +429,12 @@ class Journal:
 
     def _write_batch(self, writer: sqlite3.Connection, batch: list[_Unit]) -> None:
         """One transaction; where one unit is at fault the others are written without it."""
+        assert self._roll is not None
         failed: list[tuple[_Unit, Exception]] = []
         written: list[Event] = []
+        promises = False
         try:
-            written = self._transact(writer, batch)
+            written, promises = self._transact(writer, batch)
             self.full = False
         except Exception as error:  # also what sqlite3 can't bind: the thread must live on
             if len(batch) > 1 and not _no_room(error):
@@ -426,11 +443,19 @@ class Journal:
                 return
             failed = [(unit, self._failure(error)) for unit in batch]
         seconds = time.monotonic() - batch[0].queued
-        assert self._loop is not None
-        with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
-            self._loop.call_soon_threadsafe(self._tell, batch, failed, written, seconds)
+        if promises:
+            self._call(self._begin, batch)
+            self._roll.sync()
+        self._call(self._tell, batch, failed, written, seconds, promises)
 
-    def _transact(self, writer: sqlite3.Connection, batch: list[_Unit]) -> list[Event]:
+    def _call(self, what: Callable[..., object], *arguments: object) -> None:
+        """In the loop."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # it has ended, and nobody waits any more
+            self._loop.call_soon_threadsafe(what, *arguments)
+
+    def _transact(self, writer: sqlite3.Connection, batch: list[_Unit]) -> tuple[list[Event], bool]:
+        """One transaction; its events, and whether the roll has to be synced before it is told."""
         calls, events = _calls(batch)
         last: int | None = None
         self._touched.clear()
@@ -446,9 +471,9 @@ class Journal:
             raise
         assert self._roll is not None
         self._seq += 1
-        self._roll.add(self._seq, self._touched)
+        promises = self._roll.add(self._seq, self._touched)
         first = (last or 0) - len(events) + 1
-        return [event._replace(id=first + place) for place, event in enumerate(events)]
+        return [event._replace(id=first + n) for n, event in enumerate(events)], promises
 
     def _failure(self, error: Exception) -> Exception:
         if isinstance(error, _UNIT_AT_FAULT) or not isinstance(error, sqlite3.Error):
@@ -459,13 +484,24 @@ class Journal:
             " running commits go on, new ones are refused until then"
         )
 
+    def _begin(self, batch: list[_Unit]) -> None:
+        """These are durable."""
+        for unit in batch:
+            if unit.begin is not None:
+                unit.begin()
+            if not unit.told and unit.done is not None and not unit.done.done():
+                unit.done.set_result(None)
+
     def _tell(
         self,
         batch: list[_Unit],
         failed: list[tuple[_Unit, Exception]],
         written: list[Event],
         seconds: float,
+        begun: bool,
     ) -> None:
+        if not failed and not begun:
+            self._begin(batch)
         for unit, error in failed:
             if unit.done is not None and not unit.done.done():
                 unit.done.set_exception(error)

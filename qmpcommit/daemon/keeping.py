@@ -81,7 +81,7 @@ class Keeper:
         """One promise that may run, to its end."""
         promise.decides = self._registry.clearing.decides
         if promise.state == "queued":
-            await promise.run()
+            promise.run()
         try:
             outcome = await self.outcome_of(promise)
         except QmpCommitError as error:

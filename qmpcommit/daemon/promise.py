@@ -15,13 +15,15 @@ from qmpcommit.commit.ledger import Noted, add_note, files_of, plan_of, resumed_
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Pivot, parse_policy
+from qmpcommit.commit.policy import Hold, Pivot, parse_policy
+from qmpcommit.commit.request import what_of_stale
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
 from qmpcommit.daemon.rights import asked_by
 from qmpcommit.daemon.undertaking import write_when_possible
 from qmpcommit.log import Log
 from qmpcommit.qmp.process import is_same
+from qmpcommit.window.remains import is_own_job
 from qmpcommit.wire.commit import CommitRequest
 
 if TYPE_CHECKING:
@@ -63,6 +65,19 @@ class Prepared(NamedTuple):
     def serves(self, session: Session) -> bool:
         """Whether what was seen then is believed still."""
         return session is self.session and time.monotonic() - self.at < FRESH
+
+
+class Foretold(NamedTuple):
+    """What was noted of a job before it was to be begun: its plan, that as it is kept, the rest."""
+
+    plan: Plan | None
+    dumped: dict[str, Any] | None
+    noted: dict[str, Any]
+
+    def tells(self, plan: Plan, noted: Mapping[str, Any]) -> bool:
+        """Whether another process would go on from it as from this note of ``block-commit``."""
+        same = ("state", "identity", "files", "hooked")
+        return plan is self.plan and all(noted[name] == self.noted[name] for name in same)
 
 
 class Ending(NamedTuple):
@@ -123,6 +138,7 @@ class Promise:
         self.deciding = asyncio.Lock()
         self._journal, self._metrics = journal, metrics
         self._ready_at: float | None = None
+        self._foretold: Foretold | None = None
         self.called(job_id)
 
     def called(self, job_id: str) -> None:
@@ -139,12 +155,13 @@ class Promise:
 
     def insertion(self) -> Statement:
         """The row of a new one."""
+        told = self._foretold or Foretold(None, self.plan, self.noted)
         return Statement(
             "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage,"
             " in_group, noted, plan) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self.id, self.vm, self.disk, self.job_id, self.state, self.priority, self.created,
              self.request.model_dump_json(), self.storage, self.group,
-             _json(self.noted or None), _json(self.plan)),
+             _json(told.noted or None), _json(told.dumped)),
         )  # fmt: skip
 
     @classmethod
@@ -206,10 +223,17 @@ class Promise:
         self.outcome, self.error = end.outcome, end.error
         self.over.set()
 
-    async def run(self) -> None:
-        """It leaves the queue."""
+    def run(self) -> None:
+        """It leaves the queue; that is durable with its first step: before it nothing is sent."""
         leaving = self.leaving()
-        await self._write(leaving, events=[self.event()])
+        self._journal.write_soon(leaving, events=[self.event()])
+
+    def foretell(self, job: CommitJob, identity: str) -> None:
+        """It may run at once: that its job is begun is written with what promises it."""
+        state, facts = job.first_note()
+        noted = add_note(self.noted, "block-commit", state, **facts, times={}, identity=identity)
+        self._foretold = Foretold(facts["plan"], noted.pop("plan"), noted)
+        self.state = "running"
 
     def leaving(self) -> Statement:
         """It leaves the queue with this statement."""
@@ -238,9 +262,20 @@ class Promise:
         sql = "UPDATE commits SET noted = ?, plan = NULL, ready = NULL WHERE id = ?"
         return Statement(sql, (_json(self.noted or None), self.id))
 
-    async def _write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
+    async def _write(
+        self, *statements: Statement, events: Sequence[Event] = (), told: bool = True
+    ) -> None:
         """Until there is room: what runs goes on as it is meanwhile."""
-        await write_when_possible(self._journal, self.log, lambda: statements, events=events)
+        made = lambda: statements  # noqa: E731
+        await write_when_possible(self._journal, self.log, made, events=events, told=told)
+
+    def _only_closes(self, state: State | None) -> bool:
+        """Whether what is cleared away are nodes alone: whoever goes on closes them once more."""
+        request = self.request
+        leaves = what_of_stale(request.delete, request.stale) == "leave"
+        hooked = request.on_pivot is not None or is_own_job(self.job_id, self.disk)
+        merged = state is not None and state.verdict in (Verdict.PIVOTED, Verdict.MERGED)
+        return leaves and not hooked and merged
 
     # -- the ledger -------------------------------------------------------------------------------
 
@@ -250,17 +285,23 @@ class Promise:
         statements = []
         if step == "block-commit":
             self.plan = noted.pop("plan")
-            sql = "UPDATE commits SET plan = ? WHERE id = ?"
+            sql = "UPDATE commits SET plan = ?, state = 'running' WHERE id = ?"
             statements.append(Statement(sql, (_json(self.plan), self.id)))
+            foretold, self._foretold = self._foretold, None
+            if foretold is not None and foretold.tells(facts["plan"], noted):
+                self.noted = noted  # which was written with what promises it
+                return
         self.noted = noted
         statements.append(Statement(NOTE, (_json(noted), self.id)))
-        if step in _HOLDS_THE_GUEST or (state is not None and state.status == "pending"):
+        if step == "clear-away" and self._only_closes(state):
+            self._journal.write_soon(*statements)
+        elif step in _HOLDS_THE_GUEST or (state is not None and state.status == "pending"):
             try:
-                await self._journal.write(*statements)
+                await self._journal.write(*statements, told=False)
             except JournalFull as error:
                 self.log.warning("journal_full", why=error.message, step=step)
         else:
-            await self._write(*statements)
+            await self._write(*statements, told=False)
         if state is not None and state.phase is Phase.DECIDED and self._ready_at is not None:
             self.decides()
             self._metrics.reaction.observe(asyncio.get_running_loop().time() - self._ready_at)

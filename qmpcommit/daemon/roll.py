@@ -3,7 +3,8 @@
 What the journal alone can't tell is what it has lost: a log that is gone, or cut off by a damaged
 byte, leaves a database that is older and sound. Each transaction appends one line, after it is
 durable in the journal: its number, and the promises that it made, touched or ended. A line that
-makes a promise is synced before anybody is told of it; the others are when there is time. So the
+makes a promise is synced before anybody is told of it; the others are when there is time. What was
+promised may be begun meanwhile, for that it is in the journal. So the
 roll never knows of more than the journal has got, unless the journal has lost it.
 """
 
@@ -96,8 +97,11 @@ class Roll:
         self._open = dict(found)
         self._renew(seq)
 
-    def add(self, seq: int, touched: Iterable[Touched]) -> None:
-        """A transaction is durable, which has touched these."""
+    def add(self, seq: int, touched: Iterable[Touched]) -> bool:
+        """A transaction is durable, which has touched these; whether it has to be synced now.
+
+        Nobody may be told before of what was promised.
+        """
         new: dict[str, Any] = {}
         on, over = [], []
         for name, facts in touched:
@@ -116,16 +120,16 @@ class Roll:
         try:
             if self._file < 0 or self._room < len(text):
                 self._renew(seq)
-                return
+                return False
             done = os.write(self._file, text)
             self._room -= done
             if done < len(text):
                 raise OSError("short write")
             self.unsynced = True
-            if new:
-                self.sync()
         except OSError:  # no room: what is there tells of too little, which raises no alarm
             self.close()
+            return False
+        return bool(new)
 
     def sync(self) -> None:
         """Have it on the disk."""

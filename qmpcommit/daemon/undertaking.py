@@ -199,11 +199,12 @@ async def write_when_possible(
     made: Callable[[], Sequence[Statement]],
     *,
     events: Sequence[Event] = (),
+    told: bool = True,
 ) -> None:
     """Write a unit, waiting for room, made anew at each try: what runs goes on meanwhile."""
     while True:
         try:
-            await journal.write(*made(), events=events)
+            await journal.write(*made(), events=events, told=told)
             return
         except JournalFull as error:
             log.warning("journal_full", why=error.message)

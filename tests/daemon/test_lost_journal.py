@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,30 @@ async def one_disk(
         await qemu.quit()
 
 
+_READS = """
+import sqlite3, sys
+reads = sqlite3.connect(sys.argv[1], isolation_level=None)
+reads.execute("BEGIN")
+reads.execute("SELECT count(*) FROM commits").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def in_the_log(d: Daemon) -> Iterator[None]:
+    """What is written meanwhile stays in SQLite's log, whenever the daemon empties that."""
+    path = d.folder / "state" / "journal.db"
+    command = [sys.executable, "-c", _READS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reads:
+        assert reads.stdout is not None
+        assert reads.stdout.readline() == b"reads\n"
+        try:
+            yield
+        finally:
+            reads.kill()  # else it would empty the log itself
+
+
 async def started_again(d: Daemon) -> None:
     await d.start()
     await d.connected("web1")
@@ -48,9 +74,10 @@ async def pivoted(d: Daemon, commit: str) -> None:
 @pytest.mark.parametrize("gone", ["log", "journal", "text"])
 async def test_a_commit_that_was_lost_is_found_by_its_job(folder: Path, gone: str) -> None:
     async with one_disk(folder) as (d, chain, _):
-        commit = await d.commit("web1", **HOLD)
-        await d.until(commit, "ready")
-        await d.kill()
+        with in_the_log(d):
+            commit = await d.commit("web1", **HOLD)
+            await d.until(commit, "ready")
+            await d.kill()
         state = folder / "state"
         journal = state / "journal.db"
         if gone == "text":
@@ -76,9 +103,10 @@ async def test_a_commit_that_was_lost_is_found_by_its_job(folder: Path, gone: st
 async def test_a_job_that_nothing_names_is_held_for_a_decision(folder: Path) -> None:
     """As where the journal alone is restored, or its roll is lost with it."""
     async with one_disk(folder) as (d, chain, _):
-        commit = await d.commit("web1", **HOLD)
-        await d.until(commit, "ready")
-        await d.kill()
+        with in_the_log(d):
+            commit = await d.commit("web1", **HOLD)
+            await d.until(commit, "ready")
+            await d.kill()
         for name in ("journal.db-wal", "journal.db-shm", "journal.roll"):
             (folder / "state" / name).unlink()
         await started_again(d)

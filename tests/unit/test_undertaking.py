@@ -34,10 +34,12 @@ class Slow(Journal):
         super().__init__(path)
         self.asked, self.let = asyncio.Event(), asyncio.Event()
 
-    async def write(self, *statements: Statement, events: Sequence[Event] = ()) -> None:
+    async def write(
+        self, *statements: Statement, events: Sequence[Event] = (), **options: Any
+    ) -> None:
         self.asked.set()
         await self.let.wait()
-        await super().write(*statements, events=events)
+        await super().write(*statements, events=events, **options)
 
 
 @pytest.mark.parametrize(("kind", "request_"), KINDS, ids=lambda each: getattr(each, "kind", ""))
