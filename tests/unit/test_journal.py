@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import sqlite3
@@ -15,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from qmpcommit.daemon import schema
-from qmpcommit.daemon.journal import Event, Journal, JournalError, JournalFull, Statement, event
+from qmpcommit.daemon.journal import (
+    COMPANY,
+    NOTE,
+    Event,
+    Journal,
+    JournalError,
+    JournalFull,
+    Statement,
+    event,
+)
 from tests.ground.small_disk import fill, needs_mounts, small_disk
 
 DEADLINE = 30.0
@@ -361,3 +371,105 @@ async def test_no_room_for_a_new_journal_is_said(folder: Path) -> None:
         fill(disk / "ballast")
         with pytest.raises(JournalError, match="with room in it"):
             await Journal(disk / "j.db").open()
+
+
+# -- who waits for what ---------------------------------------------------------------------------
+
+
+def promise(number: int) -> Statement:
+    sql = (
+        "INSERT INTO commits (id, vm, disk, job_id, state, priority, created, request, storage,"
+        " in_group) VALUES (?, 'web1', 'vda', 'j', 'running', 0, 1.0, '{}', '', '')"
+    )
+    return Statement(sql, (f"{number:032x}",))
+
+
+def note(number: int, step: str) -> Statement:
+    return Statement(NOTE, (json.dumps({"step": step}), f"{number:032x}"))
+
+
+async def test_what_is_promised_begins_while_the_roll_is_synced(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(folder / "j.db") as journal:
+        syncs, let, events = threading.Event(), threading.Event(), list[int]()
+        sync = os.fdatasync
+
+        def slow(file: int) -> None:
+            syncs.set()
+            assert let.wait(DEADLINE)
+            sync(file)
+
+        monkeypatch.setattr(os, "fdatasync", slow)
+        journal.on_event = lambda event: events.append(event.id)
+        begun = asyncio.Event()
+        told = asyncio.create_task(
+            journal.write(promise(1), events=[event("commit", "web1", "1", "")], begin=begun.set)
+        )
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await begun.wait()
+                assert await asyncio.to_thread(syncs.wait, DEADLINE)
+                assert (await journal.read("SELECT count(*) AS n FROM commits"))[0]["n"] == 1
+            assert not told.done()
+            assert events == [], "nobody is told before"
+        finally:
+            let.set()
+        await told
+        assert events == [1]
+
+
+async def test_a_step_waits_for_no_promise_of_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(folder / "j.db") as journal:
+        await journal.write(promise(1))
+        let, sync = threading.Event(), os.fdatasync
+
+        def slow(file: int) -> None:
+            assert let.wait(DEADLINE)
+            sync(file)
+
+        with closing(sqlite3.connect(journal.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # so that all three are of one transaction
+            first = asyncio.create_task(journal.write(key(0)))
+            await asyncio.sleep(0)
+            while not journal._units.empty():
+                await asyncio.sleep(0.001)
+            monkeypatch.setattr(os, "fdatasync", slow)
+            step = asyncio.create_task(journal.write(note(1, "job-complete"), told=False))
+            told = asyncio.create_task(journal.write(promise(2)))
+            await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await first
+                await step
+            assert not told.done()
+        finally:
+            let.set()
+        await told
+
+
+async def test_of_two_steps_in_one_transaction_the_last_counts(folder: Path) -> None:
+    async with opened(folder / "j.db") as journal:
+        await journal.write(promise(1))
+        for count in (2, 20):  # it takes the others with it, whatever they are
+            for number in range(count):
+                journal.write_soon(note(1, f"step {number}"))
+            await journal.write(note(1, "last"), key(count))
+            (row,) = await journal.read("SELECT noted FROM commits")
+            assert json.loads(row["noted"]) == {"step": "last"}
+
+
+async def test_a_step_takes_a_few_others_with_it_and_waits_for_no_crowd(folder: Path) -> None:
+    async with opened(folder / "j.db") as journal:
+        await journal.write(promise(1))
+        for many in (COMPANY, COMPANY + 1):
+            units = list[int]()
+            journal.on_batch = lambda count, seconds, units=units: units.append(count)  # type: ignore[misc]
+            for number in range(many):
+                journal.write_soon(key(100 * many + number))
+            await journal.write(note(1, "job-complete"), told=False)
+            await asyncio.sleep(0)
+            assert units == [1 if many > COMPANY else many + 1]
