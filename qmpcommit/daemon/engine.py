@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -58,6 +59,9 @@ TAKING = 0.5
 
 FINDING = 3.0
 """Seconds that a decision waits for a READY job to be found again in QEMU."""
+
+ORPHANS = 10
+"""Jobs of ours on one VM that nobody owns of which each has its line in the log."""
 
 MAX_BEGINS = 3
 """How often a commit is begun that QEMU turns out not to know."""
@@ -261,8 +265,10 @@ class Engine:
                 await self.take_up(found)
                 del orphans[found.job_id]
         self.orphans[vm.name] = orphans
-        for name, status in orphans.items():
+        for name, status in islice(orphans.items(), ORPHANS):
             self.log.warning("orphan_job", vm=vm.name, job=name, status=status)
+        if len(orphans) > ORPHANS:
+            self.log.warning("orphan_jobs", vm=vm.name, in_all=len(orphans))
 
     def _allow(self, promise: Promise, session: Session, plan: Plan) -> None:
         vm = self.vm(promise.vm)

@@ -70,11 +70,19 @@ class Client(QMPClient):
             known_as = message.get("id") if answers else None
             known_as = known_as if isinstance(known_as, str) else None
             check_size(len(line), self._bounds.get(known_as, MESSAGE))
+            if known_as not in self._bounds:
+                self._lines.unasked(len(line))
         except Breach as breach:
             self.breach, self._lines = str(breach), None  # nor is kept what came behind it
             raise
         self._bounds.pop(known_as, None)
         return message
+
+    async def _on_message(self, msg: Message) -> None:
+        known_as = msg.get("id")
+        if "event" in msg or not isinstance(known_as, str) or known_as in self._pending:
+            await super()._on_message(msg)
+        # Else nobody waits for it any more. QMPClient would render it, however large, for its log.
 
     async def _issue(self, msg: Message) -> str | None:
         known_as = await super()._issue(msg)

@@ -38,6 +38,13 @@ REPLIES = {
 VALUES = 1_000_000
 """Values of one message: a byte of JSON can become a hundred of memory."""
 
+DENSE = (10_000, 6)
+"""Values that any message may have, and the bytes that each takes on average where they are more.
+
+QEMU, which names nearly all of them, takes twelve and more; two would cost as much to read as six
+times their number.
+"""
+
 CHUNK = MESSAGE
 
 TURN = 16
@@ -50,6 +57,9 @@ QEMU's own come to some hundred where fifty jobs end at once.
 """
 
 SLOWLY = 0.005
+
+WEIGHT = 512
+"""Bytes of what nobody has asked for that count as one message more."""
 
 _DEEP = 3
 """Levels whose parts are read one by one: a message, what it returns, and the entries of that."""
@@ -74,29 +84,37 @@ class Lines:
     def __init__(self, reader: asyncio.StreamReader, bound: Callable[[], int]) -> None:
         self._reader, self._bound = reader, bound
         self._waiting = bytearray()
-        self._taken = 0
+        self._turn, self._taken = 0, 0
         self._since = 0.0
+
+    def unasked(self, size: int) -> None:
+        """The last one was an event of so many bytes: what is large counts as many."""
+        self._turn += size // WEIGHT
 
     async def _let_others(self) -> None:
         """What has come is taken without waiting, and so a flood would be all that is done."""
-        self._taken += 1
-        if self._taken % TURN:
+        self._turn += 1
+        if self._turn < TURN:
             return
+        turn, self._turn = self._turn, 0
         now = asyncio.get_running_loop().time()
         if now - self._since > 1.0:
             self._since, self._taken = now, 0
-        await asyncio.sleep(SLOWLY if self._taken > FLOOD else 0)
+        self._taken += turn
+        await asyncio.sleep(SLOWLY * turn / TURN if self._taken > FLOOD else 0)
 
-    async def next(self) -> bytes:
+    async def next(self) -> bytes | bytearray:
         """The next one; what comes before the end without a newline is one too.
 
-        Raises EOFError, OSError, or `Breach` as soon as it is too long.
+        Raises EOFError, OSError, or `Breach` as soon as it is too long, or has too many values.
         """
         await self._let_others()
-        seen = 0
+        seen = values = 0
         while (end := self._waiting.find(b"\n", seen)) < 0:
+            values += self._values(seen, len(self._waiting))
             seen = len(self._waiting)
             check_size(seen, self._bound())
+            _check_values(values, seen)
             data = await self._reader.read(CHUNK)
             if not data:
                 if not self._waiting:
@@ -104,9 +122,17 @@ class Lines:
                 end = seen - 1
                 break
             self._waiting += data
-        line = bytes(self._waiting[: end + 1])
+        _check_values(values + self._values(seen, end), end)
+        if end + 1 == len(self._waiting):  # the rule; and what is large is not copied
+            line, self._waiting = self._waiting, bytearray()
+            return line
+        line = self._waiting[: end + 1]
         del self._waiting[: end + 1]
         return line
+
+    def _values(self, start: int, end: int) -> int:
+        """About how many begin there; names are none, but a comma in a text counts as one."""
+        return sum(self._waiting.count(each, start, end) for each in (b",", b"[", b"{"))
 
 
 def check_size(size: int, bound: int) -> None:
@@ -115,19 +141,32 @@ def check_size(size: int, bound: int) -> None:
         raise Breach(f"it sends a message longer than {show_size(bound)}, which QEMU does not")
 
 
-async def read_message(line: bytes) -> Message:
+def _check_values(values: int, size: int) -> None:
+    """Raise `Breach` for a message, or the beginning of one, of so many."""
+    any_size, each = DENSE
+    bound = min(VALUES, max(any_size, size // each))
+    if values > bound:
+        raise Breach(
+            f"it sends a message of {show_size(size)} with more than {bound} values, which QEMU"
+            " does not"
+        )
+
+
+async def read_message(line: bytes | bytearray) -> Message:
     """The message of a line; a large one is read beside the loop. Raises `Breach`."""
-    if sum(map(line.count, (b",", b"[", b"{"))) > VALUES:
-        raise Breach(f"it sends a message of more than {VALUES} values, which QEMU does not")
     try:
         if len(line) <= MESSAGE:
-            return Message(line, eager=True)
-        found = await asyncio.to_thread(parse_in_parts, line.decode())
+            return Message(bytes(line), eager=True)
+        found = await asyncio.to_thread(_in_parts, line)
     except (ProtocolError, ValueError, RecursionError):
         raise Breach("it sends something that is no QMP message") from None
     if not isinstance(found, dict):
         raise Breach("it sends something that is no QMP message")
     return Message(found, eager=False)
+
+
+def _in_parts(line: bytes | bytearray) -> Any:
+    return parse_in_parts(line.decode())
 
 
 def parse_in_parts(text: str) -> Any:

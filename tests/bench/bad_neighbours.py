@@ -26,32 +26,38 @@ from pathlib import Path
 from tests.bench.daemon_scale import Host, all_connected, commits, config, host, record
 from tests.cli.command import ENVIRONMENT
 from tests.daemon.daemons import Daemon
-from tests.hostile.test_monitors import GREETS, HOSTILE, LONG, MB, Serve, messages_of
+from tests.hostile.test_monitors import GREETS, HOSTILE, LONG, MB, STAMP, Serve, messages_of
 
 VMS = 40
 
 
-async def floods(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers all, and tells of events as fast as they are read."""
-    writer.write(GREETS)
-    begun = asyncio.Event()
+def flooding(events: bytes) -> Serve:
+    """A monitor that answers all, and tells of these events as fast as they are read."""
 
-    async def answer() -> None:
-        async for asked in messages_of(reader):
-            value = "{}" if asked["execute"] == "qmp_capabilities" else "[]"
-            writer.write(f'{{"return": {value}, "id": {json.dumps(asked.get("id"))}}}\n'.encode())
-            begun.set()
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETS)
+        begun = asyncio.Event()
 
-    answering = asyncio.create_task(answer())
-    stamp = '"timestamp": {"seconds": 1, "microseconds": 0}'
-    events = f'{{"event": "RTC_CHANGE", {stamp}, "data": {{"offset": 1}}}}\n'.encode() * 500
-    await begun.wait()
-    try:
-        while True:
-            writer.write(events)
-            await writer.drain()
-    finally:
-        answering.cancel()
+        async def answer() -> None:
+            async for asked in messages_of(reader):
+                value = "{}" if asked["execute"] == "qmp_capabilities" else "[]"
+                known_as = json.dumps(asked.get("id"))
+                writer.write(f'{{"return": {value}, "id": {known_as}}}\n'.encode())
+                begun.set()
+
+        answering = asyncio.create_task(answer())
+        await begun.wait()
+        try:
+            while True:
+                writer.write(events)
+                await writer.drain()
+        finally:
+            answering.cancel()
+
+    return serve
+
+
+floods = flooding(f'{{"event": "RTC_CHANGE", {STAMP}, "data": {{"offset": 1}}}}\n'.encode() * 500)
 
 
 async def never_ends(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

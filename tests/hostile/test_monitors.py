@@ -21,6 +21,7 @@ from tests.ground.machines import storage_daemon
 
 MB = 1 << 20
 GREETS = json.dumps(GREETING).encode() + b"\n"
+STAMP = '"timestamp": {"seconds": 1, "microseconds": 0}'
 LONG = json.dumps({"QMP": {**GREETING["QMP"], "x": "A" * 70_000}}).encode() + b"\n"
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
