@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 from qmpcommit.commit.claim import Claim
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import Journal, Statement
+from qmpcommit.daemon.sizes import allocated
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.guest.quiesce import How
@@ -281,16 +282,3 @@ class Part:
             commits=self.commits,
             outcomes=list(outcomes),
         )
-
-
-SIZES: dict[str, int] = {}
-"""What `allocated` has seen last of each file: looking itself may take long, as on a hung NFS."""
-
-
-def allocated(path: str) -> int | None:
-    """The bytes that a file takes; None where it can't be looked at from here."""
-    try:
-        size = SIZES[path] = os.stat(path).st_blocks * 512
-    except (OSError, ValueError):
-        return None
-    return size

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from qmpcommit.commit.claim import clear_dead, owners_of
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.leased_window import SIZES, LeasedWindow, allocated
+from qmpcommit.daemon.leased_window import LeasedWindow
 from qmpcommit.daemon.registry import VM
+from qmpcommit.daemon.sizes import SIZES, allocated
 from qmpcommit.errors import QmpCommitError
 from qmpcommit.log import Log
 from qmpcommit.tasks import stop

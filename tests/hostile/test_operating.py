@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -11,6 +12,7 @@ from typing import Any
 
 from tests.daemon.daemons import Daemon, daemon, host_of
 from tests.ground.images import make_chain
+from tests.ground.machines import storage_daemon
 
 HOLD = {"kind": "hold"}
 
@@ -118,3 +120,33 @@ async def test_options_tells_what_may_be_asked(folder: Path) -> None:
             said = await raw(d, "OPTIONS", path)
             assert (said.status, said.headers["allow"], said.body) == (204, allowed, b"")
         assert (await raw(d, "OPTIONS", "/v1/nothing")).status == 404
+
+
+async def test_a_storage_that_hangs_keeps_no_thread_and_no_end(folder: Path) -> None:
+    """The overlay of a window is looked at, and never seen again."""
+    (disks := folder / "disks").mkdir()
+    chain = make_chain(disks)
+    async with storage_daemon(disks, chain) as qemu:
+        made = Daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{qemu.qmp}"\n')
+        made.module, made.environment["QMPCOMMIT_SLOW"] = "tests.hostile.slow_disk", str(disks)
+        try:
+            await made.start()
+            await made.connected("web1")
+            window = (await made.post("/v1/vms/web1/windows", {"disks": ["top"]})).json
+            place = f"/v1/windows/{window['id']}"
+            size = (await made.get(place)).json["disks"]["top"]["size"]
+            assert size > 0
+            (disks / "hangs").touch()
+            paths = [place] * 50 + ["/v1/windows"] * 4 + ["/v1/vms/web1/disks"]
+            for answer in await asyncio.gather(*map(made.get, paths)):
+                assert answer.status == 200
+            told = (await made.get(place)).json["disks"]["top"]
+            assert told["size"] == size, "what was seen last"
+            await made.request("DELETE", place)
+            ended = (await made.get(f"{place}?wait=20")).json
+            assert ended["state"] == "done", ended
+            assert await made.stop() == 0
+        finally:
+            if made.process is not None and made.process.returncode is None:
+                await made.kill()
+        await qemu.quit()
