@@ -92,6 +92,20 @@ def files_of(plan: Plan) -> list[str]:
     return [image.filename for image in images]
 
 
+def tell_of_change(asked: Sequence[Plan], now: Sequence[Plan]) -> bool:
+    """Say of which disks the layers are not those any more that were asked about; whether any."""
+    changed = [
+        plan for before, plan in zip(asked, now, strict=True) if _layers(before) != _layers(plan)
+    ]
+    for plan in changed:
+        echo(f"qmpcommit: {plan.disk} is not as it was when you were asked; look again", err=True)
+    return bool(changed)
+
+
+def _layers(plan: Plan) -> list[tuple[str, str]]:
+    return [(image.node_name, image.filename) for image in (plan.top, *plan.between, plan.base)]
+
+
 def _offered(plans: Sequence[Plan]) -> Iterator[str]:
     for plan in plans:
         yield f"{plan.disk}: what is to become of it, when all is copied? Nothing is sent yet."

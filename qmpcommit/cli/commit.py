@@ -458,7 +458,7 @@ def _ask(
 ) -> AnyPolicy | None:
     """Ask on a terminal what nobody has said; None where there is none, or no answer."""
     from qmpcommit.cli import signals
-    from qmpcommit.cli.asking import ask_policy, may_ask
+    from qmpcommit.cli.asking import ask_policy, may_ask, tell_of_change
 
     if not may_ask(options):
         return None
@@ -468,12 +468,20 @@ def _ask(
     chosen: list[AnyPolicy | None] = []
     layers = {name: given[name] for name in ("base", "top", "shallow")}
 
-    async def work(running: Run) -> Answer:
+    async def look(running: Run) -> list[Plan]:
         plans = []
         for qmp, disk in named:
             async with _offline(qmp) if offline else running.vm(qmp) as vm:
                 plans.append(await vm.plan(disk=disk, policy=Hold(), **layers))
-        chosen.append(await ask_policy(plans))
+        return plans
+
+    async def work(running: Run) -> Answer:
+        plans = await look(running)
+        while (policy := await ask_policy(plans)) is not None:
+            asked, plans = plans, await look(running)
+            if not tell_of_change(asked, plans):
+                break
+        chosen.append(policy)
         return Answer({}, "", quiet=True)
 
     run(options, work)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from rich.text import Text
 from textual.app import App, ComposeResult
@@ -285,7 +285,9 @@ class Live(App[None]):
         except Exception as error:  # likewise
             self.notify(said_of(error), severity="error", markup=False, timeout=20)
         else:
-            self.notify(said, markup=False)
+            warned = "\n" in said  # a line for each warning
+            severity: Literal["warning", "information"] = "warning" if warned else "information"
+            self.notify(said, severity=severity, markup=False, timeout=20 if warned else None)
 
 
 def _lines(vm: VMState, paces: dict[tuple[str, str], JobPace]) -> Iterator[Line]:

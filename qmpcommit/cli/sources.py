@@ -20,6 +20,7 @@ from qmpcommit.window.run import windows_of
 if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.vm import RemoteVM
+    from qmpcommit.commit.outcome import CommitOutcome
     from qmpcommit.wire.commit import VMView
 
 ENDS = ("pivot", "keep", "abort")
@@ -59,10 +60,15 @@ class Monitors:
             if order in ENDS:
                 adopted = await decide.adopt(session, job.id, order, carry_bitmaps=order != "abort")
                 decide.order(adopted, order)
-                outcome = await adopted.wait()
-                return f"{job.id} has ended by '{outcome.action}'"
+                return _ended(job, await adopted.wait())
             await _steer(session, job.id, order, rate)
         return f"{job.id}: {order}, done"
+
+
+def _ended(job: JobState, outcome: CommitOutcome) -> str:
+    """How it ended, and a line for each warning."""
+    said = [f"{job.id} has ended by '{outcome.action}'"]
+    return "\n".join([*said, *(f"Warning: {warning}" for warning in outcome.warnings)])
 
 
 async def _steer(vm: Session | RemoteVM, job: str, order: str, rate: int) -> None:
@@ -110,10 +116,9 @@ class Daemon:
                 known = await there.job(job.id)
             except JobNotFound:
                 known = await there.adopt(job.id, order)  # type: ignore[arg-type]
-                await known.wait()
             else:
                 await {"pivot": known.pivot, "keep": known.keep, "abort": known.abort}[order]()
-        return f"{job.id}: {order}, done"
+            return _ended(job, await known.wait())
 
 
 async def _of_daemon(

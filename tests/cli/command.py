@@ -10,7 +10,7 @@ import pty
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,11 +125,15 @@ def _its_terminal() -> None:
 
 
 async def on_a_terminal(
-    *words: object, columns: int = 120, answers: Sequence[tuple[str, str]] = (), **more: str
+    *words: object,
+    columns: int = 120,
+    answers: Sequence[tuple[str, str | Callable[[], Awaitable[str]]]] = (),
+    **more: str,
 ) -> Said:
     """Run it with a terminal for both of its outputs; `more` are environment variables.
 
-    Each of `answers` is a text that is awaited, after what was seen before, and what is typed then.
+    Each of `answers` is a text that is awaited, after what was seen before, and what is typed then,
+    or what is awaited to know that.
     """
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
@@ -141,6 +145,10 @@ async def on_a_terminal(
     loop = asyncio.get_running_loop()
     seen, over = bytearray(), asyncio.Event()
     left, place = list(answers), 0
+    thinking: set[asyncio.Task[None]] = set()
+
+    async def think(answer: Callable[[], Awaitable[str]]) -> None:
+        os.write(ours, (await answer()).encode())
 
     def read() -> None:
         nonlocal place
@@ -148,7 +156,11 @@ async def on_a_terminal(
             seen.extend(os.read(ours, 65536))
             while left and (found := seen.find(left[0][0].encode(), place)) >= 0:
                 place = found + len(left[0][0].encode())
-                os.write(ours, left.pop(0)[1].encode())
+                answer = left.pop(0)[1]
+                if isinstance(answer, str):
+                    os.write(ours, answer.encode())
+                else:
+                    thinking.add(loop.create_task(think(answer)))
         except OSError:  # how a terminal says that nobody writes any more
             loop.remove_reader(ours)
             over.set()
@@ -158,6 +170,7 @@ async def on_a_terminal(
         async with asyncio.timeout(60):
             await over.wait()
             status = await process.wait()
+            await asyncio.gather(*thinking)
     finally:
         loop.remove_reader(ours)
         os.close(ours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import qmpcommit as qc
 from tests.cli.command import on_a_terminal, run
 from tests.cli.test_commit import assert_kept, assert_pivoted, no_jobs
 from tests.ground.images import make_chain
@@ -34,6 +35,25 @@ async def test_it_is_asked_and_explained(folder: Path) -> None:
         assert "vda: kept." in said.out
         await qemu.quit()
     assert_kept(chain)
+
+
+async def test_it_is_asked_again_where_the_chain_has_changed_meanwhile(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+
+    async def change() -> str:
+        async with qc.Session.connect(qemu.qmp2) as vm:
+            await vm.overlay(["vda"], overlay=fresh)
+        return "k\n"
+
+    async with machine(folder, chain) as qemu:
+        said = await on_a_terminal(
+            "commit", qemu.qmp, "vda", answers=[(ASKED, change), (ASKED, "a\n")]
+        )
+        assert said.status == 0, said.out
+        assert "vda is not as it was when you were asked" in said.out
+        assert "it is valid only under fresh.qcow2" in said.out.rpartition("not as it was")[2]
+        assert "vda: aborted." in said.out
+        await qemu.quit()
 
 
 async def test_the_bar_takes_a_key_and_a_yes(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from textual.pilot import Pilot
 
 import qmpcommit as qc
@@ -65,6 +66,35 @@ async def test_a_job_is_made_fast_and_pivoted(folder: Path) -> None:
         await no_jobs(qemu)
         await qemu.quit()
     assert_pivoted(chain)
+
+
+@pytest.mark.parametrize("by", ["monitor", "daemon"])
+async def test_what_should_be_known_of_an_end_is_told(by: str, folder: Path) -> None:
+    """An abort leaves a base that is valid only under the overlay."""
+    chain = make_chain(folder)
+    async with host_of(folder, chain) as (d, qemu):
+        async with qc.Client(d.socket) as host:
+            job = await host.vm("web1").commit("top", policy=qc.Hold())
+            await job.ready()
+        theirs = await qemu.execute("query-jobs")
+        assert theirs
+        source = Monitors([qemu.qmp2], lambda: 30.0)
+        if by == "daemon":
+            source = Daemon([], lambda: qc.Client(d.socket))  # type: ignore[assignment]
+        app = Live(source)
+        said: list[tuple[str, Any]] = []
+        app.notify = lambda text, **how: said.append((text, how["severity"]))  # type: ignore[method-assign]
+        async with app.run_test(size=(120, 30)) as pilot:
+            await until(pilot, lambda: shown(app)[4] == "READY")
+            await pilot.press("a")
+            await until(pilot, lambda: isinstance(app.screen, Question))
+            await pilot.press("y")
+            await until(pilot, lambda: bool(said))
+    ((text, severity),) = said
+    assert text.partition("\n")[0].endswith("has ended by 'abort'")
+    assert "Warning: " in text
+    assert f"valid only under {chain.top}" in text
+    assert severity == "warning"
 
 
 async def test_a_daemons_commit_is_kept(folder: Path) -> None:
