@@ -13,9 +13,9 @@ from qmpcommit.block.identity import FileId
 from qmpcommit.commit.driver import Resumed
 from qmpcommit.commit.ledger import Noted, add_note, files_of, plan_of, resumed_of
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.commit.phases import Phase, State
+from qmpcommit.commit.phases import Phase, State, Verdict
 from qmpcommit.commit.plan import Plan
-from qmpcommit.commit.policy import Hold, Pivot, parse_policy
+from qmpcommit.commit.policy import Pivot, parse_policy
 from qmpcommit.commit.request import what_of_stale
 from qmpcommit.daemon import clock
 from qmpcommit.daemon.journal import NOTE, Event, Journal, JournalFull, Statement, event
