@@ -35,7 +35,8 @@ _HOMES = {
     "commit.phases": "Phase",
     "commit.plan": "Plan",
     "commit.steering": "JobNow",
-    "guest.quiesce": "Quiet freeze thaw",
+    "guest.hold": "Quiet freeze",
+    "guest.run_state": "thaw",
     "window.run": "new_window_name",
     "window.group": "snapshot",
     "window.overlays": "LaidOverlay Snapshot",
@@ -64,7 +65,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 _FORMER = {
     **dict.fromkeys(("close_window", "open_window", "recover_window"), "window.run"),
-    "quiesced": "guest.quiesce",
+    "quiesced": "guest.hold",
 }
 """Functions that are methods of a session now, or have another name; with their former homes."""
 

@@ -97,9 +97,9 @@ from qmpcommit.group.policy import GroupReady as GroupReady
 from qmpcommit.group.run import CommitGroupOptions as CommitGroupOptions
 from qmpcommit.group.run import GroupCommit as GroupCommit
 from qmpcommit.group.run import commit_group as commit_group
-from qmpcommit.guest.quiesce import Quiet as Quiet
-from qmpcommit.guest.quiesce import freeze as freeze
-from qmpcommit.guest.quiesce import thaw as thaw
+from qmpcommit.guest.hold import Quiet as Quiet
+from qmpcommit.guest.hold import freeze as freeze
+from qmpcommit.guest.run_state import thaw as thaw
 from qmpcommit.offline_session import offline as offline
 from qmpcommit.preloading import preload as preload
 from qmpcommit.qmp.events import Event as Event

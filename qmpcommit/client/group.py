@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.host import Client
     from qmpcommit.client.http import Reply
     from qmpcommit.group.outcome import GroupOutcome
-    from qmpcommit.guest.quiesce import How
+    from qmpcommit.guest.run_state import How
     from qmpcommit.wire.group import GroupView
 
 

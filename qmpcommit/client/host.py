@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qmpcommit.client.job import RemoteJob
     from qmpcommit.client.vm import RemoteGroupOptions, RemoteVM
     from qmpcommit.commit.policy import AskedPolicy
-    from qmpcommit.guest.quiesce import How
+    from qmpcommit.guest.run_state import How
     from qmpcommit.window.records import GroupWindow
     from qmpcommit.wire.commit import CommitView, VMView
     from qmpcommit.wire.cycle import CycleView

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qmpcommit.commit.pace import Converge
     from qmpcommit.commit.request import Stale
     from qmpcommit.commit.steering import JobNow
-    from qmpcommit.guest.quiesce import How
+    from qmpcommit.guest.run_state import How
     from qmpcommit.guest.sockets import Agents
     from qmpcommit.window.overlays import Snapshot
     from qmpcommit.window.records import Window

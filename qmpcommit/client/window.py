@@ -20,7 +20,7 @@ from qmpcommit.errors import (
     WindowError,
     WindowNotFound,
 )
-from qmpcommit.guest.quiesce import How
+from qmpcommit.guest.run_state import How
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds, parse_size
 from qmpcommit.window.records import Frozen, GroupWindow, Window

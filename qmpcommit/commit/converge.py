@@ -31,8 +31,8 @@ from qmpcommit.errors import (
     QmpCommitError,
     VMGone,
 )
-from qmpcommit.guest.marks import mark_of_flush, set_mark, unmark
-from qmpcommit.guest.run_state import Still
+from qmpcommit.guest.hold import Hold, Step
+from qmpcommit.guest.marks import mark_of_flush
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
@@ -121,8 +121,7 @@ class _Watch:
         self._limit: int | None = None
         self._touched = self._theirs = False
         self._pauses = False
-        self._stopped_at: float | None = None
-        self._still: Still | None = None
+        self._guest: Hold | None = None
         self._ready_at: float | None = None
         self._pid = monitor.peer_pid
         self._first: Sample | None = None
@@ -207,19 +206,17 @@ class _Watch:
         job, seconds = self._job, self._config.pause
         if job.phase is not Phase.DECIDED:
             return
-        status = await self._optional("query-status")
-        if not (status or {}).get("running"):
+        mark = mark_of_flush(number_of(job.plan.disk))
+        guest = Hold(self._monitor, "pause", mark, note=self._guest_noted)
+        if not await guest.ran():
+            guest.leave()
             return
-        self._pauses = True
-        self._still = still = Still(self._monitor, paused=True)
-        self._stopped_at = self._clock()
+        self._pauses, self._guest = True, guest
         self._tell(paused=None)
         self._called()
         self._log.warning("guest_paused", seconds=seconds, repair='{"execute": "cont"}')
-        await self._write_down("stop")
         try:
-            await set_mark(self._monitor, self._mark, "pause")
-            await still.stop()
+            await guest.take()
             async with asyncio.timeout(seconds):
                 await job._until(lambda: job.phase is not Phase.DECIDED)
         except DeadlineExceeded:
@@ -231,24 +228,16 @@ class _Watch:
 
     async def _resume(self) -> None:
         """Let the guest run again, if it was stopped here and still is."""
-        if self._stopped_at is not None and self._still is not None:
-            await self._still.go_on()
-            await unmark(self._monitor, self._mark, "pause")
-            self._tell(paused=round(self._clock() - self._stopped_at, 3))
-            self._stopped_at = None
+        guest = self._guest
+        if guest is not None:
+            await guest.release()
+            self._guest = None
+            self._tell(paused=round(guest.seconds or 0.0, 3))
             self._log.info("guest_resumed", seconds=self.report.paused)
-            await self._write_down("cont")
 
-    @property
-    def _mark(self) -> str:
-        """Of this guest's pause, for whoever finds it after a death."""
-        return mark_of_flush(number_of(self._job.plan.disk))
-
-    async def _optional(self, command: str) -> Any:
-        try:
-            return await self._monitor.execute(command)
-        except CommandRefused:
-            return None  # qemu-storage-daemon runs no guest
+    async def _guest_noted(self, step: Step) -> None:
+        if step != "release":
+            await self._write_down("stop" if step == "hold" else "cont")
 
     # -- limits -----------------------------------------------------------------------------------
 
@@ -289,7 +278,7 @@ class _Watch:
     async def restore(self) -> None:
         """Put the former limits back, past losses of the monitor; never raises."""
         throttle, problem = self._throttle, ""
-        if self._touched or self._stopped_at is not None:
+        if self._touched or self._guest is not None:
             for _ in range(RESTORE_TRIES):
                 try:
                     problem = await self._put_back(throttle)

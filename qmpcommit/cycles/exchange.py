@@ -44,8 +44,9 @@ from qmpcommit.errors import (
     VMGone,
     VMStateError,
 )
+from qmpcommit.guest.hold import Hold
 from qmpcommit.guest.marks import mark_of_discard, set_mark, unmark
-from qmpcommit.guest.run_state import Still, runs
+from qmpcommit.guest.run_state import runs
 from qmpcommit.tasks import to_the_end
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Exchange:
         self.begun = self.running is not None
         self._again = self._marked = self.begun
         self._fresh = FreshOverlay(vm, plan, filename, vm.cwd, asked=asked)
-        self.still: Still | None = None
+        self.hold: Hold | None = None
         self.claim: Claim | None = None
         if self._again:
             self._fresh.restore(stopped=False)
@@ -189,7 +190,7 @@ class Exchange:
         await self._note("guest", let_go=True)
         await self.vm.execute("system_reset")
         if self.running:
-            await self.held.go_on()
+            await self.held.let_go()
 
     async def went_on(self) -> bool:
         """Whether somebody has let the guest go on since a former process held it for this.
@@ -246,7 +247,7 @@ class Exchange:
     async def go_on(self) -> None:
         """The guest goes on as before, after `back`."""
         if self.running:
-            await self.held.go_on()
+            await self.held.let_go()
 
     async def unmark(self) -> None:
         """The guest does not stand still for this any more, or is to."""
@@ -266,11 +267,11 @@ class Exchange:
     # -- what they need ---------------------------------------------------------------------------
 
     @property
-    def held(self) -> Still:
+    def held(self) -> Hold:
         """The guest, which stands still for all exchanges of its disks."""
-        if self.still is None:
-            self.still = Still(self.vm, paused=bool(self.running))
-        return self.still
+        if self.hold is None:
+            self.hold = Hold(self.vm, paused=bool(self.running))
+        return self.hold
 
     def _laid(self, graph: BlockGraph) -> bool:
         node = graph.nodes.get(self._fresh.node)
@@ -400,29 +401,27 @@ async def _standing_still(exchanges: Sequence[Exchange]) -> AsyncIterator[None]:
 
     One of which nothing was begun goes on for whoever has handed it over meanwhile.
     """
-    missing = [each for each in exchanges if each.still is None]
-    held: dict[VM, Still] = {}
+    missing = [each for each in exchanges if each.hold is None]
+    held: dict[VM, Hold] = {}
     for each in missing:
         if each.vm not in held:
-            held[each.vm] = Still(each.vm, paused=bool(each.running))
-        each.still = held[each.vm]
+            held[each.vm] = Hold(each.vm, paused=bool(each.running))
+        each.hold = held[each.vm]
     try:
         yield
     finally:
         begun = {each.vm for each in exchanges if each.begun}
-        await to_the_end(_let_go({vm: still for vm, still in held.items() if vm not in begun}))
-        for still in held.values():
-            still.leave()
+        await to_the_end(_let_go({vm: hold for vm, hold in held.items() if vm not in begun}))
+        for hold in held.values():
+            hold.leave()
         for each in missing:
-            each.still = None
+            each.hold = None
 
 
-async def _let_go(held: Mapping[VM, Still]) -> None:
-    for vm, still in held.items():
+async def _let_go(held: Mapping[VM, Hold]) -> None:
+    for hold in held.values():
         with suppress(QmpCommitError):
-            why = await still.give_up()
-            if why:
-                vm.log.warning("not_continued", why=why)
+            await hold.give_up()
 
 
 async def complete(exchanges: Sequence[Exchange]) -> None:

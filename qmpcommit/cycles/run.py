@@ -76,9 +76,9 @@ from qmpcommit.errors import (
 from qmpcommit.group.members import GroupMember
 from qmpcommit.group.policy import GroupReady, group_ready
 from qmpcommit.group.run import GroupCommit
+from qmpcommit.guest.hold import check_sockets
 from qmpcommit.guest.marks import thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, check_sockets
-from qmpcommit.guest.run_state import runs
+from qmpcommit.guest.run_state import How, runs
 from qmpcommit.guest.sockets import Agents, Sockets
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end

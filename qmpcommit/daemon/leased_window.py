@@ -15,7 +15,7 @@ from qmpcommit.daemon.journal import Journal, Statement
 from qmpcommit.daemon.sizes import allocated
 from qmpcommit.daemon.undertaking import ENDED, Undertaking
 from qmpcommit.errors import QmpCommitError
-from qmpcommit.guest.quiesce import How
+from qmpcommit.guest.run_state import How
 from qmpcommit.log import Log
 from qmpcommit.values import Record
 from qmpcommit.window.records import Frozen, NotedWindow, Window

@@ -31,7 +31,7 @@ from qmpcommit.errors import (
     WindowError,
     WindowNotFound,
 )
-from qmpcommit.guest.quiesce import thaw
+from qmpcommit.guest.run_state import thaw
 from qmpcommit.log import Log
 from qmpcommit.session import Session
 from qmpcommit.window.claims import claim_again, closable

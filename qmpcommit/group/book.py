@@ -15,7 +15,8 @@ from qmpcommit.commit.phases import Phase, State
 from qmpcommit.commit.policy import AnyPolicy, PolicyCall
 from qmpcommit.errors import CommitFailed
 from qmpcommit.group.members import GroupMember, requested
-from qmpcommit.group.noted import FrozenGuest, NotedGroup
+from qmpcommit.group.noted import NotedGroup
+from qmpcommit.guest.hold import HeldGuest
 from qmpcommit.qmp.process import process_identity
 from qmpcommit.tasks import stop
 
@@ -51,14 +52,14 @@ class Book(ABC):
         """Have all of it written down."""
 
     @property
-    def frozen(self) -> dict[str, FrozenGuest]:
+    def frozen(self) -> dict[str, HeldGuest]:
         """The guests that are quiesced, or may be, by their VMs."""
         dumped = self.noted.get("frozen") or {}
-        return {key: FrozenGuest.load(key, facts) for key, facts in dumped.items()}
+        return {key: HeldGuest.load(key, facts) for key, facts in dumped.items()}
 
-    def put_frozen(self, guest: FrozenGuest) -> None:
+    def put_frozen(self, guest: HeldGuest) -> None:
         """A guest is about to be quiesced, or let go on; written with the next note."""
-        frozen = {**self.noted.get("frozen", {}), guest.vm: list(guest[1:])}
+        frozen = {**self.noted.get("frozen", {}), guest.vm: guest.dump()}
         self.noted = {**self.noted, "frozen": frozen}
 
     def goes_on_again(self, key: str, seconds: float | None = None) -> None:
@@ -204,7 +205,7 @@ class FreezeNotes:
         before = self._book.frozen.get(self._key)
         since = time.time() if before is None or step == "freeze" else before.since
         identity = process_identity(self._vm.peer_pid)
-        self._book.put_frozen(FrozenGuest(self._key, facts["how"], facts["agent"], identity, since))
+        self._book.put_frozen(HeldGuest(self._key, facts["how"], facts["agent"], identity, since))
         await self._book.write(step)
 
 

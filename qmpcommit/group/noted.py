@@ -14,28 +14,11 @@ from typing import Any, NamedTuple
 from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.ledger import Noted
 from qmpcommit.commit.phases import Phase, Verdict
-from qmpcommit.guest.quiesce import How
+from qmpcommit.guest.hold import HeldGuest
 
 _UNDECIDED = (Phase.STARTING, Phase.COPYING, Phase.READY)
 _DONE = (Verdict.PIVOTED, Verdict.RECYCLED, Verdict.KEPT, Verdict.MERGED)
 _WANTED = ("policy", "caller")
-
-
-class FrozenGuest(NamedTuple):
-    """The guest of a VM that is quiesced, or may be: how, in which QEMU, and since when (1970)."""
-
-    vm: str
-    how: How
-    agent: str | None
-    identity: str
-    since: float
-
-    @classmethod
-    def load(cls, vm: str, dumped: Any) -> FrozenGuest:
-        """What was dumped; a journal of the version before has names in it."""
-        if isinstance(dumped, Mapping):
-            dumped = [dumped[name] for name in cls._fields[1:]]
-        return cls(vm, *dumped)
 
 
 class NotedMember(NamedTuple):
@@ -87,13 +70,13 @@ class NotedGroup(NamedTuple):
     finalize: bool = False
     by: str = ""
     tries: int = 0
-    frozen: Mapping[str, FrozenGuest] = {}
+    frozen: Mapping[str, HeldGuest] = {}
     quiesced: Mapping[str, float] = {}
     over: bool = False
 
     def dump(self) -> dict[str, Any]:
         """In JSON's own types."""
-        frozen = {vm: list(guest[1:]) for vm, guest in self.frozen.items()}
+        frozen = {vm: guest.dump() for vm, guest in self.frozen.items()}
         members = [member._asdict() for member in self.members]
         quiesced = dict(self.quiesced)
         return {**self._asdict(), "members": members, "frozen": frozen, "quiesced": quiesced}
@@ -107,7 +90,7 @@ class NotedGroup(NamedTuple):
             finalize=bool(dumped.get("finalize")),
             by=str(dumped.get("by") or ""),
             tries=int(dumped.get("tries", 0)),
-            frozen={vm: FrozenGuest.load(vm, facts) for vm, facts in frozen.items()},
+            frozen={vm: HeldGuest.load(vm, facts) for vm, facts in frozen.items()},
             quiesced=dict(quiesced),
             over=bool(dumped.get("over")),
         )

@@ -110,6 +110,7 @@ class ResumableGroup(GroupCommit):
         for timer in self._timers:
             timer.cancel()
         self._freezes.give_up()
+        self._pauses.give_up()
         for task in (self._asking, self._recording, self._pausing, *self._following):
             if task is not None:
                 await stop(task)

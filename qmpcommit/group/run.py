@@ -46,7 +46,7 @@ from qmpcommit.errors import (
 )
 from qmpcommit.group import machine
 from qmpcommit.group.book import GroupBook, options_noted, policy_noted
-from qmpcommit.group.freezes import Freezes
+from qmpcommit.group.guests import Guests
 from qmpcommit.group.machine import GroupAction, GroupFact, Stage
 from qmpcommit.group.members import (
     GroupCommitOptions,
@@ -59,10 +59,10 @@ from qmpcommit.group.members import (
     requested,
 )
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
-from qmpcommit.group.pauses import Pauses
 from qmpcommit.group.policy import AskedGroupPolicy, Deciding
+from qmpcommit.guest.hold import Hold, check_sockets, noted_in
 from qmpcommit.guest.marks import mark_of_group, thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, check_sockets
+from qmpcommit.guest.run_state import LIMIT, How
 from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import stop, to_the_end
 from qmpcommit.units import parse_seconds
@@ -149,19 +149,13 @@ class GroupCommit:
             records=on_decision is not None or ledger is not None,
         )
         self._freeze, self._agents = freeze, dict(agents or {})
-        self._freezes = Freezes(
-            self.id,
-            freeze,
-            self._agents,
-            on_quiet=self._is_quiet,
-            on_failure=self._is_not_quiet,
-            notes=self.book.freezes() if self.book is not None else freeze_notes,
-        )
+        self._freeze_notes = self.book.freezes() if self.book is not None else freeze_notes or {}
+        self._freezes = Guests(LIMIT, self._is_quiet, self._is_not_quiet)
+        self._pauses = Guests(None, lambda vm: None, self._is_not_paused)
         self._decisions: dict[int, Settled] = {}
         self._asking: asyncio.Task[None] | None = None
         self._following: list[asyncio.Task[None]] = []
         self._recording: asyncio.Task[None] | None = None
-        self._pauses: Pauses | None = None
         self._pausing: asyncio.Task[None] | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._subscriptions: list[Any] = []
@@ -308,7 +302,7 @@ class GroupCommit:
             culprit=self.state.culprit,
             finalized=finalized,
             timeout=self._timeout if self._late else None,
-            problems=self._freezes.problems,
+            problems=[*self._pauses.problems, *self._freezes.problems],
         )
         meant = self._meant_to_abort and all(end.outcome is not None for end in ends)
         if error is not None and (finalized or not meant or not _none_done(ends)):
@@ -492,9 +486,17 @@ class GroupCommit:
             guests.setdefault(member.vm, []).append(job)
         # Their recycles pause these anyway, before the first disk is held, and for longer.
         paused = [vm for vm in self._recycles() if self._freeze == "pause"]
-        self._freezes.begin({vm: guests[vm] for vm in guests if vm not in paused}, self._goes_on)
+        # Before its file systems are thawed, a guest that a recycle has paused has to go on.
+        holds = {vm: self._hold(vm) for vm in guests if vm not in paused}
+        self._freezes.begin(holds, guests, self._pauses.goes_on)
         for vm in paused:
             self._is_quiet(vm)
+
+    def _hold(self, vm: VM) -> Hold:
+        assert self._freeze is not None
+        how, agent = self._freeze, self._agents.get(vm)
+        note = noted_in(self._freeze_notes.get(vm), vm, how, agent)
+        return Hold(vm, how, mark_of_group(self.id), agent=agent, note=note)
 
     def _is_quiet(self, vm: VM) -> None:
         for number, member in enumerate(self.members):
@@ -510,26 +512,23 @@ class GroupCommit:
         first = next(n for n, member in enumerate(self.members) if member.vm is vm)
         self._tell(machine.NotQuiesced(first, why))
 
-    async def _goes_on(self, vm: VM) -> None:
-        """Before its file systems are thawed, a guest that a recycle has paused has to go on."""
-        if self._pauses is not None:
-            await self._pauses.goes_on(vm)
+    def _is_not_paused(self, vm: VM, why: str, error: Exception | None) -> None:
+        self._tell(machine.Stop(f"a guest could not be paused ({error})"))
 
     def _decide(self) -> None:
         recycles = self._recycles()
         if recycles:
-            self._pauses = Pauses(recycles, mark_of_group(self.id))
-            self._pausing = asyncio.ensure_future(self._pause_first(self._pauses))
+            self._pausing = asyncio.ensure_future(self._pause_first(recycles))
         else:
             self._send_decisions()
 
-    async def _pause_first(self, pauses: Pauses) -> None:
+    async def _pause_first(self, recycles: Mapping[VM, Sequence[CommitJob]]) -> None:
         limit = self.state.hold_limit
         late = f"not all disks could be held within {limit:g} s of the guests' pause"
         # A paused guest waits as one does whose disk is held, and for no longer.
         self._call_later(limit, partial(self._tell, machine.Stop(late)))
         try:
-            await pauses.pause()
+            await self._pauses.pause(recycles, mark_of_group(self.id))
         except Exception as error:  # a ledger's own too
             self._tell(machine.Stop(f"a guest could not be paused ({error})"))
         if self.state.stage is Stage.DECIDED:
@@ -583,6 +582,7 @@ class GroupCommit:
                 job.decide(Abort(), by)
         self._gate.set()
         self._freezes.give_up()
+        self._pauses.give_up()
         if self._asking is not None:
             self._asking.cancel()
 
@@ -608,12 +608,11 @@ class GroupCommit:
         for task in (self._asking, self._recording, self._pausing):
             if task is not None:
                 await stop(task)
-        if self._pauses is not None:
-            await self._pauses.over()
+        await self._pauses.over()
         await self._freezes.over()
 
     def _outcome(self, ends: Sequence[MemberEnd]) -> GroupOutcome:
-        paused = self._pauses.seconds if self._pauses is not None else {}
+        paused = self._pauses.seconds
         quiesced = self._stood_still
         ends = [
             end._replace(
@@ -628,15 +627,14 @@ class GroupCommit:
             for member, end in zip(self.members, ends, strict=True)
         ]
         outcome = outcome_of(self.id, ends, by=self._by)
-        problems = self._pauses.problems if self._pauses is not None else ()
         noted = self.book.problems if self.book is not None else ()
-        warnings = [*problems, *self._freezes.problems, *noted, *outcome.warnings]
+        warnings = [*self._pauses.problems, *self._freezes.problems, *noted, *outcome.warnings]
         return replace(outcome, warnings=warnings)
 
     @property
     def _stood_still(self) -> dict[VM, float]:
         """For how many seconds the guests were quiesced that go on again, where that was asked."""
-        if self._freeze == "pause" and self._pauses is not None:  # who was paused for a recycle
+        if self._freeze == "pause":  # also who was paused for a recycle
             return {**self._pauses.seconds, **self._freezes.seconds}
         return dict(self._freezes.seconds)
 

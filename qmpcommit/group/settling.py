@@ -34,8 +34,7 @@ from qmpcommit.errors import (
 from qmpcommit.group.noted import NotedGroup, NotedMember, Shown, Way, resume, shown_of
 from qmpcommit.group.outcome import GroupOutcome, MemberEnd, error_of, outcome_of
 from qmpcommit.guest.marks import mark_of_group, unmark
-from qmpcommit.guest.quiesce import HOW, THAW_PATIENCE, How, thaw
-from qmpcommit.guest.run_state import go_on
+from qmpcommit.guest.run_state import HOW, THAW_PATIENCE, How, go_on, thaw
 from qmpcommit.qmp.process import is_same, process_identity
 from qmpcommit.tasks import stop, to_the_end
 
@@ -341,7 +340,7 @@ class Settling(ABC):
         guest = self.book.frozen.get(key)
         if guest is not None:
             self.log.warning("guest_left_frozen", vm=vm.name, how=guest.how)
-        if guest is not None and _is_same(vm, guest._asdict()) is not False:
+        if guest is not None and not guest.is_gone(vm):
             agent = self._agents.get(key) or guest.agent
             await thaw(vm, guest.how, agent, patience=patience, ran=True)
             self.book.goes_on_again(key, time.time() - guest.since)

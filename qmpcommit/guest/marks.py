@@ -16,13 +16,12 @@ import asyncio
 import os
 import re
 import shlex
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qmpcommit.errors import CommandRefused, QmpCommitError, QuiesceFailed
-from qmpcommit.guest.quiesce import LIMIT, How, thaw
-from qmpcommit.guest.run_state import runs
+from qmpcommit.guest.run_state import LIMIT, How, thaw
 from qmpcommit.guest.sockets import Sockets
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 
@@ -102,40 +101,6 @@ def what_to_do(mark: Mark, qmp: str) -> str:
     """What a person should do about a mark whose owner is gone."""
     socket = " (it needs --agent SOCKET)" if mark.how == "agent" else ""
     return f"'qmpcommit recover {shlex.quote(qmp)}' lets the guest go on{socket}"
-
-
-@asynccontextmanager
-async def marked(vm: Monitor, owner: str, how: How | None) -> AsyncIterator[None]:
-    """A node in QEMU tells for as long as this lasts that the guest is quiesced for `owner`.
-
-    If this process is killed meanwhile, `thaw_marked` finds it. It stays where the guest could
-    not be thawed.
-    """
-    if how is None or (how == "pause" and not await runs(vm)):
-        yield
-        return
-    try:
-        set_here = await set_mark(vm, owner, how)
-    except BaseException:
-        await unmark(vm, owner, how)
-        raise
-    if not set_here:
-        yield
-        return
-    try:
-        yield
-    except QuiesceFailed as error:
-        if not error.facts.get("frozen"):
-            await unmark(vm, owner, how)
-        raise
-    except asyncio.CancelledError as error:
-        if not getattr(error, "__notes__", None):  # `quiesced` notes there that it can't thaw
-            await unmark(vm, owner, how)
-        raise
-    except BaseException:
-        await unmark(vm, owner, how)
-        raise
-    await unmark(vm, owner, how)
 
 
 async def set_mark(vm: Monitor, owner: str, how: How, *, resets: bool = False) -> bool:

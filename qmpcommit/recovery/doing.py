@@ -29,7 +29,7 @@ from qmpcommit.commit.takeover import bitmaps_to_carry
 from qmpcommit.cycles.exchange import Exchange, complete, put_back
 from qmpcommit.errors import CommandRefused, CommitFailed, InvalidRequest, QmpCommitError
 from qmpcommit.guest.marks import mark_of_discard, marks_among
-from qmpcommit.guest.quiesce import thaw
+from qmpcommit.guest.run_state import thaw
 from qmpcommit.guest.sockets import Sockets
 from qmpcommit.recovery import jobs, lookup, overlays
 from qmpcommit.recovery.findings import Decide, Finding, Kind, Recovered

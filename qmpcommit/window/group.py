@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from qmpcommit.errors import InvalidRequest, WindowError
 from qmpcommit.former import former
+from qmpcommit.guest.hold import check_sockets
 from qmpcommit.guest.marks import thaw_all_abandoned
-from qmpcommit.guest.quiesce import How, check_sockets
+from qmpcommit.guest.run_state import How
 from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size

@@ -18,8 +18,8 @@ from qmpcommit.callback import Noting
 from qmpcommit.commit.in_use import check_idle
 from qmpcommit.commit.overlay.fresh import FreshOverlay
 from qmpcommit.errors import CommandRefused, WindowError
-from qmpcommit.guest.marks import marked
-from qmpcommit.guest.quiesce import LIMIT, How, Quiet, quiesced
+from qmpcommit.guest.hold import Quiet, quiesced
+from qmpcommit.guest.run_state import How
 
 if TYPE_CHECKING:
     from qmpcommit.commit.vm import VM
@@ -53,10 +53,7 @@ async def lay_all(
     """
     for _, overlay in pairs:
         await overlay.open()
-    async with (
-        marked(vm, mark, freeze),
-        quiesced(vm, freeze, agent=agent, limit=LIMIT, ledger=ledger) as quiet,
-    ):
+    async with quiesced(vm, freeze, agent=agent, ledger=ledger, owner=mark) as quiet:
         if meet is not None:
             await meet()
         if ledger is not None:

@@ -35,8 +35,9 @@ from qmpcommit.errors import (
     QmpCommitError,
     WindowError,
 )
+from qmpcommit.guest.hold import check_sockets
 from qmpcommit.guest.marks import mark_of_snapshot, thaw_abandoned
-from qmpcommit.guest.quiesce import How, check_sockets
+from qmpcommit.guest.run_state import How
 from qmpcommit.names import JOB_PREFIX, WINDOW_MARK
 from qmpcommit.tasks import to_the_end
 from qmpcommit.values import Record, record

@@ -12,7 +12,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from qmpcommit.commit.outcome import CommitOutcome
-from qmpcommit.guest.quiesce import How
+from qmpcommit.guest.run_state import How
 from qmpcommit.names import WINDOW_MARK
 from qmpcommit.values import Record, record
 

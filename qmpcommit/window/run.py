@@ -69,8 +69,7 @@ from qmpcommit.guest.marks import (
     thaw_marked,
     what_to_do,
 )
-from qmpcommit.guest.quiesce import How, thaw
-from qmpcommit.guest.run_state import STOPPED_HERE
+from qmpcommit.guest.run_state import STOPPED_HERE, How, thaw
 from qmpcommit.names import JOB_PREFIX
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qmpcommit.errors import InvalidRequest
-from qmpcommit.guest.quiesce import check_names
+from qmpcommit.guest.hold import check_names
 from qmpcommit.qmp.address import Address
 from qmpcommit.units import parse_seconds, parse_size
 

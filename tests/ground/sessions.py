@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.guest import quiesce
+from qmpcommit.guest import hold, run_state
 
 
 class Asked(Protocol):
@@ -61,6 +61,7 @@ def hurried(vm: qc.Session, *, patience: float | None = None) -> Iterator[None]:
 
 def thaws_once(patch: pytest.MonkeyPatch) -> None:
     """A guest that can't be thawed is not tried again."""
-    defaults = quiesce.thaw.__kwdefaults__
+    patch.setattr(hold, "THAW_PATIENCE", 0.0)
+    defaults = run_state.thaw.__kwdefaults__
     assert defaults is not None
     patch.setitem(defaults, "patience", 0.0)

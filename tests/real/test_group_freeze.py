@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.group import freezes as group_freeze
+from qmpcommit.group import run as group_run
 from qmpcommit.guest import marks as freeze_marks
+from qmpcommit.guest.hold import quiesced
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import Strike, let_pass
@@ -188,7 +189,7 @@ async def test_one_guest_that_can_not_be_paused_has_nothing_committed(folder: Pa
 async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_freeze, "LIMIT", 0.3)
+    monkeypatch.setattr(group_run, "LIMIT", 0.3)
     async with two(folder) as here, asyncio.timeout(LIMIT):
         late = here.between[1]
         late.to_qemu = Strike("stop", "hold")
@@ -208,7 +209,7 @@ async def test_a_freeze_over_its_limit_is_let_go_and_nothing_is_committed(
 async def test_a_freeze_that_reaches_its_limit_after_the_decision_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_freeze, "LIMIT", 0.5)
+    monkeypatch.setattr(group_run, "LIMIT", 0.5)
     async with two(folder) as here, asyncio.timeout(LIMIT):
 
         async def slow(jobs: Any) -> None:
@@ -325,7 +326,7 @@ async def agents_of(here: Two, folder: Path, stack: AsyncExitStack) -> list[Fake
 async def test_one_agent_that_does_not_freeze_has_nothing_committed(
     folder: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_freeze, "LIMIT", 1.0)
+    monkeypatch.setattr(group_run, "LIMIT", 1.0)
     async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
         said = steps_of(here)
         first, second = await agents_of(here, folder, stack)
@@ -395,7 +396,7 @@ async def test_a_recycled_guest_is_frozen_before_its_pause_and_thawed_when_it_go
 async def test_an_agent_thaws_although_the_monitor_is_away(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_freeze, "LIMIT", 600.0)  # which is not what lets it go on
+    monkeypatch.setattr(group_run, "LIMIT", 600.0)  # which is not what lets it go on
     async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
         fakes = await agents_of(here, folder, stack)
         agents = {vm: fake.path for vm, fake in zip(here.vms, fakes, strict=True)}
@@ -481,10 +482,7 @@ async def test_a_freeze_of_somebody_alive_is_waited_for_and_not_thawed(
     async with two(folder) as here, AsyncExitStack() as stack, asyncio.timeout(LIMIT):
         fakes = await agents_of(here, folder, stack)
         vm, (fake, _) = here.vms[0], fakes
-        async with (
-            freeze_marks.marked(vm, "g01234567", "agent"),
-            qc.freeze(vm, "agent", agents=fake.path),
-        ):
+        async with quiesced(vm, "agent", agent=fake.path, owner="g01234567"):
             asked = len(fake.asked)
             going = asyncio.create_task(
                 vm.commit_group(["vda"], policy=qc.Keep(), freeze="agent", agents=fake.path)
@@ -496,7 +494,8 @@ async def test_a_freeze_of_somebody_alive_is_waited_for_and_not_thawed(
             assert len(fake.asked) == asked, "it is left alone"
         assert (await going).action == "keep"
         monkeypatch.setattr(freeze_marks, "GRACE", 0.0)
-        async with freeze_marks.marked(vm, "g01234567", "agent"):
-            with pytest.raises(qc.QuiesceFailed, match="--agent SOCKET"):
-                await freeze_marks.thaw_abandoned(vm)
+        await freeze_marks.set_mark(vm, "g01234567", "agent")
+        with pytest.raises(qc.QuiesceFailed, match="--agent SOCKET"):
+            await freeze_marks.thaw_abandoned(vm)
+        await freeze_marks.unmark(vm, "g01234567", "agent")
         await none_pivoted(here)

@@ -16,7 +16,7 @@ from tests.ground.images import MIB, assert_disk, make_chain, two_chains
 from tests.ground.machines import machine
 from tests.ground.nbd import Nbd
 from tests.ground.proxy import Strike, let_pass, proxy
-from tests.ground.sessions import lost, runs
+from tests.ground.sessions import lost, runs, thaws_once
 
 TWO = ["top", "top2"]
 
@@ -379,7 +379,10 @@ async def test_a_guest_that_does_not_run_is_not_let_go(daemon: bool, folder: Pat
         assert_disk(path, chain.pictures[-1])
 
 
-async def test_a_guest_that_can_not_be_let_go_is_told(folder: Path) -> None:
+async def test_a_guest_that_can_not_be_let_go_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thaws_once(monkeypatch)
     chain = make_chain(folder)
     fresh = folder / "fresh.qcow2"
     async with (

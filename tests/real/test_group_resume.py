@@ -17,7 +17,7 @@ from qmpcommit.commit.phases import Order, Phase, Preparation, State
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.stale_layers import Barrier
 from qmpcommit.group.resume import ResumableGroup, Resume
-from qmpcommit.guest.quiesce import How
+from qmpcommit.guest.run_state import How
 from tests.ground.images import MIB, assert_disk, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import qmpcommit as qc
-from qmpcommit.guest.quiesce import quiesced
+from qmpcommit.guest.hold import quiesced
 from tests.ground.images import assert_disk, make_chain, two_chains
 from tests.ground.machines import machine
 from tests.ground.sessions import files, lost, runs

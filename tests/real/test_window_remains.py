@@ -13,7 +13,7 @@ import pytest
 import qmpcommit as qc
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.overlay.fresh import FreshOverlay
-from qmpcommit.guest import quiesce
+from qmpcommit.guest import run_state
 from qmpcommit.window import remains as window_remains
 from qmpcommit.window.remains import new_own_job, own_jobs, remains_of
 from tests.ground.images import (
@@ -73,7 +73,7 @@ async def running(folder: Path, **more: Any) -> AsyncIterator[tuple[Machine, qc.
 
 @pytest.mark.parametrize("how", ["pause", "agent"])
 async def test_a_guest_that_a_killed_owner_left_quiesced_goes_on(
-    folder: Path, how: quiesce.How
+    folder: Path, how: run_state.How
 ) -> None:
     marker = f"qmpcommit-w{NUMBER}-{'paused' if how == 'pause' else 'frozen'}"
     async with running(folder) as (_, vm, _), fake_agent(folder) as agent:

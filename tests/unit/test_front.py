@@ -18,7 +18,7 @@ import qmpcommit as qc
 from qmpcommit.callback import said_of
 from qmpcommit.client.problems import error_from
 from qmpcommit.commit import phases
-from qmpcommit.guest import quiesce
+from qmpcommit.guest import hold
 from qmpcommit.window import run
 
 
@@ -58,7 +58,7 @@ def test_what_the_stub_names_is_what_there_is() -> None:
     former = {
         name: (run, f"vm.{name}") for name in ("open_window", "close_window", "recover_window")
     }
-    former["quiesced"] = (quiesce, "qmpcommit.freeze")
+    former["quiesced"] = (hold, "qmpcommit.freeze")
     assert named == set(dir(qc)) - {"__version__"}
     for name, (home, now) in former.items():
         with pytest.warns(DeprecationWarning, match=rf"is {re.escape(now)}\(\.\.\.\) now") as told:

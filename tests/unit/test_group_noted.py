@@ -13,7 +13,6 @@ from qmpcommit.commit.facts import Choice
 from qmpcommit.commit.ledger import add_note, dump_state
 from qmpcommit.commit.phases import Order, Phase, Preparation, State, Verdict
 from qmpcommit.group.noted import (
-    FrozenGuest,
     NotedGroup,
     NotedMember,
     Shown,
@@ -21,6 +20,7 @@ from qmpcommit.group.noted import (
     resume,
     shown_of,
 )
+from qmpcommit.guest.hold import HeldGuest
 
 STATE = State(two_phase=True, began=True, barrier=Preparation(meets=True))
 PIVOT: dict[str, Any] = {"phase": Phase.DECIDED, "order": Order(Choice.PIVOT, "policy")}
@@ -150,7 +150,7 @@ def test_the_stage_is_told(stages: tuple[str, ...], finalize: bool, stage: str) 
 
 
 def test_what_is_dumped_is_loaded_again() -> None:
-    guest = FrozenGuest("vm", "agent", "/agent", "7.9", 1.5)
+    guest = HeldGuest("vm", "agent", "/agent", "7.9", 1.5)
     noted = group(*STAGES, finalize=True)._replace(
         by="policy", tries=2, frozen={"vm": guest}, quiesced={"vm": 0.5}, over=True
     )

@@ -29,7 +29,7 @@ LIBRARY_ALONE = {
     "commit/policy.py": 3,  # what is no policy, answers with none, or was not given
     "commit/request.py": 1,  # a policy of one's own, for the daemon
     "commit/ledger.py": 1,  # what a ledger holds
-    "guest/quiesce.py": 2,  # a freeze without its agents; the command counts them itself
+    "guest/hold.py": 2,  # a freeze without its agents; the command counts them itself
     "wire/window.py": 1,  # the same of the daemon's API
 }
 """How many texts of a file with Python in them only a caller of the library can meet."""

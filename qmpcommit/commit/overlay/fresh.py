@@ -49,8 +49,9 @@ from qmpcommit.commit.overlay.trial import refused_options
 from qmpcommit.commit.plan import Plan
 from qmpcommit.commit.recycle import Left, has_ended
 from qmpcommit.errors import CommandRefused, CommitFailed
-from qmpcommit.guest.marks import mark_of_recycle, set_mark, unmark
-from qmpcommit.guest.run_state import Still, runs
+from qmpcommit.guest.hold import Hold, Step
+from qmpcommit.guest.marks import mark_of_recycle
+from qmpcommit.guest.run_state import runs
 from qmpcommit.names import JOB_PREFIX, node_stem
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.tasks import to_the_end
@@ -99,7 +100,7 @@ class FreshOverlay:
         self._made: NewFile | None = None
         self._called: set[str] = set()
         self._alone = alone
-        self._still: Still | None = None
+        self._guest: Hold | None = None
         self._cwd = cwd
         stem = node_stem(plan.job_id)
         self.node = f"{stem}-top"
@@ -108,9 +109,8 @@ class FreshOverlay:
         self.size = 0
         self._monitor, self._plan = monitor, plan
         self._file_node = f"{stem}-file"
-        self._stopped_at: float | None = None
         self._begun = self._tried = self._laid = self._restored = self._here = False
-        self._astray = self._marked = False
+        self._astray = False
         self._ledger = ledger
 
     def restore(self, *, stopped: bool, laid: bool = False) -> None:
@@ -121,13 +121,18 @@ class FreshOverlay:
         self._begun = self._tried = self._restored = True
         self._laid = laid
         if stopped:
-            self._stops()
+            self._guest = self._held(paused=True)
 
-    def _stops(self) -> None:
-        """A former process has paused the guest, and left a mark of that."""
-        self._stopped_at = asyncio.get_running_loop().time()
-        self._still = Still(self._monitor, paused=True)
-        self._marked = self._alone
+    def _held(self, *, paused: bool = False) -> Hold:
+        """The guest, which a former process has `paused`, and left a mark of that."""
+        from qmpcommit.commit.claim import number_of
+
+        mark = mark_of_recycle(number_of(self._plan.disk)) if self._alone else None
+        return Hold(self._monitor, "pause", mark, note=self._noted, paused=paused)
+
+    async def _noted(self, step: Step) -> None:
+        if step == "hold" and self._ledger is not None:
+            await self._ledger.note("stop")
 
     async def freeze(self, *, again: bool = False, stopped: bool = False) -> None:
         """Make and open the overlay, then pause the guest, if it runs.
@@ -137,18 +142,12 @@ class FreshOverlay:
         process of ours made and never used: it is made anew. It paused the guest if `stopped`.
         """
         if stopped:  # it goes on, whatever fails from here on
-            self._stops()
+            self._guest = self._held(paused=True)
         await self.make(again=again)
-        if self._still is None and (self._alone or await runs(self._monitor)):
-            self._still = Still(self._monitor)
-        if self._still is not None and await self._still.ran():
-            if self._ledger is not None:
-                await self._ledger.note("stop")
-            if self._alone:
-                self._marked = True
-                await set_mark(self._monitor, self._mark, "pause")
-            self._stopped_at = asyncio.get_running_loop().time()
-            await self._still.stop()
+        if self._guest is None and (self._alone or await runs(self._monitor)):
+            self._guest = self._held()
+        if self._guest is not None:
+            await self._guest.take()
         await self.check_named()
 
     async def make(self, *, again: bool = False) -> None:
@@ -301,34 +300,22 @@ class FreshOverlay:
 
     async def thaw(self) -> None:
         """Let the guest go on, if it was paused here."""
-        still = self._still
-        if still is None:
+        guest = self._guest
+        if guest is None:
             return
-        if still.disturbed and self._laid:
+        if guest.disturbed and self._laid:
             base = self._plan.base.filename
             self.disturbed = (
                 "somebody let the guest go on before the fresh overlay lay, so that"
                 f" {base} may hold what it wrote after its instant"
             )
-        self.remark = await still.go_on()
-        self._still = None
-        if self._stopped_at is not None:
-            self.paused = asyncio.get_running_loop().time() - self._stopped_at
-            self._stopped_at = None
-        if self._marked:
-            self._marked = False
-            await unmark(self._monitor, self._mark, "pause")
-
-    @property
-    def _mark(self) -> str:
-        from qmpcommit.commit.claim import number_of
-
-        return mark_of_recycle(number_of(self._plan.disk))
+        await guest.release()
+        self._guest, self.remark, self.paused = None, guest.remark, guest.seconds
 
     def leave(self) -> None:
         """Nobody sees to the guest any more: it is as it is."""
-        if self._still is not None:
-            self._still.leave()
+        if self._guest is not None:
+            self._guest.leave()
 
     async def undo(self) -> None:
         """It was not laid over the base: close it, and unlink what was made of it here."""
