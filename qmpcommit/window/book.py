@@ -145,8 +145,9 @@ class _Part:
             if error is not None:
                 raise WindowError(error["message"], **error["facts"])
             return [CommitOutcome.model_validate(each) for each in self._noted["outcomes"]]
+        held = self._step in _HELD and "how" in self._noted  # else it stood still before
         same = is_same(self.identity, process_identity(vm.peer_pid)) is not False
-        window = await recover_window(vm, self._window, held=same and self._step in _HELD)
+        window = await recover_window(vm, self._window, held=same and held)
         there = list((window or {}).values())
         rest = [each for each in self._window.disks.values() if each not in there]
         try:

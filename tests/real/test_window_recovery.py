@@ -14,6 +14,7 @@ from qmpcommit.window.claims import claim_again
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import MIB, Write, assert_disk, create, make_chain, write
 from tests.ground.machines import machine, storage_daemon
+from tests.ground.sessions import runs
 
 
 class Notes:
@@ -39,6 +40,44 @@ async def test_each_step_is_noted_before_it_is_taken(folder: Path) -> None:
                 assert notes.noted is not None
                 assert notes.noted.disks == dict(window)
             assert notes.steps == ["create", "freeze", "lay", "thaw", "open", "close"]
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
+
+
+class Kept:
+    """A ledger that remembers what was kept when the overlays were about to be laid."""
+
+    def __init__(self) -> None:
+        self.value: dict[str, Any] = {}
+
+    async def note(self, step: str, state: object = None, **facts: Any) -> None:
+        if step == "lay" and not self.value:
+            told = {name: facts[name] for name in ("kind", "known_as", "over")}
+            self.value = {**facts["value"], **told, "step": step}
+
+    def moved(self, state: object) -> None:
+        pass
+
+    async def noted(self) -> dict[str, Any]:
+        return self.value
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_a_guest_that_was_paused_before_a_window_stays_so_when_it_is_taken_up(
+    folder: Path, running: bool
+) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain, running=True) as qemu:
+        async with qc.Session.connect(qemu.qmp) as vm:
+            if not running:
+                await vm.execute("stop")
+            kept = Kept()
+            async with vm.snapshot(["vda"], freeze="pause", ledger=kept):
+                pass
+            if running:
+                await vm.execute("stop")  # as whoever was killed has left it
+            assert await qc.resume(kept, [vm]) == ()
+            assert await runs(vm) is running
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
 
