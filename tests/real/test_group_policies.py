@@ -379,6 +379,24 @@ async def test_a_guest_that_does_not_run_is_not_let_go(daemon: bool, folder: Pat
         assert_disk(path, chain.pictures[-1])
 
 
+async def test_a_guest_that_does_not_go_on_at_once_is_let_go_on_again(folder: Path) -> None:
+    chain = make_chain(folder)
+    fresh = folder / "fresh.qcow2"
+    async with (
+        machine(folder, chain, running=True) as qemu,
+        proxy(folder, qemu.qmp) as between,
+        qc.Session.connect(between.path, name="web1") as vm,
+    ):
+        between.to_qemu = refused = Strike("cont", "refuse", times=2)
+        outcome = await vm.commit_group({"vda": qc.Recycle(str(fresh))})
+        assert refused.met == 2
+        assert not any("paused" in warning for warning in outcome.warnings)
+        assert await runs(qemu)
+        await vm.close()
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
+
+
 async def test_a_guest_that_can_not_be_let_go_is_told(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
