@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 class Awaited(Coroutine[Any, Any, T]):
@@ -77,6 +78,18 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
             task.exception()  # the cancellation is the news; what the work said was logged by it
         raise cancelled
     return task.result()
+
+
+async def all_ended(works: Iterable[Awaitable[T]], *expected: type[E]) -> list[T | E]:
+    """What all came to, side by side, when the last has ended: an answer, or an `expected` error.
+
+    Raises the first of any other error.
+    """
+    ends: list[Any] = await asyncio.gather(*works, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException) and not isinstance(end, expected):
+            raise end
+    return ends
 
 
 async def stop(task: asyncio.Task[Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from qmpcommit.cycles.book import recycle_of
+from qmpcommit.daemon.children import promised
 from qmpcommit.daemon.cycle_round import Round
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.groups import Groups
@@ -78,13 +79,9 @@ class Keeping:
     async def _promise(self, found: Round) -> Promise:
         """The disk's recycle, which is found again by its job's id."""
         (part,) = found.parts
-        for promise in self._engine.live.values():
-            if (promise.vm, promise.job_id) == (found.vm, part["job_id"]):
-                return promise
-        sql = "SELECT * FROM commits WHERE vm = ? AND job_id = ? AND created >= ?"
-        rows = await self._engine.journal.read(sql, found.vm, part["job_id"], found.created)
-        if rows:
-            return Promise.load(rows[0], self._engine.journal, self._engine.metrics)
+        found_again = await promised(self._engine, found.vm, part["job_id"], found.created)
+        if found_again is not None:
+            return found_again
         request = CommitRequest(
             disk=found.disk,
             policy=recycle_of(part),

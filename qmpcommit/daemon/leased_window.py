@@ -265,20 +265,26 @@ class Part:
         self.know(**facts, step=step)
         await self._window.save()
 
-    def path(self, each: Frozen) -> str:
-        """Where the overlay's file is on this host."""
-        return os.path.join(self.cwd or "", each.overlay)
-
     def view(self, outcomes: Any = ()) -> VMWindowView:
         """As the API shows it; looks at the overlays' files."""
         return VMWindowView(
             vm=self.vm,
             name=self.name,
-            disks={
-                asked: WindowDisk(**each.model_dump(), size=allocated(self.path(each)))
-                for asked, each in self.frozen.items()
-            },
+            disks=shown(self.frozen, self.cwd),
             quiesced=self.noted.get("quiesced"),
             commits=self.commits,
             outcomes=list(outcomes),
         )
+
+
+def path_of(each: Frozen, cwd: str | None) -> str:
+    """Where an overlay's file is on this host, of a QEMU with that working directory."""
+    return os.path.join(cwd or "", each.overlay)
+
+
+def shown(disks: Mapping[str, Frozen], cwd: str | None) -> dict[str, WindowDisk]:
+    """Disks as the API shows them, with what is known of the sizes of their overlays' files."""
+    return {
+        name: WindowDisk(**each.model_dump(), size=allocated(path_of(each, cwd)))
+        for name, each in disks.items()
+    }

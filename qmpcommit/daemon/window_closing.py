@@ -7,6 +7,7 @@ nothing twice.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,17 +15,18 @@ from typing import Any, NamedTuple
 from qmpcommit.block.chain import Disk
 from qmpcommit.commit.claim import release_all
 from qmpcommit.commit.policy import Pivot
+from qmpcommit.daemon.children import promised
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.journal import JournalFull
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
 from qmpcommit.daemon.promise import Promise
 from qmpcommit.daemon.window_opening import Opening
-from qmpcommit.daemon.window_reach import AGAIN, AWAY, ask, nothing
+from qmpcommit.daemon.window_reach import AGAIN, AWAY, ask, nothing, writer_of
 from qmpcommit.errors import QmpCommitError, QueueFull, WindowError
-from qmpcommit.session import Session
-from qmpcommit.window.claims import claim_again, clear_named, disturbances
+from qmpcommit.tasks import all_ended
+from qmpcommit.window.claims import claim_all_again, clear_named, disturbances
 from qmpcommit.window.records import Frozen
-from qmpcommit.window.remains import disk_over, left_of, merge_back, new_own_job, own_jobs
+from qmpcommit.window.remains import merge_back, new_own_job, own_jobs
 from qmpcommit.wire.commit import CommitRequest
 
 ROUNDS = 3
@@ -34,13 +36,11 @@ Outcomes = dict[str, list[dict[str, Any]]]
 """What the commits on each VM came to."""
 
 
-class _End(NamedTuple):
-    """What became of one overlay."""
+class _Ends(NamedTuple):
+    """What became of the overlays on one VM: of some the commits' outcomes, why others stay."""
 
-    part: Part
-    each: Frozen
-    outcome: dict[str, Any] | None
-    error: QmpCommitError | None
+    outcomes: list[dict[str, Any]]
+    failed: dict[str, QmpCommitError]
 
 
 class Closing:
@@ -57,19 +57,12 @@ class Closing:
         rate = window.request.bandwidth
         looks = window.undo is None  # else nobody has read anything in it
         closing = [self._close(part, rate, looks=looks) for part in window.parts]
-        found = await asyncio.gather(*closing, return_exceptions=True)
-        ends: list[_End] = []
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-            ends += each
-        outcomes: Outcomes = {part.vm: [] for part in window.parts}
-        for end in ends:
-            if end.outcome is not None:
-                outcomes[end.part.vm].append(end.outcome)
-        failed = [end for end in ends if end.error is not None]
+        ended = zip(window.parts, await all_ended(closing), strict=True)
+        ends: dict[Part, _Ends] = dict(ended)
+        outcomes = {part.vm: end.outcomes for part, end in ends.items()}
+        failed = [overlay for end in ends.values() for overlay in end.failed]
         disturbed = "; ".join(text for part in window.parts for text in part.disturbed)
-        why = [_what_stays(part, failed) for part in window.parts if failed and not part.closed]
+        why = [_what_stays(part, end.failed) for part, end in ends.items() if end.failed]
         if disturbed:
             why.append(
                 f"what was read in the window on {window.vm} is no instant's image: {disturbed}."
@@ -79,7 +72,7 @@ class Closing:
             raise WindowError(
                 ". ".join(why if failed else [*why, "The window is closed"]),
                 vm=window.vm,
-                overlays=[end.each.overlay for end in failed],
+                overlays=failed,
                 outcomes=[outcome for each in outcomes.values() for outcome in each],
                 closed=outcomes,
             )
@@ -96,17 +89,14 @@ class Closing:
 
     async def _claim(self, part: Part) -> None:
         """Of a window that was taken up, or that others had opened."""
-        for asked, each in part.frozen.items():
-            if asked not in part.claims:
-                claim = await ask(
-                    self._engine,
-                    part,
-                    lambda vm, each=each: claim_again(vm, each),  # type: ignore[misc]
-                )
-                if claim is not None:
-                    part.claims.setdefault(asked, claim)  # it may have been connected meanwhile
+        missing = {asked: each for asked, each in part.frozen.items() if asked not in part.claims}
+        if not missing:
+            return
+        with suppress(QmpCommitError):  # which each of its overlays says better
+            claims = await ask(self._engine, part, lambda vm: claim_all_again(vm, missing))
+            part.claims = {**claims, **part.claims}  # it may have been connected meanwhile
 
-    async def _close(self, part: Part, rate: int | None, *, looks: bool) -> list[_End]:
+    async def _close(self, part: Part, rate: int | None, *, looks: bool) -> _Ends:
         """On one VM, where its guest goes on first if it was not let go on."""
         if looks:
             await self._look(part)
@@ -114,37 +104,36 @@ class Closing:
             try:
                 laid = await self._opening.recover(part)
             except QmpCommitError as error:
-                return [_End(part, each, None, error) for each in part.frozen.values()]
+                return _Ends([], {each.overlay: error for each in part.frozen.values()})
             if not laid:
                 part.closed = True
-                return []
+                return _Ends([], {})
         frozen = part.frozen
-        with suppress(QmpCommitError):  # which each of its overlays says better
-            await self._claim(part)
+        await self._claim(part)
         if not part.jobs:
             await part.note("close", jobs={asked: _job_id(each) for asked, each in frozen.items()})
         merging = (self._merge(part, asked, each, rate) for asked, each in frozen.items())
-        found = await asyncio.gather(*merging, return_exceptions=True)
-        ends = []
-        for each, end in zip(frozen.values(), found, strict=True):
-            if isinstance(end, BaseException) and not isinstance(end, QmpCommitError):
-                raise end
-            failed = isinstance(end, QmpCommitError)
-            ends.append(_End(part, each, None if failed else end, end if failed else None))  # type: ignore[arg-type]
-        part.closed = all(end.error is None for end in ends)
+        ends = await all_ended(merging, QmpCommitError)
+        failed = {
+            each.overlay: end
+            for each, end in zip(frozen.values(), ends, strict=True)
+            if isinstance(end, QmpCommitError)
+        }
+        part.closed = not failed
         if part.closed:
             await release(self._engine, part)
-        return ends
+        return _Ends([end for end in ends if isinstance(end, dict)], failed)
 
     async def _merge(
         self, part: Part, asked: str, each: Frozen, rate: int | None
     ) -> dict[str, Any] | None:
         """One overlay by a promise; None where no disk writes to it any more."""
         error: QmpCommitError | None = None
+        writer = partial(writer_of, self._engine, part, each=each)
         for _ in range(ROUNDS):
-            promise = await self._promised(part, asked)
+            promise = await promised(self._engine, part.vm, part.jobs[asked])
             if promise is None:
-                disk = await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each))
+                disk = await ask(self._engine, part, writer)
                 if disk is None:
                     return None
                 if self._is_being_merged(disk, each):
@@ -166,19 +155,9 @@ class Closing:
             part.log.warning("window_not_merged", disk=each.disk, why=str(error))
             await part.note("close", jobs={**part.jobs, asked: _job_id(each)})
         assert error is not None
-        if await ask(self._engine, part, lambda vm: self._disk_over(part, vm, each)) is None:
+        if await ask(self._engine, part, writer) is None:
             return None
         raise error
-
-    async def _promised(self, part: Part, asked: str) -> Promise | None:
-        """The commit that was asked for already, perhaps by a former daemon."""
-        job_id = part.jobs[asked]
-        for promise in self._engine.live.values():
-            if (promise.vm, promise.job_id) == (part.vm, job_id):
-                return promise
-        sql = "SELECT id FROM commits WHERE vm = ? AND job_id = ?"
-        rows = await self._engine.journal.read(sql, part.vm, job_id)
-        return await self._engine.commit(rows[0]["id"]) if rows else None
 
     def _is_being_merged(self, disk: Disk, each: Frozen) -> bool:
         """Whether the window's commit is there, and nobody owns it: an undoing was cut off."""
@@ -205,22 +184,6 @@ class Closing:
                 part.problem = ""
                 return promise
 
-    async def _disk_over(self, part: Part, session: Session, each: Frozen) -> Disk | None:
-        """The disk that writes to this overlay; raises where it holds data and none does."""
-        _, graph = await session.look()
-        disk = disk_over(graph, each.overlay)
-        if disk is not None:
-            return disk
-        remains = await left_of(session, each.overlay)
-        if not remains:
-            return None
-        vm = self._engine.registry.vms.get(part.vm)
-        before, now = part.identity, vm.identity if vm is not None else ""
-        anew = f"{part.vm} was started anew; " if before and now and before != now else ""
-        what = "; ".join(each.message for each in remains)
-        text = f"{anew}no disk of {part.vm} writes to this overlay: {what}"
-        raise WindowError(text, hint=remains[0].hint, vm=part.vm)
-
 
 async def release(engine: Engine, part: Part) -> None:
     """Its disks are anybody's; safe to repeat."""
@@ -237,9 +200,8 @@ async def release(engine: Engine, part: Part) -> None:
             claim.abandon()
 
 
-def _what_stays(part: Part, failed: list[_End]) -> str:
-    mine = [end for end in failed if end.part is part and end.error is not None]
-    what = "; ".join(f"{end.each.overlay}: {end.error!s}" for end in mine if end.error)
+def _what_stays(part: Part, failed: Mapping[str, QmpCommitError]) -> str:
+    what = "; ".join(f"{overlay}: {error!s}" for overlay, error in failed.items())
     return (
         f"the window {part.name} on {part.vm} could not be closed. It stays, and was not deleted,"
         f" since it may hold the newest data: {what}"

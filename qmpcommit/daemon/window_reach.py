@@ -7,11 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from qmpcommit.block.chain import Disk
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.leased_window import Part
-from qmpcommit.errors import ConnectError, MonitorLost, VMGone
+from qmpcommit.errors import ConnectError, MonitorLost, VMGone, WindowError
 from qmpcommit.qmp.process import is_alive
 from qmpcommit.session import Session
+from qmpcommit.window.records import Frozen
+from qmpcommit.window.remains import disk_over, left_of
 
 T = TypeVar("T")
 
@@ -51,3 +54,19 @@ async def ask(engine: Engine, part: Part, work: Callable[[Session], Awaitable[T]
 
 async def nothing(session: Session) -> None:
     """Only see that the VM is there."""
+
+
+async def writer_of(engine: Engine, part: Part, session: Session, each: Frozen) -> Disk | None:
+    """The disk that writes to this overlay; raises where it holds data and none does."""
+    _, graph = await session.look()
+    disk = disk_over(graph, each.overlay)
+    if disk is not None:
+        return disk
+    remains = await left_of(session, each.overlay)
+    if not remains:
+        return None
+    vm = engine.registry.vms.get(part.vm)
+    before, now = part.identity, vm.identity if vm is not None else ""
+    anew = f"{part.vm} was started anew; " if before and now and before != now else ""
+    what = "; ".join(each.message for each in remains)
+    raise WindowError(f"{anew}no disk of {part.vm} writes to this overlay: {what}", vm=part.vm)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from qmpcommit.commit.claim import clear_dead, owners_of
 from qmpcommit.daemon.engine import Engine
-from qmpcommit.daemon.leased_window import LeasedWindow
+from qmpcommit.daemon.leased_window import LeasedWindow, path_of, shown
 from qmpcommit.daemon.registry import VM
 from qmpcommit.daemon.sizes import SIZES, allocated
 from qmpcommit.errors import QmpCommitError
@@ -18,7 +18,7 @@ from qmpcommit.log import Log
 from qmpcommit.tasks import stop
 from qmpcommit.window.records import Frozen
 from qmpcommit.window.run import age_of
-from qmpcommit.wire.window import WindowDisk, WindowView
+from qmpcommit.wire.window import WindowView
 
 AT_ONCE = 4
 """How many VMs that were just connected are looked at at once."""
@@ -50,16 +50,9 @@ class Orphan(NamedTuple):
             state="orphan",
             name=self.name,
             created=None if age is None else time.time() - age,
-            disks={
-                name: WindowDisk(**each.model_dump(), size=allocated(self.path(each)))
-                for name, each in self.disks.items()
-            },
+            disks=shown(self.disks, self.cwd),
             problem="nobody here opened it: DELETE it to have it closed, once its owner is gone",
         )
-
-    def path(self, each: Frozen) -> str:
-        """Where the overlay's file is on this host."""
-        return f"{self.cwd or '.'}/{each.overlay}" if each.overlay[:1] != "/" else each.overlay
 
 
 class Seen(NamedTuple):
@@ -179,12 +172,13 @@ class Watch:
                 age = time.time() - window.created
                 for part in window.parts:
                     for each in part.frozen.values():
-                        path = part.path(each)
+                        path = path_of(each, part.cwd)
                         yield Seen(part.vm, part.name, each.disk, path, age, -window.left)
         for orphan in self.orphans():
             for each in orphan.disks.values():
                 age = age_of(orphan.name) or 0.0
-                yield Seen(orphan.vm, orphan.name, each.disk, orphan.path(each), age, 0.0)
+                path = path_of(each, orphan.cwd)
+                yield Seen(orphan.vm, orphan.name, each.disk, path, age, 0.0)
 
     async def _watch(self) -> None:
         while True:

@@ -34,7 +34,7 @@ from qmpcommit.errors import (
 from qmpcommit.guest.run_state import thaw
 from qmpcommit.log import Log
 from qmpcommit.session import Session
-from qmpcommit.window.claims import claim_again, closable
+from qmpcommit.window.claims import claim_all_again, closable
 from qmpcommit.window.records import NotedWindow
 from qmpcommit.wire.window import WindowMember, WindowRequest, WindowView
 
@@ -69,16 +69,20 @@ class Windows(Kind[LeasedWindow]):
         """Let a guest go on that a former daemon held; then see which windows there are."""
         session = vm.session
         assert session is not None
-        found = [window for window in self.live.values() if window.found_again]
-        for part in [part for window in found for part in window.parts if part.vm == vm.name]:
-            if part.held is not None:
+        here = [
+            (window, part)
+            for window in self.live.values()
+            for part in window.parts
+            if part.vm == vm.name
+        ]
+        for window, part in here:
+            if window.found_again and part.held is not None:
                 try:
                     await thaw(session, part.held, part.agent, patience=0.0)
                 except QmpCommitError as error:  # it is tried again when the window is recovered
                     part.log.warning("thaw_failed", error=str(error))
-        for part in [part for window in self.live.values() for part in window.parts]:
-            stale = not part.claims or part.claimed_in != vm.identity
-            if part.vm == vm.name and part.is_open and stale:
+        for _, part in here:
+            if part.is_open and (not part.claims or part.claimed_in != vm.identity):
                 await self._claim_again(part, session)
                 part.claimed_in = vm.identity
         await self.watch.came(vm)
@@ -87,12 +91,9 @@ class Windows(Kind[LeasedWindow]):
         """What a former daemon had claimed, or this one in a QEMU that has ended."""
         for former in part.claims.values():
             former.abandon()
-        part.claims.clear()
+        part.claims = {}
         with suppress(QmpCommitError):
-            for asked, each in part.frozen.items():
-                claim = await claim_again(session, each)
-                if claim is not None:
-                    part.claims[asked] = claim
+            part.claims = await claim_all_again(session, part.frozen)
 
     def _claim_of(self, promise: Promise) -> Claim | None:
         """What holds the disk of a commit that closes a window."""

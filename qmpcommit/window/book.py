@@ -6,8 +6,7 @@ last step, and in the end what the commits came to.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.callback import Notes, Noting
@@ -16,6 +15,7 @@ from qmpcommit.commit.ledger import Noted, read_ledger
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.errors import InvalidRequest, WindowError
 from qmpcommit.qmp.process import is_same, process_identity
+from qmpcommit.tasks import all_ended
 from qmpcommit.values import Record
 from qmpcommit.window.records import Frozen, NotedWindow, Window
 from qmpcommit.window.remains import window_of
@@ -116,13 +116,12 @@ async def resume_window(ledger: Any, noted: Noted, vms: Sequence[VM]) -> tuple[C
     closing = (
         part.close(vm, PartNotes(book, key, vm), book.value["bandwidth"]) for vm, key, part in named
     )
-    ends = await asyncio.gather(*closing, return_exceptions=True)
-    for vm in vms:  # one may have been killed before it had noted anything there
-        await clear_dead(vm, [owner for owner in await owners_of(vm) if owner.verb == "window"])
-    failed = [end for end in ends if isinstance(end, BaseException)]
-    if failed:
-        raise _worst(failed)
-    return tuple(outcome for end in ends if not isinstance(end, BaseException) for outcome in end)
+    try:
+        ends = await close_all(closing)
+    finally:
+        for vm in vms:  # one may have been killed before it had noted anything there
+            await clear_dead(vm, [own for own in await owners_of(vm) if own.verb == "window"])
+    return tuple(outcome for end in ends for outcome in end)
 
 
 class _Part:
@@ -163,17 +162,18 @@ def _value(noted: Noted) -> dict[str, Any]:
     return {"bandwidth": noted["bandwidth"], "parts": dict(noted["parts"])}
 
 
-def _worst(failed: Iterable[BaseException]) -> BaseException:
-    """All windows that stay, in one error; or what is no error of ours."""
-    ours: list[WindowError] = []
+async def close_all(
+    closing: Iterable[Awaitable[list[CommitOutcome]]],
+) -> list[list[CommitOutcome]]:
+    """Close windows side by side; all that stay are in the one error that is raised."""
+    ends = await all_ended(closing, WindowError)
+    failed = [end for end in ends if isinstance(end, WindowError)]
+    if len(failed) > 1:
+        overlays = [overlay for error in failed for overlay in error.overlays or []]
+        raise WindowError(". ".join(map(str, failed)), overlays=overlays)
     for error in failed:
-        if not isinstance(error, WindowError):
-            return error
-        ours.append(error)
-    if len(ours) == 1:
-        return ours[0]
-    overlays = [overlay for error in ours for overlay in error.overlays or []]
-    return WindowError(". ".join(str(error) for error in ours), overlays=overlays)
+        raise error
+    return [end for end in ends if not isinstance(end, WindowError)]
 
 
 def _plain(value: Any) -> Any:

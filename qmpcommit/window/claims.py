@@ -85,6 +85,20 @@ async def claim_again(vm: VM, each: Frozen) -> Claim | None:
     return await take_if_free(vm, disk, "window", tag=tag_of(window_of(each.overlay)))
 
 
+async def claim_all_again(vm: VM, disks: Mapping[str, Frozen]) -> dict[str, Claim]:
+    """The same for disks by any names, all or none."""
+    claims: dict[str, Claim] = {}
+    try:
+        for asked, each in disks.items():
+            claim = await claim_again(vm, each)
+            if claim is not None:
+                claims[asked] = claim
+    except BaseException:  # nobody has the window, to let its disks go
+        await release_all(claims.values())
+        raise
+    return claims
+
+
 async def clear_named(vm: VM, window: str) -> None:
     """Close what a killed owner of that window has left of its claims."""
     left = [owner for owner in await owners_of(vm) if owner.tag == tag_of(window)]

@@ -22,7 +22,7 @@ from qmpcommit.guest.run_state import How
 from qmpcommit.guest.sockets import Sockets
 from qmpcommit.tasks import to_the_end
 from qmpcommit.units import parse_size
-from qmpcommit.window.book import PartNotes, WindowBook
+from qmpcommit.window.book import PartNotes, WindowBook, close_all
 from qmpcommit.window.records import GroupWindow, Window
 from qmpcommit.window.run import close_window, new_window_name, open_window
 
@@ -122,18 +122,7 @@ async def _give_up(opening: Mapping[VM, asyncio.Task[Window]], notes: Mapping[VM
 async def _close(
     windows: Mapping[VM, Window], bandwidth: int | str | None, notes: Mapping[VM, Notes]
 ) -> None:
-    closing = (
+    await close_all(
         close_window(vm, window, bandwidth=bandwidth, ledger=notes.get(vm))
         for vm, window in windows.items()
     )
-    failed: list[WindowError] = []
-    for end in await asyncio.gather(*closing, return_exceptions=True):
-        if isinstance(end, WindowError):
-            failed.append(end)
-        elif isinstance(end, BaseException):
-            raise end
-    if failed:
-        raise WindowError(
-            ". ".join(str(end) for end in failed),
-            overlays=[overlay for end in failed for overlay in end.overlays or []],
-        )

@@ -71,11 +71,11 @@ from qmpcommit.guest.marks import (
 )
 from qmpcommit.guest.run_state import STOPPED_HERE, How, thaw
 from qmpcommit.names import JOB_PREFIX
-from qmpcommit.tasks import to_the_end
+from qmpcommit.tasks import all_ended, to_the_end
 from qmpcommit.units import parse_size
 from qmpcommit.window.book import end, notes_again, notes_of
 from qmpcommit.window.claims import (
-    claim_again,
+    claim_all_again,
     claim_disks,
     claim_named,
     clear_named,
@@ -429,14 +429,7 @@ async def recover_window(vm: VM, noted: NotedWindow, *, held: bool = True) -> Wi
     if not laid:
         return None
     window = Window(noted.name, laid, noted.below)
-    try:
-        for asked, each in laid.items():
-            claim = await claim_again(vm, each)
-            if claim is not None:
-                window.claims[asked] = claim
-    except BaseException:  # nobody has the window, to let its disks go
-        await release_all(window.claims.values())
-        raise
+    window.claims = await claim_all_again(vm, laid)
     return window
 
 
@@ -596,17 +589,13 @@ async def _close(
                 claims[each.overlay] = claim
         return await merge_back(vm, each, bandwidth, claim=claims.get(each.overlay))
 
-    merging = (merge(each) for each in frozen)
-    ends = await asyncio.gather(*merging, return_exceptions=True)
+    ends = await all_ended(map(merge, frozen), QmpCommitError)
     outcomes = [end for end in ends if isinstance(end, CommitOutcome)]
     failed = [
         (each, end)
         for each, end in zip(frozen, ends, strict=True)
-        if isinstance(end, BaseException)
+        if isinstance(end, QmpCommitError)
     ]
-    for _, error in failed:
-        if not isinstance(error, QmpCommitError):
-            raise error
     if failed:
         hints = [error.hint for _, error in failed if isinstance(error, QmpCommitError)]
         what = "; ".join(

@@ -9,7 +9,7 @@ import pytest
 
 import qmpcommit as qc
 from qmpcommit.commit.claim import owners_of
-from qmpcommit.window import run as commit_window
+from qmpcommit.window import claims as window_claims
 from qmpcommit.window.claims import claim_again
 from tests.cli.command import run as qmpcommit
 from tests.ground.images import MIB, Write, assert_disk, create, make_chain, write
@@ -124,7 +124,7 @@ async def test_a_recovery_that_is_repeated_lets_all_disks_go(
                     raise qc.MonitorLost("lost", vm=vm.name)
                 return await claim_again(vm, each)
 
-            monkeypatch.setattr(commit_window, "claim_again", once_lost)
+            monkeypatch.setattr(window_claims, "claim_again", once_lost)
             with pytest.raises(qc.MonitorLost):
                 await vm.recover_window(notes.noted)
             window = await vm.recover_window(notes.noted)
