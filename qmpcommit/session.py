@@ -204,9 +204,10 @@ class Session(VM):
 
         The guest goes on first, whatever it was quiesced by. Then what was laid is an open window,
         which the caller may leave open or close; of what was not laid, or was closed already,
-        nothing is left. None where no disk writes to an overlay of it. Safe to repeat. Whoever
-        knows that its guest was let go on, or was never quiesced, says so with `held`: its agent
-        need not answer then.
+        nothing is left but what may hold data, as where the VM was started anew without it:
+        `close_window` of that tells why it stays. None where no disk writes to an overlay of it.
+        Safe to repeat. Whoever knows that its guest was let go on, or was never quiesced, says so
+        with `held`: its agent need not answer then.
 
         Raises `QuiesceFailed` where the guest may still be frozen, `WindowError` where QEMU still
         creates an overlay of it.

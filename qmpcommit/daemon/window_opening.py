@@ -14,9 +14,11 @@ from dataclasses import replace
 from qmpcommit.daemon.engine import Engine
 from qmpcommit.daemon.keeping import error_dict
 from qmpcommit.daemon.leased_window import LeasedWindow, Part
-from qmpcommit.daemon.window_reach import AWAY, ask
+from qmpcommit.daemon.window_reach import AWAY, ask, writer_of
 from qmpcommit.errors import DeadlineExceeded, QmpCommitError, WindowError
+from qmpcommit.session import Session
 from qmpcommit.tasks import to_the_end
+from qmpcommit.window.records import Window
 from qmpcommit.window.run import open_window, recover_window
 
 
@@ -62,13 +64,22 @@ class Opening:
     async def recover(self, part: Part) -> bool:
         """Let its guest go on; whether overlays are laid, which are open then.
 
-        Of what was not laid nothing is left. Raises what `ask` and `recover_window` raise.
+        Of what was not laid nothing is left, or it is raised. Raises what `ask` and
+        `recover_window` raise.
         """
         noted = part.laid
         if noted is None:
             return False
         held = part.may_be_held
-        found = await ask(self._engine, part, lambda vm: recover_window(vm, noted, held=held))
+
+        async def recovering(vm: Session) -> Window | None:
+            found = await recover_window(vm, noted, held=held)
+            for each in noted.disks.values():
+                if found is None or each not in found.values():
+                    await writer_of(self._engine, part, vm, each)
+            return found
+
+        found = await ask(self._engine, part, recovering)
         if found is not None:
             part.claims = found.claims
             await part.note("open", window=replace(noted, disks=dict(found)))

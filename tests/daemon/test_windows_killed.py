@@ -165,3 +165,43 @@ async def test_the_overlay_that_it_had_pivoted_away_from_goes_without_it(
                 if there:
                     theirs.rename(overlay)
         await at.nothing_is_left()
+
+
+async def test_an_overlay_that_no_disk_writes_to_any_more_is_told_of(folder: Path) -> None:
+    """It was laid, the daemon was killed before it was noted, and the VM is started without it."""
+    chain = make_chain(folder)
+    picture = chain.pictures[-1].copy()
+    d = killable(folder)
+    d.environment["QMPCOMMIT_DIE_IN"] = "after transaction"
+    asked = {"disks": ["vda"], "lease": 600}
+    try:
+        async with machine(folder, chain, style="implicit", running=True) as vm:
+            d.config += f'[[vm]]\nname = "web1"\nqmp = "{vm.qmp}"\n'
+            await d.start()
+            await d.connected("web1")
+            with suppress(OSError, http.client.HTTPException):
+                await d.post(PATH, asked, Idempotency_Key="key")
+            assert d.process is not None
+            async with asyncio.timeout(60):
+                await d.process.wait()
+            line = f'qemu-io -d {DEVICE} "write -P 85 0 64k"'
+            assert not await vm.execute("human-monitor-command", command_line=line)
+            await vm.quit()
+        picture.fill(0, STEP, 85)
+        (overlay,) = overlays(folder)
+        del d.environment["QMPCOMMIT_DIE_IN"]
+        async with machine(folder, chain, style="implicit", running=True) as vm:
+            await d.start()
+            await d.connected("web1")
+            (shown,) = (await d.get("/v1/windows")).json
+            ended = await end_of(d, shown["id"])
+            assert ended["state"] == "failed", ended
+            assert f"{overlay} is an overlay of a window" in ended["error"]["message"]
+            assert "nothing is left" not in ended["error"]["message"]
+            await d.kill()
+            await vm.quit()
+    finally:
+        if d.process is not None and d.process.returncode is None:
+            await d.kill()
+    assert_disk(chain.top, chain.pictures[-1])
+    assert_disk(overlay, picture)
