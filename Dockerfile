@@ -35,9 +35,9 @@ ARG BASE=python:3.13-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml hatch_build.py README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE constraints.txt ./
 COPY qmpcommit ./qmpcommit
-RUN pip wheel --no-cache-dir --wheel-dir /wheels ".[daemon]"
+RUN pip wheel --no-cache-dir --constraint constraints.txt --wheel-dir /wheels ".[daemon]"
 
 FROM ${BASE}
 ARG VERSION=0.1.0

@@ -20,6 +20,7 @@ import qmpcommit
 from qmpcommit.daemon.config import Config, parse
 from qmpcommit.wire.cycle import Cycle
 from tests.cli.command import ENVIRONMENT, ROOT
+from tests.constraints import needed, pinned
 from tests.daemon.daemons import daemon
 from tests.ground.images import assert_disk, make_chain
 from tests.ground.machines import storage_daemon
@@ -139,6 +140,20 @@ def test_the_image_tells_what_it_is_and_how_it_is_stopped() -> None:
     copied = re.findall(r"(?m)^COPY (.*) \S+$", text)
     for name in " ".join(copied).split():
         assert f"!{name.removeprefix('./')}" in others, name
+
+
+def test_the_image_has_the_versions_that_were_tested() -> None:
+    """Each is what those that are pinned ask for, whatever is newer here."""
+    assert "pip wheel --no-cache-dir --constraint constraints.txt " in _dockerfile()
+    pins, found = pinned(), needed("qmpcommit[daemon,top]")
+    for name, each in found.items():
+        for parent, asked in each.asked:
+            if parent == "qmpcommit" or pins.get(parent) == found[parent].version:
+                assert asked.specifier.contains(pins[name], prereleases=True), (parent, asked)
+    for name in ("uvicorn", "qemu-qmp", "pydantic", "h11"):  # of which more than what they promise
+        bounds = {bound.operator for parent, each in found[name].asked for bound in each.specifier
+                 if parent == "qmpcommit"}  # fmt: skip
+        assert "<" in bounds, name
 
 
 def test_the_container_runs_the_daemon_or_the_command(folder: Path) -> None:
