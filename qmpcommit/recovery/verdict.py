@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from qmpcommit.block.chain import Disk
+from qmpcommit.block.command_line import read_command_line
 from qmpcommit.commit.checks import check_commit
 from qmpcommit.commit.headers import wrong_headers
 from qmpcommit.commit.pending import place_of
@@ -23,6 +24,7 @@ from qmpcommit.commit.request import Request
 from qmpcommit.commit.vm import VM
 from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.guest.marks import marks_among
+from qmpcommit.qmp.process import command_words
 from qmpcommit.recovery.findings import Finding
 from qmpcommit.recovery.host import name_of, stopped
 from qmpcommit.recovery.jobs import detached
@@ -53,9 +55,9 @@ GONE = (FileNotFoundError, NotADirectoryError, ConnectionRefusedError)
 class Symptom(Record):
     """One thing that somebody should look at: a "wrong" one makes the VM's verdict.
 
-    `kind` is that of `recover`'s finding, a check's name, "monitor", "stopped", "header" or
-    "trap". `message` says what it is, `next` what is to be done, and `command` what is typed for
-    that, "" where nothing is.
+    `kind` is that of `recover`'s finding, a check's name, "monitor", "stopped", "header", "bitmap",
+    "no-reboot" or "trap". `message` says what it is, `next` what is to be done, and `command` what
+    is typed for that, "" where nothing is.
     """
 
     kind: str
@@ -147,6 +149,8 @@ async def _examine(vm: VM) -> tuple[Verdict, Seen]:
         if len(disk.chain) > 1:
             symptoms += await _headers(vm, disk)
             symptoms += await asyncio.to_thread(_commit, vm, seen, disk)
+            symptoms += _bitmaps(disk)
+    symptoms += await asyncio.to_thread(_started_with, vm.peer_pid)
     symptoms += await _traps(vm, seen)
     return Verdict(str(vm.address), name=await name_of(vm), symptoms=tuple(symptoms)), seen
 
@@ -171,6 +175,42 @@ def _commit(vm: VM, seen: Seen, disk: Disk) -> list[Symptom]:
         for each in check_commit(seen.graph, plan, pid=vm.peer_pid, cwd=vm.cwd)
         if each.level == "refuse" and each.name in CHECKS
     ]
+
+
+def _bitmaps(disk: Disk) -> list[Symptom]:
+    """Bitmaps that do not see what the guest writes: an overlay was laid over their layer."""
+    active = disk.chain[0]
+    todo = "Make a full backup, or commit what lies over it: its bitmaps are carried along"
+    return [
+        Symptom(
+            "bitmap",
+            "note",
+            f"{disk}: bitmap {name} is on {image.filename}, and not on {active.filename}, which the"
+            " guest writes to: what it writes is not marked, and an incremental backup misses it",
+            todo,
+            disk=disk.name,
+        )
+        for image in disk.chain[1:]
+        for name in image.bitmaps
+        if name not in active.bitmaps
+    ]
+
+
+def _started_with(pid: int | None) -> list[Symptom]:
+    """What QEMU's command line says that its owner should know."""
+    words = (command_words(pid) or []) if pid is not None else []
+    found = []
+    if {b"-no-reboot", b"--no-reboot"}.intersection(words) or b"reboot=shutdown" in words:
+        text = "it was started with -no-reboot: QEMU ends where a cycle or discard resets the guest"
+        stop = "Have the guest left stopped there"
+        found.append(Symptom("no-reboot", "note", text, stop, "qmpcommit help cycle"))
+    line = read_command_line(pid) if pid is not None else None
+    over_tcp = any(word.startswith(b"tcp:") or b"host=" in word for word in words)
+    if line is not None and len(line.monitors) == 1 and not over_tcp:
+        text = "it has one monitor: while somebody holds that, nobody else can look or decide"
+        more = "Start it with two the next time (-qmp twice)"
+        found.append(Symptom("monitor", "note", text, more))
+    return found
 
 
 async def _traps(vm: VM, seen: Seen) -> list[Symptom]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qmpcommit as qc
 from qmpcommit.qmp.monitor import Monitor
 from qmpcommit.qmp.schema import VersionInfo, VersionTriple
 from qmpcommit.recovery.findings import Finding
@@ -19,6 +21,7 @@ from tests.cli.test_recover import killed_at, tried
 from tests.cli.test_vms import PATIENT, silent
 from tests.ground.images import MIB, create, make_chain
 from tests.ground.machines import machine, storage_daemon
+from tests.ground.qemu import QEMU
 from tests.ground.small_disk import needs_mounts, small_disk
 
 __all__ = ["silent", "tried"]
@@ -138,6 +141,34 @@ async def test_a_base_that_another_vm_uses_is_a_note(folder: Path) -> None:
         assert shown.out.startswith(f"{one.qmp}: all is well\n  Note: vda: {chain.base} is locked")
         await one.quit()
         await two.quit()
+
+
+async def test_how_a_vm_was_started_and_where_its_bitmaps_are_is_a_note(folder: Path) -> None:
+    chain = make_chain(folder)
+    node = f"driver=qcow2,node-name=b,file.driver=file,file.filename={chain.base}"
+    top = f"driver=qcow2,node-name=t,backing=b,file.driver=file,file.filename={chain.top}"
+    assert QEMU.system
+    command = [QEMU.system, "-S", "-display", "none", "-nodefaults", "-machine", "q35,accel=tcg",
+               "-no-reboot", "-qmp", f"unix:{folder}/one,server=on,wait=off",
+               "-blockdev", node, "-blockdev", top,
+               "-device", "virtio-blk-pci,drive=t,id=vda"]  # fmt: skip
+    process = await asyncio.create_subprocess_exec(*command)
+    try:
+        while not (folder / "one").exists():
+            await asyncio.sleep(0.01)
+        async with qc.Session.connect(folder / "one") as vm:
+            for name, nodes in (("low", "b"), ("both", "bt")):
+                for each in nodes:
+                    await vm.execute("block-dirty-bitmap-add", {"node": each, "name": name})
+        found = {each["kind"]: each for each in await symptoms(str(folder / "one"))}
+        assert found.keys() == {"bitmap", "no-reboot", "monitor"}
+        assert {each["level"] for each in found.values()} == {"note"}
+        assert (
+            f"bitmap low is on {chain.base}, and not on {chain.top}" in found["bitmap"]["message"]
+        )
+    finally:
+        process.kill()
+        await process.wait()
 
 
 @needs_mounts
