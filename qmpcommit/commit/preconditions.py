@@ -11,7 +11,7 @@ from dataclasses import replace
 from qmpcommit.block.bitmaps import Carrying, busy_bitmaps, lethal, plan_carrying
 from qmpcommit.block.chain import check_nameable
 from qmpcommit.block.graph import BlockGraph
-from qmpcommit.block.identity import OpenFiles, told_where
+from qmpcommit.block.identity import OpenFiles, names_are_ours, told_where
 from qmpcommit.commit.hook import PivotCommand
 from qmpcommit.commit.objections import may_pivot
 from qmpcommit.commit.overlay.options import OverlayOptions
@@ -51,6 +51,8 @@ async def check_abilities(
     """
     for recycle in fresh_of(plan.policy):
         _check_recycle(plan, recycle, status, cwd, private)
+        if names_are_ours(monitor.peer_pid):
+            _check_folder(plan, recycle, cwd)
     masks = "backing-mask-protocol" in plan.arguments
     if not isinstance(plan.policy, Keep) and not masks:
         return
@@ -169,6 +171,11 @@ def _check_recycle(
             f"{recycle.overlay} exists already; a fresh overlay needs a new file. Nothing was sent",
             **where,
         )
+
+
+def _check_folder(plan: Plan, recycle: Recycle, cwd: str | None) -> None:
+    """Where QEMU sees other files than we do it is asked, see `FreshOverlay.obstacle`."""
+    path = os.path.join(cwd or os.getcwd(), recycle.overlay)
     try:
         found = os.stat(os.path.dirname(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -178,7 +185,8 @@ def _check_recycle(
     if found is None or not stat.S_ISDIR(found.st_mode):
         raise InvalidRequest(
             f"there is no folder {os.path.dirname(path)} for the fresh overlay. Nothing was sent",
-            **where,
+            vm=plan.vm,
+            disk=plan.disk.name,
         )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import qmpcommit as qc
-from tests.ground.images import make_chain
-from tests.ground.machines import machine
+from tests.ground.images import Chain, assert_disk, make_chain
+from tests.ground.machines import machine, storage_daemon
 from tests.ground.proxy import proxy
 from tests.ground.sessions import hurried
 
@@ -75,3 +76,35 @@ async def test_a_creation_that_does_not_end_is_told_of(
             monkeypatch.undo()
             await vm.graph()
         await qemu.quit()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a mount namespace of its own")
+async def test_a_folder_that_only_qemu_sees_is_asked_of_qemu(folder: Path) -> None:
+    """Whether it is there is known before anything is written to the base."""
+    theirs, mount = folder / "theirs", folder / "mount"
+    theirs.mkdir()
+    mount.mkdir()
+    chain, unseen = make_chain(theirs, relative=True), mount / "only"
+    seen = Chain([unseen / path.name for path in chain.files], chain.pictures)
+    program = 'mount -t tmpfs none "$2" && mkdir "$3" && mount --bind "$1" "$3" && shift 3'
+    wrap = ["unshare", "-m", "sh", "-c", f'{program} && exec "$@"', "sh"]
+    wrap += [str(theirs), str(mount), str(unseen)]
+    async with (
+        storage_daemon(folder, seen, export=False, wrap=wrap) as qemu,
+        qc.Session.connect(qemu.qmp) as vm,
+    ):
+        before = chain.base.read_bytes()
+        with pytest.raises(
+            qc.InvalidRequest, match=r"no folder .*as QEMU sees its files.*was sent"
+        ):
+            await vm.commit("top", policy=qc.Recycle(str(mount / "none" / "fresh")))
+        with pytest.raises(qc.CommitFailed, match=r"no folder .*as QEMU sees its files"):
+            await vm.overlay(["top"], overlay=mount / "none" / "fresh")
+        assert chain.base.read_bytes() == before
+        fresh = str(unseen / "fresh")
+        outcome = await (await vm.commit("top", policy=qc.Recycle(fresh))).wait()
+        assert outcome.active is not None
+        assert (outcome.action, outcome.active.filename) == ("recycle", fresh)
+        await qemu.quit()
+    assert (theirs / "fresh").exists()
+    assert_disk(chain.base, chain.pictures[-1])

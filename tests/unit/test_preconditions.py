@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests.unit.test_checks import layer, made
 
 
 class Old:
-    """A monitor of a QEMU without some arguments."""
+    """A monitor of a QEMU without some arguments, which sees our files."""
+
+    peer_pid = os.getpid()
 
     def __init__(self, *lacks: str) -> None:
         self.lacks = lacks
@@ -62,6 +65,8 @@ async def test_an_overlay_that_can_not_be_made_is_refused_early(
     (tmp_path / "there").touch()
     with pytest.raises(qc.InvalidRequest, match="exists already"):
         await check(of(qc.Recycle(str(tmp_path / "there"))))
+    with pytest.raises(qc.InvalidRequest, match="there is no folder"):
+        await check(of(qc.Recycle(str(tmp_path / "none" / "new"))))
     await check(of(qc.Recycle(str(tmp_path / "new"))))
 
 

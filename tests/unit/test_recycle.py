@@ -48,6 +48,8 @@ class Creating(Monitor):
             self.dismissed.append(job)
         elif command == "blockdev-add" and (arguments or {}).get("read-only"):
             desc = "Could not open 'fresh': No such file or directory"
+            if os.path.isdir(arguments["filename"]):
+                desc = "'file' driver requires the folder to be a regular file"
             raise CommandRefused("none", error_class="GenericError", desc=desc)
         elif command in ("query-status", "x-debug-query-block-graph"):
             raise CommandRefused("no guest", error_class="CommandNotFound", desc="not found")

@@ -233,19 +233,29 @@ class FreshOverlay:
 
     async def _seen_by_qemu(self) -> str | None:
         """Why QEMU can't make it, as far as QEMU sees."""
-        node = {"driver": "file", "filename": self.filename, "node-name": self._file_node}
+        refusal = await self._refusal(self.filename)
+        if refusal is None:
+            return self._exists
+        if _NOT_HERE not in refusal:
+            return (
+                f"whether {self.filename} is there already can't be told from here, and QEMU says"
+                f" '{refusal}'; name a new file for the fresh overlay in a folder that QEMU may"
+                " write to"
+            )
+        folder = os.path.dirname(self.filename) or "."
+        if _NOT_HERE in (await self._refusal(folder) or ""):
+            return f"there is no folder {folder} for the fresh overlay, as QEMU sees its files"
+        return None
+
+    async def _refusal(self, path: str) -> str | None:
+        """What QEMU says where it can't open this to read it."""
+        node = {"driver": "file", "filename": path, "node-name": self._file_node}
         try:
             await self._monitor.execute("blockdev-add", {**node, "read-only": True})
         except CommandRefused as error:
-            if _NOT_HERE in error.desc:
-                return None
-            return (
-                f"whether {self.filename} is there already can't be told from here, and QEMU says"
-                f" '{error.desc}'; name a new file for the fresh overlay in a folder that QEMU may"
-                " write to"
-            )
+            return error.desc
         await self._monitor.execute("blockdev-del", {"node-name": self._file_node})
-        return self._exists
+        return None
 
     async def lay(self) -> None:
         """Put it over the base, whose users it takes over.
