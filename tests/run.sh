@@ -25,7 +25,9 @@
 #   ./tests/run.sh --other-python                         unit tests on the newest, and a sample
 #                                                         of them on those before it
 #   ./tests/run.sh --page [PYTEST ARGUMENT ...]           the daemon's page in a real browser, which is
-#                                                         installed for that; not in CI
+#                                                         installed for that
+#   ./tests/run.sh --types                                an embedder's program as pyright reads it,
+#                                                         which is installed for that, with node
 #   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of what decides, all of
 #                                                         which tests/unit and tests/real must reach
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
@@ -124,12 +126,12 @@ full() {
     say "  block jobs on every QEMU from 5.2 to the newest, with a fault at every message;"
     say "    the manual's table of them is written"
     say "  unit tests on every Python from 3.11 to the newest"
-    say "  the daemon's page in a browser"
+    say "  the daemon's page in a browser, and an embedder's program in another type checker"
     for part in "--at-once 4 --debug-asyncio tests/unit" \
         "--at-once 4 --debug-asyncio --ignore=tests/unit --ignore=tests/real" \
-        --all-qemu --coverage-report --all-python --page; do
+        --all-qemu --coverage-report --all-python --page --types; do
         say "--- $part"
-        case $part in *--ignore* | --all-python | --page) unset COVERAGE_FILE ;; *)
+        case $part in *--ignore* | --all-python | --page | --types) unset COVERAGE_FILE ;; *)
             export COVERAGE_FILE=$measured/lines ;;
         esac
         # shellcheck disable=SC2086  # words of our own
@@ -189,6 +191,10 @@ case ${1:-} in
     need_venv page
     [ $# -gt 0 ] || set -- tests/daemon/test_page_browser.py
     exec "$VENV/bin/python" -m pytest "$@"
+    ;;
+--types)
+    need_venv types
+    exec "$VENV/bin/python" -m pytest tests/typing
     ;;
 --coverage)
     shift
