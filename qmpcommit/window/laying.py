@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qmpcommit.block.bitmaps import fresh_actions, plan_carrying
+from qmpcommit.block.bitmaps import bitmaps_of, fresh_actions, plan_carrying
 from qmpcommit.block.chain import Disk, find_again, read_disks, read_image
 from qmpcommit.block.graph import BlockGraph, read_graph
 from qmpcommit.callback import Noting
@@ -104,6 +104,20 @@ async def _lay(
             if disk.active is not None and disk.active.node_name in over:
                 check_idle(vm.name, disk)
         raise
+    for disk, each in pairs if bitmaps else ():
+        if disk.active is not None and disk.active.node_name in graph.nodes:
+            each.warnings += _left(graph, disk.active.node_name, each.filename)
+
+
+def _left(graph: BlockGraph, below: str, overlay: str) -> list[str]:
+    """The bitmaps that do not go on in the overlay, in words."""
+    found = [bitmap for bitmap in bitmaps_of(graph, below) if bitmap.inconsistent or bitmap.busy]
+    why = {True: "inconsistent (QEMU did not close it)", False: "used by a job or an export"}
+    return [
+        f"bitmap '{bitmap.name}' of {below} does not go on in {overlay}, for it is"
+        f" {why[bitmap.inconsistent]}: the next backup by it has to be a full one"
+        for bitmap in found
+    ]
 
 
 def _carried(graph: BlockGraph, below: str, overlay: str) -> list[dict[str, Any]]:

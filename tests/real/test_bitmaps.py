@@ -342,3 +342,26 @@ async def test_a_bitmap_over_which_qemu_would_die_is_found(
         await vm.close()
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_a_bitmap_that_does_not_go_on_in_an_overlay_is_told(folder: Path) -> None:
+    """A QEMU that was killed leaves its persistent bitmaps inconsistent."""
+    chain = make_chain(folder)
+    run(QEMU.img, "bitmap", "--add", chain.top, "a")
+    async with machine(folder, chain) as qemu:
+        disk = "/machine/peripheral/vda/virtio-backend"
+        for command in ("write -P 0x33 0 64k", "flush"):
+            line = f'qemu-io -d {disk} "{command}"'
+            await qemu.execute("human-monitor-command", command_line=line)
+        qemu.kill()
+        await qemu.ended()
+    chain.pictures[-1].fill(0, GRAIN, 0x33)
+    (folder / "again").mkdir()
+    async with machine(folder / "again", chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        await vm.execute("block-dirty-bitmap-add", {"node": "top", "name": "b"})
+        (laid,) = (await vm.overlay(["vda"], overlay=folder / "fresh")).disks
+        (text,) = laid.warnings
+        assert "bitmap 'a' of top does not go on" in text
+        assert list(await marked(vm, laid.node_name)) == ["b"]
+        await qemu.quit()
+    assert_disk(folder / "fresh", chain.pictures[-1])
