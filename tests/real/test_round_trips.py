@@ -36,7 +36,11 @@ PLAN: Trips = [
 COPY: Trips = [
     ((*OWNER, *GRAPH), "right before it is sent, under the claim: is all as it was planned"),
     (("block-commit",), "the job"),
-    (("query-block",), "does the job copy what the device uses: others may have been faster"),
+    (
+        (*OWNER, "query-block"),
+        "does the job copy what the device uses, and did no migration begin right before it:"
+        " others may have been faster",
+    ),
 ]
 END: Trips = [
     (("query-jobs",), "has it concluded, and with which error"),
