@@ -28,6 +28,8 @@
 #                                                         installed for that
 #   ./tests/run.sh --types                                an embedder's program as pyright reads it,
 #                                                         which is installed for that, with node
+#   ./tests/run.sh --judges                               what the programs of others say: promtool of
+#                                                         the alert rules, redocly of the API's document
 #   ./tests/run.sh --coverage [PYTEST ARGUMENT ...]       lines and branches of what decides, all of
 #                                                         which tests/unit and tests/real must reach
 #   ./tests/run.sh --coverage-report                      the same, of what was measured before
@@ -40,7 +42,7 @@
 # root); elsewhere it is named. The environment is .venv, or $QMPCOMMIT_VENV; it is filled again
 # when pyproject.toml has changed. Other QEMUs are unpacked into .qemus, or $QMPCOMMIT_QEMUS,
 # other Pythons into .pythons, or $QMPCOMMIT_PYTHONS, and what a real guest is made of into .guest,
-# or $QMPCOMMIT_GUEST.
+# or $QMPCOMMIT_GUEST; programs of others that judge into .judges, or $QMPCOMMIT_JUDGES.
 #
 # Tests that kill a process or break its line at every step take a while; QMPCOMMIT_TEST_STRIDE=N
 # has them try every N-th step, beginning with a random one.
@@ -52,6 +54,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . examples/setup.sh
 
 PYTHONS=${QMPCOMMIT_PYTHONS:-.pythons}
+JUDGES=${QMPCOMMIT_JUDGES:-.judges}
 
 # Each Python from 3.11 on, once a version, the machine's own first: "VERSION PATH".
 all_pythons() {
@@ -144,6 +147,31 @@ full() {
     return 1
 }
 
+# Programs of others that judge what we ship, in $JUDGES/bin; what can't be had is said.
+need_judges() {
+    local fetched
+    mkdir -p "$JUDGES/bin"
+    if ! command -v promtool >/dev/null && command -v apt-get >/dev/null; then
+        say "unpacking promtool into $JUDGES"
+        fetched=$(mktemp -d)
+        (cd "$fetched" && { apt-get -q download prometheus ||
+            { as_root apt-get -q -y update && apt-get -q download prometheus; }; }) \
+            >/dev/null 2>&1 &&
+            dpkg-deb --fsys-tarfile "$fetched"/prometheus_*.deb |
+                tar -x -O ./usr/bin/promtool >"$JUDGES/bin/promtool" &&
+            chmod +x "$JUDGES/bin/promtool" || rm -f "$JUDGES/bin/promtool"
+        rm -rf "$fetched"
+    fi
+    if ! command -v redocly >/dev/null && command -v npm >/dev/null; then
+        say "installing redocly into $JUDGES"
+        npm install --silent --no-audit --no-fund --prefix "$JUDGES" @redocly/cli@2 >/dev/null &&
+            ln -sf ../node_modules/.bin/redocly "$JUDGES/bin/redocly" || true
+    fi
+    for fetched in promtool redocly; do
+        command -v "$fetched" >/dev/null || say "$fetched can't be had here, and judges nothing"
+    done
+}
+
 need_qemu
 flags=()
 at_once=
@@ -195,6 +223,12 @@ case ${1:-} in
 --types)
     need_venv types
     exec "$VENV/bin/python" -m pytest tests/typing
+    ;;
+--judges)
+    need_venv test
+    PATH=$(realpath -m "$JUDGES")/bin:$PATH
+    need_judges
+    exec "$VENV/bin/python" -m pytest tests/hostile/test_judges.py
     ;;
 --coverage)
     shift
