@@ -313,6 +313,8 @@ async def close_nodes(
         except CommandRefused as error:
             if name in (await read_graph(monitor)).nodes:  # else it went with the one above it
                 warnings.append(f"node {name} stays open: {error.desc}")
+                if marks is not None:
+                    await marks.take_back(name)
         closed.add(name)
     return warnings
 

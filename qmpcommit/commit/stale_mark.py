@@ -53,6 +53,14 @@ class Marks:
         if writable and await self._add(node.name):
             self.done.add(node.name)
 
+    async def take_back(self, node: str) -> None:
+        """Remove the mark of a node that QEMU did not close, for somebody uses it."""
+        if node in self.done:
+            self.done.discard(node)
+            with suppress(CommandRefused):
+                arguments = {"node": node, "name": STALE_MARK}
+                await self._monitor.execute("block-dirty-bitmap-remove", arguments)
+
     async def mark_closed(
         self,
         stale: Iterable[Image],

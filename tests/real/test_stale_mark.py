@@ -77,6 +77,31 @@ async def test_what_a_recycle_and_a_merge_leave_is_marked(folder: Path) -> None:
     assert [marked(path) for path in (*chain.files, fresh)] == [False, True, True, False]
 
 
+async def test_what_somebody_begins_to_use_meanwhile_is_not_marked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = make_chain(folder)
+    theirs = folder / "theirs.qcow2"
+    run(QEMU.img, "create", "-q", "-f", "qcow2", "-b", chain.top, "-F", "qcow2", theirs)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        execute = vm._execute
+
+        async def others_are_faster(command: str, *more: Any) -> Any:
+            if command == "blockdev-del" and more[0]["node-name"] == "top":
+                await qemu.execute(
+                    "blockdev-add", driver="qcow2", backing="top", node_name="theirs",
+                    file={"driver": "file", "filename": str(theirs)},
+                )  # fmt: skip
+            return await execute(command, *more)
+
+        monkeypatch.setattr(vm, "_execute", others_are_faster)
+        (warning,) = (await pivot(vm)).warnings
+        assert "node top stays open" in warning
+        await vm.close()
+        await qemu.quit()
+    assert not marked(chain.top)
+
+
 async def test_what_somebody_else_has_open_is_not_written_to(folder: Path) -> None:
     """Nor is it a failure; the lock is one of QEMU's, of a reader that lets nobody write."""
     chain = make_chain(folder, 3)
