@@ -81,8 +81,15 @@ class Care:
     async def prepare(self, *, keeps: bool) -> Fact:
         """Carry the bitmaps, flush the base, and meet the others at the barrier, in PENDING.
 
-        An active layer's I/O waits meanwhile, and its base was flushed by QEMU itself.
+        An active layer's I/O waits meanwhile, and its base was flushed by QEMU itself: what QEMU
+        refuses now is not asked again.
         """
+        try:
+            return await self._prepare(keeps=keeps)
+        except CommandRefused as error:
+            return facts.Prepared(f"its end could not be prepared: {error.message}")
+
+    async def _prepare(self, *, keeps: bool) -> Fact:
         if not self._plan.two_phase:
             await self._flush()
             why = await self._above.open()
