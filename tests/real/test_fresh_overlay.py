@@ -537,7 +537,7 @@ async def test_beside_a_block_device_no_overlay_is_laid(
         for module in (overlay_place, window):
             monkeypatch.setattr(module, "is_device", lambda path: path == str(chain.top))
         asking = vm.open_window(["top"]) if verb == "window" else vm.discard("top")
-        with pytest.raises(qc.QmpCommitError, match=r"name a folder for it.*Nothing was changed"):
+        with pytest.raises(qc.QmpCommitError, match=r"a folder for it.*Nothing was changed"):
             await asking
         if verb == "window":
             async with vm.snapshot(["top"], overlay=place):
