@@ -76,7 +76,7 @@ async def test_the_guest_goes_on_however_a_freeze_ends(folder: Path) -> None:
     chain = file_system(folder)
     async with guest(folder, chain) as made, qc.Session.connect(made.qemu.qmp) as vm:
         made.order("agent")
-        agent: dict[str, Any] = {"agent": made.agent, "limit": 60}
+        agent: dict[str, Any] = {"agents": made.agent, "limit": 60}
 
         with pytest.raises(ZeroDivisionError):
             async with qc.freeze(vm, "agent", **agent):

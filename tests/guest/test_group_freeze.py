@@ -42,7 +42,7 @@ async def test_the_base_that_is_kept_is_what_the_agent_has_flushed(folder: Path)
         await vm.commit_group(["vda"], policy=qc.Keep(), on_decision=held)
         assert not journal_is_empty(chain.base)
         await made.more()
-        asked: dict[str, Any] = {"freeze": "agent", "agent": made.agent, "on_decision": held}
+        asked: dict[str, Any] = {"freeze": "agent", "agents": made.agent, "on_decision": held}
         before = as_acknowledged(made)
         outcome = await vm.commit_group(["vda"], policy=qc.Keep(), **asked)
         now = as_acknowledged(made)
@@ -103,7 +103,7 @@ async def test_a_round_that_is_kept_under_a_writing_guest(folder: Path, freeze: 
         assert await status_of(made) == "thawed"
         async with qc.Session.connect(made.qemu.qmp) as vm:
             how: dict[str, Any] = {"freeze": freeze, "guest": "stop"}
-            how |= {"agent": made.agent} if freeze == "agent" else {}
+            how |= {"agents": made.agent} if freeze == "agent" else {}
             one = await vm.cycle("vda", keep_if=["true"], **how)
             assert one.kept is not None
             assert one.kept.quiesced

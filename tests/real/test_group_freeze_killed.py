@@ -60,7 +60,7 @@ async def test_killed_anywhere_the_next_group_lets_the_guest_go_on(
                 stood += still
                 marks = await freeze_marks.marks(vm)
                 assert len(marks) == 1 or not still, "frozen, and nobody can know"
-                socket = {} if freeze == "pause" else {"agent": fake.path}
+                socket = {} if freeze == "pause" else {"agents": fake.path}
                 again = vm.commit_group(["vda"], policy=qc.Keep(), freeze=freeze, **socket)  # type: ignore[arg-type]
                 try:
                     await again
