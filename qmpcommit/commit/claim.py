@@ -600,6 +600,12 @@ async def clear_dead(vm: VM, owners: Iterable[Owner]) -> None:
                 await _delete(vm, owner)
 
 
+async def clear_dead_of(vms: Iterable[VM], *verbs: Verb) -> None:
+    """Close what processes that are seen to have ended have left so on these VMs."""
+    for vm in dict.fromkeys(vms):
+        await clear_dead(vm, [owner for owner in await owners_of(vm) if owner.verb in verbs])
+
+
 async def _delete(vm: VM, owner: Owner) -> None:
     """Close that very claim; it may be gone already, and its disk be another one's by now."""
     with suppress(CommandRefused):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit import errors
-from qmpcommit.commit.claim import clear_dead, owners_of
+from qmpcommit.commit.claim import clear_dead_of
 from qmpcommit.commit.job import see_through
 from qmpcommit.commit.ledger import COMMIT, Noted
 from qmpcommit.commit.resuming import vm_of
@@ -55,9 +55,7 @@ class _Resumption:
     async def run(self) -> tuple[Round, ...] | tuple[Discarded, ...]:
         """Also where it had ended, the claims of the process that was killed are cleared."""
         ends = await self._run()
-        for vm in dict.fromkeys(self._vms):
-            owners = [each for each in await owners_of(vm) if each.verb in ("cycle", "disc")]
-            await clear_dead(vm, owners)
+        await clear_dead_of(self._vms, "cycle", "disc")
         return ends
 
     async def _run(self) -> tuple[Round, ...] | tuple[Discarded, ...]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit import errors
+from qmpcommit.commit.claim import clear_dead_of
 from qmpcommit.commit.ledger import Noted, rest_of
 from qmpcommit.commit.policy import parse_policy
 from qmpcommit.commit.resuming import vm_of
@@ -102,6 +103,14 @@ class _Resumption(Settling):
         book.goes_on_from(self._value, {vm: key for key, vm in self._vms.items()})
 
     async def run(self) -> GroupOutcome:
+        """Also where its disks are called otherwise by now, what a killed process claimed goes."""
+        try:
+            return await self._run()
+        finally:
+            with suppress(QmpCommitError):  # a monitor is away
+                await to_the_end(clear_dead_of(self._vms.values(), "group", "commit"))
+
+    async def _run(self) -> GroupOutcome:
         if self._group.over:
             return self._ended_before()
         hooked = any(member.noted.get("hooked") for member in self._group.members)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qmpcommit.callback import Notes, Noting
-from qmpcommit.commit.claim import clear_dead, owners_of
+from qmpcommit.commit.claim import clear_dead_of
 from qmpcommit.commit.ledger import Noted, read_ledger
 from qmpcommit.commit.outcome import CommitOutcome
 from qmpcommit.errors import InvalidRequest, WindowError
@@ -119,8 +119,7 @@ async def resume_window(ledger: Any, noted: Noted, vms: Sequence[VM]) -> tuple[C
     try:
         ends = await close_all(closing)
     finally:
-        for vm in vms:  # one may have been killed before it had noted anything there
-            await clear_dead(vm, [own for own in await owners_of(vm) if own.verb == "window"])
+        await clear_dead_of(vms, "window")  # one may have been killed before it had noted anything
     return tuple(outcome for end in ends for outcome in end)
 
 

@@ -7,12 +7,14 @@ import json
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 import qmpcommit as qc
+from qmpcommit.commit.claim import node_of, owners_of
 from qmpcommit.group.resume import ResumableGroup
 from tests.ground import forked
 from tests.ground.images import Chain, assert_disk, make_chain
@@ -151,6 +153,24 @@ async def test_killed_again_while_a_group_goes_on(kind: str, folder: Path) -> No
         for again in range(first(), 24, max(STRIDE, 7)):
             if not await died(folder / f"{place}-{again}", kind, place, again):
                 return
+
+
+async def test_what_the_dead_have_claimed_is_free_though_it_is_called_otherwise(
+    folder: Path,
+) -> None:
+    async with two_of(folder, "pivot") as two:
+        await two.run(20)
+        async with qc.Session.connect(two.qemus[0].qmp) as vm:
+            (owner,) = await owners_of(vm)
+            other = replace(owner, disk="0123456789", node="qmpc-0123456789n00000000.commit")
+            await vm.execute("blockdev-add", node_of(other))
+            assert len(await owners_of(vm)) == 2
+        await qc.resume(qc.FileLedger(two.ledger), [qemu.qmp for qemu in two.qemus])
+        for qemu, chain in zip(two.qemus, two.chains, strict=True):
+            async with qc.Session.connect(qemu.qmp) as vm:
+                assert await owners_of(vm) == []
+            await qemu.quit()
+            assert_disk(chain.base, chain.pictures[-1])
 
 
 @pytest.mark.parametrize("kind", ["pivot", "keep"])
