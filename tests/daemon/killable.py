@@ -54,7 +54,7 @@ def place(name: str) -> None:
         return
     Counter.passed += 1
     with open(PLACES, "a") as file:
-        file.write(f"{name}\n")
+        file.write(f"{' '.join(name.split())}\n")  # a line each, by which they are counted
     if Counter.passed == DIE_AT or name == DIE_IN:
         os.kill(os.getpid(), signal.SIGKILL)
 
