@@ -143,7 +143,7 @@ async def clear_away(
     renamed = list(outcome.renamed)
     hook: Literal["", "done", "failed"] = ""
     stale = (plan.top, *plan.between)
-    marks = await _marks(monitor, plan, around)
+    marks, why = await _marks(monitor, plan, around)
     unclosed: QmpCommitError | None = None
     early = isinstance(around.on_pivot, BeforeClosing)
     if early and around.on_pivot is not None:
@@ -176,7 +176,8 @@ async def clear_away(
             astray = any(each.astray for each in wrong)
             warnings += map(str, wrong)
         files = plan.stale != "leave" and hook != "failed" and not keep_files
-        why = await objection(monitor) if files and not around.in_migration else ""
+        if files and not around.in_migration:
+            why = await objection(monitor)
         if why:
             warnings.append(f"{', '.join(plan.invalidated)} stays, and is stale: {why}")
         elif rewritten and astray:
@@ -191,14 +192,17 @@ async def clear_away(
     return replace(outcome, warnings=warnings, deleted=deleted, renamed=renamed, hook=hook)
 
 
-async def _marks(monitor: Monitor, plan: Plan, around: Around) -> Marks | None:
-    """What marks the layers that are left; None where they go, or another host still uses them."""
-    if plan.stale == "delete" or around.in_migration:
-        return None
-    with suppress(QmpCommitError):
-        if not await objection(monitor):
-            return Marks(monitor, plan.job_id)
-    return None
+async def _marks(monitor: Monitor, plan: Plan, around: Around) -> tuple[Marks | None, str]:
+    """What marks the layers that are left, or why another host may use them.
+
+    None where they go, too.
+    """
+    why = ""
+    if plan.stale != "delete" and not around.in_migration:
+        with suppress(QmpCommitError):
+            why = await objection(monitor)
+            return None if why else Marks(monitor, plan.job_id), why
+    return None, why
 
 
 async def _clear_files(

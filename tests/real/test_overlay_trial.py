@@ -108,7 +108,7 @@ def test_what_stands_in_the_way_of_this_user_alone_is_no_answer(
 async def test_a_window_over_a_file_that_may_not_be_read_opens(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: str, pid: int | None) -> None:
+    def refuse(path: str, *_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr(sharing, "image_locks", refuse)
