@@ -431,8 +431,8 @@ async def test_a_step_waits_for_no_promise_of_others(
             sync(file)
 
         with closing(sqlite3.connect(journal.path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")  # so that all three are of one transaction
-            first = asyncio.create_task(journal.write(key(0)))
+            other.execute("BEGIN IMMEDIATE")  # so that the step is of the promise's transaction
+            first = asyncio.create_task(journal.write(key(0), told=False))  # or of it, too
             await asyncio.sleep(0)
             while not journal._units.empty():
                 await asyncio.sleep(0.001)
