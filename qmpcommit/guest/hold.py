@@ -157,7 +157,7 @@ class Hold(Quiet):
 
         def heard(message: Mapping[str, Any]) -> None:
             hold = me()
-            if hold is not None and message["event"] == "RESUME":
+            if hold is not None and how == "pause" and message["event"] == "RESUME":
                 hold.disturbed = True
 
         self._listening = vm.subscribers.add(heard)
