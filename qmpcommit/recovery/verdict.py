@@ -24,6 +24,7 @@ from qmpcommit.commit.request import Request
 from qmpcommit.commit.vm import VM
 from qmpcommit.errors import CommandRefused, QmpCommitError
 from qmpcommit.guest.marks import marks_among
+from qmpcommit.names import JOB_PREFIX
 from qmpcommit.qmp.process import command_words
 from qmpcommit.recovery.findings import Finding
 from qmpcommit.recovery.host import name_of, stopped
@@ -56,8 +57,8 @@ class Symptom(Record):
     """One thing that somebody should look at: a "wrong" one makes the VM's verdict.
 
     `kind` is that of `recover`'s finding, a check's name, "monitor", "stopped", "header", "bitmap",
-    "no-reboot" or "trap". `message` says what it is, `next` what is to be done, and `command` what
-    is typed for that, "" where nothing is.
+    "overlay", "no-reboot" or "trap". `message` says what it is, `next` what is to be done, and
+    `command` what is typed for that, "" where nothing is.
     """
 
     kind: str
@@ -150,6 +151,7 @@ async def _examine(vm: VM) -> tuple[Verdict, Seen]:
             symptoms += await _headers(vm, disk)
             symptoms += await asyncio.to_thread(_commit, vm, seen, disk)
             symptoms += _bitmaps(disk)
+        symptoms += _options(disk)
     symptoms += await asyncio.to_thread(_started_with, vm.peer_pid)
     symptoms += await _traps(vm, seen)
     return Verdict(str(vm.address), name=await name_of(vm), symptoms=tuple(symptoms)), seen
@@ -194,6 +196,19 @@ def _bitmaps(disk: Disk) -> list[Symptom]:
         for name in image.bitmaps
         if name not in active.bitmaps
     ]
+
+
+def _options(disk: Disk) -> list[Symptom]:
+    """What a fresh overlay may have lost, for QEMU tells of no layer with what it was opened."""
+    active = disk.chain[0] if disk.chain else None
+    if active is None or not active.node_name.startswith(JOB_PREFIX):
+        return []
+    text = (
+        f"{disk}: {active.filename} was laid while the VM ran: whether it has the discard, aio and"
+        " locking that its disk is started with, QEMU does not tell"
+    )
+    todo = "Give them with the next overlay, if it has others than QEMU's defaults"
+    return [Symptom("overlay", "note", text, todo, "qmpcommit help commit", disk.name)]
 
 
 def _started_with(pid: int | None) -> list[Symptom]:

@@ -19,7 +19,7 @@ from qmpcommit.recovery.verdict import _of_death, examine
 from tests.cli.command import on_a_terminal, qmpcommit, run
 from tests.cli.test_recover import killed_at, tried
 from tests.cli.test_vms import PATIENT, silent
-from tests.ground.images import MIB, create, make_chain
+from tests.ground.images import MIB, assert_disk, create, make_chain
 from tests.ground.machines import machine, storage_daemon
 from tests.ground.qemu import QEMU
 from tests.ground.small_disk import needs_mounts, small_disk
@@ -83,7 +83,7 @@ async def test_what_a_killed_commit_has_left_goes_by_what_is_typed(
         words = ["keep" if word == "DECISION" else word for word in typed[1:]]
         done = await run(*words, "--yes")
         assert done.status == 0, done.out
-        assert await symptoms(qemu.qmp) == []
+        assert {each["kind"] for each in await symptoms(qemu.qmp)} <= {"overlay"}
         await qemu.quit()
 
 
@@ -169,6 +169,18 @@ async def test_how_a_vm_was_started_and_where_its_bitmaps_are_is_a_note(folder: 
     finally:
         process.kill()
         await process.wait()
+
+
+async def test_what_a_fresh_overlay_may_have_lost_is_a_note(folder: Path) -> None:
+    chain, fresh = make_chain(folder), folder / "fresh.qcow2"
+    async with machine(folder, chain, running=True) as qemu:
+        done = await run("commit", qemu.qmp, "vda", "--recycle", fresh, "--quiet")
+        assert done.status == 0, done.err
+        (found,) = await symptoms(qemu.qmp)
+        assert (found["kind"], found["level"]) == ("overlay", "note")
+        assert f"{fresh} was laid while the VM ran" in found["message"]
+        await qemu.quit()
+    assert_disk(fresh, chain.pictures[-1])
 
 
 @needs_mounts
