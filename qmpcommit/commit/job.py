@@ -81,6 +81,7 @@ class CommitJob:
         self.claim: Claim | None = None
         self.own_claim: Claim | None = None
         self._claiming: asyncio.Task[None] | None = None
+        self._told: Choice | None = None  # a decision that the machine may not have taken yet
 
     def __repr__(self) -> str:
         plan = self.plan
@@ -245,8 +246,11 @@ class CommitJob:
 
     def recycle(self, overlay: str | os.PathLike[str]) -> Awaited[None]:
         """Pivot, with a fresh `overlay` over the base before the guest can write; as `pivot`."""
-        recycle = Recycle(os.fspath(overlay))
-        if phases.objection(self.state, Choice.RECYCLE) is None:
+        recycle, before = Recycle(os.fspath(overlay)), self._driver.recycle
+        if self._decided.order.decision is Choice.RECYCLE:
+            if before is not None and before.overlay != recycle.overlay:
+                raise self._conflict(f"is decided already: recycle with {before.overlay}")
+        elif phases.objection(self._decided, Choice.RECYCLE) is None:
             self._driver.recycle = recycle
         return self._order(Choice.RECYCLE)
 
@@ -393,8 +397,21 @@ class CommitJob:
                 self._driver.outcome, converge=report.model_dump(), warnings=warnings
             )
 
+    @property
+    def _decided(self) -> phases.State:
+        """Its state, with what was decided in this very moment."""
+        state, told = self.state, self._told
+        if told is None or state.phase is not Phase.READY or state.order.decision is not None:
+            return state
+        return state._replace(phase=Phase.DECIDED, order=state.order.changed(told, "caller"))
+
+    def _conflict(self, why: str) -> JobConflict:
+        plan = self.plan
+        return JobConflict(f"job {self.id} on {plan.disk} of {plan.vm} {why}", **self._where())
+
     def _order(self, choice: Choice) -> Awaited[None]:
-        match phases.objection(self.state, choice):
+        state = self._decided
+        match phases.objection(state, choice):
             case "not ready" if not self.plan.two_phase:
                 raise NotReady(
                     f"job {self.id} on {self.plan.disk} of {self.plan.vm} commits a layer below the"
@@ -410,19 +427,12 @@ class CommitJob:
                     **self._where(),
                 )
             case "decided":
-                raise JobConflict(
-                    f"job {self.id} on {self.plan.disk} of {self.plan.vm} is decided already:"
-                    f" {self.state.order.decision}",
-                    **self._where(),
-                )
+                raise self._conflict(f"is decided already: {state.order.decision}")
             case "ended":
-                if self.state.order.decision is not choice:
-                    raise JobConflict(
-                        f"job {self.id} on {self.plan.disk} of {self.plan.vm} has ended already;"
-                        " its outcome tells how",
-                        **self._where(),
-                    )
+                if state.order.decision is not choice:
+                    raise self._conflict("has ended already; its outcome tells how")
             case _:
+                self._told = choice
                 self._driver.tell(facts.Decided(choice, "caller"))
         return Awaited(lambda: self._until(lambda: False))
 

@@ -346,3 +346,37 @@ async def test_a_job_that_is_let_go_leaves_no_watch_over_its_guest(folder: Path)
                 await (await other.adopt(job.id, policy=qc.Abort())).wait()
         await qemu.quit()
     assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_the_first_of_two_decisions_in_one_moment_counts(folder: Path) -> None:
+    for first, second in (("keep", "pivot"), ("abort", "keep"), ("keep", "recycle")):
+        (place := folder / f"{first}-{second}").mkdir()
+        chain = make_chain(place)
+        async with storage_daemon(place, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+            job = await vm.commit("top", policy=qc.Hold())
+            await job.ready()
+            getattr(job, first)()
+            with pytest.raises(qc.JobConflict, match="decided already"):
+                job.recycle(place / "fresh") if second == "recycle" else getattr(job, second)()
+            assert (await job.wait()).action == first
+            await vm.close()
+            await qemu.quit()
+        assert_disk(chain.top, chain.pictures[-1])
+
+
+async def test_one_overlay_is_laid_of_two_that_are_named_in_one_moment(folder: Path) -> None:
+    chain = make_chain(folder)
+    async with machine(folder, chain) as qemu, qc.Session.connect(qemu.qmp) as vm:
+        job = await vm.commit("vda", policy=qc.Hold())
+        await job.ready()
+        job.recycle(folder / "one")
+        job.recycle(folder / "one")
+        with pytest.raises(qc.JobConflict, match=r"recycle with .*one"):
+            job.recycle(folder / "two")
+        outcome = await job.wait()
+        assert outcome.active is not None
+        assert outcome.active.filename == str(folder / "one")
+        await vm.close()
+        await qemu.quit()
+    assert_disk(folder / "one", chain.pictures[-1])
+    assert not (folder / "two").exists()
