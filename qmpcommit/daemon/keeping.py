@@ -59,6 +59,17 @@ MAX_BEGINS = 3
 _AWAY = (ConnectError, MonitorLost, VMGone)
 
 
+def _ended_by_others(promise: Promise) -> CommitFailed:
+    return CommitFailed(
+        f"the commit of {promise.disk} of {promise.vm} was READY, and its job {promise.job_id} is"
+        " gone: somebody has ended it while no daemon followed it. It is not begun anew. If it was"
+        " cancelled by force, its base is valid only under the overlay",
+        vm=promise.vm,
+        disk=promise.disk,
+        job_id=promise.job_id,
+    )
+
+
 class Keeper:
     """Runs promises on the VMs of a registry.
 
@@ -107,6 +118,8 @@ class Keeper:
                 begun = error.facts.get("begun") is not False or found
                 if begun or begins >= MAX_BEGINS:
                     raise
+                if promise.ready is not None:
+                    raise _ended_by_others(promise) from error
                 promise.log.warning("begin_again", why=error.message)
                 await promise.forget_begin()
 

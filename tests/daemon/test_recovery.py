@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from qemu.qmp import QMPClient
 
-from tests.daemon.daemons import Answer, Daemon
+from tests.cli.command import run as run_command
+from tests.daemon.daemons import Answer, Daemon, daemon
 from tests.daemon.kill_sweep import rehearsed_and_killed_everywhere
 from tests.ground.images import Chain, assert_disk, make_chain, run
 from tests.ground.machines import Machine, machine, storage_daemon
@@ -168,3 +169,30 @@ async def test_killed_at_every_step(
     said = await rehearsed_and_killed_everywhere(folder, story, "UPDATE commits")
     with capsys.disabled():
         print(f" {case.name}: {said}", end="")
+
+
+@pytest.mark.parametrize("how", ["keep", "abort"])
+async def test_what_somebody_has_ended_meanwhile_is_not_begun_anew(how: str, folder: Path) -> None:
+    """Its policy would undo what was decided, by `recover` or by hand."""
+    chain = make_chain(folder)
+    async with (
+        storage_daemon(folder, chain) as qemu,
+        daemon(folder, f'[[vm]]\nname = "web1"\nqmp = "{qemu.qmp}"\n') as d,
+    ):
+        await d.connected("web1")
+        held = {"kind": "hold", "timeout": 600, "otherwise": {"kind": "pivot"}}
+        commit = await d.commit("web1", disk="top", policy=held)
+        await d.until(commit, "ready")
+        await d.post("/v1/vms", {"name": "other", "qmp": str(folder / "no")})  # all is durable
+        await d.kill()
+        ended = await run_command("recover", qemu.qmp, "--decide", how, "--yes")
+        assert ended.status == 0, ended.err
+        await d.start()
+        await d.connected("web1")
+        failed = await d.end_of(commit)
+        assert failed["state"] == "failed"
+        assert "somebody has ended it while no daemon followed it" in failed["error"]["message"]
+        assert await qemu.execute("query-jobs") == []
+        await d.stop()
+        await qemu.quit()
+    assert_disk(chain.top, chain.pictures[-1])
