@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ import qmpcommit as qc
 from qmpcommit.block.qcow2 import bitmap_names
 from qmpcommit.names import STALE_MARK
 from tests.cli.command import ENVIRONMENT, run
-from tests.ground.images import assert_disk, make_chain
+from tests.ground.images import Chain, assert_disk, make_chain
 from tests.ground.places import STRIDE, first
+from tests.ground.qemu import QEMU
 from tests.real.test_recover_killed import KILLED, World
 
 pytestmark = pytest.mark.timeout(3600)
@@ -87,6 +89,15 @@ async def test_killed_anywhere_the_command_is_recovered(folder: Path, work: str)
     print(f"{work} x every {STRIDE}. step: {count} run, {count} held")
 
 
+async def private_daemon_ended(chain: Chain) -> None:
+    """It holds the files' locks until then."""
+    async with asyncio.timeout(20):
+        while subprocess.run(
+            [QEMU.img, "info", chain.top], capture_output=True, check=False
+        ).returncode:
+            await asyncio.sleep(0.01)
+
+
 async def test_killed_anywhere_offline_it_is_typed_again(folder: Path) -> None:
     """Its private daemon ends with it, and there is no monitor to recover.
 
@@ -101,6 +112,7 @@ async def test_killed_anywhere_offline_it_is_typed_again(folder: Path) -> None:
         status, last = await killed(at, words, place)
         print(f"offline: killed at {place}: {last}, {status}")
         assert status in ENDS
+        await private_daemon_ended(chain)
         assert_disk(chain.base if status == 0 else chain.top, chain.pictures[-1])
         if status == 0:
             break
