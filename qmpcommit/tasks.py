@@ -52,15 +52,6 @@ class Awaited(Coroutine[Any, Any, T]):
             raise
 
 
-async def all_of(*work: Awaitable[Any]) -> list[Any]:
-    """What each of these gives, which run at once; the first error when all of them have ended."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-    return found
-
-
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Await work that must not be left half done; a cancellation is raised when it has ended.
 
@@ -90,6 +81,11 @@ async def all_ended(works: Iterable[Awaitable[T]], *expected: type[E]) -> list[T
         if isinstance(end, BaseException) and not isinstance(end, expected):
             raise end
     return ends
+
+
+async def all_of(*work: Awaitable[Any]) -> list[Any]:
+    """What each of these gives, which run at once; the first error when all of them have ended."""
+    return await all_ended(work)
 
 
 async def stop(task: asyncio.Task[Any]) -> None:

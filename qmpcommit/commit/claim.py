@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import os
 import re
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -40,7 +40,7 @@ from qmpcommit.errors import (
 )
 from qmpcommit.qmp.process import began as process_began
 from qmpcommit.qmp.process import command_words
-from qmpcommit.tasks import to_the_end
+from qmpcommit.tasks import all_of, to_the_end
 from qmpcommit.values import Record, record
 
 if TYPE_CHECKING:
@@ -419,11 +419,7 @@ class Claim:
 
 async def release_all(claims: Iterable[Claim], vm: VM | None = None) -> None:
     """`Claim.release` them at once: a cancellation, or a QEMU that hangs, keeps none of them."""
-    await to_the_end(_all_of([claim.release(vm) for claim in claims]))
-
-
-async def _all_of(releasing: Iterable[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*releasing)
+    await to_the_end(all_of(*(claim.release(vm) for claim in claims)))
 
 
 async def take(

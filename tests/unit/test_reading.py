@@ -37,7 +37,9 @@ async def test_a_flood_leaves_turns_to_others() -> None:
     assert await read_all(count) >= count // TURN
 
 
-async def test_a_flood_that_goes_on_is_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that it sleeps, which take no time."""
     slept: list[float] = []
     sleep = asyncio.sleep
 
@@ -46,6 +48,12 @@ async def test_a_flood_that_goes_on_is_read_slowly(monkeypatch: pytest.MonkeyPat
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", noted)
+    return slept
+
+
+async def test_a_flood_that_goes_on_is_read_slowly(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = asyncio.StreamReader(limit=1 << 24)
     reader.feed_data(b"{}\n" * (FLOOD * 2))
     lines = Lines(reader, lambda: MESSAGE)
@@ -64,15 +72,9 @@ async def test_a_flood_that_goes_on_is_read_slowly(monkeypatch: pytest.MonkeyPat
     assert set(slept) == {0}
 
 
-async def test_large_events_are_read_as_slowly_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    sleep = asyncio.sleep
-
-    async def noted(seconds: float) -> None:
-        slept.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", noted)
+async def test_large_events_are_read_as_slowly_as_many(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reader = asyncio.StreamReader(limit=1 << 24)
     line = b"x" * 60_000 + b"\n"
     reader.feed_data(line * 100)
