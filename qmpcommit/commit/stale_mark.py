@@ -72,13 +72,17 @@ class Marks:
         Only the very file that the chain had, and only if nobody else has it open: QEMU's lock
         tells.
         """
-        left = [image for image in stale if image.node_name not in self.done]
-        graph = await read_graph(self._monitor) if left else None
-        for image in left:
-            file = files.get(image.node_name)
-            if graph is None or image.node_name in graph.nodes or file is None:
-                continue
-            if image.driver == "qcow2" and is_plain(image.filename):
+        left = [
+            (image, file)
+            for image in stale
+            if image.node_name not in self.done
+            and image.driver == "qcow2"
+            and is_plain(image.filename)
+            and (file := files.get(image.node_name)) is not None
+        ]
+        nodes = (await read_graph(self._monitor)).nodes if left else {}
+        for image, file in left:
+            if image.node_name not in nodes:
                 await to_the_end(self._open_for_it(image, absolute(image, cwd), file))
 
     async def _open_for_it(self, image: Image, path: str, file: FileId) -> None:
